@@ -1,0 +1,68 @@
+# Everything a user runs. Each target makes .venv first if it is missing or setup.cfg has changed.
+PYTHON ?= python3
+CONFIG ?= configs/tiny.yaml
+ADAPTER ?= checkpoints/tiny/adapter.safetensors
+IMAGE ?= docs/coffee.jpg
+MASK ?= docs/coffee_mask.png
+OUT ?= layers
+FORMAT ?= adapter
+ARGS ?=
+DEVICES ?=
+RUN := .venv/bin/python
+
+.PHONY: train tiny decompose evaluate export test lint clean
+.DEFAULT_GOAL := train
+
+.venv/installed: setup.cfg
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is $$($(PYTHON) --version), expected 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+train: .venv/installed  ## adapt the tiny base: make train CONFIG=configs/flux_fill.yaml DEVICES=8 ARGS="optim.lr=1e-4"
+	$(RUN) tools/train.py config=$(CONFIG) $(if $(DEVICES),train.devices=$(DEVICES) train.strategy=ddp) $(ARGS)
+
+# The whole chain from nothing. A stage whose weights are there is skipped, an unfinished one goes on.
+TINY := checkpoints/tiny
+tiny: $(TINY)/adapter.safetensors
+
+$(TINY)/autoencoder.safetensors: | .venv/installed
+	$(RUN) tools/train.py config=configs/tiny_autoencoder.yaml $(ARGS)
+	cp runs/tiny_autoencoder/autoencoder.safetensors $@
+
+$(TINY)/transformer.safetensors: | $(TINY)/autoencoder.safetensors
+	$(RUN) tools/train.py config=configs/tiny_inpainter.yaml $(ARGS)
+	cp runs/tiny_inpainter/transformer.safetensors $@
+
+$(TINY)/rgba_autoencoder.safetensors: | $(TINY)/autoencoder.safetensors
+	$(RUN) tools/train.py config=configs/tiny_rgba_autoencoder.yaml $(ARGS)
+	cp runs/tiny_rgba_autoencoder/autoencoder.safetensors $@
+
+$(TINY)/adapter.safetensors: | $(TINY)/transformer.safetensors $(TINY)/rgba_autoencoder.safetensors
+	$(RUN) tools/train.py config=configs/tiny.yaml $(ARGS)
+	$(RUN) tools/export.py adapter=runs/tiny/adapter.safetensors format=adapter out=$@
+
+decompose: .venv/installed  ## make decompose IMAGE=a.jpg MASK=a.png OUT=layers
+	$(RUN) tools/decompose.py adapter=$(ADAPTER) image=$(IMAGE) mask=$(MASK) out=$(OUT) $(ARGS)
+
+evaluate: .venv/installed
+	$(RUN) tools/evaluate.py adapter=$(ADAPTER) out=runs/evaluate $(ARGS)
+
+export: .venv/installed  ## make export ADAPTER=runs/tiny/adapter.safetensors FORMAT=merged OUT=merged.safetensors
+	$(RUN) tools/export.py adapter=$(ADAPTER) format=$(FORMAT) out=$(OUT) $(ARGS)
+
+test: .venv/installed-dev
+	$(RUN) -m pytest $(ARGS)
+
+lint: .venv/installed-dev
+	$(RUN) -m ruff check layerdecomp tools tests
+	$(RUN) -m ruff format --check layerdecomp tools tests
+	$(RUN) -m mypy
+
+clean:
+	rm -rf .venv runs layers

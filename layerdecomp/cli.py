@@ -1,0 +1,46 @@
+"""What the command-line tools share: `key=value` arguments, and errors without a traceback."""
+
+import logging
+import sys
+from collections.abc import Callable
+
+from layerdecomp.errors import InputError
+
+
+def take(arguments: list[str], **defaults: str | None) -> tuple[dict[str, str], list[str]]:
+    """Splits `key=value` arguments into a tool's own, by name, and the config overrides that remain, in order.
+
+    A default of None marks an argument that must be given.
+    """
+    own = {key: value for key, value in defaults.items() if value is not None}
+    overrides = []
+    for argument in arguments:
+        key, separator, value = argument.partition("=")
+        if separator and key in defaults:
+            own[key] = value
+        else:
+            overrides.append(argument)
+    if missing := [key for key in defaults if key not in own]:
+        raise InputError(f"{missing[0]}= is missing; expected {' '.join(f'{key}=...' for key in missing)}")
+    return own, overrides
+
+
+def whole_number(arguments: dict[str, str], key: str) -> int:
+    """The value of a tool's own argument that must be a whole number."""
+    try:
+        return int(arguments[key])
+    except ValueError as error:
+        raise InputError(f"{key}={arguments[key]}: expected a whole number") from error
+
+
+def run_command(main: Callable[[list[str]], None], arguments: list[str]) -> None:
+    """Runs a tool. What the user got wrong is one message on stderr and exit status 2; bugs keep their traceback."""
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        main(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

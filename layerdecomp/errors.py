@@ -1,0 +1,9 @@
+"""The one exception that means "what you gave me is wrong", as opposed to a bug in this package."""
+
+
+class InputError(ValueError):
+    """A file, key or value from the user cannot be used.
+
+    The message names the file or key, what was found, what was expected and what to do. The command-line tools print it
+    without a traceback and exit with status 2; anything else that is raised is a bug and keeps its traceback.
+    """
