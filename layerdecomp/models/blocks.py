@@ -1,0 +1,194 @@
+"""The parts of the transformer, under FLUX's published parameter names."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from layerdecomp.models.attention import apply_rope, attention
+
+
+def timestep_embedding(t: Tensor, dim: int, *, max_period: float = 10000.0, time_factor: float = 1000.0) -> Tensor:
+    """Sinusoidal embedding of a scalar per sample, cosines before sines.
+
+    Args:
+        t: (N,), for example the time in [0, 1] or the guidance scale.
+        dim: width of the embedding, even.
+        max_period: the slowest wave has the period 2 pi * max_period (reached in the limit).
+        time_factor: `t` is multiplied by it first.
+
+    Returns:
+        (N, dim) in float32, because bf16 cannot tell apart neighbouring values of 1000 * t.
+    """
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angle = time_factor * t.float()[:, None] * torch.exp(-math.log(max_period) * exponent)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class MLPEmbedder(nn.Module):
+    """Two linear layers that bring a conditioning vector (B, in_dim) to (B, hidden_dim)."""
+
+    def __init__(self, in_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(in_dim, hidden_dim)
+        self.out_layer = nn.Linear(hidden_dim, hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, computed in float32; its gain is published as `scale`."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.scale.shape, self.scale.float(), self.eps).to(x.dtype)
+
+
+class QKNorm(nn.Module):
+    """Separate norms of queries and keys, per head."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.query_norm = RMSNorm(head_dim)
+        self.key_norm = RMSNorm(head_dim)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.query_norm(q), self.key_norm(k)
+
+
+class ModulationOut(NamedTuple):
+    """What a conditioning vector does to one residual branch; each (B, 1, D)."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+    def apply(self, x: Tensor) -> Tensor:
+        return modulate(x, self.shift, self.scale)
+
+
+class Modulation(nn.Module):
+    """adaLN: shift, scale and gate for each of `branches` residual branches, from the vector (B, D)."""
+
+    def __init__(self, dim: int, branches: int) -> None:
+        super().__init__()
+        self.lin = nn.Linear(dim, 3 * branches * dim)
+
+    def forward(self, vec: Tensor) -> list[ModulationOut]:
+        chunks = self.lin(F.silu(vec))[:, None].unflatten(-1, (-1, 3, vec.shape[-1]))  # (B, 1, branches, 3, D)
+        return [ModulationOut(*branch.unbind(-2)) for branch in chunks.unbind(-3)]
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """The parameter-free LayerNorm in front of every branch; the modulation plays the part of its affine map."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Normalises (B, L, D), then applies the modulation's affine map, whose tensors are (B, 1, D)."""
+    return (1 + scale) * layer_norm(x) + shift
+
+
+def mlp(dim: int, hidden_dim: int) -> nn.Sequential:
+    """The feed-forward branch; its linears are published as `.0` and `.2`."""
+    return nn.Sequential(nn.Linear(dim, hidden_dim), nn.GELU(approximate="tanh"), nn.Linear(hidden_dim, dim))
+
+
+def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, L, 3 * D) -> queries, keys and values, each (B, heads, L, head_dim)."""
+    q, k, v = rearrange(qkv, "B L (S H D) -> S B H L D", S=3, H=num_heads)
+    return q, k, v
+
+
+class SelfAttention(nn.Module):
+    """The projections of one stream; the attention itself runs over both streams at once, in the block."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.norm = QKNorm(dim // num_heads)
+        self.proj = nn.Linear(dim, dim)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, D) -> normalised queries and keys, and values, each (B, heads, L, head_dim)."""
+        q, k, v = split_heads(self.qkv(x), self.num_heads)
+        q, k = self.norm(q, k)
+        return q, k, v
+
+
+class DoubleStreamBlock(nn.Module):
+    """Text and image tokens keep their own weights and meet in one attention."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qkv_bias: bool) -> None:
+        super().__init__()
+        mlp_dim = int(hidden_size * mlp_ratio)
+        self.img_mod = Modulation(hidden_size, branches=2)
+        self.img_attn = SelfAttention(hidden_size, num_heads, qkv_bias)
+        self.img_mlp = mlp(hidden_size, mlp_dim)
+        self.txt_mod = Modulation(hidden_size, branches=2)
+        self.txt_attn = SelfAttention(hidden_size, num_heads, qkv_bias)
+        self.txt_mlp = mlp(hidden_size, mlp_dim)
+
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
+        """img (B, L, D), txt (B, T, D), vec (B, D), pe of the T + L tokens -> img, txt."""
+        img_attn_mod, img_mlp_mod = self.img_mod(vec)
+        txt_attn_mod, txt_mlp_mod = self.txt_mod(vec)
+
+        img_qkv = self.img_attn.project(img_attn_mod.apply(img))
+        txt_qkv = self.txt_attn.project(txt_attn_mod.apply(txt))
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))  # text comes first
+        attn = attention(apply_rope(q, pe), apply_rope(k, pe), v)  # (B, T + L, D)
+        txt_attn, img_attn = attn[:, : txt.shape[1]], attn[:, txt.shape[1] :]
+
+        img = img + img_attn_mod.gate * self.img_attn.proj(img_attn)
+        img = img + img_mlp_mod.gate * self.img_mlp(img_mlp_mod.apply(img))
+        txt = txt + txt_attn_mod.gate * self.txt_attn.proj(txt_attn)
+        txt = txt + txt_mlp_mod.gate * self.txt_mlp(txt_mlp_mod.apply(txt))
+        return img, txt
+
+
+class SingleStreamBlock(nn.Module):
+    """One sequence, attention and feed-forward side by side, with one fused linear before and one after them."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        mlp_dim = int(hidden_size * mlp_ratio)
+        self.split_sizes = [3 * hidden_size, mlp_dim]
+        self.linear1 = nn.Linear(hidden_size, 3 * hidden_size + mlp_dim)
+        self.linear2 = nn.Linear(hidden_size + mlp_dim, hidden_size)
+        self.norm = QKNorm(hidden_size // num_heads)
+        self.modulation = Modulation(hidden_size, branches=1)
+
+    def forward(self, x: Tensor, vec: Tensor, pe: Tensor) -> Tensor:
+        """x (B, T + L, D), text first; vec (B, D) -> x."""
+        (mod,) = self.modulation(vec)
+        qkv, hidden = self.linear1(mod.apply(x)).split(self.split_sizes, dim=-1)
+        q, k, v = split_heads(qkv, self.num_heads)
+        q, k = self.norm(q, k)
+        attn = attention(apply_rope(q, pe), apply_rope(k, pe), v)
+        hidden = F.gelu(hidden, approximate="tanh")
+        return x + mod.gate * self.linear2(torch.cat([attn, hidden], dim=-1))
+
+
+class LastLayer(nn.Module):
+    """Modulated projection of the image tokens (B, L, D) to (B, L, out_channels)."""
+
+    def __init__(self, hidden_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
+        return self.linear(modulate(x, shift, scale))

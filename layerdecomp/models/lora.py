@@ -1,0 +1,112 @@
+"""Low-rank adaptation of linear layers, in place and without renaming anything (Hu et al. 2021, arXiv 2106.09685)."""
+
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layerdecomp.errors import InputError
+
+
+@dataclass
+class LoRAConfig:
+    """Which linear layers of an `MMDiT` are adapted, and how much.
+
+    `targets` are shell-style patterns over module names, where `*` also matches dots; the default takes every attention
+    and feed-forward linear of both kinds of block.
+    """
+
+    rank: int = 256
+    alpha: float | None = None  # None: as rank, so that the scale is 1
+    targets: list[str] = field(
+        default_factory=lambda: [
+            "double_blocks.*_attn.qkv",
+            "double_blocks.*_attn.proj",
+            "double_blocks.*_mlp.*",
+            "single_blocks.*.linear1",
+            "single_blocks.*.linear2",
+        ]
+    )
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"lora.rank = {self.rank}: expected a positive whole number")
+
+    @property
+    def scale(self) -> float:
+        """What the product of the two low-rank matrices is multiplied by."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear layer plus `scale * B A`.
+
+    It takes over the very `weight` and `bias` of the layer that it replaces, so their names stay as they were;
+    `lora_A.weight` (rank, in) and `lora_B.weight` (out, rank) are added. B starts at zero: at first the output is the
+    base's, bit for bit. The low-rank weights are float32 for the optimizer's sake and are cast to the input's dtype.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
+        super().__init__(base.in_features, base.out_features, device="meta")  # no memory: the parameters come from base
+        self.weight, self.bias = base.weight.requires_grad_(False), base.bias
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self.scale = scale
+        device = base.weight.device
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device, dtype=torch.float32)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=device, dtype=torch.float32)
+        nn.init.zeros_(self.lora_B.weight)  # A keeps the Kaiming-uniform draw of nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        low_rank = self.scale * F.linear(x, self.lora_A.weight.to(x.dtype))  # (..., rank)
+        return super().forward(x) + F.linear(low_rank, self.lora_B.weight.to(low_rank.dtype))
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """A plain linear layer with weight W + scale * B A, which reuses (and changes) this layer's own weight."""
+        update = self.scale * self.lora_B.weight.float() @ self.lora_A.weight.float()
+        self.weight.copy_(self.weight.float() + update)
+        linear = nn.Linear(self.in_features, self.out_features, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear
+
+
+def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Replaces the targeted linear layers of `model` by `LoRALinear`, in place; works on the meta device too.
+
+    The targeted weights are frozen; every other parameter is left as it is.
+
+    Returns:
+        The names of the adapted layers, in the model's order.
+
+    Raises:
+        InputError: a pattern matches no linear layer, or the model is adapted already.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if any(isinstance(module, LoRALinear) for module in linears.values()):
+        raise InputError("the model carries LoRA layers already: merge them with merge_lora before injecting again")
+    for pattern in config.targets:
+        if not any(fnmatchcase(name, pattern) for name in linears):
+            raise InputError(
+                f"lora.targets: pattern {pattern!r} matches no linear layer of the model; the nearest that it has are "
+                f"{', '.join(get_close_matches(pattern, linears, n=4, cutoff=0.0))}"
+            )
+    names = [name for name in linears if any(fnmatchcase(name, pattern) for pattern in config.targets)]
+    for name in names:
+        model.set_submodule(name, LoRALinear(linears[name], config.rank, config.scale))
+    return names
+
+
+def merge_lora(model: nn.Module) -> nn.Module:
+    """Folds every `LoRALinear` of `model` into a plain `nn.Linear`, in place, and returns the model.
+
+    The sum is computed in float32 and rounded once to the weight's own dtype.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear):
+            model.set_submodule(name, module.merged())
+    return model

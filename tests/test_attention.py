@@ -1,0 +1,45 @@
+"""Rotary embedding: what it must do by definition."""
+
+import torch
+
+from layerdecomp.models.attention import apply_rope, attention, rope
+
+AXES = [2, 4, 4]
+
+
+def test_rotation_turns_neighbouring_channels_by_position_times_frequency() -> None:
+    ids = torch.tensor([[0.0, 0.0, 0.0], [2.0, 0.0, 3.0]])
+    x = torch.zeros(1, 1, 2, 10)
+    x[..., 0::2] = 1.0  # every pair points along its first axis
+    angles = torch.tensor([[0, 0, 0, 0, 0], [2.0, 0, 0, 3.0, 3.0 / 100**0.5]])  # theta = 100
+    expected = torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(-2)
+    torch.testing.assert_close(apply_rope(x, rope(ids, AXES, theta=100))[0, 0], expected)
+
+
+def test_products_depend_on_relative_position_only() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 10, generator=generator)
+    positions = torch.randint(0, 30, (50, 3), generator=generator).float()
+    shifted = positions + torch.tensor([1.0, 7.0, -4.0])
+    products = []
+    for a, b in ((positions[:25], positions[25:]), (shifted[:25], shifted[25:])):
+        turned_q = apply_rope(q.expand(1, 1, 25, 10), rope(a, AXES, theta=100))
+        turned_k = apply_rope(k.expand(1, 1, 25, 10), rope(b, AXES, theta=100))
+        products.append((turned_q * turned_k).sum(-1))
+    assert products[0].std() > 0.1
+    torch.testing.assert_close(products[0], products[1], atol=1e-4, rtol=1e-4)
+
+
+def test_rope_of_a_batch_is_the_rope_of_each_sample() -> None:
+    ids = torch.randn(3, 5, 3, generator=torch.Generator().manual_seed(0))
+    batched = rope(ids, AXES, theta=100)
+    assert batched.shape == (3, 1, 5, 5, 2)
+    torch.testing.assert_close(batched, torch.stack([rope(sample, AXES, theta=100) for sample in ids]))
+
+
+def test_attention_with_a_mask_sees_only_what_it_may() -> None:
+    q, k, v = torch.randn(3, 2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([True, True, False, True, False, False]).expand(2, 1, 1, 6)
+    kept = [0, 1, 3]
+    torch.testing.assert_close(attention(q, k, v, mask=mask), attention(q, k[:, :, kept], v[:, :, kept]))
+    assert attention(q, k, v).shape == (2, 6, 32)

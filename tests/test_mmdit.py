@@ -1,0 +1,146 @@
+"""MMDiT against the published names and against diffusers' FluxTransformer2DModel."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reference import build_reference_transformer, randomize, relative_error
+from torch import Tensor
+
+from layerdecomp.conditioning import position_ids
+from layerdecomp.errors import InputError
+from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
+
+TINY = MMDiTConfig(
+    in_channels=24, out_channels=8, vec_in_dim=12, context_in_dim=20, hidden_size=64, num_heads=4, depth=2,
+    depth_single_blocks=3, axes_dim=[4, 6, 6],
+)  # fmt: skip
+
+Inputs = dict[str, Tensor]
+
+
+def build(config: MMDiTConfig = TINY) -> MMDiT:
+    model = MMDiT(config)
+    randomize(model)
+    return model.eval()
+
+
+def inputs(config: MMDiTConfig = TINY, batch: int = 2, *, height: int = 3, width: int = 5, text: int = 7) -> Inputs:
+    generator = torch.Generator().manual_seed(batch + height + width + text)
+    layers = [position_ids(height, width, layer) for layer in (0, 1)]
+    return {
+        "img": torch.randn(batch, 2 * height * width, config.in_channels, generator=generator),
+        "img_ids": torch.cat(layers),
+        "txt": torch.randn(batch, text, config.context_in_dim, generator=generator),
+        "txt_ids": torch.zeros(text, 3),
+        "timesteps": torch.rand(batch, generator=generator),
+        "y": torch.randn(batch, config.vec_in_dim, generator=generator),
+        "guidance": 1 + 30 * torch.rand(batch, generator=generator),
+    }
+
+
+def test_full_size_has_the_published_names_and_shapes() -> None:
+    published = json.loads((Path(__file__).parent / "published_keys.json").read_text())["transformer"]
+    with torch.device("meta"):
+        model = MMDiT(MMDiTConfig())
+    assert {name: list(tensor.shape) for name, tensor in model.state_dict().items()} == published
+    assert len(published) == 780
+    assert sum(parameter.numel() for parameter in model.parameters()) == 11_902_391_360
+
+
+@pytest.mark.parametrize("guidance_embed", [True, False])
+@pytest.mark.parametrize(("batch", "height", "width", "text"), [(1, 2, 2, 1), (2, 3, 5, 7), (3, 1, 9, 16)])
+def test_forward_and_input_gradient_equal_diffusers(
+    batch: int, height: int, width: int, text: int, guidance_embed: bool
+) -> None:
+    config = replace(TINY, guidance_embed=guidance_embed)
+    model, x = build(config), inputs(config, batch, height=height, width=width, text=text)
+    reference = build_reference_transformer(model)
+    img, reference_img = x["img"].clone().requires_grad_(), x["img"].clone().requires_grad_()
+
+    velocity = model(**{**x, "img": img})
+    expected = reference(
+        hidden_states=reference_img,
+        img_ids=x["img_ids"],
+        encoder_hidden_states=x["txt"],
+        txt_ids=x["txt_ids"],
+        timestep=x["timesteps"],
+        pooled_projections=x["y"],
+        guidance=x["guidance"] if guidance_embed else None,
+    ).sample
+    assert relative_error(velocity, expected) < 1e-5
+
+    cotangent = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    (grad,) = torch.autograd.grad(velocity, img, cotangent)
+    (expected_grad,) = torch.autograd.grad(expected, reference_img, cotangent)
+    assert relative_error(grad, expected_grad) < 1e-5
+
+
+def test_ids_may_differ_per_sample() -> None:
+    model, x = build(), inputs()
+    batched = {**x, "img_ids": x["img_ids"].expand(2, -1, -1), "txt_ids": x["txt_ids"].expand(2, -1, -1)}
+    torch.testing.assert_close(model(**batched), model(**x))
+    moved = batched["img_ids"].clone()
+    moved[1, 0, 2] += 3
+    difference = (model(**{**batched, "img_ids": moved}) - model(**x)).abs().amax(dim=(1, 2))
+    assert difference[0] < 1e-5 < 1e-3 < difference[1]
+
+
+def test_fused_tokens_are_text_tokens_behind_the_text() -> None:
+    model, x = build(), inputs()
+    more_text = torch.randn(2, 4, TINY.context_in_dim, generator=torch.Generator().manual_seed(3))
+    fused = model.txt_in(more_text)
+    as_text = {**x, "txt": torch.cat([x["txt"], more_text], dim=1), "txt_ids": torch.zeros(11, 3)}
+    torch.testing.assert_close(model(**x, fused=fused), model(**as_text))
+    assert relative_error(model(**x, fused=fused), model(**x)) > 1e-2
+
+
+def test_bf16_model_and_bf16_autocast_agree_with_float32() -> None:
+    model, x = build(), inputs()
+    expected = model(**x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert relative_error(model(**x).float(), expected) < 0.1
+    half = {name: tensor.bfloat16() if name in ("img", "txt", "y") else tensor for name, tensor in x.items()}
+    velocity = model.bfloat16()(**half)
+    assert velocity.dtype == torch.bfloat16
+    assert relative_error(velocity.float(), expected) < 0.1
+
+
+def test_compiles_to_one_graph() -> None:
+    model, x = build(replace(TINY, depth=1, depth_single_blocks=1)), inputs()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    fused = torch.randn(2, 4, TINY.hidden_size, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(compiled(**x, fused=fused), model(**x, fused=fused))
+
+
+def test_weights_from_scratch_start_at_zero_velocity_and_can_learn() -> None:
+    model, x = build(), inputs()
+    model.init_weights()
+    assert not model(**x).any()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):  # the zero layers hand gradients on only once they have moved themselves
+        optimizer.zero_grad()
+        model(**x).sub(1).square().mean().backward()
+        optimizer.step()
+    moved = {
+        name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.any()
+    }
+    assert {"img_in.weight", "txt_in.weight", "time_in.in_layer.weight", "single_blocks.0.linear1.weight"} <= moved
+
+
+def test_missing_guidance_is_told() -> None:
+    x = inputs()
+    with pytest.raises(InputError, match="guidance"):
+        build()(**{**x, "guidance": None})
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"hidden_size": 66}, {"axes_dim": [4, 6, 8]}, {"axes_dim": [8, 8]}, {"axes_dim": [5, 5, 6]}]
+)
+def test_sizes_that_do_not_fit_are_told(wrong: dict[str, Any]) -> None:
+    (key,) = wrong
+    with pytest.raises(InputError, match=key):
+        replace(TINY, **wrong)
