@@ -1,0 +1,62 @@
+"""Schedule against diffusers' scheduler with FLUX's settings; Euler against known solutions."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift
+from torch import Tensor
+
+from layerdecomp.errors import InputError
+from layerdecomp.flow import FlowConfig
+from layerdecomp.sampling import euler, schedule
+
+
+@pytest.mark.parametrize("tokens", [64, 256, 1536, 4096])
+@pytest.mark.parametrize("steps", [1, 4, 28, 50])
+def test_schedule_equals_diffusers(steps: int, tokens: int) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)  # FLUX.1's scheduler_config.json
+    mu = calculate_shift(tokens, 256, 4096, 0.5, 1.15)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    times = schedule(steps, tokens)
+    assert (times[0], times[-1]) == (1, 0)
+    torch.testing.assert_close(times, scheduler.sigmas, atol=1e-6, rtol=0)
+
+
+def test_schedule_falls_and_follows_its_config() -> None:
+    times = schedule(10, 1024)
+    assert (times.diff() < 0).all()
+    torch.testing.assert_close(schedule(10, 1024, FlowConfig(base_shift=0.0, max_shift=0.0)), torch.linspace(1, 0, 11))
+
+
+def test_euler_is_exact_on_straight_paths() -> None:
+    z, noise = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(euler(lambda x, t: noise - z, noise, schedule(7, 256)), z)
+
+
+def test_euler_approaches_a_curved_solution_at_first_order() -> None:
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        assert t.shape == (2,)
+        return x * t[:, None]  # x(0) = x(1) * exp(-1 / 2)
+
+    start = torch.ones(2, 3, dtype=torch.float64)
+    errors = [
+        (euler(velocity, start, torch.linspace(1, 0, steps + 1, dtype=torch.float64)) - np.exp(-0.5)).abs().max().item()
+        for steps in (20, 40)
+    ]
+    assert 1e-3 < errors[0] < 5e-2
+    assert errors[0] / errors[1] == pytest.approx(2, abs=0.1)
+
+
+def test_euler_keeps_no_graph_and_leaves_its_input_alone() -> None:
+    scale = torch.ones((), requires_grad=True)
+    x = torch.ones(1, 2)
+    result = euler(lambda x, t: scale * x, x, schedule(2, 256))
+    assert not result.requires_grad
+    assert torch.equal(x, torch.ones(1, 2))
+    assert not torch.equal(result, x)
+
+
+def test_less_than_one_step_is_told() -> None:
+    with pytest.raises(InputError, match="steps"):
+        schedule(0, 256)
