@@ -1,0 +1,99 @@
+"""Batches for training and validation, each a pure function of the seed and the step."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from layerdecomp.data.scenes import SceneConfig, Scenes
+from layerdecomp.errors import InputError
+
+
+@dataclass
+class DataConfig:
+    """Where samples come from."""
+
+    source: str = "scenes"
+    samples: int = 10_000_000  # distinct training samples; after them the same ones come again, with other noise
+    validation: int = 16  # samples that validation looks at
+    workers: int = 1  # processes that make samples while the model trains; 0: the training process itself
+    scenes: SceneConfig = field(default_factory=SceneConfig)
+
+    def __post_init__(self) -> None:
+        if self.source != "scenes":
+            raise InputError(f"data.source is {self.source!r}; expected 'scenes'")
+
+
+def scene_data(config: DataConfig, split: str, seed: int, length: int, with_cues: bool = True) -> Scenes:
+    return Scenes(config.scenes, split, seed, length, with_cues)
+
+
+class Positions(Dataset[dict[str, Any]]):
+    """The samples of a data set over and over, each with its `position` in the whole of training."""
+
+    def __init__(self, samples: Scenes) -> None:
+        self.samples = samples
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        return {**self.samples[position % len(self.samples)], "position": position}
+
+
+class StepSampler(Sampler[list[int]]):
+    """The positions of each step's batch, from the step that training has reached: rank r takes the r-th share."""
+
+    def __init__(self, *, first: int, steps: int, batch_size: int, rank: int, world_size: int) -> None:
+        self.first, self.steps, self.batch_size = first, steps, batch_size
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self) -> int:
+        return self.steps  # of the whole run, since Lightning counts the steps before a restart as well
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first, self.steps):
+            start = (step * self.world_size + self.rank) * self.batch_size
+            yield list(range(start, start + self.batch_size))
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stacks tensors; `index` and `position` stay lists of numbers, which no device needs."""
+    kept: dict[str, Any] = {
+        name: [sample.pop(name) for sample in samples] for name in ("index", "position") if name in samples[0]
+    }
+    batch: dict[str, Tensor] = default_collate(samples)
+    return {**batch, **kept}
+
+
+class SampleData(LightningDataModule):
+    """Training batches by step, validation batches from the held-out split (with a seed that no evaluation uses)."""
+
+    def __init__(self, config: DataConfig, *, seed: int, steps: int, batch_size: int, with_cues: bool) -> None:
+        super().__init__()
+        self.config, self.seed, self.steps, self.batch_size = config, seed, steps, batch_size
+        self.with_cues = with_cues
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        assert self.trainer is not None
+        samples = scene_data(self.config, "train", self.seed, self.config.samples, self.with_cues)
+        sampler = StepSampler(
+            first=self.trainer.global_step,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+        )
+        return DataLoader(
+            Positions(samples),
+            batch_sampler=sampler,
+            num_workers=self.config.workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=False,
+        )
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        samples = scene_data(self.config, "test", self.seed + 1, self.config.validation, self.with_cues)
+        return DataLoader(samples, batch_size=self.batch_size, num_workers=0, collate_fn=collate)

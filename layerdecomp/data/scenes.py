@@ -1,0 +1,183 @@
+"""Embedded data: scenes of one object in front of a background, made on the fly from what the wheels bundle.
+
+Each sample is a pure function of (seed, split, index), so that workers, processes and runs agree, and the places where
+scenes are random (scene, mask, cue dropout, inpainting mask) have streams of their own: two configs that differ in the
+masks alone show the same scenes.
+
+A scene from back to front: a background (photograph or procedural texture), perhaps a bystander, the object, perhaps an
+occluder. The bystander and the occluder are made like the object, so that "looks pasted" does not tell which thing is
+to be removed; both stay in the background of the sample. The splits share no seed and no photograph; the test split has
+other glyphs, and two families of shapes (crescents and silhouettes) that training never sees.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from layerdecomp.data.shapes import Matte, draw_shape, inpainting_mask, placed, scaled, whole_shape
+from layerdecomp.data.textures import Picture, photograph_crop, procedural
+from layerdecomp.errors import InputError
+from layerdecomp.imaging.compositing import over
+from layerdecomp.imaging.cues import CUES, compute_cues
+from layerdecomp.imaging.masks import MaskConfig, imperfect_mask
+
+SPLITS = ("train", "test")
+
+
+@dataclass
+class SceneConfig:
+    """What scenes contain."""
+
+    size: int = 128  # pixels, a multiple of 16
+    photograph_probability: float = 0.65  # that a background is a photograph; else it is procedural
+    bystander_probability: float = 0.35  # of another thing behind the object
+    occluder_probability: float = 0.35  # of another thing in front of the object
+    truncated_shapes: bool = False  # foregrounds end where an occluder begins, as if cut from photographs (ablation)
+    cue_dropout: float = 0.1  # probability that a cue is absent; training split only
+    masks: MaskConfig = field(default_factory=MaskConfig)
+
+
+class Scene(NamedTuple):
+    """The parts of a scene from back to front, in the ranges of a sample."""
+
+    background: Tensor  # (3, H, W), the bystander included
+    foreground: Tensor  # (4, H, W), the whole object
+    occluder: Tensor  # (4, H, W), fully transparent where there is none
+
+
+class Scenes(Dataset[dict[str, Any]]):
+    """A map-style data set of `length` scenes.
+
+    A sample has, as float32: image (3, H, W) in [-1, 1]; mask (1, H, W) in {0, 1}, imperfect, 1 = object; foreground
+    (4, H, W), straight RGB in [-1, 1] and alpha in [0, 1]; background (3, H, W), the scene without the object; occluder
+    (1, H, W), alpha of what stands in front of the object; inpaint_mask (1, H, W) in {0, 1}, random shapes that have
+    nothing to do with the object; cues (M, 3, H, W) in [-1, 1]. Further cues_present (M,), bool in the order of `CUES`,
+    and index. Where occluder is 0, image = foreground over background. Without `with_cues`, all cues are absent.
+
+    Raises InputError for an unknown split, a negative seed, or a size that is not a positive multiple of 16, and
+    IndexError for an index outside [0, length).
+    """
+
+    def __init__(self, config: SceneConfig, split: str, seed: int, length: int, with_cues: bool = True) -> None:
+        if split not in SPLITS:
+            raise InputError(f"split: found {split!r}, expected one of {', '.join(SPLITS)}; correct it")
+        if seed < 0:
+            raise InputError(f"seed: found {seed}, expected 0 or more; correct it")
+        if config.size < 16 or config.size % 16:
+            raise InputError(f"size of the scenes: found {config.size}, expected a positive multiple of 16; correct it")
+        self.config, self.split, self.seed, self.length, self.with_cues = config, split, seed, length, with_cues
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self.length:
+            raise IndexError(f"scene {index} of {self.length}")
+        sequence = np.random.SeedSequence([self.seed, SPLITS.index(self.split), index])
+        scene_rng, mask_rng, cue_rng, inpaint_rng = (np.random.default_rng(child) for child in sequence.spawn(4))
+        background, foreground, occluder = make_scene(scene_rng, self.config, self.split)
+        image = over(occluder, over(foreground, background))
+        visible = foreground[3:] * (1 - occluder[3:])
+        alpha = visible if self.config.truncated_shapes else foreground[3:]
+        cues, cues_present = self._cues(image, cue_rng)
+        return {
+            "image": image,
+            "mask": _plane(imperfect_mask(visible[0].numpy(), mask_rng, self.config.masks)),
+            # Colour under alpha 0 is arbitrary, but it must not tell what the truncated object looked like.
+            "foreground": torch.cat([foreground[:3] * (alpha > 0), alpha]),
+            "background": over(occluder, background),
+            "occluder": occluder[3:],
+            "inpaint_mask": _plane(inpainting_mask(inpaint_rng, self.config.size)),
+            "cues": cues,
+            "cues_present": cues_present,
+            "index": index,
+        }
+
+    def _cues(self, image: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        if not self.with_cues:
+            return torch.zeros(len(CUES), *image.shape), torch.zeros(len(CUES), dtype=torch.bool)
+        cues, present = compute_cues(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+        if self.split == "train":
+            present &= rng.random(len(CUES)) >= self.config.cue_dropout
+            cues[~present] = 0
+        return torch.from_numpy(cues), torch.from_numpy(present)
+
+
+def make_scene(rng: np.random.Generator, config: SceneConfig, split: str) -> Scene:
+    """Draw a scene, and everything in it, at random."""
+    background = _colour(_texture(rng, config.size, split, config.photograph_probability))
+    area = np.exp(rng.uniform(np.log(0.05), np.log(0.45)))  # log-uniform: as many small objects as large ones
+    foreground = _thing(rng, config.size, split, area)
+    if rng.random() < config.bystander_probability:
+        bystander = _thing(rng, config.size, split, rng.uniform(0.03, 0.2))
+        if (bystander[3] * foreground[3]).sum() < 0.5 * bystander[3].sum():  # what is mostly hidden cannot be guessed
+            background = over(bystander, background)
+    occluder = torch.zeros_like(foreground)
+    if rng.random() < config.occluder_probability:
+        occluder = _occluder(rng, config.size, split, foreground[3].numpy())
+    return Scene(background, foreground, occluder)
+
+
+def _texture(rng: np.random.Generator, size: int, split: str, photograph_probability: float) -> Picture:
+    return photograph_crop(rng, size, split) if rng.random() < photograph_probability else procedural(rng, size)
+
+
+def _thing(rng: np.random.Generator, size: int, split: str, area: float) -> Tensor:
+    """Make a thing (4, H, W) that lies inside the picture: two in three opaque, else soft-edged or half-transparent."""
+    matte = whole_shape(rng, size, split, area)
+    rgb = _lit(_texture(rng, size, split, photograph_probability=0.5), matte, rng)
+    kind = rng.random()
+    if kind < 0.18:
+        return _layer(rgb, _blurred(matte, rng.uniform(0.006, 0.025) * size))
+    if kind < 0.33:
+        return _layer(rgb, matte * np.float32(rng.uniform(0.4, 0.85)))
+    return _layer(rgb, matte)
+
+
+def _occluder(rng: np.random.Generator, size: int, split: str, alpha: Matte) -> Tensor:
+    """Make an opaque thing (4, H, W) that covers 10 to 50 % of the object, or nothing where no tried place does."""
+    stamp = scaled(draw_shape(rng, size, split), float(alpha.mean()) * rng.uniform(0.4, 1.2), rng, size)
+    rgb = _texture(rng, size, split, photograph_probability=0.5)
+    for row, column in rng.choice(np.argwhere(alpha > 0.2), 12):
+        # Any pixel of the stamp's box may lie on this pixel of the object.
+        left, top = np.round((column, row) - rng.random(2) * stamp.size).astype(int).tolist()
+        matte = placed(stamp, left, top, size)
+        if 0.1 <= (alpha * matte).sum() / alpha.sum() <= 0.5:
+            return _layer(_lit(rgb, matte, rng), matte)
+    return torch.zeros(4, size, size)
+
+
+def _lit(rgb: Picture, matte: Matte, rng: np.random.Generator) -> Picture:
+    """Leave a texture flat, or (one in two) shade it as if the thing were rounded off at its edge, lit from a side."""
+    if rng.random() < 0.5:
+        return rgb
+    size = len(matte)
+    height = _blurred(matte, rng.uniform(0.02, 0.06) * size)
+    slope_y, slope_x = np.gradient(0.05 * size * height)
+    angle, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0.4, 1.0)
+    light = np.cos(angle) * slope_x + np.sin(angle) * slope_y
+    return np.asarray(np.clip(rgb * (1 + strength * light)[..., None], 0, 1), np.float32)
+
+
+def _blurred(matte: Matte, radius: float) -> Matte:
+    image = Image.fromarray(np.round(matte * 255).astype(np.uint8))
+    return np.asarray(image.filter(ImageFilter.GaussianBlur(radius)), dtype=np.float32) / np.float32(255)
+
+
+def _layer(rgb: Picture, alpha: Matte) -> Tensor:
+    return torch.cat([_colour(rgb), _plane(alpha)])
+
+
+def _colour(picture: Picture) -> Tensor:
+    """Map (H, W, 3) in [0, 1] to (3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))) * 2 - 1
+
+
+def _plane(values: NDArray[np.float32] | NDArray[np.bool_]) -> Tensor:
+    return torch.from_numpy(values[None].astype(np.float32))

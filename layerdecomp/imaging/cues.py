@@ -1,0 +1,38 @@
+"""Cue maps: hints about the whole picture that the context fusion condenses into a few tokens."""
+
+import numpy as np
+from numpy.typing import NDArray
+from skimage.color import rgb2gray
+from skimage.feature import canny
+from skimage.segmentation import felzenszwalb
+
+CUES = ("edge", "segmentation", "depth")
+
+
+def compute_cues(image: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Compute the cue maps of an RGB image (H, W, 3).
+
+    Returns the maps (len(CUES), 3, H, W) in [-1, 1] and which of them are present (len(CUES),); an absent one is zeros.
+    Depth is always absent here, because its estimator needs weights.
+    """
+    cues = np.zeros((len(CUES), 3, *image.shape[:2]), dtype=np.float32)
+    cues[CUES.index("edge")] = edge_map(image)
+    cues[CUES.index("segmentation")] = segmentation_map(image)
+    return cues, np.array([cue != "depth" for cue in CUES])
+
+
+def edge_map(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Canny edges (1, H, W) of an RGB image (H, W, 3): 1 on an edge, -1 elsewhere."""
+    return np.where(canny(rgb2gray(image), sigma=1.0), 1, -1).astype(np.float32)[None]
+
+
+def segmentation_map(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Segments of an RGB image (H, W, 3), each painted with its mean colour: (3, H, W) in [-1, 1].
+
+    Graph-based segmentation, which needs no weights (Felzenszwalb and Huttenlocher, IJCV 2004).
+    """
+    labels = felzenszwalb(image, scale=200, sigma=0.8, min_size=image.shape[0] * image.shape[1] // 500).ravel()
+    pixels = image.reshape(-1, 3)
+    counts = np.bincount(labels)
+    means = np.stack([np.bincount(labels, pixels[:, channel]) / counts for channel in range(3)])
+    return (means[:, labels].reshape(3, *image.shape[:2]) / 127.5 - 1).astype(np.float32)

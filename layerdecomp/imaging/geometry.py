@@ -1,0 +1,61 @@
+"""Between pictures of any size and the tensors a model takes, and where background pixels are the input's own."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.transforms.v2.functional import gaussian_blur
+
+from layerdecomp.imaging.layers import Pixels
+
+
+def to_tensor(pixels: Pixels) -> Tensor:
+    """(H, W, C) uint8 -> (1, C, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(pixels.copy()).movedim(-1, 0)[None].float() / 127.5 - 1
+
+
+def to_pixels(pictures: Tensor) -> NDArray[np.uint8]:
+    """(C, H, W) in [-1, 1] -> (H, W, C) uint8, rounded."""
+    return ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(0, -1).cpu().numpy()
+
+
+def resize(pictures: Tensor, size: tuple[int, int]) -> Tensor:
+    """(..., C, H, W) -> (..., C, *size), antialiased when it shrinks; unchanged where the size already fits."""
+    if pictures.shape[-2:] == size:
+        return pictures
+    flat = pictures.reshape(-1, *pictures.shape[-3:])
+    resized = F.interpolate(flat, size, mode="bicubic", antialias=True)
+    return resized.reshape(*pictures.shape[:-2], *size)
+
+
+def fitted_size(size: tuple[int, int], max_side: int) -> tuple[int, int]:
+    """(height, width) shrunk, its aspect kept, so that the longer side is at most `max_side`."""
+    scale = min(1.0, max_side / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def pad_to_multiple(pictures: Tensor, multiple: int) -> Tensor:
+    """Extends (..., H, W) at the bottom and right by reflection, until both sides are multiples."""
+    for axis in (-2, -1):
+        length = pictures.shape[axis]
+        period = max(1, 2 * length - 2)  # reflecting again and again, for sides shorter than what is added
+        places = torch.arange(-(-length // multiple) * multiple) % period
+        pictures = pictures.index_select(axis, torch.minimum(places, period - places).to(pictures.device))
+    return pictures
+
+
+def grow_and_feather(mask: Tensor, grow: float, feather: float) -> Tensor:
+    """A soft place around a mask (B, 1, H, W) in {0, 1}: 1 on it and `grow` around it, fading outside over `feather`.
+
+    Both are shares of the longer side; (B, 1, H, W) in [0, 1].
+    """
+    longer = max(mask.shape[-2:])
+    radius = round(grow * longer)
+    wide = F.max_pool2d(mask, 2 * radius + 1, stride=1, padding=radius)
+    reach = round(feather * longer)
+    if reach == 0:
+        return wide
+    wider = F.max_pool2d(wide, 2 * reach + 1, stride=1, padding=reach)  # so that the fade lies outside
+    kernel = min(2 * reach + 1, 2 * (min(mask.shape[-2:]) // 2) - 1)
+    return wider if kernel < 3 else torch.maximum(gaussian_blur(wider, [kernel, kernel]), wide)

@@ -1,0 +1,139 @@
+"""What goes in and out of a decomposition: pictures and masks read from files, the two layers written to files."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from layerdecomp.errors import InputError
+
+logger = logging.getLogger(__name__)
+Pixels = NDArray[np.uint8]
+Picture = str | Path | Image.Image | Pixels
+
+
+def read_image(source: Picture) -> Pixels:
+    """A picture as (H, W, 3) uint8, its EXIF rotation applied, 16 bits reduced to 8, transparency laid over white."""
+    picture = _open(source)
+    if picture.mode.startswith(("I;16", "I")) or picture.mode == "F":
+        deep = np.asarray(picture, dtype=np.float64)
+        picture = Image.fromarray((deep / (257 if deep.max(initial=0) > 255 else 1)).clip(0, 255).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return np.asarray(picture.convert("RGB"))
+
+
+def read_mask(source: Picture, size: tuple[int, int] | None = None) -> NDArray[np.bool_]:
+    """A mask as (H, W) bool, True where the object is.
+
+    Grey 128 and above is the object. A mask with an alpha channel that says anything is read from that channel (so a
+    mask painted on a transparent layer works, whatever its colour), and a log line says so.
+
+    Args:
+        size: (height, width) that the mask must have.
+
+    Raises:
+        InputError: the file cannot be read, is in colour, has another size, or marks nothing or everything.
+    """
+    name = str(source) if isinstance(source, str | Path) else "mask"
+    picture = _open(source)
+    levels = _mask_levels(picture, name)
+    mask = levels >= 128
+    if size is not None and mask.shape != size:
+        raise InputError(
+            f"{name} is {mask.shape[1]} x {mask.shape[0]} pixels, the image {size[1]} x {size[0]}; "
+            "expected equal sizes: scale the mask to the image"
+        )
+    if mask.all() or not mask.any():
+        state = "full: it marks every pixel" if mask.all() else "empty: no pixel is 128 or brighter"
+        raise InputError(f"{name} is {state}; expected white (or opaque) on the object and black elsewhere")
+    return mask
+
+
+def _mask_levels(picture: Image.Image, name: str) -> Pixels:
+    if picture.has_transparency_data:
+        alpha = np.asarray(picture.convert("RGBA").getchannel("A"))
+        if alpha.min() != alpha.max():
+            logger.warning("%s has an alpha channel; opaque pixels are read as the object", name)
+            return alpha
+    if picture.mode in ("1", "L", "LA"):
+        return np.asarray(picture.convert("L"))
+    if picture.mode.startswith("I") or picture.mode == "F":
+        return read_image(picture)[..., 0]
+    rgb = np.asarray(picture.convert("RGB")).astype(np.int16)
+    if (rgb.max(axis=-1) - rgb.min(axis=-1)).max() > 8:  # JPEG leaves a grey picture slightly coloured
+        raise InputError(f"{name} is in colour; expected grey levels, white = object, or a painted alpha channel")
+    return rgb[..., 1].astype(np.uint8)
+
+
+def _open(source: Picture) -> Image.Image:
+    if isinstance(source, np.ndarray):
+        if source.dtype == np.bool_:
+            source = source.astype(np.uint8) * 255
+        if source.dtype != np.uint8 or source.ndim not in (2, 3):
+            raise InputError(f"an array of {source.dtype} and shape {source.shape}; expected uint8 (H, W[, 3 or 4])")
+        return Image.fromarray(source)
+    if isinstance(source, Image.Image):
+        return ImageOps.exif_transpose(source)
+    if not Path(source).is_file():
+        raise InputError(f"{source} does not exist; expected an image file")
+    try:
+        with Image.open(source) as picture:
+            picture.load()
+            return ImageOps.exif_transpose(picture)
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{source} cannot be read as an image ({error}); expected PNG, JPEG, WebP or TIFF") from error
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The two layers of a picture, uint8, at the picture's own size."""
+
+    image: Pixels  # (H, W, 3), what was decomposed
+    mask: NDArray[np.bool_]  # (H, W)
+    background: Pixels  # (H, W, 3)
+    foreground: Pixels  # (H, W, 4), straight alpha
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes background.png, foreground.png and preview.png into `folder`, each beside its name, then renamed."""
+        folder = Path(folder)
+        pictures = {"background": self.background, "foreground": self.foreground, "preview": self.preview()}
+        partial = folder / ".partial.png"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, pixels in pictures.items():
+                Image.fromarray(pixels).save(partial)
+                os.replace(partial, folder / f"{name}.png")
+        except OSError as error:
+            raise InputError(
+                f"{folder} cannot be written ({error}); free some space or choose another `out`"
+            ) from error
+        finally:
+            if folder.is_dir():
+                partial.unlink(missing_ok=True)
+        return folder
+
+    def preview(self, gap: int = 8) -> Pixels:
+        """(H, 4 W + gaps, 3): the picture with the mask's place tinted, background, foreground, both recomposed."""
+        tint = np.array([255, 64, 64])
+        marked = np.where(self.mask[..., None], self.image * 0.5 + tint * 0.5, self.image)
+        alpha = self.foreground[..., 3:] / 255
+        rgb = self.foreground[..., :3].astype(float)
+        height, width = self.mask.shape
+        cell = max(4, min(height, width) // 16)
+        rows, columns = np.indices((height, width)) // cell
+        board = np.where((rows + columns) % 2, 200.0, 255.0)[..., None]
+        panels = [
+            marked,
+            self.background,
+            rgb * alpha + board * (1 - alpha),
+            rgb * alpha + self.background * (1 - alpha),
+        ]
+        white = np.full((height, gap, 3), 255.0)
+        strips = [part for panel in panels for part in (panel, white)][:-1]
+        return np.concatenate(strips, axis=1).round().astype(np.uint8)

@@ -1,0 +1,144 @@
+"""Imperfect masks: what a person's brush or a segmentation network gives instead of the true matte of an object."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from scipy.ndimage import distance_transform_edt
+from scipy.spatial import ConvexHull, QhullError
+from skimage.measure import approximate_polygon, find_contours
+
+Mask = NDArray[np.bool_]  # (H, W), True = object
+
+# Distances below are fractions of the object's extent, the square root of its area: errors grow with the object.
+
+
+@dataclass
+class MaskConfig:
+    """How often each kind of mask is made: relative weights, at least one above 0."""
+
+    exact: float = 1.0
+    dilated: float = 2.0
+    eroded: float = 2.0
+    polygon: float = 2.0  # a few straight clicks around the object; holes are filled
+    hull: float = 1.0  # the convex hull
+    low_resolution: float = 2.0  # blocks, as from a coarse attention map
+    shifted: float = 1.5
+    holes: float = 1.5  # parts of the object are missed
+    spill: float = 1.5  # parts of the surroundings are included
+
+
+def imperfect_mask(alpha: NDArray[np.floating], rng: np.random.Generator, config: MaskConfig | None = None) -> Mask:
+    """Make an imperfect mask (H, W) of an object from its visible matte `alpha` (H, W) in [0, 1].
+
+    The exact mask is where alpha exceeds half of its largest value, so that a half-transparent object has one too. The
+    result is never empty and never full: a kind that would give either (or one that needs more pixels than the
+    object has) gives the exact mask instead. `alpha` itself must be neither empty nor full.
+    """
+    exact = alpha > 0.5 * alpha.max()
+    assert exact.any() and not exact.all(), "the matte is empty or full"
+    config = config or MaskConfig()
+    kinds = [field.name for field in fields(config)]
+    weights = np.array([getattr(config, kind) for kind in kinds])
+    kind = kinds[rng.choice(len(kinds), p=weights / weights.sum())]
+    mask = _KINDS[kind](exact, rng)
+    return mask if mask.any() and not mask.all() else exact
+
+
+def _exact(mask: Mask, rng: np.random.Generator) -> Mask:
+    return mask
+
+
+def _dilated(mask: Mask, rng: np.random.Generator) -> Mask:
+    return np.asarray(_distance_inside(~mask) <= rng.uniform(0.03, 0.18) * _extent(mask))
+
+
+def _eroded(mask: Mask, rng: np.random.Generator) -> Mask:
+    depth = _distance_inside(mask)
+    threshold = rng.uniform(0.1, 0.4) * depth.max()  # a fraction of the depth, so that thin objects survive
+    return np.asarray(depth > threshold)
+
+
+def _polygon(mask: Mask, rng: np.random.Generator) -> Mask:
+    # The padding closes contours that touch the border.
+    contours = find_contours(np.pad(mask, 1).astype(np.float32), 0.5)
+    tolerance = rng.uniform(0.08, 0.2) * _extent(mask)
+    outlines = [approximate_polygon(contour, tolerance) - 1 for contour in contours]
+    return _filled(mask, [outline for outline in outlines if len(outline) > 3])
+
+
+def _hull(mask: Mask, rng: np.random.Generator) -> Mask:
+    points = np.argwhere(mask)
+    try:
+        return _filled(mask, [points[ConvexHull(points).vertices]])
+    except QhullError:  # all points lie on a line
+        return mask
+
+
+def _low_resolution(mask: Mask, rng: np.random.Generator) -> Mask:
+    height, width = mask.shape
+    cell = max(2.0, rng.uniform(0.1, 0.35) * _extent(mask))
+    image = Image.fromarray(mask.astype(np.uint8) * 255)
+    blocks = image.resize((round(width / cell), round(height / cell)), Image.Resampling.BOX)
+    return np.asarray(blocks.resize((width, height), Image.Resampling.NEAREST)) > 100
+
+
+def _shifted(mask: Mask, rng: np.random.Generator) -> Mask:
+    angle, distance = rng.uniform(0, 2 * np.pi), rng.uniform(0.05, 0.2) * _extent(mask)
+    rows, columns = round(distance * np.sin(angle)), round(distance * np.cos(angle))
+    margin = max(abs(rows), abs(columns))
+    rolled = np.roll(np.pad(mask, margin), (rows, columns), axis=(0, 1))
+    return rolled[margin : margin + mask.shape[0], margin : margin + mask.shape[1]]
+
+
+def _holes(mask: Mask, rng: np.random.Generator) -> Mask:
+    return mask & ~_discs(mask, rng, _extent(mask))
+
+
+def _spill(mask: Mask, rng: np.random.Generator) -> Mask:
+    rim = (_distance_inside(mask) < 2) & mask
+    return mask | _discs(rim, rng, _extent(mask))
+
+
+def _extent(mask: Mask) -> float:
+    return float(np.sqrt(mask.sum()))
+
+
+def _distance_inside(mask: Mask) -> NDArray[np.float64]:
+    """Distance (H, W) of every True pixel to the nearest False one; 0 for False pixels."""
+    return np.asarray(distance_transform_edt(mask))
+
+
+def _discs(centres: Mask, rng: np.random.Generator, extent: float) -> Mask:
+    """Draw one to four ellipses whose centres are True pixels of `centres`."""
+    image = Image.new("L", centres.shape[::-1])
+    draw = ImageDraw.Draw(image)
+    candidates = np.argwhere(centres)
+    for row, column in rng.choice(candidates, rng.integers(1, 5)):
+        width, height = rng.uniform(0.08, 0.28, 2) * extent
+        draw.ellipse((column - width, row - height, column + width, row + height), fill=255)
+    return np.asarray(image) > 0
+
+
+def _filled(like: Mask, outlines: list[NDArray[np.floating]]) -> Mask:
+    """Fill closed outlines of (row, column) points, holes included, in a mask as large as `like`."""
+    image = Image.new("L", like.shape[::-1])
+    draw = ImageDraw.Draw(image)
+    for outline in outlines:
+        draw.polygon([(column, row) for row, column in outline.tolist()], fill=255)
+    return np.asarray(image) > 0
+
+
+_KINDS: dict[str, Callable[[Mask, np.random.Generator], Mask]] = {
+    "exact": _exact,
+    "dilated": _dilated,
+    "eroded": _eroded,
+    "polygon": _polygon,
+    "hull": _hull,
+    "low_resolution": _low_resolution,
+    "shifted": _shifted,
+    "holes": _holes,
+    "spill": _spill,
+}

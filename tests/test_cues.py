@@ -1,0 +1,43 @@
+"""Cue maps of pictures whose edges and segments are known."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from layerdecomp.imaging.cues import CUES, compute_cues, edge_map, segmentation_map
+
+
+def _two_halves() -> NDArray[np.uint8]:
+    """Red on the left, blue on the right, with a little noise; 64 x 96."""
+    image = np.zeros((64, 96, 3), dtype=np.uint8)
+    image[:, :48], image[:, 48:] = (200, 40, 40), (40, 40, 200)
+    return image + np.random.default_rng(0).integers(0, 4, image.shape, dtype=np.uint8)
+
+
+def test_order_shapes_ranges_and_the_absent_depth() -> None:
+    cues, present = compute_cues(_two_halves())
+    assert CUES == ("edge", "segmentation", "depth")
+    assert cues.shape == (3, 3, 64, 96) and cues.dtype == np.float32 and np.abs(cues).max() <= 1
+    assert present.tolist() == [True, True, False]
+    assert not cues[2].any() and cues[:2].any(axis=(1, 2, 3)).all()
+
+
+def test_edges_are_where_the_colour_changes() -> None:
+    edges = edge_map(np.asarray(_two_halves()))[0]
+    assert set(np.unique(edges)) == {-1, 1}
+    assert (edges[4:-4, 46:50].max(axis=1) == 1).all()
+    assert (edges[:, :40] == -1).all() and (edges[:, 56:] == -1).all()
+
+
+def test_edge_cue_has_three_equal_channels() -> None:
+    edge = compute_cues(_two_halves())[0][0]
+    assert (edge == edge[:1]).all() and (edge == 1).any()
+
+
+def test_segments_have_the_mean_colour_of_what_they_cover() -> None:
+    image = _two_halves()
+    segments = segmentation_map(image)
+    for part in (np.s_[:, :48], np.s_[:, 48:]):
+        mean = image[part].reshape(-1, 3).mean(axis=0) / 127.5 - 1
+        painted = segments[(slice(None), *part)].reshape(3, -1)
+        np.testing.assert_allclose(painted[:, len(painted[0]) // 2], mean, atol=0.05)
+        assert len(np.unique(painted[0])) <= 3

@@ -1,0 +1,110 @@
+"""Imperfect masks: each kind errs in its own way, and none is ever empty or full."""
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from layerdecomp.imaging.masks import MaskConfig, imperfect_mask
+
+KINDS = [field.name for field in fields(MaskConfig)]
+
+
+def _only(kind: str) -> MaskConfig:
+    return MaskConfig(**{name: float(name == kind) for name in KINDS})
+
+
+def _matte(size: int = 64) -> NDArray[np.float32]:
+    """A half-transparent disc that lacks its upper right quarter, so that neither polygon nor hull is exact."""
+    y, x = np.mgrid[:size, :size] / size - 0.5
+    inside = (np.hypot(x, y) < 0.35) & ~((x > 0) & (y < 0))
+    return np.asarray(0.6 * inside, np.float32)
+
+
+def _masks(kind: str, alpha: NDArray[np.float32], count: int = 20) -> NDArray[np.bool_]:
+    return np.stack([imperfect_mask(alpha, np.random.default_rng(seed), _only(kind)) for seed in range(count)])
+
+
+def _iou(masks: NDArray[np.bool_], truth: NDArray[np.bool_]) -> NDArray[np.float64]:
+    return np.asarray((masks & truth).sum(axis=(1, 2)) / (masks | truth).sum(axis=(1, 2)))
+
+
+def test_exact_is_the_visible_part() -> None:
+    alpha = _matte()
+    assert (_masks("exact", alpha) == (alpha > 0.3)).all()
+
+
+@pytest.mark.parametrize("kind", ["dilated", "hull", "spill"])
+def test_kinds_that_only_add(kind: str) -> None:
+    truth = _matte() > 0.3
+    masks = _masks(kind, _matte())
+    assert (masks | ~truth).all()
+    assert (masks.sum(axis=(1, 2)) > truth.sum()).mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", ["eroded", "holes"])
+def test_kinds_that_only_remove(kind: str) -> None:
+    truth = _matte() > 0.3
+    masks = _masks(kind, _matte())
+    assert (~masks | truth).all()
+    assert (masks.sum(axis=(1, 2)) < truth.sum()).all()
+
+
+def test_the_hull_fills_half_of_the_missing_quarter() -> None:
+    mask = _masks("hull", _matte(), 1)[0]
+    assert mask[28, 36] and not mask[14, 50]
+
+
+def test_shifted_has_the_same_area() -> None:
+    truth = _matte() > 0.3
+    masks = _masks("shifted", _matte())
+    assert (masks.sum(axis=(1, 2)) == truth.sum()).all()
+    assert not (masks == truth).all(axis=(1, 2)).any()
+
+
+def test_low_resolution_has_few_different_columns() -> None:
+    for mask in _masks("low_resolution", _matte(128), 5):
+        assert len(np.unique(mask, axis=1).T) <= 8
+        changes = np.flatnonzero((mask[1:] != mask[:-1]).any(axis=1))
+        assert np.diff(changes).min() >= 4
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "exact"])
+def test_every_kind_is_wrong_but_useful(kind: str) -> None:
+    alpha = _matte(128)
+    iou = _iou(_masks(kind, alpha), alpha > 0.3)
+    assert 0.5 < iou.mean() < 0.97
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", ["one pixel", "one row", "all but one pixel", "at the border"])
+def test_never_empty_never_full(kind: str, case: str) -> None:
+    alpha = np.zeros((48, 32), dtype=np.float32)
+    if case == "one pixel":
+        alpha[20, 10] = 1
+    elif case == "one row":
+        alpha[20, 3:30] = 0.4
+    elif case == "all but one pixel":
+        alpha[:] = 1
+        alpha[5, 5] = 0
+    else:
+        alpha[:20, :12] = 1
+    masks = _masks(kind, alpha, 10)
+    assert masks.dtype == bool and masks.shape == (10, 48, 32)
+    assert masks.any(axis=(1, 2)).all() and not masks.all(axis=(1, 2)).any()
+
+
+def test_the_generator_decides_and_kinds_vary() -> None:
+    alpha = _matte()
+    first, second = (
+        np.stack([imperfect_mask(alpha, np.random.default_rng(seed)) for seed in range(30)]) for _ in range(2)
+    )
+    assert (first == second).all()
+    assert len(np.unique(first.reshape(30, -1), axis=0)) > 20
+
+
+def test_an_empty_or_full_matte_is_a_bug_of_the_caller() -> None:
+    for alpha in (np.zeros((16, 16), np.float32), np.ones((16, 16), np.float32)):
+        with pytest.raises(AssertionError):
+            imperfect_mask(alpha, np.random.default_rng(0))

@@ -1,0 +1,48 @@
+"""Photographs come from the wheel and not from the network; textures are varied and in range."""
+
+import numpy as np
+import pytest
+import skimage.data
+
+from layerdecomp.data.textures import PHOTOGRAPHS, photograph, photograph_crop, procedural
+from layerdecomp.errors import InputError
+
+
+def test_splits_share_no_photograph() -> None:
+    assert not set(PHOTOGRAPHS["train"]) & set(PHOTOGRAPHS["test"])
+    assert set(PHOTOGRAPHS["test"]) == {"coffee.png", "rocket.jpg"}
+
+
+@pytest.mark.parametrize("name", [name for split in PHOTOGRAPHS.values() for name in split])
+def test_photographs_are_bundled_and_halved(name: str) -> None:
+    levels = photograph(name)
+    assert min(levels[0].size) >= 300 and 128 <= min(levels[-1].size) < 256
+    assert np.asarray(levels[-1]).std() > 5
+    assert photograph(name) is levels
+
+
+def test_levels_are_the_photograph_itself() -> None:
+    assert (np.asarray(photograph("coffee.png")[0]) == skimage.data.coffee()).all()
+
+
+def test_a_missing_photograph_is_named() -> None:
+    with pytest.raises(InputError, match="nowhere.png"):
+        photograph("nowhere.png")
+
+
+@pytest.mark.parametrize("size", [16, 128, 512])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_crops(size: int, split: str) -> None:
+    crops = np.stack([photograph_crop(np.random.default_rng(seed), size, split) for seed in range(12)])
+    assert crops.shape == (12, size, size, 3) and crops.dtype == np.float32
+    assert crops.min() >= 0 and crops.max() <= 1
+    assert crops.std(axis=(1, 2, 3)).mean() > 0.1
+    assert len({crop.tobytes() for crop in crops}) == 12
+
+
+def test_procedural_textures() -> None:
+    textures = np.stack([procedural(np.random.default_rng(seed), 64) for seed in range(60)])
+    assert textures.shape == (60, 64, 64, 3) and textures.dtype == np.float32
+    assert textures.min() >= 0 and textures.max() <= 1
+    assert textures.std(axis=(1, 2)).max(axis=1).min() > 0.02  # none is plain
+    assert (procedural(np.random.default_rng(7), 64) == textures[7]).all()
