@@ -1,0 +1,62 @@
+"""Metrics of the background layer, one value per image.
+
+Images are (B, 3, H, W) in [-1, 1]. Every function returns (B,) and holds NaN where an image does not define the metric.
+"""
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from layerdecomp.metrics.region import mean_over
+
+DATA_RANGE = 2.0  # of images in [-1, 1]
+PSNR_CEILING = 100.0  # dB; an exact copy would be infinite, and so would every mean it enters
+
+_SSIM_SIGMA = 1.5
+_SSIM_RADIUS = 5  # the Gaussian is cut at 3.5 sigma
+
+
+def psnr(prediction: Tensor, target: Tensor, region: Tensor | None = None) -> Tensor:
+    """Peak signal-to-noise ratio in dB, at most PSNR_CEILING.
+
+    The error is averaged per image, never over the batch: the published figures are means of per-image values.
+
+    Args:
+        prediction, target: (B, 3, H, W) in [-1, 1].
+        region: (B, 1, H, W) bool, the pixels that count; None means all of them.
+
+    Returns:
+        (B,); NaN for an image whose region is empty.
+    """
+    if region is None:
+        region = torch.ones_like(target[:, :1], dtype=torch.bool)
+    error = mean_over((prediction - target).square(), region)
+    return (10 * torch.log10(DATA_RANGE**2 / error)).clamp(max=PSNR_CEILING)
+
+
+def ssim(prediction: Tensor, target: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004): Gaussian window, sigma 1.5, 11 x 11, K1 0.01, K2 0.03, mean over RGB.
+
+    Equal to scikit-image's ``structural_similarity`` with ``gaussian_weights=True, use_sample_covariance=False`` on
+    images in [0, 1]: the range matters, because SSIM compares means as ratios. As there, the outermost 5 pixels, whose
+    windows leave the image, do not count; torchmetrics averages them in, with reflected content.
+
+    Args:
+        prediction, target: (B, 3, H, W) in [-1, 1], H and W at least 11.
+
+    Returns:
+        (B,) in [-1, 1].
+    """
+    assert min(target.shape[-2:]) > 2 * _SSIM_RADIUS, f"SSIM needs more than {2 * _SSIM_RADIUS} pixels a side"
+    with torch.autocast(target.device.type, enabled=False):  # bf16 convolutions would ruin the variances
+        _, similarity = structural_similarity_index_measure(
+            (prediction + 1) / 2,
+            (target + 1) / 2,
+            gaussian_kernel=True,
+            sigma=_SSIM_SIGMA,
+            data_range=1.0,
+            reduction="none",
+            return_full_image=True,
+        )
+    inside = slice(_SSIM_RADIUS, -_SSIM_RADIUS)
+    return similarity[..., inside, inside].mean(dim=(1, 2, 3))

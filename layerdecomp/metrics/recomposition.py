@@ -1,0 +1,23 @@
+"""Whether the two layers together give the photograph back."""
+
+from torch import Tensor
+
+from layerdecomp.imaging.compositing import over
+from layerdecomp.metrics import background as background_metrics
+
+
+def psnr(foreground: Tensor, background: Tensor, image: Tensor, *, occluder: Tensor) -> Tensor:
+    """PSNR in dB of the foreground over the background against the image.
+
+    Where another thing stands in front of the object the image shows that thing and the composite shows the object,
+    both rightly; only pixels where the occluder's alpha is 0 count.
+
+    Args:
+        foreground: (B, 4, H, W), straight RGB in [-1, 1], alpha in [0, 1].
+        background, image: (B, 3, H, W) in [-1, 1].
+        occluder: (B, 1, H, W) in [0, 1].
+
+    Returns:
+        (B,); NaN for an image that the occluder covers completely.
+    """
+    return background_metrics.psnr(over(foreground, background), image, occluder == 0)
