@@ -1,0 +1,208 @@
+"""The root configs, one per job, and how they are read.
+
+Defaults and types are dataclasses beside the code that uses them; a YAML file holds what differs; `key=value` on the
+command line comes last. A key that nobody knows, or a value of the wrong type, is an error that names it.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from layerdecomp.comparison import EvaluateConfig
+from layerdecomp.data.datamodule import DataConfig
+from layerdecomp.decomposer import DecomposerConfig, SampleConfig, WeightFiles
+from layerdecomp.errors import InputError
+from layerdecomp.flow import FlowConfig
+from layerdecomp.models.autoencoder import AutoencoderConfig
+from layerdecomp.models.mmdit import MMDiTConfig
+
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclass
+class TrainConfig:
+    """How long, on what and how often."""
+
+    steps: int = 7200
+    batch_size: int = 8  # per process
+    draws: int = 1  # of time and noise per sample: more where encoding a sample costs more than the transformer
+    devices: int = 1
+    nodes: int = 1
+    strategy: str = "auto"  # as Lightning names them: auto, ddp, ...
+    precision: str = "auto"  # auto: bf16-mixed where the device computes in it, else 32-true
+    checkpoint_every: int = 500  # steps
+    validate_every: int = 500  # steps
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "draws", "devices", "nodes", "checkpoint_every", "validate_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"train.{name} is {getattr(self, name)}; expected at least 1")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW."""
+
+    lr: float = 5e-5
+    warmup: int = 0  # steps over which the rate rises from 0
+    decay: bool = False  # cosine, to 2 % at the last step
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 0.0
+    clip: float = 1.0  # norm of the whole gradient
+
+
+@dataclass
+class RunConfig:
+    """What every job has."""
+
+    job: str = ""
+    name: str = "run"
+    run_dir: str = "runs/${name}"
+    seed: int = 0
+    resume: str = "auto"  # auto: go on with an unfinished run of the same config; never: start anew; or a checkpoint
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+@dataclass
+class FlowJobConfig(RunConfig):
+    """What the jobs that train by flow matching share."""
+
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    weights: WeightFiles = field(default_factory=WeightFiles)
+
+
+@dataclass
+class DecomposerJobConfig(FlowJobConfig, DecomposerConfig):
+    """Adapt a frozen inpainting transformer to layer decomposition."""
+
+    training_guidance: float = 1.0  # the scale fed to guidance-distilled models while they are adapted
+
+
+@dataclass
+class AutoencoderJobConfig(RunConfig):
+    """Train an autoencoder: RGB from nothing, or RGBA from a trained RGB one."""
+
+    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)  # of an RGB one; RGBA takes `extend`'s
+    extend: str | None = None  # weights of the RGB autoencoder that an RGBA one starts from
+    kl: float = 1e-4  # weight of the latents' divergence from a standard normal, per latent
+    anchor: float = 1.0  # RGBA: weight of staying in the RGB autoencoder's latent space on opaque pictures
+
+
+@dataclass
+class InpainterJobConfig(FlowJobConfig):
+    """Train a small inpainting base from nothing."""
+
+    model: MMDiTConfig = field(default_factory=MMDiTConfig)
+
+
+JOBS: dict[str, type[Any]] = {
+    "decomposer": DecomposerJobConfig,
+    "autoencoder": AutoencoderJobConfig,
+    "inpainter": InpainterJobConfig,
+}
+# What may change when a run is continued: none of it changes what is computed.
+RESUMABLE: frozenset[str] = frozenset({"resume", "run_dir", "data.workers", "train.checkpoint_every"})
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
+    """The config dataclass of a job from a YAML file and `key=value` overrides.
+
+    Raises:
+        InputError: the file is missing or no YAML, a key is unknown (with the nearest known one), a value of another
+            type, or a combination that its class refuses.
+    """
+    given = _read_yaml(Path(path))
+    job = given.get("job")
+    if job not in JOBS:
+        raise InputError(f"{path}: job is {job!r}; expected one of {', '.join(JOBS)}")
+    return merge_config(JOBS[job], [(str(path), given)], overrides)
+
+
+def merge_config(
+    defaults: ConfigT | type[ConfigT], files: Sequence[tuple[str, DictConfig]], overrides: Sequence[str]
+) -> ConfigT:
+    """A config dataclass: its defaults, then each named file's content, then each `key=value` over them."""
+    merged = OmegaConf.structured(defaults)
+    sources = [*files, *((f"argument {text!r}", _parse_override(text)) for text in overrides)]
+    known = sorted(_dotted(OmegaConf.to_container(merged)))
+    for name, source in sources:
+        for key in _dotted(OmegaConf.to_container(source)):
+            _check_known(key, known, name)
+        try:
+            merged = OmegaConf.merge(merged, source)
+        except (OmegaConfBaseException, ValueError) as error:
+            raise InputError(f"{name}: {_first_line(error)}; expected the type of its default") from error
+    try:
+        return cast(ConfigT, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise InputError(f"{', '.join(name for name, _ in sources)}: {_first_line(error)}") from error
+
+
+def save_config(path: Path, config: RunConfig) -> None:
+    """Writes a config with every default spelled out."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+
+
+def changed_keys(config: RunConfig, path: Path) -> list[str]:
+    """The keys that matter to results in which a config differs from one written by `save_config`."""
+    before = _dotted(OmegaConf.to_container(_read_yaml(path)))
+    now = _dotted(asdict(config))
+    return sorted(key for key in before.keys() | now.keys() if key not in RESUMABLE and before.get(key) != now.get(key))
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise InputError(f"config {path} does not exist; configs/ has {_yaml_names()}")
+    try:
+        content = OmegaConf.load(path)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"config {path} is not readable YAML: {error}") from error
+    if not isinstance(content, DictConfig):
+        raise InputError(f"config {path}: found a list or a single value, expected keys and values")
+    return content
+
+
+def _yaml_names() -> str:
+    return ", ".join(sorted(path.name for path in Path("configs").glob("*.yaml"))) or "no files here"
+
+
+def _parse_override(text: str) -> DictConfig:
+    key, separator, _ = text.partition("=")
+    if not separator or not key:
+        raise InputError(f"argument {text!r}: expected key=value")
+    try:
+        return OmegaConf.from_dotlist([text])
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise InputError(f"argument {text!r}: {_first_line(error)}") from error
+
+
+def _dotted(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def _check_known(key: str, known: list[str], source: str) -> None:
+    if key in known:
+        return
+    sections = [name for name in known if name.startswith(f"{key}.")]
+    if sections:
+        raise InputError(f"{source}: {key} is a section; expected one of its keys: {', '.join(sections)}")
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+    raise InputError(f"{source}: unknown key {key}; the nearest known one is {nearest}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

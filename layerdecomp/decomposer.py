@@ -1,0 +1,436 @@
+"""The parts composed: a picture and a mask go in, a clean background and a whole foreground come out."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from layerdecomp.conditioning import (
+    LATENT_FACTOR,
+    TOKEN_FACTOR,
+    ConditioningConfig,
+    context,
+    contexts,
+    masked_images,
+    pack,
+    position_ids,
+    unpack,
+)
+from layerdecomp.errors import InputError
+from layerdecomp.flow import FlowConfig
+from layerdecomp.imaging.compositing import from_autoencoder, to_autoencoder
+from layerdecomp.imaging.cues import CUES, compute_cues
+from layerdecomp.imaging.geometry import fitted_size, grow_and_feather, pad_to_multiple, resize, to_pixels, to_tensor
+from layerdecomp.imaging.layers import Layers, Picture, read_image, read_mask
+from layerdecomp.models.autoencoder import Autoencoder
+from layerdecomp.models.context_fusion import ContextFusion, ContextFusionConfig
+from layerdecomp.models.lora import LoRAConfig, inject_lora
+from layerdecomp.models.mmdit import MMDiT
+from layerdecomp.sampling import euler, schedule
+from layerdecomp.weights import (
+    FORMAT_VERSION,
+    LICENCE,
+    Adapter,
+    Metadata,
+    check_keys,
+    config_from,
+    file_sha256,
+    find_weights,
+    load_autoencoder,
+    load_mmdit,
+    open_safetensors,
+)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class SampleConfig:
+    """How layers are drawn from the model."""
+
+    steps: int = 28
+    guidance: float = 30.0  # FLUX.1-Fill is distilled to take the scale as an input; tiny models ignore it
+    max_side: int = 1024  # larger pictures are decomposed at this size, the layers brought back
+    keep_pixels: bool = True  # the background outside the object's surroundings is the input itself
+    grow: float = 0.015  # by how much the object's place grows before that, and over how much it
+    feather: float = 0.01  # fades; both as shares of the longer side
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the transformer is told about a batch: everything but the noisy tokens and the time."""
+
+    told: Tensor  # (B, layers * L, 320): the background's tokens, then the foreground's
+    ids: Tensor  # (layers * L, 3)
+    fused: Tensor | None = None  # (B, N, D)
+
+    def repeat(self, count: int) -> "Context":
+        """The context of a batch in which every sample stands `count` times."""
+        fused = None if self.fused is None else self.fused.repeat_interleave(count, 0)
+        return Context(self.told.repeat_interleave(count, 0), self.ids, fused)
+
+
+@dataclass
+class WeightFiles:
+    """Where the frozen parts lie."""
+
+    transformer: str = "checkpoints/tiny/transformer.safetensors"
+    autoencoder: str = "checkpoints/tiny/autoencoder.safetensors"
+    rgba_autoencoder: str = "checkpoints/tiny/rgba_autoencoder.safetensors"
+    prompt: str | None = None  # tensors txt (T, context_in_dim) and vec (vec_in_dim); null: one token of zeros
+
+
+class Prompt(nn.Module):
+    """The embedding of the one (empty) prompt that every sample shares, never trained."""
+
+    txt: Tensor
+    vec: Tensor
+
+    def __init__(self, txt: Tensor, vec: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("txt", txt, persistent=False)  # (T, context_in_dim)
+        self.register_buffer("vec", vec, persistent=False)  # (vec_in_dim,)
+
+    @classmethod
+    def load(cls, path: str | None, transformer: MMDiT) -> "Prompt":
+        """The embedding in a safetensors file with tensors txt and vec; zeros if there is no path."""
+        config = transformer.config
+        if path is None:
+            return cls(torch.zeros(1, config.context_in_dim), torch.zeros(config.vec_in_dim))
+        with open_safetensors(path) as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            tokens = found.get("txt", (512,))[0]
+            expected = {"txt": (tokens, config.context_in_dim), "vec": (config.vec_in_dim,)}
+            check_keys(path, found, expected, "a prompt embedding for this transformer")
+            return cls(file.get_tensor("txt"), file.get_tensor("vec"))
+
+    def inputs(self, batch: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The transformer's text arguments for a batch."""
+        txt = self.txt.to(dtype).expand(batch, -1, -1)
+        return {"txt": txt, "txt_ids": txt.new_zeros(txt.shape[1], 3), "y": self.vec.to(dtype).expand(batch, -1)}
+
+
+class Decomposer(nn.Module):
+    """Background by inpainting inside the mask, foreground by outpainting outside it, drawn together.
+
+    "From Inpainting to Layer Decomposition" (arXiv 2511.20996): both layers' tokens form one sequence of the adapted
+    transformer, told apart by position and by what their context lets them see.
+    """
+
+    def __init__(
+        self,
+        *,
+        transformer: MMDiT,
+        autoencoder: Autoencoder,
+        rgba_autoencoder: Autoencoder,
+        context_fusion: ContextFusion | None,
+        prompt: Prompt,
+        conditioning: ConditioningConfig,
+        flow: FlowConfig,
+        sample: SampleConfig,
+    ) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.autoencoder = autoencoder
+        self.rgba_autoencoder = rgba_autoencoder
+        self.context_fusion = context_fusion
+        self.prompt = prompt
+        self.conditioning = conditioning
+        self.flow = flow
+        self.sample = sample
+
+    @torch.no_grad()
+    def encode_targets(self, background: Tensor, foreground: Tensor) -> Tensor:
+        """Packed latents (B, 2L, 64) of a background (B, 3, H, W) and a straight foreground (B, 4, H, W)."""
+        z_b = self.autoencoder.encode(background)
+        z_f = self.rgba_autoencoder.encode(to_autoencoder(foreground))
+        return torch.cat([pack(z_b), pack(z_f)], dim=1)
+
+    def encode(
+        self, image: Tensor, mask: Tensor, cues: Tensor | None = None, cues_present: Tensor | None = None
+    ) -> Context:
+        """The context of a batch.
+
+        Args:
+            image: (B, 3, H, W) in [-1, 1], H and W multiples of 16.
+            mask: (B, 1, H, W) in {0, 1}, 1 = object.
+            cues: maps (B, M, 3, H, W) in [-1, 1]; not needed without context fusion.
+            cues_present: which of them are there, (B, M) bool.
+        """
+        pictures = torch.stack(masked_images(image, mask), dim=1)
+        if self.context_fusion is not None:
+            assert cues is not None and cues_present is not None
+            pictures = torch.cat([pictures, cues], dim=1)
+        with torch.no_grad():  # all pictures of a batch at once: (B, 2 + M, C, H / 8, W / 8)
+            latents = rearrange(
+                self.autoencoder.encode(pictures.flatten(0, 1)), "(B M) C h w -> B M C h w", B=len(image)
+            )
+        told = contexts(latents[:, 0], latents[:, 1], mask, self.conditioning)
+        ids = torch.cat([token_ids(image, layer) for layer in (0, 1)])
+        if self.context_fusion is None:
+            return Context(told, ids)
+        tokens = torch.stack([pack(cue) for cue in latents[:, 2:].unbind(1)], dim=1)  # (B, M, L, 64)
+        return Context(told, ids, self.context_fusion(tokens, cues_present, token_ids(image, layer=0)))
+
+    def velocity(self, x: Tensor, context: Context, timesteps: Tensor, guidance: float | None = None) -> Tensor:
+        """Velocity (B, 2L, 64) of both layers' tokens.
+
+        Args:
+            x: noisy packed latents (B, 2L, 64): the background's, then the foreground's.
+            timesteps: (B,) in [0, 1], 1 = pure noise.
+            guidance: scale for models that embed it; `sample.guidance` unless given.
+        """
+        guidance = self.sample.guidance if guidance is None else guidance
+        return predict_velocity(self.transformer, self.prompt, x, context, timesteps, guidance)
+
+    @torch.no_grad()
+    def draw(self, batch: Mapping[str, Tensor], noise: Tensor, steps: int | None = None) -> tuple[Tensor, Tensor]:
+        """Both layers of a batch.
+
+        Args:
+            batch: image, mask, cues, cues_present as in `encode`.
+            noise: standard normal (B, 2, 16, H/8, W/8): the background's, then the foreground's.
+            steps: Euler steps; `sample.steps` unless given.
+
+        Returns:
+            background (B, 3, H, W) in [-1, 1] and straight foreground (B, 4, H, W).
+        """
+        context = self.encode(batch["image"], batch["mask"], batch.get("cues"), batch.get("cues_present"))
+        x = torch.cat([pack(noise[:, 0]), pack(noise[:, 1])], dim=1)
+        timesteps = schedule(steps or self.sample.steps, x.shape[1] // 2, self.flow).to(x)
+        x = euler(lambda x, t: self.velocity(x, context, t), x, timesteps)
+        z_b, z_f = (unpack(tokens, *noise.shape[-2:]) for tokens in x.chunk(2, dim=1))
+        background = self.autoencoder.decode(z_b).float().clamp(-1, 1)
+        return background, from_autoencoder(self.rgba_autoencoder.decode(z_f).float())
+
+    def finish(self, batch: Mapping[str, Tensor], background: Tensor, foreground: Tensor) -> Tensor:
+        """The background with the input's own pixels wherever the object is not, if `sample.keep_pixels`.
+
+        The object is where the mask says so, and where the foreground that was found says that the mask missed a part.
+        """
+        return keep_pixels(
+            batch["image"], torch.maximum(batch["mask"], foreground[:, 3:].round()), background, self.sample
+        )
+
+    def decompose(
+        self,
+        image: Picture,
+        mask: Picture,
+        steps: int | None = None,
+        seed: int = 0,
+        cues: NDArray[np.float32] | None = None,
+    ) -> Layers:
+        """Splits a picture of any size.
+
+        Args:
+            image: path, PIL image or uint8 array (H, W, 3).
+            mask: the same, as `read_mask` reads it, of the image's size.
+            steps: Euler steps; `sample.steps` unless given.
+            seed: of the noise; the same seed gives the same layers.
+            cues: maps (M, 3, H, W) in [-1, 1] in the order of `CUES`, all present, instead of those computed here.
+
+        Returns:
+            `Layers` at the image's own size.
+
+        Raises:
+            InputError: a file cannot be read, or mask and image do not go together.
+        """
+        if steps is not None and steps < 1:
+            raise InputError(f"steps is {steps}; expected at least 1")
+        pixels = read_image(image)
+        marked = read_mask(mask, pixels.shape[:2])
+        size = fitted_size(pixels.shape[:2], self.sample.max_side)
+        full = {"image": to_tensor(pixels), "mask": torch.from_numpy(marked).float()[None, None]}
+        batch = {name: resize(picture, size) for name, picture in full.items()}
+        # a thin object must not vanish when the picture shrinks
+        batch["mask"] = (batch["mask"] >= min(0.5, float(batch["mask"].max()))).float()
+        batch |= self._cues(batch["image"], cues)
+        device = self.prompt.vec.device
+        padded = {k: v if k == "cues_present" else pad_to_multiple(v, TOKEN_FACTOR) for k, v in batch.items()}
+        rows, columns = (side // LATENT_FACTOR for side in padded["image"].shape[-2:])
+        noise = torch.randn(1, 2, 16, rows, columns, generator=torch.Generator().manual_seed(seed))
+        drawn = self.draw({name: value.to(device) for name, value in padded.items()}, noise.to(device), steps)
+        background, foreground = (resize(layer[..., : size[0], : size[1]].cpu(), marked.shape) for layer in drawn)
+        background = self.finish(full, background, foreground.clamp(-1, 1))
+        rgba = torch.cat([foreground[:, :3], 2 * foreground[:, 3:] - 1], dim=1)
+        return Layers(pixels, marked, to_pixels(background[0]), to_pixels(rgba[0]))
+
+    def _cues(self, image: Tensor, given: NDArray[np.float32] | None) -> dict[str, Tensor]:
+        if self.context_fusion is None:
+            return {}
+        if given is None:
+            computed, present = compute_cues(to_pixels(image[0]))
+            return {"cues": torch.from_numpy(computed)[None], "cues_present": torch.from_numpy(present)[None]}
+        if given.ndim != 4 or given.shape[:2] != (len(CUES), 3):
+            raise InputError(
+                f"cues of shape {given.shape}; expected ({len(CUES)}, 3, H, W), the maps {', '.join(CUES)}"
+            )
+        maps = resize(torch.from_numpy(given).float()[None], (image.shape[-2], image.shape[-1]))
+        return {"cues": maps, "cues_present": torch.ones(1, len(CUES), dtype=torch.bool)}
+
+    def adapter(self, metadata: Metadata) -> Adapter:
+        """The trained tensors, under the names of the adapter file."""
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        return Adapter({name.removeprefix("transformer."): p for name, p in trained.items()}, metadata)
+
+    def load_adapter(self, adapter: Adapter, path: str | Path) -> None:
+        """Fills in the trained tensors; `InputError` unless they are exactly those of this model."""
+        own = self.adapter({}).tensors
+        check_keys(path, _shapes(adapter.tensors), _shapes(own), "this decomposer")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(adapter.tensors[name])
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", **files: str
+    ) -> "Decomposer":
+        """The decomposer that an adapter file describes, ready to sample.
+
+        Args:
+            path: adapter.safetensors.
+            dtype: of the frozen parts; float32 unless given.
+            files: other places for the frozen parts (transformer=, autoencoder=, rgba_autoencoder=, prompt=).
+
+        Raises:
+            InputError: a file is missing or does not fit, or the base is not the one that was adapted.
+        """
+        adapter, config = describe_adapter(path, **files)
+        decomposer = build_decomposer(config, dtype, device)
+        decomposer.load_adapter(adapter, path)
+        return decomposer.requires_grad_(False).eval()
+
+
+@dataclass
+class DecomposerConfig:
+    """Everything that describes a decomposer; an adapter's metadata hold it as JSON, field by field."""
+
+    weights: WeightFiles = field(default_factory=WeightFiles)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    fusion: ContextFusionConfig = field(default_factory=ContextFusionConfig)
+    conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def to_metadata(self) -> Metadata:
+        described = {f.name: json.dumps(asdict(getattr(self, f.name))) for f in fields(DecomposerConfig)}
+        base = Path(self.weights.transformer)
+        facts = {"format_version": FORMAT_VERSION, "base_model": base.name, "base_sha256": file_sha256(base)}
+        return {
+            **facts,
+            **described,
+            "modified": "yes: LoRA and input projection added to the base",
+            "licence": LICENCE,
+        }
+
+
+def describe_adapter(path: str | Path, **files: str) -> tuple[Adapter, DecomposerConfig]:
+    """An adapter file and the decomposer it belongs to, the paths of whose frozen parts exist and fit.
+
+    Paths are looked for as they stand, beside the adapter and in the repository; `files` names other ones.
+
+    Raises:
+        InputError: a file is missing, or the base is not the one that was adapted.
+    """
+    path = Path(path)
+    adapter = Adapter.load(path)
+    config = DecomposerConfig()
+    for part in fields(DecomposerConfig):
+        kind: type[Any] = type(getattr(config, part.name))
+        setattr(config, part.name, config_from(kind, adapter.metadata.get(part.name), f"{path}: {part.name}"))
+    for name, value in {**asdict(config.weights), **files}.items():
+        if value is not None:
+            setattr(config.weights, name, str(find_weights(value, [path.parent, REPOSITORY])))
+    found, expected = file_sha256(Path(config.weights.transformer)), adapter.metadata.get("base_sha256", "unknown")
+    if found != expected:
+        raise InputError(
+            f"{config.weights.transformer} is not the base of {path}: sha256 {found[:12]}..., expected "
+            f"{expected[:12]}...; name the right file with transformer="
+        )
+    return adapter, config
+
+
+def build_decomposer(config: DecomposerConfig, dtype: torch.dtype | None = None, device: str = "cpu") -> Decomposer:
+    """The whole architecture on a page: frozen parts from their files, what is trained in float32."""
+    transformer = load_mmdit(config.weights.transformer, dtype=dtype, device=device)
+    inject_lora(transformer, config.lora)
+    transformer.img_in.float().requires_grad_(True)
+    fusion = ContextFusion(config.fusion, transformer.config.hidden_size) if config.fusion.enabled else None
+    return Decomposer(
+        transformer=transformer,
+        autoencoder=load_autoencoder(config.weights.autoencoder, dtype=dtype, device=device),
+        rgba_autoencoder=load_autoencoder(config.weights.rgba_autoencoder, dtype=dtype, device=device),
+        context_fusion=fusion,
+        prompt=Prompt.load(config.weights.prompt, transformer),
+        conditioning=config.conditioning,
+        flow=config.flow,
+        sample=config.sample,
+    ).to(device)
+
+
+def token_ids(image: Tensor, layer: int) -> Tensor:
+    """Positions (L, 3) of the tokens of one layer of an image (B, C, H, W)."""
+    rows, columns = (side // TOKEN_FACTOR for side in image.shape[-2:])
+    return position_ids(rows, columns, layer, device=image.device)
+
+
+def predict_velocity(
+    transformer: MMDiT, prompt: Prompt, x: Tensor, context: Context, timesteps: Tensor, guidance: float
+) -> Tensor:
+    """Velocity (B, S, 64) of noisy tokens x (B, S, 64) in their context."""
+    return transformer(
+        img=torch.cat([x, context.told.to(x.dtype)], dim=-1),
+        img_ids=context.ids,
+        timesteps=timesteps,
+        guidance=torch.full_like(timesteps, guidance),
+        fused=context.fused,
+        **prompt.inputs(x.shape[0], x.dtype),
+    )
+
+
+@torch.no_grad()
+def inpaint(
+    transformer: MMDiT,
+    autoencoder: Autoencoder,
+    prompt: Prompt,
+    image: Tensor,
+    mask: Tensor,
+    noise: Tensor,
+    flow: FlowConfig,
+    sample: SampleConfig,
+) -> Tensor:
+    """What the frozen base does: fill the mask.
+
+    Args:
+        image: (B, 3, H, W) in [-1, 1], H and W multiples of 16.
+        mask: (B, 1, H, W) in {0, 1}, 1 = to be filled.
+        noise: standard normal (B, 16, H/8, W/8).
+
+    Returns:
+        The filled picture (B, 3, H, W) in [-1, 1], all of it as the autoencoder renders it.
+    """
+    hole, _ = masked_images(image, mask)
+    told = Context(context(autoencoder.encode(hole), mask), token_ids(image, layer=0))
+    x = pack(noise)
+    timesteps = schedule(sample.steps, x.shape[1], flow).to(x)
+    x = euler(lambda x, t: predict_velocity(transformer, prompt, x, told, t, sample.guidance), x, timesteps)
+    return autoencoder.decode(unpack(x, *noise.shape[-2:])).float().clamp(-1, 1)
+
+
+def keep_pixels(image: Tensor, place: Tensor, painted: Tensor, sample: SampleConfig) -> Tensor:
+    """What was painted in and around a place (B, 1, H, W) in {0, 1}, the image elsewhere, if `sample.keep_pixels`."""
+    if not sample.keep_pixels:
+        return painted
+    share = grow_and_feather(place, sample.grow, sample.feather)
+    return share * painted + (1 - share) * image
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

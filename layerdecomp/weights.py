@@ -1,0 +1,210 @@
+"""Weight files: strict reading, atomic writing, and the adapter file.
+
+Every name and shape must fit; what does not is listed in one `InputError`. Nothing here unpickles.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from omegaconf import OmegaConf
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from layerdecomp.errors import InputError
+from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
+from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
+
+FORMAT_VERSION = "1"
+LICENCE = (
+    "Weights derived from FLUX.1-Fill-dev are governed by the FLUX.1 [dev] Non-Commercial License and are marked as "
+    "modified; weights of the tiny track were trained from nothing and are Apache-2.0."
+)
+Metadata = dict[str, str]
+ConfigT = TypeVar("ConfigT")
+
+
+def read_metadata(path: str | Path) -> Metadata:
+    """The string metadata of a safetensors file; `InputError` if the file is missing, truncated or not safetensors."""
+    with open_safetensors(path) as file:
+        return dict(file.metadata() or {})
+
+
+def open_safetensors(path: str | Path, device: str = "cpu") -> Any:
+    """`safetensors.safe_open`, with errors that name the file."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; expected one .safetensors file")
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; put the file there or name another (see checkpoints/README.md)")
+    try:
+        return safe_open(path, framework="pt", device=device)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: {_why_unreadable(path)} ({error}); download or export it again") from error
+
+
+def _why_unreadable(path: Path) -> str:
+    """What is wrong with a file that safetensors refuses."""
+    size = path.stat().st_size
+    if size < 8:
+        return f"only {size} bytes long, not a safetensors file"
+    with path.open("rb") as file:
+        (header_size,) = struct.unpack("<Q", file.read(8))
+        try:
+            header = json.loads(file.read(min(header_size, 100_000_000)))
+            end = 8 + header_size + max(entry["data_offsets"][1] for name, entry in header.items() if name[0] != "_")
+        except (ValueError, KeyError, TypeError, IndexError):
+            return f"not a safetensors file, or its header is cut off ({size:,} bytes)"
+    return f"truncated: {size:,} bytes found, {end:,} expected" if size < end else "damaged"
+
+
+@cache
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
+    """Writes a safetensors file beside its final name, then renames it, so that no half-written file is ever seen."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        partial.chmod(0o666 & ~_umask())  # safetensors writes files that nobody else can read
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} could not be written ({error}); free some space or choose another folder") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@cache
+def _umask() -> int:
+    mask = os.umask(0)  # the only way to read it is to set it
+    os.umask(mask)
+    return mask
+
+
+def check_keys(
+    path: str | Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], what: str
+) -> None:
+    """Raises one `InputError` that lists every kind of misfit between a file's tensors and a model's."""
+    misfits = [
+        ("missing", [name for name in expected if name not in found]),
+        ("unexpected", [name for name in found if name not in expected]),
+        (
+            "of another shape",
+            [
+                f"{name} {list(found[name])} for {list(expected[name])}"
+                for name in expected
+                if name in found and found[name] != expected[name]
+            ],
+        ),
+    ]
+    lines = [f"  {len(names)} {kind}: {_first(names)}" for kind, names in misfits if names]
+    if lines:
+        raise InputError(
+            f"{path} does not fit {what}: {len(found)} tensors found, {len(expected)} expected\n" + "\n".join(lines)
+        )
+
+
+def _first(names: list[str], count: int = 10) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+def load_state(module: nn.Module, path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> None:
+    """Materialises `module`, built on the meta device, from a file that holds exactly its tensors."""
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    with open_safetensors(path, device) as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        check_keys(path, found, expected, f"this {type(module).__name__}")
+        state = {name: file.get_tensor(name).to(dtype or torch.float32) for name in expected}
+    module.load_state_dict(state, assign=True)
+
+
+def config_from(kind: type[ConfigT], text: str | None, where: str) -> ConfigT:
+    """A config dataclass from its JSON text in a file's metadata; the class's defaults where there is none."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(kind), json.loads(text or "{}"))
+    except ValueError as error:  # OmegaConf's and JSON's errors are both ValueErrors
+        raise InputError(f"{where}: its metadata does not describe a {kind.__name__}: {error}") from error
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, kind)
+    return config
+
+
+def load_mmdit(
+    path: str | Path, config: MMDiTConfig | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> MMDiT:
+    """The transformer of a single-file checkpoint, in `dtype` (float32 unless given), on `device`, frozen.
+
+    Without a `config`, the file's metadata say what model it is; a file without any is FLUX.1-Fill-dev.
+    """
+    with torch.device("meta"):
+        model = MMDiT(config or config_from(MMDiTConfig, read_metadata(path).get("config"), str(path)))
+    load_state(model, path, dtype, device)
+    return model.requires_grad_(False).eval()
+
+
+def load_autoencoder(
+    path: str | Path, config: AutoencoderConfig | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> Autoencoder:
+    """The autoencoder of a single-file checkpoint, in `dtype` (float32 unless given), on `device`, frozen.
+
+    Without a `config`, the file's metadata say what model it is; a file without any is FLUX's.
+    """
+    with torch.device("meta"):
+        model = Autoencoder(config or config_from(AutoencoderConfig, read_metadata(path).get("config"), str(path)))
+    load_state(model, path, dtype, device)
+    return model.requires_grad_(False).eval()
+
+
+def save_model(
+    path: str | Path, model: MMDiT | Autoencoder, metadata: Metadata, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Writes a single-file checkpoint under the published names, its config in the metadata."""
+    tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    common = {"format_version": FORMAT_VERSION, "config": json.dumps(asdict(model.config)), "licence": LICENCE}
+    save_tensors(path, tensors, {**common, **metadata})
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What training adds to the frozen parts: tensors by name, and the strings that say what they are."""
+
+    tensors: dict[str, Tensor]
+    metadata: Metadata
+
+    def save(self, path: str | Path) -> None:
+        save_tensors(path, self.tensors, self.metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Adapter":
+        """Reads an adapter file; `InputError` if it is none, or of a format that this version does not know."""
+        metadata = read_metadata(path)
+        if "lora" not in metadata or "weights" not in metadata:
+            raise InputError(f"{path} is not an adapter: its metadata name no lora and no weights")
+        if metadata.get("format_version") != FORMAT_VERSION:
+            found = metadata.get("format_version")
+            raise InputError(f"{path}: adapter format {found}, expected {FORMAT_VERSION}; update layerdecomp")
+        with open_safetensors(path) as file:
+            return cls({name: file.get_tensor(name) for name in file.keys()}, metadata)  # noqa: SIM118
+
+
+def find_weights(name: str, beside: Iterable[Path]) -> Path:
+    """A weight file by the name an adapter gives it: as it stands, or in one of the folders `beside`."""
+    candidates = [Path(name), *(folder / Path(name).name for folder in beside), *(folder / name for folder in beside)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    looked = ", ".join(str(candidate) for candidate in candidates)
+    raise InputError(f"{name} does not exist (looked at {looked}); checkpoints/README.md says which file to put where")
