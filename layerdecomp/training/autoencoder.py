@@ -1,0 +1,155 @@
+"""Training an autoencoder: RGB from nothing, or RGBA from a trained RGB one."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from layerdecomp.config import AutoencoderJobConfig
+from layerdecomp.data.datamodule import collate, scene_data
+from layerdecomp.evaluation import write_metrics
+from layerdecomp.flow import seeded_normal
+from layerdecomp.imaging.compositing import from_autoencoder, on_checkerboard, to_autoencoder
+from layerdecomp.imaging.geometry import to_pixels
+from layerdecomp.models.autoencoder import Autoencoder, extend_to_rgba
+from layerdecomp.training.base import Job
+from layerdecomp.weights import load_autoencoder, save_model
+
+# Mean and mean square of the colours of natural pictures in [-1, 1], which a foreground may be laid over (AlphaVAE,
+# arXiv 2507.09308).
+BACKGROUND_MEAN = (-0.0357, -0.0811, -0.1797)
+BACKGROUND_SQUARE = (0.3163, 0.3060, 0.3634)
+
+
+def composite_error(decoded: Tensor, target: Tensor) -> Tensor:
+    """The squared error of a foreground laid over a random background, in closed form: a scalar.
+
+    Both (B, 4, H, W) in autoencoder space: over b they make rgb + (1 - a) b, with rgb already multiplied by a.
+    With d the difference of rgb and e that of a, it is the mean of d^2 - 2 E[b] d e + E[b^2] e^2 (AlphaVAE).
+    """
+    d = decoded[:, :3] - target[:, :3]
+    e = (decoded[:, 3:] - target[:, 3:]) / 2  # alpha from [-1, 1] to [0, 1]
+    mean, square = (decoded.new_tensor(stat).view(3, 1, 1) for stat in (BACKGROUND_MEAN, BACKGROUND_SQUARE))
+    return (d.square() - 2 * mean * d * e + square * e.square()).mean()
+
+
+class AutoencoderJob(Job):
+    """Squared error, a little Kullback-Leibler divergence; an RGBA one also stays in the RGB one's latent space."""
+
+    run: AutoencoderJobConfig
+
+    def __init__(self, config: AutoencoderJobConfig) -> None:
+        super().__init__(config)
+        self.teacher: Autoencoder | None = None
+        if config.extend is not None:
+            self.teacher = load_autoencoder(config.extend)
+            self.autoencoder = extend_to_rgba(self.teacher).requires_grad_(True)
+        else:
+            self.autoencoder = Autoencoder(config.model)
+            torch.manual_seed(config.seed)
+            self.autoencoder.init_weights()
+        self.to(memory_format=torch.channels_last)
+
+    def pictures(self, batch: dict[str, Tensor]) -> Tensor:
+        """What an autoencoder of this kind has to reproduce, (B, 3 or 4, H, W) in [-1, 1]."""
+        if self.teacher is None:  # every fourth picture with a hole, as the transformer's context has
+            holes = batch["inpaint_mask"] * (torch.arange(len(batch["image"])) % 4 == 3).view(-1, 1, 1, 1).to(
+                self.device
+            )
+            pictures = batch["image"] * (1 - holes)
+        else:  # every fourth opaque
+            pictures = to_autoencoder(batch["foreground"])
+            pictures[::4] = F.pad(batch["image"][::4], (0, 0, 0, 0, 0, 1), value=1.0)
+        return pictures.contiguous(memory_format=torch.channels_last)
+
+    def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        pictures = self.pictures(batch)
+        mean, log_variance = self.autoencoder.posterior(pictures)
+        noise = seeded_normal(self.run.seed, batch["position"], mean.shape[1:]).to(mean)
+        decoded = self.autoencoder.decoder(mean + torch.exp(0.5 * log_variance) * noise).float()
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).float().mean()
+        losses = {"kl": kl}
+        if self.teacher is None:
+            losses["mse"] = F.mse_loss(decoded, pictures)
+            losses["loss"] = losses["mse"] + self.run.kl * kl
+        else:
+            losses["composite"] = composite_error(decoded, pictures)
+            losses["alpha"] = F.mse_loss(decoded[:, 3], pictures[:, 3])
+            losses["anchor"] = self._anchor(pictures, mean)
+            losses["loss"] = (
+                losses["composite"] + losses["alpha"] + self.run.anchor * losses["anchor"] + self.run.kl * kl
+            )
+        return losses
+
+    def _anchor(self, pictures: Tensor, mean: Tensor) -> Tensor:
+        """How far the latents of the opaque pictures have moved from the RGB autoencoder's."""
+        assert self.teacher is not None
+        with torch.no_grad():
+            anchor, _ = self.teacher.posterior(pictures[::4, :3])
+        return F.mse_loss(mean[::4].float(), anchor.float())
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        pictures = self.pictures(batch)
+        decoded = self.autoencoder.decode(self.autoencoder.encode(pictures)).float().clamp(-1, 1)
+        for name, value in reconstruction_metrics(decoded, pictures).items():
+            self.log(f"validation/{name}", value, prog_bar=True, sync_dist=True, batch_size=len(pictures))
+        if batch_idx == 0 and self.trainer.is_global_zero:
+            self.show("validation/reconstruction", reconstruction_grid(decoded, pictures))
+
+    def finish(self, run_dir: Path) -> None:
+        self.autoencoder.eval()
+        if self.teacher is None:
+            self.normalise_latents()
+        data = scene_data(self.run.data, "test", self.run.evaluate.seed, self.run.evaluate.samples, with_cues=False)
+        pictures = self.pictures(collate([data[i] for i in range(len(data))]))
+        with torch.no_grad():
+            decoded = torch.cat(
+                [self.autoencoder.decode(self.autoencoder.encode(x)) for x in torch.split(pictures, 16)]
+            )
+        results = {name: value.item() for name, value in reconstruction_metrics(decoded.clamp(-1, 1), pictures).items()}
+        for name, value in results.items():
+            print(f"{name} {value:.4f}  ({len(pictures)} held-out scenes)")
+        protocol = {
+            "data": self.run.data.source,
+            "split": "test",
+            "count": len(pictures),
+            "seed": self.run.evaluate.seed,
+        }
+        write_metrics(run_dir / "metrics.json", {"autoencoder": results}, protocol)
+        Image.fromarray(reconstruction_grid(decoded[:16].clamp(-1, 1), pictures[:16])).save(run_dir / "samples.png")
+        metadata = {"steps": str(self.run.train.steps), "seed": str(self.run.seed), "figures": json.dumps(results)}
+        save_model(run_dir / "autoencoder.safetensors", self.autoencoder, metadata)
+
+    @torch.no_grad()
+    def normalise_latents(self) -> None:
+        """Sets scale and shift so that the latents of training scenes have mean 0 and variance 1."""
+        data = scene_data(self.run.data, "train", self.run.seed, 64, with_cues=False)
+        images = collate([data[i] for i in range(64)])["image"].to(self.device)
+        mean, _ = self.autoencoder.posterior(images)
+        config = self.autoencoder.config
+        self.autoencoder.config = replace(
+            config, shift_factor=round(mean.mean().item(), 4), scale_factor=round(1 / mean.std().item(), 4)
+        )
+
+
+def reconstruction_metrics(decoded: Tensor, pictures: Tensor) -> dict[str, Tensor]:
+    """Mean PSNR in dB of (B, C, H, W) in [-1, 1]; with four channels, the colours' and alpha's mean error in [0, 1]."""
+    error = (decoded[:, :3] - pictures[:, :3]).square().mean(dim=(1, 2, 3))
+    metrics = {"psnr": (10 * torch.log10(4 / error.clamp(min=1e-10))).mean()}
+    if pictures.shape[1] == 4:
+        metrics["alpha_l1"] = (decoded[:, 3] - pictures[:, 3]).abs().mean() / 2
+    return metrics
+
+
+def reconstruction_grid(decoded: Tensor, pictures: Tensor, count: int = 8) -> Any:
+    """Pictures above, what became of them below; (2 H, count W, 3) uint8."""
+    rows = []
+    for row in (pictures[:count], decoded[:count]):
+        shown = row if row.shape[1] == 3 else on_checkerboard(from_autoencoder(row))
+        rows.append(torch.cat(list(shown.float()), dim=-1))
+    return to_pixels(torch.cat(rows, dim=-2))

@@ -1,0 +1,110 @@
+"""What the three jobs share: what a checkpoint holds, the optimizer, the log."""
+
+import math
+import time
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningModule
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.nn import Parameter
+
+from layerdecomp.config import FlowJobConfig, RunConfig
+from layerdecomp.flow import interpolate, sample_times, seeded_normal, velocity_target
+from layerdecomp.weights import check_keys
+
+
+class Job(LightningModule):
+    """A training job. Its checkpoints hold the trained tensors only: the frozen ones have files of their own."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__()
+        self.run = config
+        self._step_started: float | None = None
+
+    @abstractmethod
+    def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The scalar to minimise, under "loss", and others worth a curve."""
+
+    @abstractmethod
+    def finish(self, run_dir: Path) -> None:
+        """Writes what the run is for into its directory: weights, metrics, pictures. Called on one rank."""
+
+    def noisy(self, z: Tensor, tokens: int, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Draws times and noise for packed latents z (B, S, 64), `train.draws` of each per sample.
+
+        Args:
+            tokens: of one layer, which the shift of times goes by.
+            positions: of the samples in the whole of training.
+
+        Returns:
+            noisy latents (B * draws, S, 64), times (B * draws,) and the velocities to predict (B * draws, S, 64); every
+            draw is a pure function of the seed and the sample's position.
+        """
+        assert isinstance(self.run, FlowJobConfig)
+        draws = self.run.train.draws
+        noise = seeded_normal(self.run.seed, positions, (draws, *z.shape[1:]), stream=0).to(z).flatten(0, 1)
+        normal = seeded_normal(self.run.seed, positions, (draws,), stream=1).to(z).flatten()
+        z, t = z.repeat_interleave(draws, 0), sample_times(normal, tokens, self.run.flow)
+        return interpolate(z, noise, t), t, velocity_target(z, noise)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        losses = self.loss(batch)
+        size = len(batch["position"])
+        for name, value in losses.items():
+            self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", sync_dist=True, batch_size=size)
+        self._log_rate(size * self.trainer.world_size)
+        return losses["loss"]
+
+    def _log_rate(self, samples: int) -> None:
+        now = time.perf_counter()
+        if self._step_started is not None:
+            self.log("samples/s", samples / (now - self._step_started), prog_bar=True, batch_size=samples)
+        self._step_started = now
+
+    def on_validation_start(self) -> None:
+        self._step_started = None  # the next step's rate would count the validation
+
+    def trained(self) -> Iterator[tuple[str, Parameter]]:
+        return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        return {name: parameter.detach() for name, parameter in self.trained()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        own = dict(self.trained())
+        check_keys(
+            "the checkpoint",
+            {name: tuple(tensor.shape) for name, tensor in state_dict.items()},
+            {name: tuple(parameter.shape) for name, parameter in own.items()},
+            "this run's model",
+        )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state_dict[name])
+
+    def configure_optimizers(self) -> Any:
+        config = self.run.optim
+        parameters = [parameter for _, parameter in self.trained()]
+        betas = (config.betas[0], config.betas[1])
+        optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _rate(self, step: int) -> float:
+        """The learning rate of a step, as a share of `optim.lr`."""
+        config, steps = self.run.optim, self.run.train.steps
+        rise = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+        if not config.decay:
+            return rise
+        return rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
+    def show(self, tag: str, grid: np.ndarray) -> None:
+        """Puts a picture (H, W, 3) uint8 on TensorBoard, if that is where the run logs."""
+        if isinstance(self.logger, TensorBoardLogger):
+            self.logger.experiment.add_image(tag, grid, self.global_step, dataformats="HWC")

@@ -1,0 +1,69 @@
+"""Adapting the frozen inpainting base to layer decomposition: LoRA, input projection and context fusion."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerdecomp.comparison import compare
+from layerdecomp.conditioning import LATENT_FACTOR
+from layerdecomp.config import DecomposerJobConfig
+from layerdecomp.data.datamodule import scene_data
+from layerdecomp.decomposer import build_decomposer
+from layerdecomp.evaluation import comparison_grid
+from layerdecomp.flow import flow_loss, seeded_normal
+from layerdecomp.metrics.layers import LayerMetrics
+from layerdecomp.training.base import Job
+from layerdecomp.weights import load_mmdit
+
+
+class DecomposerJob(Job):
+    """Mean squared error to the velocity of both layers, which share the time."""
+
+    run: DecomposerJobConfig
+
+    def __init__(self, config: DecomposerJobConfig) -> None:
+        super().__init__(config)
+        torch.manual_seed(config.seed)  # LoRA's and the fusion's first weights
+        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        self.decomposer = build_decomposer(config, dtype)
+        self.metrics = LayerMetrics()
+
+    def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        context = self.decomposer.encode(batch["image"], batch["mask"], batch["cues"], batch["cues_present"])
+        z = self.decomposer.encode_targets(batch["background"], batch["foreground"]).float()  # (B, 2L, 64)
+        x, t, target = self.noisy(z, z.shape[1] // 2, batch["position"])
+        velocity = self.decomposer.velocity(x, context.repeat(self.run.train.draws), t, self.run.training_guidance)
+        layers = zip(("background", "foreground"), velocity.chunk(2, 1), target.chunk(2, 1), strict=True)
+        losses = {name: flow_loss(predicted, true) for name, predicted, true in layers}
+        return {"loss": (losses["background"] + losses["foreground"]) / 2, **losses}
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        rows, columns = (side // LATENT_FACTOR for side in batch["image"].shape[-2:])
+        noise = seeded_normal(self.run.evaluate.seed, batch["index"], (2, 16, rows, columns)).to(self.device)
+        background, foreground = self.decomposer.draw(batch, noise)
+        background = self.decomposer.finish(batch, background, foreground)
+        self.metrics.update(background, foreground, batch)
+        if batch_idx == 0 and self.trainer.is_global_zero:
+            self.show("validation/layers", comparison_grid(batch, {"adapted": (background, foreground)}))
+
+    def on_validation_epoch_end(self) -> None:
+        figures = {name: value for name, value in self.metrics.compute().items() if not torch.isnan(value)}
+        self.log_dict({f"validation/{name}": value for name, value in figures.items()})
+        self.metrics.reset()
+
+    def finish(self, run_dir: Path) -> None:
+        metadata = {
+            **self.run.to_metadata(),
+            "steps": str(self.run.train.steps),
+            "seed": str(self.run.seed),
+            "data": self.run.data.source,
+        }
+        self.decomposer.adapter(metadata).save(run_dir / "adapter.safetensors")
+        dtype = next(self.decomposer.autoencoder.parameters()).dtype
+        base = load_mmdit(self.run.weights.transformer, dtype=dtype)
+        config = self.run.evaluate
+        data = scene_data(self.run.data, "test", config.seed, config.samples)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            compare(self.decomposer, base, data, config, run_dir)

@@ -1,0 +1,101 @@
+"""Pre-training a small inpainting base from nothing: what FLUX.1-Fill-dev is to the full-size track."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from layerdecomp.conditioning import context, masked_images, pack
+from layerdecomp.config import InpainterJobConfig
+from layerdecomp.data.datamodule import collate, scene_data
+from layerdecomp.decomposer import Context, Prompt, inpaint, predict_velocity, token_ids
+from layerdecomp.evaluation import write_metrics
+from layerdecomp.flow import flow_loss, seeded_normal
+from layerdecomp.imaging.geometry import to_pixels
+from layerdecomp.metrics.background import psnr
+from layerdecomp.models.mmdit import MMDiT
+from layerdecomp.training.base import Job
+from layerdecomp.weights import load_autoencoder, save_model
+
+
+class InpainterJob(Job):
+    """Flow matching on whole scenes with random holes."""
+
+    run: InpainterJobConfig
+
+    def __init__(self, config: InpainterJobConfig) -> None:
+        super().__init__(config)
+        self.autoencoder = load_autoencoder(config.weights.autoencoder).to(memory_format=torch.channels_last)
+        self.transformer = MMDiT(config.model)
+        torch.manual_seed(config.seed)
+        self.transformer.init_weights()
+        self.prompt = Prompt.load(config.weights.prompt, self.transformer)
+
+    def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        image, mask = batch["image"], self.holes(batch["inpaint_mask"])
+        with torch.no_grad():
+            z, hole = self.autoencoder.encode(torch.cat([image, masked_images(image, mask)[0]])).float().chunk(2)
+        z, told = pack(z), Context(context(hole, mask), token_ids(image, layer=0))
+        x, t, target = self.noisy(z, z.shape[1], batch["position"])
+        velocity = predict_velocity(
+            self.transformer, self.prompt, x, told.repeat(self.run.train.draws), t, guidance=1.0
+        )
+        return {"loss": flow_loss(velocity, target)}
+
+    @staticmethod
+    def holes(masks: Tensor) -> Tensor:
+        """The masks (B, 1, H, W), every fourth inverted: a decomposer's foreground is outpainted from little."""
+        inverted = (torch.arange(len(masks), device=masks.device) % 4 == 3).view(-1, 1, 1, 1)
+        return torch.where(inverted, 1 - masks, masks)
+
+    def fill(self, batch: dict[str, Any]) -> Tensor:
+        """The pictures of a batch with their holes filled, (B, 3, H, W)."""
+        image, mask = batch["image"], batch["inpaint_mask"]
+        height, width = (side // self.autoencoder.config.factor for side in image.shape[-2:])
+        shape = (self.autoencoder.config.z_channels, height, width)
+        noise = seeded_normal(self.run.evaluate.seed, batch["index"], shape).to(self.device)
+        parts = (self.transformer, self.autoencoder, self.prompt)
+        filled = inpaint(*parts, image, mask, noise, self.run.flow, self.run.sample)
+        return image * (1 - mask) + filled * mask
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        filled = self.fill(batch)
+        figures = hole_metrics(filled, batch)
+        for name, value in figures.items():
+            self.log(f"validation/{name}", value, prog_bar=True, sync_dist=True, batch_size=len(filled))
+        if batch_idx == 0 and self.trainer.is_global_zero:
+            self.show("validation/inpainting", inpainting_grid(filled, batch))
+
+    def finish(self, run_dir: Path) -> None:
+        self.transformer.eval()
+        data = scene_data(self.run.data, "test", self.run.evaluate.seed, self.run.evaluate.samples, with_cues=False)
+        batch = collate([data[i] for i in range(len(data))])
+        filled = self.to("cpu").fill(batch)
+        results = {name: value.item() for name, value in hole_metrics(filled, batch).items()}
+        for name, value in results.items():
+            print(f"{name} {value:.4f}  ({len(filled)} held-out scenes)")
+        protocol = {"data": self.run.data.source, "split": "test", "count": len(filled), "seed": self.run.evaluate.seed}
+        write_metrics(run_dir / "metrics.json", {"inpainter": results}, protocol)
+        Image.fromarray(inpainting_grid(filled, batch)).save(run_dir / "samples.png")
+        metadata = {"steps": str(self.run.train.steps), "seed": str(self.run.seed)}
+        save_model(run_dir / "transformer.safetensors", self.transformer, metadata)
+
+
+def hole_metrics(filled: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Mean PSNR inside the holes in dB, of the model and, for comparison, of the mean colour around each hole."""
+    image, mask = batch["image"], batch["inpaint_mask"]
+    hole = mask > 0.5
+    mean = (image * (1 - mask)).sum(dim=(2, 3), keepdim=True) / (1 - mask).sum(dim=(2, 3), keepdim=True)
+    return {
+        "psnr_hole": psnr(filled, image, hole).mean(),
+        "psnr_mean_colour": psnr(mean.expand_as(image), image, hole).mean(),
+    }
+
+
+def inpainting_grid(filled: Tensor, batch: dict[str, Any], count: int = 8) -> Any:
+    """Pictures with holes, filled, and as they were; (3 H, count W, 3) uint8."""
+    image, mask = batch["image"][:count], batch["inpaint_mask"][:count]
+    rows = [torch.cat(list(row), dim=-1) for row in (image * (1 - mask), filled[:count].float(), image)]
+    return to_pixels(torch.cat(rows, dim=-2))

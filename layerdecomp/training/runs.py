@@ -1,0 +1,129 @@
+"""A run's directory, whether it continues an earlier one, and the trainer that drives it."""
+
+import sys
+from pathlib import Path
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from layerdecomp.config import (
+    AutoencoderJobConfig,
+    DecomposerJobConfig,
+    InpainterJobConfig,
+    RunConfig,
+    changed_keys,
+    save_config,
+)
+from layerdecomp.data.datamodule import SampleData
+from layerdecomp.errors import InputError
+from layerdecomp.training.autoencoder import AutoencoderJob
+from layerdecomp.training.base import Job
+from layerdecomp.training.decomposer import DecomposerJob
+from layerdecomp.training.inpainter import InpainterJob
+
+
+def build_job(config: RunConfig) -> Job:
+    """The LightningModule of a config."""
+    if isinstance(config, DecomposerJobConfig):
+        return DecomposerJob(config)
+    if isinstance(config, AutoencoderJobConfig):
+        return AutoencoderJob(config)
+    assert isinstance(config, InpainterJobConfig)
+    return InpainterJob(config)
+
+
+def train(config: RunConfig) -> None:
+    """Trains, or goes on training, and writes weights, metrics and pictures into the run's directory."""
+    run_dir = Path(config.run_dir)
+    job = build_job(config)  # first, so that a missing file leaves no directory behind
+    checkpoint = open_run(run_dir, config)
+    data = SampleData(
+        config.data,
+        seed=config.seed,
+        steps=config.train.steps,
+        batch_size=config.train.batch_size,
+        with_cues=isinstance(config, DecomposerJobConfig) and config.fusion.enabled,
+    )
+    trainer = build_trainer(config, run_dir)
+    trainer.fit(job, data, ckpt_path=checkpoint, weights_only=True)
+    if trainer.is_global_zero and trainer.global_step >= config.train.steps:
+        job.finish(run_dir)
+
+
+def open_run(run_dir: Path, config: RunConfig) -> Path | None:
+    """Makes the run's directory and says which checkpoint to go on from.
+
+    With `resume=auto`, the one of an earlier run of the same config; with `never`, none, and an earlier run's directory
+    is kept under another name; else the given file.
+
+    Raises:
+        InputError: the directory holds a run of another config, or the given file does not exist.
+    """
+    last, described = run_dir / "last.ckpt", run_dir / "config.yaml"
+    if config.resume == "never":
+        _put_aside(run_dir)
+    elif config.resume != "auto":
+        if not Path(config.resume).is_file():
+            raise InputError(f"resume={config.resume}: no such checkpoint; expected auto, never or an existing file")
+        last = Path(config.resume)
+    elif described.is_file() and (changed := changed_keys(config, described)):
+        raise InputError(
+            f"{run_dir} holds a run with other settings ({', '.join(changed[:5])}); choose another name=, or "
+            "resume=never to start anew and keep the old one aside"
+        )
+    _write_config(run_dir, config)
+    return last if last.is_file() else None
+
+
+@rank_zero_only
+def _put_aside(run_dir: Path) -> None:
+    if run_dir.exists():
+        taken = (run_dir.with_name(f"{run_dir.name}.{n}") for n in range(1, sys.maxsize))
+        run_dir.rename(next(path for path in taken if not path.exists()))
+
+
+@rank_zero_only
+def _write_config(run_dir: Path, config: RunConfig) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(run_dir / "config.yaml", config)
+    except OSError as error:
+        raise InputError(f"run_dir {run_dir} cannot be written ({error}); choose another run_dir=") from error
+
+
+def build_trainer(config: RunConfig, run_dir: Path) -> Trainer:
+    """Lightning's trainer: one pass over `train.steps` batches, validated and saved at fixed steps."""
+    train = config.train
+    checkpoints = ModelCheckpoint(
+        dirpath=run_dir,
+        filename="last",
+        every_n_train_steps=train.checkpoint_every,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )
+    return Trainer(
+        default_root_dir=run_dir,
+        max_steps=train.steps,
+        devices=train.devices,
+        num_nodes=train.nodes,
+        strategy=train.strategy,
+        precision=precision() if train.precision == "auto" else train.precision,  # type: ignore[arg-type]
+        gradient_clip_val=config.optim.clip,
+        val_check_interval=min(train.validate_every, train.steps),
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        use_distributed_sampler=False,  # StepSampler shares the batches out
+        logger=TensorBoardLogger(run_dir.parent, name=run_dir.name, version=""),
+        callbacks=[checkpoints, TQDMProgressBar(refresh_rate=5)],
+        enable_model_summary=False,
+    )
+
+
+def precision() -> str:
+    """bf16-mixed where the device has instructions for it, else 32-true."""
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() else "32-true"

@@ -1,0 +1,33 @@
+"""Splits a picture.
+
+python tools/decompose.py adapter=... image=a.jpg mask=a.png out=layers/ [steps=28 seed=0 device=cpu]
+"""
+
+import sys
+
+from layerdecomp.cli import run_command, take, whole_number
+from layerdecomp.decomposer import Decomposer
+from layerdecomp.errors import InputError
+
+
+def main(arguments: list[str]) -> None:
+    own, rest = take(
+        arguments,
+        adapter="checkpoints/tiny/adapter.safetensors",
+        image=None,
+        mask=None,
+        out="layers",
+        steps="28",
+        seed="0",
+        device="cpu",
+    )
+    if rest:
+        raise InputError(f"unknown argument {rest[0]}; expected adapter= image= mask= out= steps= seed= device=")
+    steps, seed = whole_number(own, "steps"), whole_number(own, "seed")
+    decomposer = Decomposer.from_pretrained(own["adapter"], device=own["device"])
+    layers = decomposer.decompose(own["image"], own["mask"], steps=steps, seed=seed)
+    print(f"wrote background.png, foreground.png and preview.png into {layers.save(own['out'])}")
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])
