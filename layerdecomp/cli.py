@@ -4,6 +4,8 @@ import logging
 import sys
 from collections.abc import Callable
 
+import torch
+
 from layerdecomp.errors import InputError
 
 
@@ -31,6 +33,17 @@ def whole_number(arguments: dict[str, str], key: str) -> int:
         return int(arguments[key])
     except ValueError as error:
         raise InputError(f"{key}={arguments[key]}: expected a whole number") from error
+
+
+def device_name(arguments: dict[str, str]) -> str:
+    """The value of `device=`, once it is known that tensors can be made there."""
+    device = arguments["device"]
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device={device}: {reason}; expected cpu, or cuda or mps where there is one") from error
+    return device
 
 
 def run_command(main: Callable[[list[str]], None], arguments: list[str]) -> None:

@@ -16,6 +16,7 @@ from layerdecomp.baselines import base_foreground, classical
 from layerdecomp.conditioning import LATENT_FACTOR
 from layerdecomp.data.scenes import Scenes
 from layerdecomp.decomposer import Decomposer, inpaint, keep_pixels
+from layerdecomp.errors import InputError, check_at_least
 from layerdecomp.evaluation import (
     Batch,
     Evaluation,
@@ -41,6 +42,10 @@ class EvaluateConfig:
     samples: int = 64
     batch_size: int = 16
     seed: int = 1234  # of the scenes and of the noise
+
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "evaluate.", "samples", "batch_size")
+        check_at_least(0, self, "evaluate.", "seed")
 
 
 def predictors(decomposer: Decomposer, base: MMDiT, seed: int) -> dict[str, Predictor]:
@@ -70,13 +75,16 @@ def predictors(decomposer: Decomposer, base: MMDiT, seed: int) -> dict[str, Pred
 
 def compare(decomposer: Decomposer, base: MMDiT, data: Scenes, config: EvaluateConfig, out: Path) -> Evaluation:
     """Measures every row, prints the table, and writes metrics.json and samples/comparison.png into `out`."""
+    picture = out / "samples" / "comparison.png"
+    try:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written ({error}); choose another folder") from error
     decomposer = decomposer.eval()
     rows = predictors(decomposer, base.to(decomposer.prompt.vec.device).eval(), config.seed)
     device = decomposer.prompt.vec.device
     evaluation = evaluate(rows, data, batch_size=config.batch_size, device=device)
     write_metrics(out / "metrics.json", evaluation.results, protocol(decomposer, data, config))
-    picture = out / "samples" / "comparison.png"
-    picture.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(case_grid(rows, data, evaluation, device)).save(picture)
     print(format_table(evaluation.results))
     print(f"{len(data)} held-out scenes; figures in {out / 'metrics.json'}, pictures in {picture}")

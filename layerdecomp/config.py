@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from layerdecomp.comparison import EvaluateConfig
 from layerdecomp.data.datamodule import DataConfig
 from layerdecomp.decomposer import DecomposerConfig, SampleConfig, WeightFiles
-from layerdecomp.errors import InputError
+from layerdecomp.errors import InputError, check_at_least
 from layerdecomp.flow import FlowConfig
 from layerdecomp.models.autoencoder import AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiTConfig
@@ -40,9 +40,8 @@ class TrainConfig:
     validate_every: int = 500  # steps
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "draws", "devices", "nodes", "checkpoint_every", "validate_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"train.{name} is {getattr(self, name)}; expected at least 1")
+        counts = ("steps", "batch_size", "draws", "devices", "nodes", "checkpoint_every", "validate_every")
+        check_at_least(1, self, "train.", *counts)
 
 
 @dataclass
@@ -55,6 +54,10 @@ class OptimConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 0.0
     clip: float = 1.0  # norm of the whole gradient
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2:
+            raise InputError(f"optim.betas is {self.betas}; expected two numbers")
 
 
 @dataclass
@@ -70,6 +73,9 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        check_at_least(0, self, "", "seed")
 
 
 @dataclass
@@ -122,10 +128,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
             type, or a combination that its class refuses.
     """
     given = _read_yaml(Path(path))
-    job = given.get("job")
-    if job not in JOBS:
+    job = cast(dict[str, Any], OmegaConf.to_container(given)).get("job")
+    if job not in list(JOBS):
         raise InputError(f"{path}: job is {job!r}; expected one of {', '.join(JOBS)}")
-    return merge_config(JOBS[job], [(str(path), given)], overrides)
+    config = merge_config(JOBS[job], [(str(path), given)], overrides)
+    if config.job != job:
+        raise InputError(f"argument 'job={config.job}': {path} describes a {job} job; name another config= instead")
+    return config
 
 
 def merge_config(

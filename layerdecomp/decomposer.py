@@ -23,11 +23,19 @@ from layerdecomp.conditioning import (
     position_ids,
     unpack,
 )
-from layerdecomp.errors import InputError
+from layerdecomp.errors import InputError, check_at_least
 from layerdecomp.flow import FlowConfig
 from layerdecomp.imaging.compositing import from_autoencoder, to_autoencoder
 from layerdecomp.imaging.cues import CUES, compute_cues
-from layerdecomp.imaging.geometry import fitted_size, grow_and_feather, pad_to_multiple, resize, to_pixels, to_tensor
+from layerdecomp.imaging.geometry import (
+    fitted_size,
+    grow_and_feather,
+    pad_to_multiple,
+    resize,
+    shrink_mask,
+    to_pixels,
+    to_tensor,
+)
 from layerdecomp.imaging.layers import Layers, Picture, read_image, read_mask
 from layerdecomp.models.autoencoder import Autoencoder
 from layerdecomp.models.context_fusion import ContextFusion, ContextFusionConfig
@@ -46,6 +54,7 @@ from layerdecomp.weights import (
     load_autoencoder,
     load_mmdit,
     open_safetensors,
+    read_metadata,
 )
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -61,6 +70,10 @@ class SampleConfig:
     keep_pixels: bool = True  # the background outside the object's surroundings is the input itself
     grow: float = 0.015  # by how much the object's place grows before that, and over how much it
     feather: float = 0.01  # fades; both as shares of the longer side
+
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "sample.", "steps", "max_side")
+        check_at_least(0, self, "sample.", "grow", "feather")
 
 
 @dataclass(frozen=True)
@@ -202,13 +215,14 @@ class Decomposer(nn.Module):
         Returns:
             background (B, 3, H, W) in [-1, 1] and straight foreground (B, 4, H, W).
         """
-        context = self.encode(batch["image"], batch["mask"], batch.get("cues"), batch.get("cues_present"))
         x = torch.cat([pack(noise[:, 0]), pack(noise[:, 1])], dim=1)
         timesteps = schedule(steps or self.sample.steps, x.shape[1] // 2, self.flow).to(x)
-        x = euler(lambda x, t: self.velocity(x, context, t), x, timesteps)
-        z_b, z_f = (unpack(tokens, *noise.shape[-2:]) for tokens in x.chunk(2, dim=1))
-        background = self.autoencoder.decode(z_b).float().clamp(-1, 1)
-        return background, from_autoencoder(self.rgba_autoencoder.decode(z_f).float())
+        with mixed_precision(self.autoencoder):
+            context = self.encode(batch["image"], batch["mask"], batch.get("cues"), batch.get("cues_present"))
+            x = euler(lambda x, t: self.velocity(x, context, t), x, timesteps)
+            z_b, z_f = (unpack(tokens, *noise.shape[-2:]) for tokens in x.chunk(2, dim=1))
+            background, foreground = self.autoencoder.decode(z_b), self.rgba_autoencoder.decode(z_f)
+        return background.float().clamp(-1, 1), from_autoencoder(foreground.float())
 
     def finish(self, batch: Mapping[str, Tensor], background: Tensor, foreground: Tensor) -> Tensor:
         """The background with the input's own pixels wherever the object is not, if `sample.keep_pixels`.
@@ -244,13 +258,13 @@ class Decomposer(nn.Module):
         """
         if steps is not None and steps < 1:
             raise InputError(f"steps is {steps}; expected at least 1")
+        if not 0 <= seed < 2**63:
+            raise InputError(f"seed is {seed}; expected a number from 0 to 2^63 - 1")
         pixels = read_image(image)
         marked = read_mask(mask, pixels.shape[:2])
         size = fitted_size(pixels.shape[:2], self.sample.max_side)
         full = {"image": to_tensor(pixels), "mask": torch.from_numpy(marked).float()[None, None]}
-        batch = {name: resize(picture, size) for name, picture in full.items()}
-        # a thin object must not vanish when the picture shrinks
-        batch["mask"] = (batch["mask"] >= min(0.5, float(batch["mask"].max()))).float()
+        batch = {"image": resize(full["image"], size), "mask": shrink_mask(full["mask"], size)}
         batch |= self._cues(batch["image"], cues)
         device = self.prompt.vec.device
         padded = {k: v if k == "cues_present" else pad_to_multiple(v, TOKEN_FACTOR) for k, v in batch.items()}
@@ -348,6 +362,7 @@ def describe_adapter(path: str | Path, **files: str) -> tuple[Adapter, Decompose
     for name, value in {**asdict(config.weights), **files}.items():
         if value is not None:
             setattr(config.weights, name, str(find_weights(value, [path.parent, REPOSITORY])))
+    read_metadata(config.weights.transformer)  # a truncated file is told as such, not as another base
     found, expected = file_sha256(Path(config.weights.transformer)), adapter.metadata.get("base_sha256", "unknown")
     if found != expected:
         raise InputError(
@@ -365,14 +380,20 @@ def build_decomposer(config: DecomposerConfig, dtype: torch.dtype | None = None,
     fusion = ContextFusion(config.fusion, transformer.config.hidden_size) if config.fusion.enabled else None
     return Decomposer(
         transformer=transformer,
-        autoencoder=load_autoencoder(config.weights.autoencoder, dtype=dtype, device=device),
-        rgba_autoencoder=load_autoencoder(config.weights.rgba_autoencoder, dtype=dtype, device=device),
+        autoencoder=_load_autoencoder(config.weights.autoencoder, 3, dtype, device),
+        rgba_autoencoder=_load_autoencoder(config.weights.rgba_autoencoder, 4, dtype, device),
         context_fusion=fusion,
         prompt=Prompt.load(config.weights.prompt, transformer),
         conditioning=config.conditioning,
         flow=config.flow,
         sample=config.sample,
     ).to(device)
+
+
+def mixed_precision(frozen: nn.Module) -> torch.autocast:
+    """Autocast where the frozen parts are in bf16, since what was trained beside them is in float32."""
+    weight = next(frozen.parameters())
+    return torch.autocast(weight.device.type, torch.bfloat16, enabled=weight.dtype == torch.bfloat16)
 
 
 def token_ids(image: Tensor, layer: int) -> Tensor:
@@ -417,11 +438,13 @@ def inpaint(
         The filled picture (B, 3, H, W) in [-1, 1], all of it as the autoencoder renders it.
     """
     hole, _ = masked_images(image, mask)
-    told = Context(context(autoencoder.encode(hole), mask), token_ids(image, layer=0))
     x = pack(noise)
     timesteps = schedule(sample.steps, x.shape[1], flow).to(x)
-    x = euler(lambda x, t: predict_velocity(transformer, prompt, x, told, t, sample.guidance), x, timesteps)
-    return autoencoder.decode(unpack(x, *noise.shape[-2:])).float().clamp(-1, 1)
+    with mixed_precision(autoencoder):
+        told = Context(context(autoencoder.encode(hole), mask), token_ids(image, layer=0))
+        x = euler(lambda x, t: predict_velocity(transformer, prompt, x, told, t, sample.guidance), x, timesteps)
+        painted = autoencoder.decode(unpack(x, *noise.shape[-2:]))
+    return painted.float().clamp(-1, 1)
 
 
 def keep_pixels(image: Tensor, place: Tensor, painted: Tensor, sample: SampleConfig) -> Tensor:
@@ -430,6 +453,13 @@ def keep_pixels(image: Tensor, place: Tensor, painted: Tensor, sample: SampleCon
         return painted
     share = grow_and_feather(place, sample.grow, sample.feather)
     return share * painted + (1 - share) * image
+
+
+def _load_autoencoder(path: str, channels: int, dtype: torch.dtype | None, device: str) -> Autoencoder:
+    autoencoder = load_autoencoder(path, dtype=dtype, device=device)
+    if (found := autoencoder.config.in_channels) != channels:
+        raise InputError(f"{path} is an autoencoder of {found} channels, expected {channels}: 3 for RGB, 4 for RGBA")
+    return autoencoder
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -7,3 +7,10 @@ class InputError(ValueError):
     The message names the file or key, what was found, what was expected and what to do. The command-line tools print it
     without a traceback and exit with status 2; anything else that is raised is a bug and keeps its traceback.
     """
+
+
+def check_at_least(minimum: int, config: object, section: str, *names: str) -> None:
+    """Raises `InputError` for the first of the named numbers of a config's section that is below `minimum`."""
+    for name in names:
+        if (value := getattr(config, name)) < minimum:
+            raise InputError(f"{section}{name} is {value}; expected at least {minimum}")

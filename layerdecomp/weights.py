@@ -8,6 +8,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -56,13 +58,15 @@ def _why_unreadable(path: Path) -> str:
     size = path.stat().st_size
     if size < 8:
         return f"only {size} bytes long, not a safetensors file"
-    with path.open("rb") as file:
-        (header_size,) = struct.unpack("<Q", file.read(8))
-        try:
+    try:
+        with path.open("rb") as file:
+            (header_size,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(min(header_size, 100_000_000)))
-            end = 8 + header_size + max(entry["data_offsets"][1] for name, entry in header.items() if name[0] != "_")
-        except (ValueError, KeyError, TypeError, IndexError):
-            return f"not a safetensors file, or its header is cut off ({size:,} bytes)"
+        end = 8 + header_size + max(entry["data_offsets"][1] for name, entry in header.items() if name[0] != "_")
+    except OSError:
+        return "cannot be opened"
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return f"not a safetensors file, or its header is cut off ({size:,} bytes)"
     return f"truncated: {size:,} bytes found, {end:,} expected" if size < end else "damaged"
 
 
@@ -75,16 +79,17 @@ def file_sha256(path: Path) -> str:
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
     """Writes a safetensors file beside its final name, then renames it, so that no half-written file is ever seen."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
         partial.chmod(0o666 & ~_umask())  # safetensors writes files that nobody else can read
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} could not be written ({error}); free some space or choose another folder") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error is the one to report
+            partial.unlink(missing_ok=True)
 
 
 @cache
@@ -134,10 +139,9 @@ def load_state(module: nn.Module, path: str | Path, dtype: torch.dtype | None = 
 def config_from(kind: type[ConfigT], text: str | None, where: str) -> ConfigT:
     """A config dataclass from its JSON text in a file's metadata; the class's defaults where there is none."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(kind), json.loads(text or "{}"))
-    except ValueError as error:  # OmegaConf's and JSON's errors are both ValueErrors
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), json.loads(text or "{}")))
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise InputError(f"{where}: its metadata does not describe a {kind.__name__}: {error}") from error
-    config = OmegaConf.to_object(merged)
     assert isinstance(config, kind)
     return config
 

@@ -5,7 +5,9 @@ python tools/decompose.py adapter=... image=a.jpg mask=a.png out=layers/ [steps=
 
 import sys
 
-from layerdecomp.cli import run_command, take, whole_number
+import torch
+
+from layerdecomp.cli import device_name, run_command, take, whole_number
 from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError
 
@@ -24,7 +26,9 @@ def main(arguments: list[str]) -> None:
     if rest:
         raise InputError(f"unknown argument {rest[0]}; expected adapter= image= mask= out= steps= seed= device=")
     steps, seed = whole_number(own, "steps"), whole_number(own, "seed")
-    decomposer = Decomposer.from_pretrained(own["adapter"], device=own["device"])
+    device = device_name(own)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    decomposer = Decomposer.from_pretrained(own["adapter"], dtype=dtype, device=device)
     layers = decomposer.decompose(own["image"], own["mask"], steps=steps, seed=seed)
     print(f"wrote background.png, foreground.png and preview.png into {layers.save(own['out'])}")
 

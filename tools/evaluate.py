@@ -1,13 +1,15 @@
 """Compares an adapter with the frozen base and classical inpainting on held-out scenes.
 
-python tools/evaluate.py adapter=runs/tiny/adapter.safetensors [out=folder device=cpu evaluate.samples=256 ...]
+python tools/evaluate.py adapter=runs/tiny/adapter.safetensors [out=runs/evaluate device=cpu evaluate.samples=256 ...]
 """
 
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from layerdecomp.cli import run_command, take
+import torch
+
+from layerdecomp.cli import device_name, run_command, take
 from layerdecomp.comparison import EvaluateConfig, compare
 from layerdecomp.config import merge_config
 from layerdecomp.data.datamodule import DataConfig, scene_data
@@ -25,14 +27,16 @@ class EvaluationConfig:
 
 
 def main(arguments: list[str]) -> None:
-    own, overrides = take(arguments, adapter="checkpoints/tiny/adapter.safetensors", out="", device="cpu")
+    own, overrides = take(arguments, adapter="checkpoints/tiny/adapter.safetensors", out="runs/evaluate", device="cpu")
     _, described = describe_adapter(own["adapter"])
     config = merge_config(EvaluationConfig(sample=described.sample), [], overrides)
-    decomposer = Decomposer.from_pretrained(own["adapter"], device=own["device"])
+    device = device_name(own)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    decomposer = Decomposer.from_pretrained(own["adapter"], dtype=dtype, device=device)
     decomposer.sample = config.sample
-    base = load_mmdit(described.weights.transformer, device=own["device"])
+    base = load_mmdit(described.weights.transformer, dtype=dtype, device=device)
     data = scene_data(config.data, "test", config.evaluate.seed, config.evaluate.samples)
-    compare(decomposer, base, data, config.evaluate, Path(own["out"] or Path(own["adapter"]).parent))
+    compare(decomposer, base, data, config.evaluate, Path(own["out"]))
 
 
 if __name__ == "__main__":

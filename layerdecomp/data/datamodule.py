@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from layerdecomp.data.scenes import SceneConfig, Scenes
-from layerdecomp.errors import InputError
+from layerdecomp.errors import InputError, check_at_least
 
 
 @dataclass
@@ -26,6 +26,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.source != "scenes":
             raise InputError(f"data.source is {self.source!r}; expected 'scenes'")
+        check_at_least(1, self, "data.", "samples", "validation")
+        check_at_least(0, self, "data.", "workers")
 
 
 def scene_data(config: DataConfig, split: str, seed: int, length: int, with_cues: bool = True) -> Scenes:

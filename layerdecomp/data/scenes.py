@@ -42,6 +42,10 @@ class SceneConfig:
     cue_dropout: float = 0.1  # probability that a cue is absent; training split only
     masks: MaskConfig = field(default_factory=MaskConfig)
 
+    def __post_init__(self) -> None:
+        if self.size < 16 or self.size % 16:
+            raise InputError(f"data.scenes.size: found {self.size}, expected a positive multiple of 16; correct it")
+
 
 class Scene(NamedTuple):
     """The parts of a scene from back to front, in the ranges of a sample."""
@@ -60,8 +64,7 @@ class Scenes(Dataset[dict[str, Any]]):
     nothing to do with the object; cues (M, 3, H, W) in [-1, 1]. Further cues_present (M,), bool in the order of `CUES`,
     and index. Where occluder is 0, image = foreground over background. Without `with_cues`, all cues are absent.
 
-    Raises InputError for an unknown split, a negative seed, or a size that is not a positive multiple of 16, and
-    IndexError for an index outside [0, length).
+    Raises InputError for an unknown split or a negative seed, and IndexError for an index outside [0, length).
     """
 
     def __init__(self, config: SceneConfig, split: str, seed: int, length: int, with_cues: bool = True) -> None:
@@ -69,8 +72,6 @@ class Scenes(Dataset[dict[str, Any]]):
             raise InputError(f"split: found {split!r}, expected one of {', '.join(SPLITS)}; correct it")
         if seed < 0:
             raise InputError(f"seed: found {seed}, expected 0 or more; correct it")
-        if config.size < 16 or config.size % 16:
-            raise InputError(f"size of the scenes: found {config.size}, expected a positive multiple of 16; correct it")
         self.config, self.split, self.seed, self.length, self.with_cues = config, split, seed, length, with_cues
 
     def __len__(self) -> int:

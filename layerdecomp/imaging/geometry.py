@@ -29,6 +29,11 @@ def resize(pictures: Tensor, size: tuple[int, int]) -> Tensor:
     return resized.reshape(*pictures.shape[:-2], *size)
 
 
+def shrink_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, 1, H, W) in {0, 1} -> (B, 1, *size), no larger: 1 wherever any pixel is, so that thin parts do not vanish."""
+    return F.adaptive_max_pool2d(mask, size)
+
+
 def fitted_size(size: tuple[int, int], max_side: int) -> tuple[int, int]:
     """(height, width) shrunk, its aspect kept, so that the longer side is at most `max_side`."""
     scale = min(1.0, max_side / max(size))
@@ -58,4 +63,4 @@ def grow_and_feather(mask: Tensor, grow: float, feather: float) -> Tensor:
         return wide
     wider = F.max_pool2d(wide, 2 * reach + 1, stride=1, padding=reach)  # so that the fade lies outside
     kernel = min(2 * reach + 1, 2 * (min(mask.shape[-2:]) // 2) - 1)
-    return wider if kernel < 3 else torch.maximum(gaussian_blur(wider, [kernel, kernel]), wide)
+    return wider if kernel < 3 else torch.maximum(gaussian_blur(wider, [kernel, kernel]).clamp(0, 1), wide)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def _open(source: Picture) -> Image.Image:
     if isinstance(source, np.ndarray):
         if source.dtype == np.bool_:
             source = source.astype(np.uint8) * 255
-        if source.dtype != np.uint8 or source.ndim not in (2, 3):
+        if source.dtype != np.uint8 or not source.size or not (source.ndim == 2 or source.shape[2:] in ((3,), (4,))):
             raise InputError(f"an array of {source.dtype} and shape {source.shape}; expected uint8 (H, W[, 3 or 4])")
         return Image.fromarray(source)
     if isinstance(source, Image.Image):
@@ -100,22 +101,24 @@ class Layers:
     foreground: Pixels  # (H, W, 4), straight alpha
 
     def save(self, folder: str | Path) -> Path:
-        """Writes background.png, foreground.png and preview.png into `folder`, each beside its name, then renamed."""
+        """Writes background.png, foreground.png and preview.png into `folder`: all three, or on an error none."""
         folder = Path(folder)
         pictures = {"background": self.background, "foreground": self.foreground, "preview": self.preview()}
-        partial = folder / ".partial.png"
+        partials = {name: folder / f".{name}.partial.png" for name in pictures}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name, pixels in pictures.items():
-                Image.fromarray(pixels).save(partial)
+                Image.fromarray(pixels).save(partials[name])
+            for name, partial in partials.items():
                 os.replace(partial, folder / f"{name}.png")
         except OSError as error:
             raise InputError(
                 f"{folder} cannot be written ({error}); free some space or choose another `out`"
             ) from error
         finally:
-            if folder.is_dir():
-                partial.unlink(missing_ok=True)
+            for partial in partials.values():
+                with suppress(OSError):  # the first error is the one to report
+                    partial.unlink(missing_ok=True)
         return folder
 
     def preview(self, gap: int = 8) -> Pixels:

@@ -17,7 +17,7 @@ from layerdecomp.flow import seeded_normal
 from layerdecomp.imaging.compositing import from_autoencoder, on_checkerboard, to_autoencoder
 from layerdecomp.imaging.geometry import to_pixels
 from layerdecomp.models.autoencoder import Autoencoder, extend_to_rgba
-from layerdecomp.training.base import Job
+from layerdecomp.training.base import Job, every_fourth
 from layerdecomp.weights import load_autoencoder, save_model
 
 # Mean and mean square of the colours of natural pictures in [-1, 1], which a foreground may be laid over (AlphaVAE,
@@ -57,14 +57,12 @@ class AutoencoderJob(Job):
 
     def pictures(self, batch: dict[str, Tensor]) -> Tensor:
         """What an autoencoder of this kind has to reproduce, (B, 3 or 4, H, W) in [-1, 1]."""
-        if self.teacher is None:  # every fourth picture with a hole, as the transformer's context has
-            holes = batch["inpaint_mask"] * (torch.arange(len(batch["image"])) % 4 == 3).view(-1, 1, 1, 1).to(
-                self.device
-            )
-            pictures = batch["image"] * (1 - holes)
-        else:  # every fourth opaque
-            pictures = to_autoencoder(batch["foreground"])
-            pictures[::4] = F.pad(batch["image"][::4], (0, 0, 0, 0, 0, 1), value=1.0)
+        rare = every_fourth(batch)
+        if self.teacher is None:  # some with a hole, as the transformer's context has
+            pictures = batch["image"] * (1 - batch["inpaint_mask"] * rare)
+        else:  # some opaque
+            opaque = F.pad(batch["image"], (0, 0, 0, 0, 0, 1), value=1.0)
+            pictures = torch.where(rare, opaque, to_autoencoder(batch["foreground"]))
         return pictures.contiguous(memory_format=torch.channels_last)
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -80,18 +78,19 @@ class AutoencoderJob(Job):
         else:
             losses["composite"] = composite_error(decoded, pictures)
             losses["alpha"] = F.mse_loss(decoded[:, 3], pictures[:, 3])
-            losses["anchor"] = self._anchor(pictures, mean)
+            losses["anchor"] = self._anchor(batch["image"])
             losses["loss"] = (
                 losses["composite"] + losses["alpha"] + self.run.anchor * losses["anchor"] + self.run.kl * kl
             )
         return losses
 
-    def _anchor(self, pictures: Tensor, mean: Tensor) -> Tensor:
-        """How far the latents of the opaque pictures have moved from the RGB autoencoder's."""
+    def _anchor(self, image: Tensor) -> Tensor:
+        """How far the latents of opaque pictures (B, 3, H, W) have moved from the RGB autoencoder's."""
         assert self.teacher is not None
         with torch.no_grad():
-            anchor, _ = self.teacher.posterior(pictures[::4, :3])
-        return F.mse_loss(mean[::4].float(), anchor.float())
+            anchor, _ = self.teacher.posterior(image)
+        mean, _ = self.autoencoder.posterior(F.pad(image, (0, 0, 0, 0, 0, 1), value=1.0))
+        return F.mse_loss(mean.float(), anchor.float())
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         pictures = self.pictures(batch)

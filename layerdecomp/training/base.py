@@ -19,6 +19,12 @@ from layerdecomp.flow import interpolate, sample_times, seeded_normal, velocity_
 from layerdecomp.weights import check_keys
 
 
+def every_fourth(batch: Mapping[str, Any]) -> Tensor:
+    """Which samples of a batch get a rarer treatment, (B, 1, 1, 1) bool: a quarter, whatever the batch and the rank."""
+    places = torch.tensor(batch.get("position", batch["index"]), device=batch["image"].device)
+    return (places % 4 == 3).view(-1, 1, 1, 1)
+
+
 class Job(LightningModule):
     """A training job. Its checkpoints hold the trained tensors only: the frozen ones have files of their own."""
 

@@ -65,5 +65,4 @@ class DecomposerJob(Job):
         base = load_mmdit(self.run.weights.transformer, dtype=dtype)
         config = self.run.evaluate
         data = scene_data(self.run.data, "test", config.seed, config.samples)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            compare(self.decomposer, base, data, config, run_dir)
+        compare(self.decomposer, base, data, config, run_dir)

@@ -16,7 +16,7 @@ from layerdecomp.flow import flow_loss, seeded_normal
 from layerdecomp.imaging.geometry import to_pixels
 from layerdecomp.metrics.background import psnr
 from layerdecomp.models.mmdit import MMDiT
-from layerdecomp.training.base import Job
+from layerdecomp.training.base import Job, every_fourth
 from layerdecomp.weights import load_autoencoder, save_model
 
 
@@ -34,7 +34,7 @@ class InpainterJob(Job):
         self.prompt = Prompt.load(config.weights.prompt, self.transformer)
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        image, mask = batch["image"], self.holes(batch["inpaint_mask"])
+        image, mask = batch["image"], self.holes(batch)
         with torch.no_grad():
             z, hole = self.autoencoder.encode(torch.cat([image, masked_images(image, mask)[0]])).float().chunk(2)
         z, told = pack(z), Context(context(hole, mask), token_ids(image, layer=0))
@@ -45,10 +45,10 @@ class InpainterJob(Job):
         return {"loss": flow_loss(velocity, target)}
 
     @staticmethod
-    def holes(masks: Tensor) -> Tensor:
-        """The masks (B, 1, H, W), every fourth inverted: a decomposer's foreground is outpainted from little."""
-        inverted = (torch.arange(len(masks), device=masks.device) % 4 == 3).view(-1, 1, 1, 1)
-        return torch.where(inverted, 1 - masks, masks)
+    def holes(batch: dict[str, Any]) -> Tensor:
+        """The masks (B, 1, H, W) of a batch, some inverted: a decomposer's foreground is outpainted from little."""
+        masks: Tensor = batch["inpaint_mask"]
+        return torch.where(every_fourth(batch), 1 - masks, masks)
 
     def fill(self, batch: dict[str, Any]) -> Tensor:
         """The pictures of a batch with their holes filled, (B, 3, H, W)."""

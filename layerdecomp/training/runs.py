@@ -1,6 +1,8 @@
 """A run's directory, whether it continues an earlier one, and the trainer that drives it."""
 
+import logging
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -40,6 +42,8 @@ def train(config: RunConfig) -> None:
     run_dir = Path(config.run_dir)
     job = build_job(config)  # first, so that a missing file leaves no directory behind
     checkpoint = open_run(run_dir, config)
+    if checkpoint is not None:
+        print(f"going on from {checkpoint} (resume=never starts anew)")
     data = SampleData(
         config.data,
         seed=config.seed,
@@ -47,10 +51,13 @@ def train(config: RunConfig) -> None:
         batch_size=config.train.batch_size,
         with_cues=isinstance(config, DecomposerJobConfig) and config.fusion.enabled,
     )
+    quiet_lightning()
     trainer = build_trainer(config, run_dir)
     trainer.fit(job, data, ckpt_path=checkpoint, weights_only=True)
-    if trainer.is_global_zero and trainer.global_step >= config.train.steps:
-        job.finish(run_dir)
+    if trainer.global_step >= config.train.steps:  # not when it was interrupted
+        trainer.save_checkpoint(run_dir / "last.ckpt")
+        if trainer.is_global_zero:
+            job.finish(run_dir)
 
 
 def open_run(run_dir: Path, config: RunConfig) -> Path | None:
@@ -94,6 +101,19 @@ def _write_config(run_dir: Path, config: RunConfig) -> None:
         raise InputError(f"run_dir {run_dir} cannot be written ({error}); choose another run_dir=") from error
 
 
+def quiet_lightning() -> None:
+    """Silences what Lightning warns of and this package means to do."""
+    expected = (
+        "Checkpoint directory .* exists",  # a run's directory holds its config before its checkpoint
+        "Found .* in eval mode",  # the frozen parts
+        "You're resuming from a checkpoint that ended before the epoch",  # StepSampler starts at the right step
+        "The '.*_dataloader' does not have many workers",  # `data.workers` is the user's choice
+    )
+    for message in expected:
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+
+
 def build_trainer(config: RunConfig, run_dir: Path) -> Trainer:
     """Lightning's trainer: one pass over `train.steps` batches, validated and saved at fixed steps."""
     train = config.train
@@ -101,7 +121,6 @@ def build_trainer(config: RunConfig, run_dir: Path) -> Trainer:
         dirpath=run_dir,
         filename="last",
         every_n_train_steps=train.checkpoint_every,
-        save_on_train_epoch_end=True,
         enable_version_counter=False,
     )
     return Trainer(

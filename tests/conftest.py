@@ -1,0 +1,101 @@
+"""Weights of the smallest models that have every part, all parameters random, for tests that need files."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from layerdecomp.decomposer import Decomposer, DecomposerConfig, WeightFiles, build_decomposer
+from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
+from layerdecomp.models.context_fusion import ContextFusionConfig
+from layerdecomp.models.lora import LoRAConfig
+from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
+from layerdecomp.weights import save_model
+
+TRANSFORMER = MMDiTConfig(
+    hidden_size=32,
+    num_heads=2,
+    axes_dim=[4, 6, 6],
+    depth=1,
+    depth_single_blocks=1,
+    context_in_dim=8,
+    vec_in_dim=8,
+    guidance_embed=False,
+)
+RGB = AutoencoderConfig(ch=8, ch_mult=[1, 1, 2, 2], num_res_blocks=1, norm_groups=4)
+RGBA = AutoencoderConfig(**{**vars(RGB), "in_channels": 4})
+
+
+@torch.no_grad()
+def fill(module: nn.Module, seed: int) -> None:
+    """Draws every parameter at random, at a size that keeps activations near one: no gain is 1, no bias is 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        matrix = parameter.dim() > 1 and parameter[0].numel() > 1
+        gain = name.endswith(("norm1.weight", "norm2.weight", "norm.weight", "norm_out.weight", ".scale"))
+        parameter.copy_(noise / parameter[0].numel() ** 0.5 if matrix else 0.2 * noise + gain)
+
+
+def write_tiny_models(folder: Path) -> WeightFiles:
+    """Writes the three frozen parts into a folder; the foregrounds they give are transparent in most places."""
+    files = WeightFiles(*(str(folder / f"{name}.safetensors") for name in ("transformer", "autoencoder")))
+    files.rgba_autoencoder = str(folder / "rgba_autoencoder.safetensors")
+    models = {
+        files.transformer: MMDiT(TRANSFORMER),
+        files.autoencoder: Autoencoder(RGB),
+        files.rgba_autoencoder: Autoencoder(RGBA),
+    }
+    for seed, (path, model) in enumerate(models.items()):
+        fill(model, seed)
+        if isinstance(model, Autoencoder) and model.config.in_channels == 4:
+            model.decoder.conv_out.bias.data[3] = -1.0
+        save_model(path, model, {"origin": "random"})
+    return files
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> DecomposerConfig:
+    """A decomposer whose frozen parts are files in a temporary folder."""
+    return DecomposerConfig(
+        weights=write_tiny_models(tmp_path_factory.mktemp("tiny")),
+        lora=LoRAConfig(rank=2, alpha=3.0),
+        fusion=ContextFusionConfig(num_queries=4, num_heads=2),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tiny_config: DecomposerConfig) -> Path:
+    """A folder with transformer, autoencoder, rgba_autoencoder and adapter.safetensors; nobody may change it."""
+    folder = Path(tiny_config.weights.transformer).parent
+    decomposer = build_decomposer(tiny_config)
+    trained = nn.ParameterDict({name.replace(".", "/"): p for name, p in decomposer.adapter({}).tensors.items()})
+    fill(trained, seed=3)
+    decomposer.adapter(tiny_config.to_metadata()).save(folder / "adapter.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_decomposer(tiny_weights: Path) -> Decomposer:
+    """The decomposer of `tiny_weights`; nobody may change it."""
+    return Decomposer.from_pretrained(tiny_weights / "adapter.safetensors")
+
+
+@pytest.fixture
+def tiny_overrides(tiny_weights: Path) -> list[str]:
+    """Overrides that turn configs/tiny.yaml into the smallest run of the adapter's training."""
+    names = ("transformer", "autoencoder", "rgba_autoencoder")
+    return [f"weights.{name}={tiny_weights / name}.safetensors" for name in names] + [
+        "lora.rank=2",
+        "fusion.num_queries=4",
+        "fusion.num_heads=2",
+        "data.scenes.size=32",
+        "data.validation=2",
+        "data.workers=0",
+        "evaluate.samples=3",
+        "evaluate.batch_size=2",
+        "sample.steps=2",
+        "train.batch_size=2",
+        "train.draws=1",
+    ]

@@ -1,0 +1,136 @@
+"""Configs: every file loads, and what users mistype is named with its source."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layerdecomp.config import RESUMABLE, DecomposerJobConfig, changed_keys, load_config, save_config
+from layerdecomp.errors import InputError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+TINY = CONFIGS / "tiny.yaml"
+
+
+def _written(folder: Path, text: str) -> Path:
+    path = folder / "a.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_loads(path: Path) -> None:
+    config = load_config(path)
+    assert config.name == path.stem and config.run_dir == f"runs/{path.stem}"
+
+
+def test_values_come_from_defaults_then_the_file_then_the_arguments() -> None:
+    config = load_config(TINY, ["optim.lr=3e-4", "train.steps=7", "lora.targets=[a.*, b]", "optim.betas=[0.5,0.6]"])
+    assert isinstance(config, DecomposerJobConfig)
+    assert (config.optim.lr, config.train.steps, config.lora.rank, config.flow.base_shift) == (3e-4, 7, 32, 0.5)
+    assert config.lora.targets == ["a.*", "b"] and config.optim.betas == [0.5, 0.6]
+    assert load_config(TINY, ["train.steps=7", "train.steps=8"]).train.steps == 8
+
+
+def test_the_run_directory_follows_the_name() -> None:
+    assert load_config(TINY, ["name=mine"]).run_dir == "runs/mine"
+    assert load_config(TINY, ["name=mine", "run_dir=/x/${name}-2"]).run_dir == "/x/mine-2"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lora.rnak=3", "argument 'lora.rnak=3': unknown key lora.rnak; the nearest known one is lora.rank"),
+        ("trian.steps=3", "unknown key trian.steps; the nearest known one is train.steps"),
+        ("nmae=x", "unknown key nmae; the nearest known one is name"),
+        ("model.depth=3", "unknown key model.depth"),
+        ("train.steps=many", "argument 'train.steps=many': Value 'many' .* could not be converted to Integer"),
+        ("optim.lr=fast", "argument 'optim.lr=fast': Value 'fast' .* could not be converted to Float"),
+        ("fusion.enabled=maybe", "argument 'fusion.enabled=maybe'"),
+        ("lora.targets=all", "argument 'lora.targets=all'"),
+        ("train.steps=", "argument 'train.steps='"),
+        ("train=5", "argument 'train=5': train is a section; expected one of its keys: .*train.steps"),
+        ("lora.targets=[a", "argument 'lora.targets=\\[a'"),
+        ("resume", "argument 'resume': expected key=value"),
+        ("=3", "argument '=3': expected key=value"),
+        ("optim.betas[0]=0.5", "optim.betas"),
+        ("optim.betas=[0.9]", "optim.betas is \\[0.9\\]; expected two"),
+        ("name=${nobody}", "nobody"),
+        ("train.steps=0", "train.steps is 0; expected at least 1"),
+        ("train.draws=-1", "train.draws is -1; expected at least 1"),
+        ("lora.rank=0", "lora.rank = 0"),
+        ("data.source=mulan", "data.source is 'mulan'; expected 'scenes'"),
+        ("data.validation=0", "data.validation is 0; expected at least 1"),
+        ("data.workers=-1", "data.workers is -1; expected at least 0"),
+        ("data.scenes.size=100", "data.scenes.size: found 100, expected a positive multiple of 16"),
+        ("evaluate.samples=0", "evaluate.samples is 0; expected at least 1"),
+        ("evaluate.batch_size=0", "evaluate.batch_size is 0; expected at least 1"),
+        ("sample.steps=0", "sample.steps is 0; expected at least 1"),
+        ("sample.max_side=0", "sample.max_side is 0; expected at least 1"),
+        ("seed=-1", "seed is -1; expected at least 0"),
+        ("evaluate.seed=-1", "evaluate.seed is -1; expected at least 0"),
+        ("job=inpainter", "argument 'job=inpainter': .*tiny.yaml describes a decomposer job"),
+    ],
+)
+def test_wrong_arguments_are_named(override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_config(TINY, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("job: decomposer\nlora: {rnak: 3}", r"a\.yaml: unknown key lora.rnak; the nearest known one is lora.rank"),
+        ("job: decomposer\nlora: 3", r"a\.yaml: lora is a section; expected one of its keys: .*lora.rank"),
+        ("job: decomposer\nlora:", r"a\.yaml: lora is a section"),
+        ("job: decomposer\nseed: {a: 3}", r"a\.yaml: unknown key seed.a; the nearest known one is seed"),
+        ("job: decomposer\nlora: {rank: many}", r"a\.yaml: Value 'many'"),
+        ("job: painter", r"a\.yaml: job is 'painter'; expected one of decomposer, autoencoder, inpainter"),
+        ("name: x", r"a\.yaml: job is None; expected one of"),
+        ("job: [decomposer]", r"a\.yaml: job is \['decomposer'\]; expected one of"),
+        ("job: ${x}", r"a\.yaml"),
+        ("", r"a\.yaml: job is None"),
+        ("job: decomposer\nname: [1", r"a\.yaml is not readable YAML"),
+        ("job: decomposer\njob: inpainter", r"a\.yaml is not readable YAML"),
+        ("- 1\n- 2", r"a\.yaml: found a list"),
+        ("7", r"a\.yaml"),
+        ("job: inpainter\nmodel: {hidden_size: 100, num_heads: 3}", "hidden_size = 100 cannot be split"),
+        ("job: autoencoder\nmodel: {ch: 20}", "norm_groups = 32 does not divide"),
+    ],
+)
+def test_wrong_files_are_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_config(_written(tmp_path, text))
+
+
+def test_missing_and_binary_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"config .*absent.yaml does not exist; configs/ has"):
+        load_config(tmp_path / "absent.yaml")
+    path = tmp_path / "a.yaml"
+    path.write_bytes(bytes(range(256)))
+    with pytest.raises(InputError, match="is not readable YAML"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_saved_config_is_the_same_config(tmp_path: Path, path: Path) -> None:
+    config = load_config(path)
+    save_config(tmp_path / "config.yaml", config)
+    assert changed_keys(config, tmp_path / "config.yaml") == []
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("override", ["optim.lr=1e-9", "seed=5", "lora.targets=[img_in]", "weights.prompt=a"])
+def test_changed_keys_are_listed(tmp_path: Path, override: str) -> None:
+    save_config(tmp_path / "config.yaml", load_config(TINY))
+    assert changed_keys(load_config(TINY, [override]), tmp_path / "config.yaml") == [override.split("=")[0]]
+
+
+def test_what_changes_no_result_may_change(tmp_path: Path) -> None:
+    save_config(tmp_path / "config.yaml", load_config(TINY))
+    values: dict[str, Any] = {"resume": "x", "run_dir": "/y", "data.workers": 7, "train.checkpoint_every": 3}
+    assert values.keys() == RESUMABLE
+    changed = load_config(TINY, [f"{key}={value}" for key, value in values.items()])
+    assert changed_keys(changed, tmp_path / "config.yaml") == []
+    assert changed_keys(replace(changed, seed=9), tmp_path / "config.yaml") == ["seed"]

@@ -1,0 +1,68 @@
+"""Which samples a step sees: the same ones however they are spread over ranks and restarts."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from layerdecomp.data.datamodule import DataConfig, Positions, SampleData, StepSampler, collate, scene_data
+from layerdecomp.data.scenes import SceneConfig
+
+CONFIG = DataConfig(samples=5, validation=3, workers=0, scenes=SceneConfig(size=32))
+
+
+def _batches(first: int = 0, batch_size: int = 4, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+    return list(StepSampler(first=first, steps=6, batch_size=batch_size, rank=rank, world_size=world_size))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_batch_of_one_process(world_size: int) -> None:
+    shares = [_batches(batch_size=8 // world_size, rank=rank, world_size=world_size) for rank in range(world_size)]
+    joined = [sum(step, []) for step in zip(*shares, strict=True)]
+    assert joined == _batches(batch_size=8)
+    assert sum(joined, []) == list(range(48))
+
+
+def test_a_restart_goes_on_with_the_next_step() -> None:
+    assert _batches(first=4) == _batches()[4:] and len(_batches(first=4)) == 2
+    assert _batches(first=4, rank=1, world_size=2) == _batches(rank=1, world_size=2)[4:]
+    assert len(StepSampler(first=4, steps=6, batch_size=2, rank=0, world_size=1)) == 6
+
+
+def test_positions_go_round_and_round() -> None:
+    samples = scene_data(CONFIG, "train", seed=0, length=5)
+    positions = Positions(samples)
+    for position in (3, 8, 103):
+        sample = positions[position]
+        assert sample["position"] == position and sample["index"] == 3
+        assert sample["image"].equal(samples[3]["image"])
+
+
+def test_collate_stacks_tensors_and_keeps_numbers() -> None:
+    samples = [{"image": torch.full((3, 2, 2), float(i)), "index": i, "position": 7 * i} for i in range(3)]
+    batch = collate(samples)
+    assert batch["index"] == [0, 1, 2] and batch["position"] == [0, 7, 14]
+    assert batch["image"].shape == (3, 3, 2, 2) and batch["image"][:, 0, 0, 0].tolist() == [0, 1, 2]
+    assert collate([{"image": torch.ones(1), "index": 4}]).keys() == {"image", "index"}
+
+
+def _module(**trainer: Any) -> SampleData:
+    module = SampleData(CONFIG, seed=3, steps=4, batch_size=2, with_cues=True)
+    module.trainer = SimpleNamespace(**trainer)  # type: ignore[assignment]
+    return module
+
+
+def test_loaders_follow_the_trainer() -> None:
+    batches = list(_module(global_step=2, global_rank=1, world_size=2).train_dataloader())
+    assert [batch["position"] for batch in batches] == [[10, 11], [14, 15]]
+    assert [batch["index"] for batch in batches] == [[0, 1], [4, 0]]
+    assert batches[0]["image"][0].equal(batches[1]["image"][1]), "sample 0 comes again"
+    validation = list(_module().val_dataloader())
+    assert [batch["index"] for batch in validation] == [[0, 1], [2]]
+    assert not validation[0]["image"].equal(batches[0]["image"])
+
+
+def test_cues_are_made_only_where_they_are_needed() -> None:
+    assert scene_data(CONFIG, "test", 0, 1)[0]["cues"].any()
+    assert not scene_data(CONFIG, "test", 0, 1, with_cues=False)[0]["cues"].any()

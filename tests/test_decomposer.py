@@ -1,0 +1,285 @@
+"""The parts composed: layers of any size, reproducible, that depend on everything they should and on nothing else."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor
+
+from layerdecomp.decomposer import (
+    Decomposer,
+    DecomposerConfig,
+    SampleConfig,
+    build_decomposer,
+    inpaint,
+    keep_pixels,
+)
+from layerdecomp.errors import InputError
+from layerdecomp.imaging.geometry import grow_and_feather
+from layerdecomp.imaging.layers import Layers
+from layerdecomp.models.context_fusion import ContextFusionConfig
+from layerdecomp.models.lora import LoRALinear
+from layerdecomp.weights import load_mmdit
+
+SIZES = [(32, 48), (37, 53), (17, 16), (1, 20), (300, 200)]
+STEPS = 2
+
+
+def picture(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def box(height: int, width: int) -> NDArray[np.bool_]:
+    """An object in the middle, an eighth of each side."""
+    mask = np.zeros((height, width), bool)
+    mask[height // 2 : height // 2 + max(1, height // 8), width // 2 : width // 2 + max(1, width // 8)] = True
+    return mask
+
+
+def changed(decomposer: Decomposer, **sample: object) -> Decomposer:
+    """The same parts with another way of sampling."""
+    other = copy.copy(decomposer)
+    other.sample = replace(decomposer.sample, **sample)  # type: ignore[arg-type]
+    return other
+
+
+def batch_of(count: int, size: int = 32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    image = torch.rand(count, 3, size, size, generator=generator) * 2 - 1
+    mask = torch.zeros(count, 1, size, size)
+    for index in range(count):
+        mask[index, :, 4 * index : 4 * index + 9, 8:20] = 1
+    cues = torch.rand(count, 3, 3, size, size, generator=generator) * 2 - 1
+    present = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])[:count]
+    return {"image": image, "mask": mask, "cues": cues, "cues_present": present}
+
+
+def noise_of(count: int, size: int = 32) -> Tensor:
+    return torch.randn(count, 2, 16, size // 8, size // 8, generator=torch.Generator().manual_seed(6))
+
+
+def differ(first: Layers, second: Layers) -> bool:
+    return bool((first.background != second.background).any() and (first.foreground != second.foreground).any())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_layers_have_the_size_of_the_picture(tiny_decomposer: Decomposer, size: tuple[int, int]) -> None:
+    image, mask = picture(*size), box(*size)
+    layers = changed(tiny_decomposer, max_side=64).decompose(image, mask, steps=STEPS)
+    assert layers.background.shape == (*size, 3) and layers.background.dtype == np.uint8
+    assert layers.foreground.shape == (*size, 4) and layers.foreground.dtype == np.uint8
+    np.testing.assert_array_equal(layers.image, image)
+    np.testing.assert_array_equal(layers.mask, mask)
+    if min(size) > 1:
+        assert layers.background[mask].std() > 0 and layers.foreground[..., 3].std() > 0
+
+
+def test_the_seed_decides(tiny_decomposer: Decomposer) -> None:
+    image, mask = picture(32, 48), box(32, 48)
+    first, again, other = (tiny_decomposer.decompose(image, mask, steps=STEPS, seed=seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first.background, again.background)
+    np.testing.assert_array_equal(first.foreground, again.foreground)
+    assert differ(first, other)
+    assert differ(first, tiny_decomposer.decompose(image, mask, steps=STEPS + 1))
+
+
+@pytest.mark.parametrize("size", [(64, 96), (160, 240)])
+def test_the_background_keeps_the_pixels_elsewhere(tiny_decomposer: Decomposer, size: tuple[int, int]) -> None:
+    decomposer = changed(tiny_decomposer, max_side=96)
+    image, mask = picture(*size), box(*size)
+    kept = decomposer.decompose(image, mask, steps=STEPS)
+    alpha = kept.foreground[..., 3]
+
+    def share(threshold: int) -> NDArray[np.float32]:
+        place = torch.from_numpy(mask | (alpha >= threshold)).float()[None, None]
+        return grow_and_feather(place, decomposer.sample.grow, decomposer.sample.feather)[0, 0].numpy()
+
+    elsewhere, inside = share(127) == 0, share(129) == 1  # 128 may have been rounded up to
+    assert elsewhere.mean() > 0.05 and inside[mask].all()
+    np.testing.assert_array_equal(kept.background[elsewhere], image[elsewhere])
+    painted = changed(decomposer, keep_pixels=False).decompose(image, mask, steps=STEPS)
+    np.testing.assert_array_equal(painted.foreground, kept.foreground)
+    np.testing.assert_array_equal(painted.background[inside], kept.background[inside])
+    assert (painted.background[elsewhere] != image[elsewhere]).mean() > 0.5
+
+
+def test_pixels_are_painted_where_the_foreground_goes_beyond_the_mask() -> None:
+    image, painted, mask = torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64), torch.zeros(1, 1, 64, 64)
+    mask[..., 20:30, 20:30] = 1
+    result = keep_pixels(image, mask, painted, SampleConfig())
+    assert (result[..., 20:30, 20:30] == 1).all() and (result[..., :15, :] == 0).all()
+    assert keep_pixels(image, mask, painted, SampleConfig(keep_pixels=False)) is painted
+
+
+@pytest.mark.parametrize("line", [lambda m: m[:, 70:71], lambda m: m[30:31], lambda m: m[50:51, 60:61]])
+def test_a_thin_object_survives_shrinking(
+    tiny_decomposer: Decomposer, monkeypatch: pytest.MonkeyPatch, line: Callable[[NDArray[np.bool_]], NDArray[np.bool_]]
+) -> None:
+    decomposer, seen = changed(tiny_decomposer, max_side=32), []
+    draw = decomposer.draw
+
+    def record(batch: dict[str, Tensor], *args: object) -> tuple[Tensor, Tensor]:
+        seen.append(batch["mask"])
+        return draw(batch, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(decomposer, "draw", record, raising=False)
+    mask = np.zeros((200, 140), bool)
+    line(mask)[:] = True
+    decomposer.decompose(picture(200, 140), mask, steps=1)
+    (small,) = seen
+    assert small.unique().tolist() == [0, 1]
+    extent = torch.tensor(mask.shape) * 32 / 200
+    wide = torch.from_numpy(np.argwhere(mask)).float()
+    expected = ((wide.amax(0) - wide.amin(0)) / torch.tensor(mask.shape) * extent).round()
+    found = torch.argwhere(small[0, 0]).float()
+    assert ((found.amax(0) - found.amin(0)) >= expected - 2).all(), "parts of the line are gone"
+
+
+def test_given_cues_replace_the_computed_ones(tiny_decomposer: Decomposer) -> None:
+    image, mask = picture(32, 48), box(32, 48)
+    cues = np.random.default_rng(1).uniform(-1, 1, (3, 3, 64, 96)).astype(np.float32)
+    computed = tiny_decomposer.decompose(image, mask, steps=STEPS)
+    given = tiny_decomposer.decompose(image, mask, steps=STEPS, cues=cues)
+    assert differ(computed, given) and differ(given, tiny_decomposer.decompose(image, mask, steps=STEPS, cues=-cues))
+    np.testing.assert_array_equal(
+        given.foreground, tiny_decomposer.decompose(image, mask, steps=STEPS, cues=cues).foreground
+    )
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 48), (2, 3, 32, 48), (3, 1, 32, 48)])
+def test_cues_of_another_shape(tiny_decomposer: Decomposer, shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"cues of shape .*; expected \(3, 3, H, W\), the maps edge, segmentation"):
+        tiny_decomposer.decompose(picture(32, 48), box(32, 48), cues=np.zeros(shape, np.float32))
+
+
+@pytest.mark.parametrize("steps", [0, -3])
+def test_no_steps(tiny_decomposer: Decomposer, steps: int) -> None:
+    with pytest.raises(InputError, match=f"steps is {steps}; expected at least 1"):
+        tiny_decomposer.decompose(picture(32, 48), box(32, 48), steps=steps)
+
+
+def test_fusion_can_be_left_out(tiny_config: DecomposerConfig, tiny_weights: Path) -> None:
+    config = replace(tiny_config, fusion=ContextFusionConfig(enabled=False))
+    decomposer = build_decomposer(config).requires_grad_(False).eval()
+    assert decomposer.context_fusion is None and not any("fusion" in name for name in decomposer.state_dict())
+    batch = batch_of(2)
+    context = decomposer.encode(batch["image"], batch["mask"])
+    assert context.fused is None and context.told.shape == (2, 8, 320)
+    assert decomposer.decompose(picture(32, 48), box(32, 48), steps=1).foreground.shape == (32, 48, 4)
+
+
+def test_shapes_of_the_parts(tiny_decomposer: Decomposer) -> None:
+    batch = batch_of(3)
+    context = tiny_decomposer.encode(*batch.values())
+    assert context.told.shape == (3, 8, 320) and context.ids.shape == (8, 3)
+    assert context.ids[:, 0].tolist() == [0] * 4 + [1] * 4
+    assert context.fused is not None and context.fused.shape == (3, 4, 32)
+    z = tiny_decomposer.encode_targets(batch["image"], torch.cat([batch["image"], batch["mask"]], 1))
+    assert z.shape == (3, 8, 64)
+    assert tiny_decomposer.velocity(z, context, torch.full((3,), 0.5)).shape == z.shape
+    twice = context.repeat(2)
+    assert twice.told[1].equal(context.told[0]) and twice.fused is not None and len(twice.fused) == 6
+    background, foreground = tiny_decomposer.draw(batch, noise_of(3), steps=1)
+    assert background.shape == (3, 3, 32, 32) and foreground.shape == (3, 4, 32, 32)
+    assert background.abs().max() <= 1 and foreground[:, 3].min() >= 0 and foreground[:, 3].max() <= 1
+
+
+def test_what_each_layer_is_told(tiny_decomposer: Decomposer) -> None:
+    """The background never sees the object, the foreground nothing but the object."""
+    batch = batch_of(2)
+    told = tiny_decomposer.encode(*batch.values()).told
+    for inside, same in ((True, slice(0, 4)), (False, slice(4, 8))):
+        place = batch["mask"] if inside else 1 - batch["mask"]
+        altered = {**batch, "image": batch["image"] * (1 - place) - 0.7 * place}
+        other = tiny_decomposer.encode(*altered.values()).told
+        assert other[:, same].equal(told[:, same]) and not other.equal(told)
+
+
+def test_absent_cues_have_no_influence(tiny_decomposer: Decomposer) -> None:
+    batch, noise = batch_of(3), noise_of(3)
+    absent = ~batch["cues_present"][:, :, None, None, None]
+    altered = {**batch, "cues": torch.where(absent, batch["cues"] + 5, batch["cues"])}
+    first, second = (tiny_decomposer.draw(b, noise, steps=STEPS) for b in (batch, altered))
+    assert first[0].equal(second[0]) and first[1].equal(second[1])
+
+
+def test_a_sample_does_not_depend_on_its_neighbours(tiny_decomposer: Decomposer) -> None:
+    batch, noise = batch_of(3), noise_of(3)
+    together = tiny_decomposer.draw(batch, noise, steps=STEPS)
+    for index in range(3):
+        one = slice(index, index + 1)
+        alone = tiny_decomposer.draw({name: value[one] for name, value in batch.items()}, noise[one], steps=STEPS)
+        for whole, single in zip(together, alone, strict=True):
+            assert single.std() > 0.05
+            torch.testing.assert_close(whole[one], single, atol=2e-4, rtol=1e-3)
+
+
+def test_every_trained_part_matters(tiny_decomposer: Decomposer) -> None:
+    batch, noise = batch_of(3), noise_of(3)
+    expected = tiny_decomposer.draw(batch, noise, steps=STEPS)
+
+    def without(alter: Callable[[Decomposer], None]) -> tuple[Tensor, Tensor]:
+        decomposer = copy.deepcopy(tiny_decomposer)
+        alter(decomposer)
+        return decomposer.draw(batch, noise, steps=STEPS)
+
+    def no_lora(decomposer: Decomposer) -> None:
+        for module in decomposer.transformer.modules():
+            if isinstance(module, LoRALinear):
+                module.lora_B.weight.zero_()
+
+    def no_queries(decomposer: Decomposer) -> None:
+        assert decomposer.context_fusion is not None
+        decomposer.context_fusion.queries.zero_()
+
+    for alter in (no_lora, no_queries, lambda decomposer: decomposer.transformer.img_in.weight.zero_()):
+        for layer, altered in zip(expected, without(alter), strict=True):
+            assert (layer - altered).abs().mean() > 1e-3
+
+
+def test_only_what_is_trained_is_an_adapter(tiny_config: DecomposerConfig) -> None:
+    decomposer = build_decomposer(tiny_config)
+    base = load_mmdit(tiny_config.weights.transformer).state_dict()
+    names = decomposer.adapter({}).tensors.keys()
+    assert {name for name in names if name in base} == {"img_in.weight", "img_in.bias"}
+    assert all(p.dtype == torch.float32 for p in decomposer.adapter({}).tensors.values())
+
+
+def test_frozen_parts_in_bf16(tiny_weights: Path, tiny_decomposer: Decomposer) -> None:
+    decomposer = Decomposer.from_pretrained(tiny_weights / "adapter.safetensors", dtype=torch.bfloat16)
+    assert decomposer.transformer.final_layer.linear.weight.dtype == torch.bfloat16
+    image, mask = picture(32, 48), box(32, 48)
+    half, full = (d.decompose(image, mask, steps=STEPS) for d in (decomposer, tiny_decomposer))
+    error = np.abs(half.foreground.astype(float) - full.foreground)
+    assert 0 < error.mean() < 8
+
+
+def test_the_base_inpaints(tiny_config: DecomposerConfig, tiny_decomposer: Decomposer) -> None:
+    base, batch = load_mmdit(tiny_config.weights.transformer), batch_of(2)
+    parts = (base, tiny_decomposer.autoencoder, tiny_decomposer.prompt, batch["image"], batch["mask"])
+    sample = replace(tiny_decomposer.sample, steps=STEPS)
+    filled = inpaint(*parts, noise_of(2)[:, 0], tiny_decomposer.flow, sample)
+    assert filled.shape == (2, 3, 32, 32) and filled.std() > 0.05
+
+
+def test_a_prompt_comes_from_its_file(tiny_config: DecomposerConfig, tmp_path: Path) -> None:
+    path = str(tmp_path / "prompt.safetensors")
+    config = replace(tiny_config, weights=replace(tiny_config.weights, prompt=path))
+    save_file({"txt": torch.ones(5, 8), "vec": torch.ones(8)}, path)
+    inputs = build_decomposer(config).prompt.inputs(2, torch.float32)
+    assert {name: tuple(value.shape) for name, value in inputs.items()} == {
+        "txt": (2, 5, 8),
+        "txt_ids": (5, 3),
+        "y": (2, 8),
+    }
+    assert inputs["txt"].min() == 1 and inputs["y"].min() == 1 and not inputs["txt_ids"].any()
+    save_file({"txt": torch.ones(5, 9)}, path)
+    with pytest.raises(InputError, match="does not fit a prompt embedding") as error:
+        build_decomposer(config)
+    assert "1 missing: vec" in str(error.value) and "txt [5, 9] for [5, 8]" in str(error.value)

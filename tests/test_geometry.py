@@ -1,0 +1,100 @@
+"""Sizes, padding, the place around a mask, and pixels that come back as they went."""
+
+import numpy as np
+import pytest
+import torch
+
+from layerdecomp.imaging.geometry import (
+    fitted_size,
+    grow_and_feather,
+    pad_to_multiple,
+    resize,
+    shrink_mask,
+    to_pixels,
+    to_tensor,
+)
+
+
+@pytest.mark.parametrize("size", [(32, 48), (37, 53), (5, 17), (1, 20), (5, 1), (16, 2)])
+def test_padding_reflects_as_numpy_does(size: tuple[int, int]) -> None:
+    picture = torch.rand(2, 3, *size)
+    padded = pad_to_multiple(picture, 16)
+    rows, columns = (-side % 16 for side in size)
+    expected = np.pad(picture.numpy(), ((0, 0), (0, 0), (0, rows), (0, columns)), mode="reflect")
+    np.testing.assert_array_equal(padded.numpy(), expected)
+
+
+def test_pixels_come_back_exactly() -> None:
+    pixels = np.arange(256 * 3, dtype=np.uint8).reshape(16, 16, 3)
+    tensor = to_tensor(pixels)
+    assert tensor.shape == (1, 3, 16, 16) and tensor.min() == -1 and tensor.max() == 1
+    np.testing.assert_array_equal(to_pixels(tensor[0]), pixels)
+
+
+def test_pixels_are_rounded_and_clipped() -> None:
+    levels = torch.tensor([-3.0, -1 + 0.6 / 127.5, 1 - 0.4 / 127.5, 7.0]).view(1, 1, 4)
+    assert to_pixels(levels).ravel().tolist() == [0, 1, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((100, 200), (32, 64)),
+        ((200, 100), (64, 32)),
+        ((64, 64), (64, 64)),
+        ((10, 20), (10, 20)),
+        ((1, 640), (1, 64)),
+        ((300, 199), (64, 42)),
+    ],
+)
+def test_fitted_size(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert fitted_size(size, 64) == expected
+
+
+def test_resize_keeps_leading_axes_constants_and_fitting_pictures() -> None:
+    pictures = torch.linspace(-1, 1, 6).view(1, 2, 3, 1, 1).expand(1, 2, 3, 40, 60)
+    assert resize(pictures, (40, 60)) is pictures
+    resized = resize(pictures, (10, 24))
+    torch.testing.assert_close(resized, pictures[..., :10, :24])
+
+
+def test_resize_is_antialiased() -> None:
+    stripes = torch.ones(1, 1, 64, 64)
+    stripes[..., ::2] = -1
+    assert resize(stripes, (16, 16))[..., 2:-2].abs().max() < 0.05
+
+
+def test_no_part_of_a_mask_vanishes_when_it_shrinks() -> None:
+    mask = torch.zeros(1, 1, 90, 70)
+    for index in range(70):
+        mask[..., index, index] = 1
+    assert shrink_mask(mask, (90, 70)).equal(mask)
+    small = shrink_mask(mask, (23, 18))[0, 0]
+    assert small.unique().tolist() == [0, 1] and small[:18].any(dim=0).all() and not small[19:].any()
+
+
+def _disc(size: tuple[int, int], radius: float) -> torch.Tensor:
+    rows, columns = torch.meshgrid(*(torch.arange(side) - side // 2 for side in size), indexing="ij")
+    return (torch.hypot(rows.float(), columns.float()) <= radius).float()[None, None]
+
+
+def test_the_place_of_a_mask_is_grown_then_fades() -> None:
+    mask = _disc((200, 160), 20)
+    share = grow_and_feather(mask, grow=0.02, feather=0.025)[0, 0]  # 4 and 5 pixels
+    profile = share[100, 80:]
+    assert (profile[:25] == 1).all() and 0 < profile[27] < 1
+    assert (profile.diff() <= 1e-6).all()
+    assert (profile[20 + 4 + 2 * 5 + 1 :] == 0).all()
+    assert share[0, 0] == 0 and share.max() <= 1
+    assert grow_and_feather(mask, grow=0.0, feather=0.0).equal(mask)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 200), (2, 200), (3, 90), (7, 300), (16, 16)])
+def test_the_place_of_a_mask_in_small_and_narrow_pictures(size: tuple[int, int]) -> None:
+    mask = torch.zeros(1, 1, *size)
+    mask[..., size[0] // 2, size[1] // 2] = 1
+    share = grow_and_feather(mask, grow=0.015, feather=0.01)
+    assert share.shape == mask.shape and torch.isfinite(share).all()
+    assert share[mask > 0].item() == 1 and share.min() >= 0 and share.max() <= 1
+    if size[1] > 50:
+        assert (share[..., 0] == 0).all()

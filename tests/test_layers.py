@@ -1,0 +1,222 @@
+"""Reading pictures and masks in every form they come in, and writing the three files of a decomposition."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from layerdecomp.errors import InputError
+from layerdecomp.imaging.layers import Layers, read_image, read_mask
+
+SIZE = (6, 9)  # height, width
+
+
+def _rgb() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+
+
+def _alpha() -> np.ndarray:
+    alpha = np.zeros(SIZE, np.uint8)
+    alpha[2:4, 3:7] = 255
+    alpha[4, 3:7] = 100
+    return alpha
+
+
+def _rgba() -> Image.Image:
+    picture = Image.fromarray(_rgb())
+    picture.putalpha(Image.fromarray(_alpha()))
+    return picture
+
+
+def _saved(picture: Image.Image, path: Path, **options: Any) -> Path:
+    picture.save(path, **options)
+    return path
+
+
+def _over_white() -> np.ndarray:
+    alpha = _alpha()[..., None] / 255
+    return _rgb() * alpha + 255 * (1 - alpha)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P", "1", "CMYK"])
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    picture = (_rgba() if mode in ("LA", "RGBA") else Image.fromarray(_rgb())).convert(mode)
+    path = _saved(picture, tmp_path / ("a.tif" if mode == "CMYK" else "a.png"))
+    pixels = read_image(path)
+    assert pixels.shape == (*SIZE, 3) and pixels.dtype == np.uint8
+    if mode == "RGB":
+        np.testing.assert_array_equal(pixels, _rgb())
+    elif mode == "RGBA":
+        np.testing.assert_allclose(pixels, _over_white(), atol=1)
+    elif mode == "CMYK":
+        np.testing.assert_allclose(pixels, _rgb(), atol=1)
+    elif mode == "LA":
+        assert (pixels[0] == 255).all() and (pixels[2, 3:7] == np.asarray(picture)[2, 3:7, :1]).all()
+    else:
+        np.testing.assert_array_equal(pixels, np.asarray(picture.convert("RGB")))
+
+
+def test_a_transparent_colour_of_a_palette_is_white(tmp_path: Path) -> None:
+    palette = Image.fromarray(np.array([[0, 1], [1, 2]], np.uint8), mode="P")
+    palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    pixels = read_image(_saved(palette, tmp_path / "a.png", transparency=1))
+    assert pixels.tolist() == [[[10, 20, 30], [255] * 3], [[255] * 3, [70, 80, 90]]]
+
+
+def test_sixteen_bits_become_eight(tmp_path: Path) -> None:
+    levels = np.linspace(0, 65535, 54).round().astype(np.uint16).reshape(SIZE)
+    pixels = read_image(_saved(Image.fromarray(levels), tmp_path / "a.png"))
+    np.testing.assert_allclose(pixels, np.repeat(levels[..., None] / 257, 3, axis=-1), atol=1)
+
+
+def test_exif_rotation_is_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera stood on its side
+    path = _saved(Image.fromarray(_rgb()), tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(read_image(path), np.rot90(_rgb(), -1))
+
+
+def test_arrays_and_pictures_need_no_file() -> None:
+    np.testing.assert_array_equal(read_image(_rgb()), _rgb())
+    np.testing.assert_array_equal(read_image(Image.fromarray(_rgb())), _rgb())
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((4, 4)), np.zeros((4, 4, 1), np.uint8), np.zeros((2, 4, 4, 3), np.uint8), np.zeros((0, 4), bool)]
+)
+def test_other_arrays_are_refused(array: Any) -> None:
+    with pytest.raises(InputError, match=r"expected uint8"):
+        read_image(array)
+
+
+@pytest.mark.parametrize("format", ["png", "jpg", "webp", "tif", "gif", "bmp"])
+def test_unreadable_files_are_one_error(tmp_path: Path, format: str) -> None:
+    big = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    content = _saved(Image.fromarray(big), tmp_path / f"whole.{format}").read_bytes()
+    path = tmp_path / f"a.{format}"
+    for length in {0, 1, 10, 20, 40, len(content) // 4, len(content) // 2}:
+        path.write_bytes(content[:length])
+        with pytest.raises(InputError, match=rf"a\.{format} cannot be read as an image .*expected PNG"):
+            read_image(path)
+
+
+@pytest.mark.parametrize("name", ["absent.png", "."])
+def test_missing_files_and_folders(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="expected an image file"):
+        read_image(tmp_path / name)
+
+
+OBJECT = _alpha() >= 128
+
+
+def _painted() -> Image.Image:
+    """A red brush on a transparent layer."""
+    picture = Image.new("RGBA", SIZE[::-1], (255, 0, 0, 0))
+    picture.putalpha(Image.fromarray(_alpha()))
+    return picture
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        Image.fromarray(_alpha()),
+        Image.fromarray(OBJECT),
+        Image.fromarray(_alpha()).convert("P"),
+        Image.fromarray(_alpha()).convert("RGB"),
+        Image.fromarray(_alpha()).convert("RGBA"),
+        Image.fromarray(_alpha().astype(np.uint16) * 257),
+        _painted(),
+    ],
+    ids=["L", "1", "P", "RGB", "opaque RGBA", "I;16", "painted RGBA"],
+)
+def test_every_kind_of_mask(tmp_path: Path, picture: Image.Image) -> None:
+    mask = read_mask(_saved(picture, tmp_path / "m.png"), SIZE)
+    assert mask.dtype == bool
+    np.testing.assert_array_equal(mask, OBJECT)
+
+
+def test_a_mask_painted_on_a_transparent_layer_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        read_mask(Image.fromarray(_alpha()).convert("RGBA"))
+        assert not caplog.messages
+        read_mask(_painted())
+    assert "alpha channel" in caplog.text
+
+
+def test_boolean_arrays_are_masks() -> None:
+    np.testing.assert_array_equal(read_mask(OBJECT), OBJECT)
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (Image.fromarray(_rgb()), "m.png is in colour; expected grey"),
+        (Image.new("L", SIZE[::-1], 127), "m.png is empty: no pixel is 128 or brighter; expected white"),
+        (Image.new("L", SIZE[::-1], 128), "m.png is full: it marks every pixel; expected white"),
+        (Image.new("RGBA", SIZE[::-1], (0, 0, 0, 0)), "m.png is empty"),
+        (Image.fromarray(_alpha()[:-1]), r"m.png is 9 x 5 pixels, the image 9 x 6; expected equal sizes"),
+    ],
+    ids=["colour", "empty", "full", "transparent", "size"],
+)
+def test_masks_that_cannot_be_used(tmp_path: Path, picture: Image.Image, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_mask(_saved(picture, tmp_path / "m.png"), SIZE)
+
+
+def _layers() -> Layers:
+    return Layers(_rgb(), OBJECT, _rgb()[::-1].copy(), np.asarray(_rgba()))
+
+
+def test_three_files_are_written(tmp_path: Path) -> None:
+    layers = _layers()
+    folder = layers.save(tmp_path / "new" / "folder")
+    assert sorted(path.name for path in folder.iterdir()) == ["background.png", "foreground.png", "preview.png"]
+    np.testing.assert_array_equal(np.asarray(Image.open(folder / "background.png")), layers.background)
+    np.testing.assert_array_equal(np.asarray(Image.open(folder / "foreground.png")), layers.foreground)
+    np.testing.assert_array_equal(np.asarray(Image.open(folder / "preview.png")), layers.preview())
+
+
+def test_the_preview_shows_input_background_foreground_and_both() -> None:
+    layers = _layers()
+    height, width = SIZE
+    preview = layers.preview(gap=2)
+    assert preview.shape == (height, 4 * width + 3 * 2, 3) and preview.dtype == np.uint8
+    panels = [preview[:, start : start + width] for start in range(0, 4 * (width + 2), width + 2)]
+    np.testing.assert_array_equal(panels[0][~OBJECT], layers.image[~OBJECT])
+    assert (panels[0][OBJECT] != layers.image[OBJECT]).any()
+    np.testing.assert_array_equal(panels[1], layers.background)
+    opaque = layers.foreground[..., 3] == 255
+    for panel in panels[2:]:
+        np.testing.assert_array_equal(panel[opaque], layers.foreground[opaque, :3])
+    np.testing.assert_array_equal(panels[3][layers.foreground[..., 3] == 0], layers.background[_alpha() == 0])
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    for folder in (tmp_path / "taken", tmp_path / "taken" / "below"):
+        with pytest.raises(InputError, match="cannot be written .*choose another `out`"):
+            _layers().save(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    _layers().save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    calls, save = [], Image.Image.save
+
+    def full_disk(self: Image.Image, path: Path, *args: Any, **options: Any) -> None:
+        calls.append(path)
+        if len(calls) < failing:
+            return save(self, path, *args, **options)
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full_disk)
+    other = Layers(_rgb(), OBJECT, _rgb(), np.asarray(_rgba()))
+    with pytest.raises(InputError, match="No space left on device"):
+        other.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

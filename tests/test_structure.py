@@ -1,0 +1,88 @@
+"""The floors of the package: imports go down only, and what a floor may know of the world."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# From the ground up; a file imports files that stand before it, and no others.
+ORDER = [
+    # floor 0: tensors and pictures
+    *("__init__", "errors", "cli"),
+    *("models.__init__", "models.attention", "models.blocks", "models.mmdit", "models.lora"),
+    *("models.context_fusion", "models.autoencoder"),
+    *("conditioning", "flow", "sampling"),
+    *("imaging.__init__", "imaging.compositing", "imaging.masks", "imaging.cues", "imaging.layers", "imaging.geometry"),
+    *("metrics.__init__", "metrics.region", "metrics.background", "metrics.foreground", "metrics.recomposition"),
+    "metrics.layers",
+    # floor 1: the parts composed, their files, their data, their figures
+    *("weights", "decomposer", "export"),
+    *("data.__init__", "data.textures", "data.shapes", "data.scenes", "data.datamodule"),
+    *("baselines", "evaluation", "comparison"),
+    # floor 2: everything that can be set
+    "config",
+    # floor 3: training
+    *("training.__init__", "training.base", "training.autoencoder", "training.inpainter", "training.decomposer"),
+    "training.runs",
+]
+FILES = {
+    ".".join(path.relative_to(ROOT / "layerdecomp").with_suffix("").parts): path
+    for path in sorted((ROOT / "layerdecomp").rglob("*.py"))
+}
+TOOLS = sorted((ROOT / "tools").glob("*.py"))
+MODELS = [name for name in FILES if name.startswith("models.")]
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of the modules (and of what is taken from them) that a file imports."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def own(path: Path) -> set[str]:
+    """The package's files that a file imports."""
+    inside = {name.removeprefix("layerdecomp").lstrip(".") or "__init__" for name in imported(path) if _ours(name)}
+    return {found for name in inside for found in (name, f"{name}.__init__") if found in FILES}
+
+
+def _ours(name: str) -> bool:
+    return name.split(".")[0] == "layerdecomp"
+
+
+def test_every_file_has_its_place() -> None:
+    assert sorted(ORDER) == sorted(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_go_down(name: str) -> None:
+    above = own(FILES[name]) - set(ORDER[: ORDER.index(name)])
+    assert not above, f"{name} imports what stands above it: {sorted(above)}"
+
+
+def test_imports_are_seen() -> None:
+    assert {"models.mmdit", "weights", "imaging.layers"} <= own(FILES["decomposer"])
+    assert {"metrics.background", "metrics.__init__"} <= own(FILES["metrics.layers"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_are_plain_torch(name: str) -> None:
+    allowed = {"torch", "einops", "timm", "layerdecomp"} | {"collections", "dataclasses", "difflib", "fnmatch", "math"}
+    assert {module.split(".")[0] for module in imported(FILES[name])} <= allowed | {"typing", "itertools", "functools"}
+
+
+@pytest.mark.parametrize("path", [*FILES.values(), *TOOLS], ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_no_reference_implementation_is_imported(path: Path) -> None:
+    assert not {name.split(".")[0] for name in imported(path)} & {"diffusers", "transformers", "accelerate", "tests"}
+
+
+@pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.name)
+def test_tools_are_short_and_print_errors_plainly(path: Path) -> None:
+    assert "cli" in own(path) and "run_command(main, sys.argv[1:])" in path.read_text()
+    assert len(path.read_text().splitlines()) < 80

@@ -1,0 +1,275 @@
+"""The commands: what they write, and one plain error with status 2 for everything a user can get wrong."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from layerdecomp.cli import run_command, take
+from layerdecomp.decomposer import Decomposer
+from layerdecomp.errors import InputError
+from layerdecomp.weights import Adapter
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
+
+
+def _tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TOOLS = {name: _tool(name) for name in ("train", "decompose", "evaluate", "export")}
+Fails = Callable[..., str]
+
+
+def _files(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture
+def fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fails:
+    """Runs a tool in a folder of its own that must fail plainly, and gives its message."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(tool: str, *arguments: str) -> str:
+        before = _files(tmp_path)
+        with pytest.raises(SystemExit) as stopped:
+            run_command(TOOLS[tool].main, list(arguments))
+        out, err = capsys.readouterr()
+        assert stopped.value.code == 2 and out == ""
+        assert err.startswith("error: ") and err.count("error: ") == 1 and "Traceback" not in err
+        assert _files(tmp_path) == before, "something was written"
+        return err
+
+    return run
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[str]:
+    """A picture and its mask, as arguments."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    mask = np.zeros((40, 56), np.uint8)
+    mask[10:22, 20:36] = 255
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    return [f"image={tmp_path / 'a.png'}", f"mask={tmp_path / 'm.png'}"]
+
+
+@pytest.fixture
+def own_weights(tmp_path: Path, tiny_weights: Path) -> Path:
+    """A copy of `tiny_weights` that a test may spoil; its adapter finds the other files beside itself."""
+    folder = shutil.copytree(tiny_weights, tmp_path / "weights")
+    adapter = Adapter.load(folder / "adapter.safetensors")
+    names = {name: f"gone/{name}.safetensors" for name in ("transformer", "autoencoder", "rgba_autoencoder")}
+    Adapter(adapter.tensors, {**adapter.metadata, "weights": json.dumps(names)}).save(folder / "adapter.safetensors")
+    return folder
+
+
+# What they write
+
+
+def test_decompose_writes_layers(
+    tiny_weights: Path, tmp_path: Path, pictures: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "layers"
+    adapter = f"adapter={tiny_weights / 'adapter.safetensors'}"
+    run_command(TOOLS["decompose"].main, [adapter, *pictures, f"out={out}", "steps=2", "seed=7"])
+    assert str(out) in capsys.readouterr().out
+    layers = Decomposer.from_pretrained(tiny_weights / "adapter.safetensors").decompose(
+        tmp_path / "a.png", tmp_path / "m.png", steps=2, seed=7
+    )
+    np.testing.assert_array_equal(np.asarray(Image.open(out / "foreground.png")), layers.foreground)
+    np.testing.assert_array_equal(np.asarray(Image.open(out / "background.png")), layers.background)
+
+
+def test_evaluate_writes_figures_and_pictures(
+    tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["data.scenes.size=32", "evaluate.samples=3", "evaluate.batch_size=2", "sample.steps=2"]
+    adapter = f"adapter={tiny_weights / 'adapter.safetensors'}"
+    run_command(TOOLS["evaluate"].main, [adapter, f"out={tmp_path / 'new'}", *small])
+    document = json.loads((tmp_path / "new" / "metrics.json").read_text())
+    assert document["results"].keys() == {"adapted", "base", "classical"}
+    assert document["results"]["adapted"]["background/psnr"] > 0
+    assert document["protocol"]["count"] == 3 and document["protocol"]["steps"] == 2
+    assert Image.open(tmp_path / "new" / "samples" / "comparison.png").size[0] > 32
+    assert "adapted" in capsys.readouterr().out
+    assert {path.name for path in tiny_weights.iterdir()} == {
+        f"{name}.safetensors" for name in ("transformer", "autoencoder", "rgba_autoencoder", "adapter")
+    }
+
+
+def test_export_names_what_it_wrote(tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tiny_weights / "adapter.safetensors", tmp_path / "merged.safetensors"
+    run_command(TOOLS["export"].main, [f"adapter={source}", "format=merged", f"out={out}"])
+    said = capsys.readouterr().out
+    assert f"wrote {out}" in said and "context_fusion" in said
+    assert load_file(out).keys() == load_file(tiny_weights / "transformer.safetensors").keys()
+
+
+# What users get wrong
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("mask=absent.png", "absent.png does not exist; expected an image file"),
+        ("image=text.png", "text.png cannot be read as an image"),
+        ("image=cut.png", "cut.png cannot be read as an image"),
+        ("mask=small.png", "small.png is 28 x 20 pixels, the image 56 x 40; expected equal sizes"),
+        ("mask=empty.png", "empty.png is empty: no pixel is 128 or brighter; expected white"),
+        ("mask=full.png", "full.png is full: it marks every pixel; expected white"),
+        ("mask=a.png", "a.png is in colour; expected grey levels"),
+        ("steps=many", "steps=many: expected a whole number"),
+        ("steps=0", "steps is 0; expected at least 1"),
+        ("seed=-1", "seed is -1; expected a number from 0"),
+        (f"seed={10**30}", "expected a number from 0"),
+        ("device=gpu", "device=gpu: Expected one of cpu, cuda"),
+        ("stpes=3", "unknown argument stpes=3; expected adapter= image= mask="),
+        ("out=text.png", "text.png cannot be written"),
+    ],
+)
+def test_decompose(
+    fails: Fails, tiny_weights: Path, tmp_path: Path, pictures: list[str], change: str, message: str
+) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:900])
+    mask = Image.open(tmp_path / "m.png")
+    mask.resize((28, 20)).save(tmp_path / "small.png")
+    Image.new("L", mask.size, 0).save(tmp_path / "empty.png")
+    Image.new("L", mask.size, 255).save(tmp_path / "full.png")
+    adapter = f"adapter={tiny_weights / 'adapter.safetensors'}"
+    assert message in fails("decompose", adapter, *pictures, "steps=1", "out=layers", change)
+
+
+def test_decompose_needs_a_picture(fails: Fails) -> None:
+    assert "image= is missing; expected image=... mask=..." in fails("decompose", "steps=1")
+
+
+@pytest.mark.parametrize("spoilt", ["adapter", "transformer", "autoencoder", "rgba_autoencoder"])
+@pytest.mark.parametrize("missing", [True, False])
+@pytest.mark.parametrize("tool", ["decompose", "evaluate", "export"])
+def test_missing_and_truncated_weights(
+    fails: Fails, own_weights: Path, pictures: list[str], tool: str, spoilt: str, missing: bool
+) -> None:
+    path = own_weights / f"{spoilt}.safetensors"
+    path.unlink() if missing else path.write_bytes(path.read_bytes()[:-100])
+    arguments = {"decompose": pictures, "evaluate": [], "export": ["format=merged", "out=merged.safetensors"]}[tool]
+    said = fails(tool, f"adapter={own_weights / 'adapter.safetensors'}", *arguments)
+    assert (f"{path.name} does not exist" if missing else f"{path}: truncated: ") in said
+    assert ("checkpoints/README.md" if missing else "download or export it again") in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate.smaples=3"], "unknown key evaluate.smaples; the nearest known one is evaluate.samples"),
+        (["evaluate.samples=few"], "argument 'evaluate.samples=few': Value 'few'"),
+        (["evaluate.samples=0"], "evaluate.samples is 0; expected at least 1"),
+        (["sample=3"], "sample is a section"),
+        (["32"], "argument '32': expected key=value"),
+        (["device=tpu"], "device=tpu: "),
+        (["evaluate.samples=1", "data.scenes.size=32", "sample.steps=1", "out=taken"], "taken"),
+    ],
+)
+def test_evaluate(fails: Fails, tiny_weights: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "taken").write_text("a file")
+    assert message in fails("evaluate", f"adapter={tiny_weights / 'adapter.safetensors'}", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["format=merged"], "out= is missing; expected out=..."),
+        (["out=a.safetensors", "format=onnx"], "format=onnx: expected one of adapter, merged"),
+        (["out=a.safetensors", "fromat=merged"], "unknown argument fromat=merged; expected adapter= format= out="),
+        (["out=taken/a.safetensors"], "taken/a.safetensors could not be written"),
+    ],
+)
+def test_export(fails: Fails, tiny_weights: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "taken").write_text("a file")
+    assert message in fails("export", f"adapter={tiny_weights / 'adapter.safetensors'}", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("lora.rnak=3", "argument 'lora.rnak=3': unknown key lora.rnak; the nearest known one is lora.rank"),
+        ("train.steps=many", "argument 'train.steps=many': Value 'many'"),
+        ("config=absent.yaml", "config absent.yaml does not exist"),
+        ("lora.targets=[double_blocks.*.qvk]", "lora.targets: pattern 'double_blocks.*.qvk' matches no linear layer"),
+        ("weights.transformer=absent.safetensors", "absent.safetensors does not exist; put the file there"),
+        ("weights.transformer=cut.safetensors", "cut.safetensors: truncated: "),
+        (
+            "weights.rgba_autoencoder={}/autoencoder.safetensors",
+            "autoencoder.safetensors is an autoencoder of 3 channels, expected 4",
+        ),
+        ("weights.autoencoder={}/transformer.safetensors", "its metadata does not describe a AutoencoderConfig"),
+        ("weights.transformer=bare.safetensors", "bare.safetensors does not fit this MMDiT: 48 tensors found, 780"),
+        ("fusion.num_heads=5", "fusion.num_heads = 5 does not divide"),
+        ("run_dir=taken/run", "run_dir taken/run cannot be written"),
+        ("resume=absent.ckpt", "resume=absent.ckpt: no such checkpoint"),
+        ("train.devices=0", "train.devices is 0; expected at least 1"),
+        ("data.scenes.size=100", "data.scenes.size: found 100, expected a positive multiple of 16"),
+    ],
+)
+def test_train(
+    fails: Fails, tiny_weights: Path, tiny_overrides: list[str], tmp_path: Path, change: str, message: str
+) -> None:
+    (tmp_path / "taken").write_text("a file")
+    (tmp_path / "cut.safetensors").write_bytes((tiny_weights / "transformer.safetensors").read_bytes()[:-100])
+    save_file(load_file(tiny_weights / "transformer.safetensors"), tmp_path / "bare.safetensors")
+    change = change.replace("{}", str(tiny_weights))
+    assert message in fails("train", f"config={CONFIGS / 'tiny.yaml'}", *tiny_overrides, "train.steps=1", change)
+
+
+def test_gated_weights_are_not_there(fails: Fails) -> None:
+    said = fails("train", f"config={CONFIGS / 'flux_fill.yaml'}", "train.devices=1")
+    assert "checkpoints/flux1-fill-dev/flux1-fill-dev.safetensors does not exist" in said
+    assert "checkpoints/README.md" in said
+
+
+# The command line itself
+
+
+def test_take_splits_arguments() -> None:
+    own, rest = take(["a=1", "x.y=2", "a=3", "b", "c=d=e"], a="0", b="7", c=None)
+    assert own == {"a": "3", "b": "7", "c": "d=e"} and rest == ["x.y=2", "b"]
+    with pytest.raises(InputError, match="a= is missing; expected a=... c=..."):
+        take([], a=None, b="1", c=None)
+
+
+def test_bugs_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def bug(arguments: list[str]) -> None:
+        raise ValueError("a bug")
+
+    def interrupt(arguments: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(ValueError, match="a bug"):
+        run_command(bug, [])
+    with pytest.raises(SystemExit) as stopped:
+        run_command(interrupt, [])
+    assert stopped.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_real_process(tmp_path: Path, tiny_weights: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "decompose.py"), "image=absent.png", "mask=m.png"]
+    adapter = f"adapter={tiny_weights / 'adapter.safetensors'}"
+    done = subprocess.run([*command, adapter], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: absent.png does not exist; expected an image file\n"
+    assert not list(tmp_path.iterdir())

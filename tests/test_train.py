@@ -1,0 +1,179 @@
+"""The training jobs end to end, at toy size: files, what a checkpoint holds, resuming, two processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from layerdecomp.config import load_config
+from layerdecomp.decomposer import Decomposer
+from layerdecomp.errors import InputError
+from layerdecomp.metrics.layers import METRICS
+from layerdecomp.training.decomposer import DecomposerJob
+from layerdecomp.training.runs import train
+from layerdecomp.weights import load_autoencoder, load_mmdit
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+AUTOENCODER = ["model.ch=8", "model.ch_mult=[1,1,2,2]", "model.norm_groups=4"]
+INPAINTER = [
+    "model.hidden_size=32",
+    "model.num_heads=2",
+    "model.axes_dim=[4,6,6]",
+    "model.depth=1",
+    "model.depth_single_blocks=1",
+]
+SMALL = [
+    "data.scenes.size=32",
+    "data.validation=2",
+    "data.workers=0",
+    "evaluate.samples=2",
+    "train.batch_size=2",
+    "train.precision=32-true",
+]
+
+
+def run(name: str, *overrides: str) -> Path:
+    """Trains what configs/<name>.yaml describes and returns the run's directory."""
+    config = load_config(REPOSITORY / "configs" / f"{name}.yaml", overrides)
+    train(config)
+    return Path(config.run_dir)
+
+
+def losses(run_dir: Path) -> list[float]:
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    return [event.value for event in events.Scalars("train/loss")]
+
+
+@pytest.fixture
+def overrides(tiny_overrides: list[str]) -> list[str]:
+    return [*tiny_overrides, "train.precision=32-true", "train.validate_every=2", "train.checkpoint_every=2"]
+
+
+def test_a_run_leaves_what_the_design_promises(tmp_path: Path, overrides: list[str]) -> None:
+    run_dir = run("tiny", *overrides, f"run_dir={tmp_path}/run", "train.steps=3")
+    assert {"config.yaml", "last.ckpt", "adapter.safetensors", "metrics.json"} <= {p.name for p in run_dir.iterdir()}
+    assert (run_dir / "samples" / "comparison.png").is_file()
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert set(metrics["results"]) == {"adapted", "base", "classical"}
+    assert set(METRICS) <= set(metrics["results"]["adapted"])
+    assert metrics["protocol"]["count"] == 3
+    assert len(losses(run_dir)) == 3
+    layers = Decomposer.from_pretrained(run_dir / "adapter.safetensors").decompose(*scene(40, 56), steps=2)
+    assert layers.background.shape == (40, 56, 3)
+
+
+def scene(height: int, width: int) -> tuple:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8).numpy()
+    mask = torch.zeros(height, width, dtype=torch.uint8)
+    mask[8:24, 8:24] = 255
+    return image, mask.numpy()
+
+
+def test_checkpoints_hold_trained_tensors_only(tmp_path: Path, overrides: list[str]) -> None:
+    run_dir = run("tiny", *overrides, f"run_dir={tmp_path}/run", "train.steps=2")
+    state = torch.load(run_dir / "last.ckpt", weights_only=True)["state_dict"]
+    kinds = ("lora_A.weight", "lora_B.weight", "img_in.weight", "img_in.bias")
+    assert all(name.endswith(kinds) or ".context_fusion." in name for name in state)
+    adapter = load_file(run_dir / "adapter.safetensors")
+    assert {name.removeprefix("decomposer.").removeprefix("transformer.") for name in state} == set(adapter)
+    for name, tensor in state.items():
+        assert torch.equal(tensor, adapter[name.removeprefix("decomposer.").removeprefix("transformer.")])
+
+
+def test_only_trained_tensors_change(tmp_path: Path, overrides: list[str]) -> None:
+    job = DecomposerJob(load_config(REPOSITORY / "configs" / "tiny.yaml", [*overrides, f"run_dir={tmp_path}/run"]))
+    trained = {name for name, _ in job.trained()}
+    assert not any("autoencoder" in name or "modulation" in name or "txt_in" in name for name in trained)
+    assert {"decomposer.transformer.img_in.weight", "decomposer.transformer.img_in.bias"} <= trained
+
+
+class PowerCut(Exception):
+    pass
+
+
+def test_a_resumed_run_equals_a_straight_one_bit_for_bit(
+    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [*overrides, "train.steps=5", "optim.lr=1e-2"]
+    straight = run("tiny", *settings, f"run_dir={tmp_path}/straight")
+
+    original = DecomposerJob.loss
+
+    def failing(self: DecomposerJob, batch: dict) -> dict:
+        if self.global_step == 3:
+            raise PowerCut
+        return original(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DecomposerJob, "loss", failing)
+        with pytest.raises(PowerCut):
+            run("tiny", *settings, f"run_dir={tmp_path}/resumed")
+    resumed = run("tiny", *settings, f"run_dir={tmp_path}/resumed")
+
+    one, other = (load_file(path / "adapter.safetensors") for path in (straight, resumed))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert any(name.endswith("lora_B.weight") and tensor.any() for name, tensor in one.items())
+
+
+def test_a_directory_with_other_settings_is_refused_or_put_aside(tmp_path: Path, overrides: list[str]) -> None:
+    settings = [*overrides, f"run_dir={tmp_path}/run", "train.steps=1"]
+    run_dir = run("tiny", *settings)
+    first = (run_dir / "adapter.safetensors").read_bytes()
+    with pytest.raises(InputError, match=r"optim\.lr.*resume=never"):
+        run("tiny", *settings, "optim.lr=0.5")
+    assert (run_dir / "adapter.safetensors").read_bytes() == first
+    run("tiny", *settings, "optim.lr=0.5", "resume=never")
+    assert (tmp_path / "run.1" / "adapter.safetensors").read_bytes() == first
+    with pytest.raises(InputError, match="no such checkpoint"):
+        run("tiny", *settings, "resume=nowhere.ckpt")
+
+
+def test_training_fits_one_scene(tmp_path: Path, overrides: list[str]) -> None:
+    settings = ["data.samples=1", "train.draws=8", "train.steps=60", "optim.lr=1e-2", "train.validate_every=60"]
+    found = losses(run("tiny", *overrides, *settings, f"run_dir={tmp_path}/run", "evaluate.samples=1"))
+    assert sum(found[-10:]) < 0.8 * sum(found[:10])
+
+
+def test_autoencoder_chain(tmp_path: Path) -> None:
+    rgb = run("tiny_autoencoder", *SMALL, *AUTOENCODER, f"run_dir={tmp_path}/rgb", "train.steps=30")
+    assert losses(rgb)[-1] < losses(rgb)[0]
+    weights = rgb / "autoencoder.safetensors"
+    config = load_autoencoder(weights).config
+    assert config.in_channels == 3 and config.scale_factor != 1.0  # measured at the end
+    rgba = run("tiny_rgba_autoencoder", *SMALL, f"extend={weights}", f"run_dir={tmp_path}/rgba", "train.steps=2")
+    extended = load_autoencoder(rgba / "autoencoder.safetensors").config
+    assert extended.in_channels == 4 and extended.scale_factor == config.scale_factor
+    assert "alpha_l1" in json.loads((rgba / "metrics.json").read_text())["results"]["autoencoder"]
+
+
+def test_inpainter(tmp_path: Path, tiny_weights: Path) -> None:
+    weights = f"weights.autoencoder={tiny_weights}/autoencoder.safetensors"
+    settings = [*SMALL, *INPAINTER, weights, "sample.steps=2", f"run_dir={tmp_path}/base"]
+    run_dir = run("tiny_inpainter", *settings, "train.steps=60", "optim.lr=1e-2", "optim.warmup=0")
+    assert load_mmdit(run_dir / "transformer.safetensors").config.hidden_size == 32
+    found = losses(run_dir)
+    assert sum(found[-20:]) < 0.9 * sum(found[:20])
+
+
+def test_two_processes_equal_one_with_the_doubled_batch(tmp_path: Path, overrides: list[str]) -> None:
+    settings = [*overrides, "train.steps=4", "optim.lr=1e-2", "train.validate_every=4"]
+    one = run("tiny", *settings, "train.batch_size=4", f"run_dir={tmp_path}/one")
+    two = [*settings, "train.batch_size=2", "train.devices=2", "train.strategy=ddp", f"run_dir={tmp_path}/two"]
+    command = [sys.executable, "tools/train.py", "config=configs/tiny.yaml", *two]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(losses(tmp_path / "two"), losses(one), rtol=1e-4, atol=0)
+    adapters = [load_file(path / "adapter.safetensors") for path in (one, tmp_path / "two")]
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], tensor, rtol=1e-2, atol=1e-4)
+    assert losses(one)[0] != losses(one)[-1]

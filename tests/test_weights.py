@@ -1,0 +1,254 @@
+"""Weight files: round trips, strictness, and files that are damaged, foreign or cannot be written."""
+
+import json
+import os
+import shutil
+import struct
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RGB, RGBA, TRANSFORMER, fill
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from layerdecomp import weights
+from layerdecomp.decomposer import Decomposer, describe_adapter
+from layerdecomp.errors import InputError
+from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
+from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
+from layerdecomp.weights import (
+    Adapter,
+    config_from,
+    file_sha256,
+    find_weights,
+    load_autoencoder,
+    load_mmdit,
+    read_metadata,
+    save_model,
+    save_tensors,
+)
+
+
+def _same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "model", [MMDiT(TRANSFORMER), Autoencoder(RGB), Autoencoder(RGBA)], ids=["mmdit", "rgb", "rgba"]
+)
+def test_models_come_back(tmp_path: Path, model: MMDiT | Autoencoder) -> None:
+    fill(model, seed=7)
+    path, load = tmp_path / "new" / "a.safetensors", load_mmdit if isinstance(model, MMDiT) else load_autoencoder
+    save_model(path, model, {"steps": "5"}, dtype=torch.float32)
+    loaded = load(path)
+    assert loaded.config == model.config and not loaded.training
+    assert _same(loaded.state_dict(), model.state_dict())
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert read_metadata(path)["steps"] == "5"
+
+    save_model(path, model, {})
+    rounded = {name: tensor.bfloat16().float() for name, tensor in model.state_dict().items()}
+    assert _same(load(path).state_dict(), rounded)
+    assert {tensor.dtype for tensor in load(path, dtype=torch.bfloat16).state_dict().values()} == {torch.bfloat16}
+
+
+def test_a_given_config_comes_before_the_files(tmp_path: Path) -> None:
+    path, model = tmp_path / "a.safetensors", MMDiT(TRANSFORMER)
+    save_file(model.state_dict(), path)  # as published: no metadata
+    assert _same(load_mmdit(path, TRANSFORMER).state_dict(), model.state_dict())
+    assert load_mmdit(path, replace(TRANSFORMER, theta=100)).config.theta == 100
+
+
+def test_a_file_without_metadata_is_taken_for_the_published_one(tmp_path: Path) -> None:
+    path = tmp_path / "flux1-fill-dev.safetensors"
+    save_file(MMDiT(TRANSFORMER).state_dict(), path)
+    with pytest.raises(InputError, match=r"does not fit this MMDiT: 48 tensors found, 780 expected") as error:
+        load_mmdit(path)
+    assert "img_in.weight [32, 384] for [3072, 384]" in str(error.value)
+
+
+def test_every_misfit_is_in_one_error(tmp_path: Path) -> None:
+    path, state = tmp_path / "a.safetensors", Autoencoder(RGB).state_dict()
+    state["encoder.conv_in.bias"] = torch.zeros(9)
+    state["surplus"] = state.pop("decoder.conv_out.bias")
+    del state["encoder.conv_out.bias"]
+    save_file(state, path)
+    with pytest.raises(InputError) as error:
+        load_autoencoder(path, RGB)
+    assert str(error.value).splitlines() == [
+        f"{path} does not fit this Autoencoder: {len(state)} tensors found, {len(state) + 1} expected",
+        "  2 missing: encoder.conv_out.bias, decoder.conv_out.bias",
+        "  1 unexpected: surplus",
+        "  1 of another shape: encoder.conv_in.bias [9] for [8]",
+    ]
+
+
+def test_rgb_weights_are_no_rgba_weights(tiny_weights: Path) -> None:
+    with pytest.raises(InputError, match=r"encoder.conv_in.weight \[8, 3, 3, 3\] for \[8, 4, 3, 3\]"):
+        load_autoencoder(tiny_weights / "autoencoder.safetensors", RGBA)
+
+
+@pytest.mark.parametrize("length", [0, 7, 8, 9, 1000, 5000, 0.5, -1])
+def test_truncated_files(tiny_weights: Path, tmp_path: Path, length: float) -> None:
+    content = (tiny_weights / "transformer.safetensors").read_bytes()
+    length = int(length * len(content)) if 0 < length < 1 else int(length) % len(content)
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(content[:length])
+    with pytest.raises(InputError, match="only|cut off|truncated") as error:
+        load_mmdit(path)
+    assert str(path) in str(error.value) and f"{length:,} bytes" in str(error.value)
+    if length > len(content) // 3:
+        assert f"truncated: {length:,} bytes found, {len(content):,} expected" in str(error.value)
+
+
+def _with_header(header: bytes) -> bytes:
+    return struct.pack("<Q", len(header)) + header
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        bytes(range(256)) * 9,
+        b"\x80\x02}q\x00." * 50,
+        b"\xff" * 100,
+        _with_header(b"[1, 2]"),
+        _with_header(b"7"),
+        _with_header(b'{"a": 1}'),
+        _with_header(b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": ["x", "y"]}}'),
+        _with_header(b'{"a": {"dtype": "XX", "shape": [1], "data_offsets": [0, 4]}}') + bytes(4),
+    ],
+    ids=["bytes", "pickle", "ff", "list", "number", "no entry", "offsets", "dtype"],
+)
+def test_files_of_another_kind(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(
+        InputError, match=r"a\.safetensors: (not a safetensors file|damaged).*download or export it again"
+    ):
+        read_metadata(path)
+
+
+def test_missing_files_and_folders(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"absent.safetensors does not exist; put the file there"):
+        load_mmdit(tmp_path / "absent.safetensors")
+    with pytest.raises(InputError, match="is a folder; expected one .safetensors file"):
+        load_autoencoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"hidden": 1}', '{"depth": "many"}', '{"num_heads": 5}', '{"depth": "${x}"}']
+)
+def test_metadata_that_describe_no_model(text: str) -> None:
+    with pytest.raises(InputError, match="a.safetensors: its metadata does not describe a MMDiTConfig"):
+        config_from(MMDiTConfig, text, "a.safetensors")
+
+
+def test_configs_come_from_metadata() -> None:
+    assert config_from(AutoencoderConfig, json.dumps(asdict(RGB)), "a") == RGB
+    assert config_from(AutoencoderConfig, None, "a") == AutoencoderConfig()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error")])
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    path = tmp_path / "a.safetensors"
+    save_tensors(path, {"x": torch.ones(3)}, {})
+    before = path.read_bytes()
+
+    def full_disk(tensors: dict[str, Tensor], filename: Path, metadata: dict[str, str]) -> None:
+        Path(filename).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(weights, "save_file", full_disk)
+    with pytest.raises(InputError, match=r"a\.safetensors could not be written .*free some space"):
+        save_tensors(path, {"x": torch.zeros(3)}, {})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_places_where_no_file_can_be(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "taken" / "a.safetensors", tmp_path / "taken" / "b" / "a.safetensors", tmp_path / "folder"):
+        with pytest.raises(InputError, match="could not be written"):
+            save_tensors(path, {"x": torch.ones(3)}, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "taken"]
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
+    save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(3)}, {})
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_views_and_shared_tensors_can_be_saved(tmp_path: Path) -> None:
+    tensor = torch.arange(6.0).view(2, 3)
+    save_tensors(tmp_path / "a.safetensors", {"x": tensor.T, "y": tensor[:1]}, {})
+    assert _same(load_file(tmp_path / "a.safetensors"), {"x": tensor.T, "y": tensor[:1]})
+
+
+def test_the_adapter_comes_back(tiny_weights: Path, tiny_decomposer: Decomposer, tmp_path: Path) -> None:
+    adapter = Adapter.load(tiny_weights / "adapter.safetensors")
+    adapter.save(tmp_path / "copy.safetensors")
+    copy = Adapter.load(tmp_path / "copy.safetensors")
+    assert _same(copy.tensors, adapter.tensors) and copy.metadata == adapter.metadata
+    kinds = {name.split(".")[0] for name in adapter.tensors}
+    assert kinds == {"img_in", "double_blocks", "single_blocks", "context_fusion"}
+    assert all("lora_" in name for name in adapter.tensors if "blocks" in name and "context_fusion" not in name)
+    assert tiny_decomposer.transformer.img_in.weight.equal(adapter.tensors["img_in.weight"])
+    assert adapter.metadata["base_sha256"] == file_sha256(tiny_weights / "transformer.safetensors")
+    assert json.loads(adapter.metadata["lora"])["rank"] == 2
+
+
+def test_adapters_of_another_format_and_other_files(tiny_weights: Path, tmp_path: Path) -> None:
+    adapter, path = Adapter.load(tiny_weights / "adapter.safetensors"), tmp_path / "a.safetensors"
+    Adapter(adapter.tensors, {**adapter.metadata, "format_version": "99"}).save(path)
+    with pytest.raises(InputError, match="adapter format 99, expected 1; update layerdecomp"):
+        Adapter.load(path)
+    with pytest.raises(InputError, match="transformer.safetensors is not an adapter"):
+        Adapter.load(tiny_weights / "transformer.safetensors")
+
+
+def test_adapters_that_do_not_fit(tiny_weights: Path, tmp_path: Path) -> None:
+    adapter, path = Adapter.load(tiny_weights / "adapter.safetensors"), tmp_path / "a.safetensors"
+    tensors = dict(adapter.tensors)
+    del tensors["img_in.bias"]
+    tensors["single_blocks.0.linear2.lora_A.weight"] = torch.zeros(3, 160)
+    Adapter(tensors, adapter.metadata).save(path)
+    with pytest.raises(InputError, match="does not fit this decomposer") as error:
+        Decomposer.from_pretrained(path)
+    assert "1 missing: img_in.bias" in str(error.value)
+    assert "single_blocks.0.linear2.lora_A.weight [3, 160] for [2, 160]" in str(error.value)
+
+
+def test_another_base_is_noticed(tiny_weights: Path, tmp_path: Path) -> None:
+    other = MMDiT(TRANSFORMER)
+    save_model(tmp_path / "other.safetensors", other, {})
+    with pytest.raises(InputError, match=r"other.safetensors is not the base of .*sha256 .*expected") as error:
+        describe_adapter(tiny_weights / "adapter.safetensors", transformer=str(tmp_path / "other.safetensors"))
+    assert "transformer=" in str(error.value)
+
+
+def test_frozen_parts_are_found_beside_the_adapter(tiny_weights: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_weights, tmp_path, dirs_exist_ok=True)
+    adapter = Adapter.load(tiny_weights / "adapter.safetensors")
+    files = {name: Path(path).name for name, path in json.loads(adapter.metadata["weights"]).items() if path}
+    elsewhere = {name: f"gone/{file}" for name, file in files.items()}
+    path = tmp_path / "adapter.safetensors"
+    Adapter(adapter.tensors, {**adapter.metadata, "weights": json.dumps(elsewhere)}).save(path)
+    _, config = describe_adapter(path)
+    assert {Path(getattr(config.weights, name)) for name in files} == {tmp_path / file for file in files.values()}
+    (tmp_path / "autoencoder.safetensors").unlink()
+    with pytest.raises(InputError, match="gone/autoencoder.safetensors does not exist .*checkpoints/README.md"):
+        Decomposer.from_pretrained(path)
+
+
+def test_find_weights_looks_where_it_is_told(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("a", "deep/b"):
+        (tmp_path / name).write_text("")
+    assert find_weights("elsewhere/a", [tmp_path]) == tmp_path / "a"
+    assert find_weights("deep/b", [tmp_path]) == tmp_path / "deep/b"
+    assert find_weights(str(tmp_path / "a"), []) == tmp_path / "a"
