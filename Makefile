@@ -2,9 +2,8 @@
 PYTHON ?= python3
 CONFIG ?= configs/tiny.yaml
 ADAPTER ?= checkpoints/tiny/adapter.safetensors
-IMAGE ?= docs/coffee.jpg
-MASK ?= docs/coffee_mask.png
-OUT ?= layers
+IMAGE ?= $(shell ls .venv/lib/python3*/site-packages/skimage/data/coffee.png)
+MASK ?= docs/coffee_cup_mask.png
 FORMAT ?= adapter
 ARGS ?=
 DEVICES ?=
@@ -47,12 +46,14 @@ $(TINY)/adapter.safetensors: | $(TINY)/transformer.safetensors $(TINY)/rgba_auto
 	$(RUN) tools/train.py config=configs/tiny.yaml $(ARGS)
 	$(RUN) tools/export.py adapter=runs/tiny/adapter.safetensors format=adapter out=$@
 
+decompose: OUT ?= layers
 decompose: .venv/installed  ## make decompose IMAGE=a.jpg MASK=a.png OUT=layers
 	$(RUN) tools/decompose.py adapter=$(ADAPTER) image=$(IMAGE) mask=$(MASK) out=$(OUT) $(ARGS)
 
 evaluate: .venv/installed
 	$(RUN) tools/evaluate.py adapter=$(ADAPTER) out=runs/evaluate $(ARGS)
 
+export: OUT ?= adapter.safetensors
 export: .venv/installed  ## make export ADAPTER=runs/tiny/adapter.safetensors FORMAT=merged OUT=merged.safetensors
 	$(RUN) tools/export.py adapter=$(ADAPTER) format=$(FORMAT) out=$(OUT) $(ARGS)
 
