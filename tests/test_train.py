@@ -95,7 +95,7 @@ def test_only_trained_tensors_change(tmp_path: Path, overrides: list[str]) -> No
     assert {"decomposer.transformer.img_in.weight", "decomposer.transformer.img_in.bias"} <= trained
 
 
-class PowerCut(Exception):
+class PowerCutError(Exception):
     pass
 
 
@@ -109,12 +109,12 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(
 
     def failing(self: DecomposerJob, batch: dict) -> dict:
         if self.global_step == 3:
-            raise PowerCut
+            raise PowerCutError
         return original(self, batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(DecomposerJob, "loss", failing)
-        with pytest.raises(PowerCut):
+        with pytest.raises(PowerCutError):
             run("tiny", *settings, f"run_dir={tmp_path}/resumed")
     resumed = run("tiny", *settings, f"run_dir={tmp_path}/resumed")
 
