@@ -15,7 +15,8 @@ RUN := .venv/bin/python
 .venv/installed: setup.cfg
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is $$($(PYTHON) --version), expected 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
-	test -x $(RUN) || $(PYTHON) -m venv .venv
+	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv || \
+		{ echo "error: $(PYTHON) cannot make a virtual environment; install its venv module (Debian: python3-venv)"; exit 2; }
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e .
 	touch $@
 
@@ -53,7 +54,7 @@ decompose: .venv/installed  ## make decompose IMAGE=a.jpg MASK=a.png OUT=layers
 evaluate: .venv/installed
 	$(RUN) tools/evaluate.py adapter=$(ADAPTER) out=runs/evaluate $(ARGS)
 
-export: OUT ?= adapter.safetensors
+export: OUT ?= runs/exported.safetensors
 export: .venv/installed  ## make export ADAPTER=runs/tiny/adapter.safetensors FORMAT=merged OUT=merged.safetensors
 	$(RUN) tools/export.py adapter=$(ADAPTER) format=$(FORMAT) out=$(OUT) $(ARGS)
 

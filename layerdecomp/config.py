@@ -42,6 +42,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "draws", "devices", "nodes", "checkpoint_every", "validate_every")
         check_at_least(1, self, "train.", *counts)
+        if self.precision not in ("auto", "32-true", "bf16-mixed"):  # trained tensors are float32, always
+            raise InputError(f"train.precision is {self.precision!r}; expected auto, 32-true or bf16-mixed")
 
 
 @dataclass

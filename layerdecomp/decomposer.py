@@ -57,6 +57,12 @@ from layerdecomp.weights import (
     read_metadata,
 )
 
+# Where an adapter's metadata keep the checksum of each frozen part.
+SHA256_KEYS = {
+    "transformer": "base_sha256",
+    "autoencoder": "autoencoder_sha256",
+    "rgba_autoencoder": "rgba_autoencoder_sha256",
+}
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -174,23 +180,24 @@ class Decomposer(nn.Module):
         Args:
             image: (B, 3, H, W) in [-1, 1], H and W multiples of 16.
             mask: (B, 1, H, W) in {0, 1}, 1 = object.
-            cues: maps (B, M, 3, H, W) in [-1, 1]; not needed without context fusion.
-            cues_present: which of them are there, (B, M) bool.
+            cues: maps of all `CUES`, (B, len(CUES), 3, H, W) in [-1, 1]; not needed without context fusion.
+            cues_present: which of them are there, (B, len(CUES)) bool.
         """
         pictures = torch.stack(masked_images(image, mask), dim=1)
         if self.context_fusion is not None:
             assert cues is not None and cues_present is not None
-            pictures = torch.cat([pictures, cues], dim=1)
-        with torch.no_grad():  # all pictures of a batch at once: (B, 2 + M, C, H / 8, W / 8)
-            latents = rearrange(
-                self.autoencoder.encode(pictures.flatten(0, 1)), "(B M) C h w -> B M C h w", B=len(image)
-            )
+            used = [CUES.index(name) for name in self.context_fusion.config.cues]
+            pictures = torch.cat([pictures, cues[:, used]], dim=1)
+        with torch.no_grad():  # all pictures of a batch at once
+            latents = self.autoencoder.encode(pictures.flatten(0, 1))
+        latents = rearrange(latents, "(B M) C h w -> B M C h w", B=len(image))
         told = contexts(latents[:, 0], latents[:, 1], mask, self.conditioning)
         ids = torch.cat([token_ids(image, layer) for layer in (0, 1)])
         if self.context_fusion is None:
             return Context(told, ids)
+        assert cues_present is not None
         tokens = torch.stack([pack(cue) for cue in latents[:, 2:].unbind(1)], dim=1)  # (B, M, L, 64)
-        return Context(told, ids, self.context_fusion(tokens, cues_present, token_ids(image, layer=0)))
+        return Context(told, ids, self.context_fusion(tokens, cues_present[:, used], token_ids(image, layer=0)))
 
     def velocity(self, x: Tensor, context: Context, timesteps: Tensor, guidance: float | None = None) -> Tensor:
         """Velocity (B, 2L, 64) of both layers' tokens.
@@ -269,10 +276,13 @@ class Decomposer(nn.Module):
         device = self.prompt.vec.device
         padded = {k: v if k == "cues_present" else pad_to_multiple(v, TOKEN_FACTOR) for k, v in batch.items()}
         rows, columns = (side // LATENT_FACTOR for side in padded["image"].shape[-2:])
-        noise = torch.randn(1, 2, 16, rows, columns, generator=torch.Generator().manual_seed(seed))
+        shape = (1, 2, self.autoencoder.config.z_channels, rows, columns)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         drawn = self.draw({name: value.to(device) for name, value in padded.items()}, noise.to(device), steps)
-        background, foreground = (resize(layer[..., : size[0], : size[1]].cpu(), marked.shape) for layer in drawn)
-        background = self.finish(full, background, foreground.clamp(-1, 1))
+        background, foreground = (layer[..., : size[0], : size[1]].cpu() for layer in drawn)
+        # premultiplied, or the grey under alpha 0 would bleed into the edges
+        foreground = from_autoencoder(resize(to_autoencoder(foreground), pixels.shape[:2]))
+        background = self.finish(full, resize(background, pixels.shape[:2]), foreground)
         rgba = torch.cat([foreground[:, :3], 2 * foreground[:, 3:] - 1], dim=1)
         return Layers(pixels, marked, to_pixels(background[0]), to_pixels(rgba[0]))
 
@@ -336,7 +346,8 @@ class DecomposerConfig:
     def to_metadata(self) -> Metadata:
         described = {f.name: json.dumps(asdict(getattr(self, f.name))) for f in fields(DecomposerConfig)}
         base = Path(self.weights.transformer)
-        facts = {"format_version": FORMAT_VERSION, "base_model": base.name, "base_sha256": file_sha256(base)}
+        facts = {"format_version": FORMAT_VERSION, "base_model": base.name}
+        facts |= {key: file_sha256(Path(getattr(self.weights, name))) for name, key in SHA256_KEYS.items()}
         return {
             **facts,
             **described,
@@ -359,16 +370,21 @@ def describe_adapter(path: str | Path, **files: str) -> tuple[Adapter, Decompose
     for part in fields(DecomposerConfig):
         kind: type[Any] = type(getattr(config, part.name))
         setattr(config, part.name, config_from(kind, adapter.metadata.get(part.name), f"{path}: {part.name}"))
-    for name, value in {**asdict(config.weights), **files}.items():
+    places = asdict(config.weights)
+    if unknown := [name for name in files if name not in places]:
+        raise InputError(f"{unknown[0]}= names no weight file; expected some of {', '.join(places)}")
+    for name, value in {**places, **files}.items():
         if value is not None:
             setattr(config.weights, name, str(find_weights(value, [path.parent, REPOSITORY])))
-    read_metadata(config.weights.transformer)  # a truncated file is told as such, not as another base
-    found, expected = file_sha256(Path(config.weights.transformer)), adapter.metadata.get("base_sha256", "unknown")
-    if found != expected:
-        raise InputError(
-            f"{config.weights.transformer} is not the base of {path}: sha256 {found[:12]}..., expected "
-            f"{expected[:12]}...; name the right file with transformer="
-        )
+    for name, key in SHA256_KEYS.items():
+        file = getattr(config.weights, name)
+        read_metadata(file)  # a truncated file is told as such, not as another one
+        found, expected = file_sha256(Path(file)), adapter.metadata.get(key, "unknown")
+        if found != expected:
+            raise InputError(
+                f"{file} is not the {name} that {path} was trained with: sha256 {found[:12]}..., expected "
+                f"{expected[:12]}...; name the right file with {name}="
+            )
     return adapter, config
 
 
@@ -377,6 +393,8 @@ def build_decomposer(config: DecomposerConfig, dtype: torch.dtype | None = None,
     transformer = load_mmdit(config.weights.transformer, dtype=dtype, device=device)
     inject_lora(transformer, config.lora)
     transformer.img_in.float().requires_grad_(True)
+    if unknown := [name for name in config.fusion.cues if name not in CUES]:
+        raise InputError(f"fusion.cues names {unknown[0]!r}; expected some of {', '.join(CUES)}")
     fusion = ContextFusion(config.fusion, transformer.config.hidden_size) if config.fusion.enabled else None
     return Decomposer(
         transformer=transformer,

@@ -132,7 +132,7 @@ def write_metrics(path: str | Path, results: Results, protocol: Mapping[str, Any
 def _reason(name: str) -> str:
     if name.endswith(STDERR_SUFFIX):
         return "fewer than two images define the metric"
-    return f"undefined for every image: {METRICS[name].undefined}"
+    return f"undefined for every image: {METRICS[name].undefined}" if name in METRICS else "not finite"
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -36,10 +36,11 @@ def export(path: str | Path, format: str, out: str | Path) -> list[Path]:
         tensors = {name: tensor.to(torch.bfloat16) for name, tensor in adapter.tensors.items()}
         save_tensors(out, tensors, adapter.metadata)
         return [out]
-    decomposer = build_decomposer(config)
+    decomposer = build_decomposer(config, torch.bfloat16)
     decomposer.load_adapter(adapter, path)
     merge_lora(decomposer.transformer)
-    save_model(out, decomposer.transformer, {**adapter.metadata, "merged": "yes"})
+    facts = {name: text for name, text in adapter.metadata.items() if name not in ("lora", "weights")}
+    save_model(out, decomposer.transformer, {**facts, "merged": "yes"})
     if decomposer.context_fusion is None:
         return [out]
     beside = out.with_suffix(".context_fusion.safetensors")

@@ -138,6 +138,8 @@ def load_state(module: nn.Module, path: str | Path, dtype: torch.dtype | None = 
 
 def config_from(kind: type[ConfigT], text: str | None, where: str) -> ConfigT:
     """A config dataclass from its JSON text in a file's metadata; the class's defaults where there is none."""
+    if "${" in (text or ""):  # a downloaded file must not read environment variables
+        raise InputError(f"{where}: its metadata hold an interpolation, which no {kind.__name__} needs")
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), json.loads(text or "{}")))
     except (OmegaConfBaseException, ValueError, TypeError) as error:

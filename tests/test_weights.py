@@ -142,7 +142,7 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
     "text", ["{", "[]", '{"hidden": 1}', '{"depth": "many"}', '{"num_heads": 5}', '{"depth": "${x}"}']
 )
 def test_metadata_that_describe_no_model(text: str) -> None:
-    with pytest.raises(InputError, match="a.safetensors: its metadata does not describe a MMDiTConfig"):
+    with pytest.raises(InputError, match="a.safetensors: its metadata .* MMDiTConfig"):
         config_from(MMDiTConfig, text, "a.safetensors")
 
 

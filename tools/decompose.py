@@ -19,13 +19,13 @@ def main(arguments: list[str]) -> None:
         image=None,
         mask=None,
         out="layers",
-        steps="28",
+        steps="",
         seed="0",
         device="cpu",
     )
     if rest:
         raise InputError(f"unknown argument {rest[0]}; expected adapter= image= mask= out= steps= seed= device=")
-    steps, seed = whole_number(own, "steps"), whole_number(own, "seed")
+    seed, steps = whole_number(own, "seed"), whole_number(own, "steps") if own["steps"] else None
     device = device_name(own)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     decomposer = Decomposer.from_pretrained(own["adapter"], dtype=dtype, device=device)

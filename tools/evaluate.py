@@ -14,22 +14,23 @@ from layerdecomp.comparison import EvaluateConfig, compare
 from layerdecomp.config import merge_config
 from layerdecomp.data.datamodule import DataConfig, scene_data
 from layerdecomp.decomposer import Decomposer, SampleConfig, describe_adapter
-from layerdecomp.weights import load_mmdit
+from layerdecomp.weights import config_from, load_mmdit
 
 
 @dataclass
 class EvaluationConfig:
-    """What the command line may change; `sample` starts as the adapter has it."""
+    """What the command line may change; `sample` and `data` start as the adapter has them."""
 
     sample: SampleConfig
+    data: DataConfig
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    data: DataConfig = field(default_factory=DataConfig)
 
 
 def main(arguments: list[str]) -> None:
     own, overrides = take(arguments, adapter="checkpoints/tiny/adapter.safetensors", out="runs/evaluate", device="cpu")
-    _, described = describe_adapter(own["adapter"])
-    config = merge_config(EvaluationConfig(sample=described.sample), [], overrides)
+    adapter, described = describe_adapter(own["adapter"])
+    trained_on = config_from(DataConfig, adapter.metadata.get("data"), own["adapter"])
+    config = merge_config(EvaluationConfig(described.sample, trained_on), [], overrides)
     device = device_name(own)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     decomposer = Decomposer.from_pretrained(own["adapter"], dtype=dtype, device=device)

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.transforms.v2.functional import gaussian_blur
 
 from layerdecomp.imaging.layers import Pixels
 
@@ -56,11 +55,17 @@ def grow_and_feather(mask: Tensor, grow: float, feather: float) -> Tensor:
     Both are shares of the longer side; (B, 1, H, W) in [0, 1].
     """
     longer = max(mask.shape[-2:])
-    radius = round(grow * longer)
-    wide = F.max_pool2d(mask, 2 * radius + 1, stride=1, padding=radius)
+    wide = _dilate(mask, round(grow * longer))
     reach = round(feather * longer)
     if reach == 0:
         return wide
-    wider = F.max_pool2d(wide, 2 * reach + 1, stride=1, padding=reach)  # so that the fade lies outside
-    kernel = min(2 * reach + 1, 2 * (min(mask.shape[-2:]) // 2) - 1)
-    return wider if kernel < 3 else torch.maximum(gaussian_blur(wider, [kernel, kernel]).clamp(0, 1), wide)
+    wider = _dilate(wide, reach)  # so that the fade lies outside
+    padded = F.pad(wider, (reach,) * 4, mode="replicate")
+    faded = F.avg_pool2d(F.avg_pool2d(padded, (2 * reach + 1, 1), 1), (1, 2 * reach + 1), 1)
+    return torch.maximum(faded.clamp(0, 1), wide)
+
+
+def _dilate(mask: Tensor, radius: int) -> Tensor:
+    """The maximum over squares, one axis after the other: linear in the radius."""
+    rows = F.max_pool2d(mask, (2 * radius + 1, 1), 1, (radius, 0))
+    return F.max_pool2d(rows, (1, 2 * radius + 1), 1, (0, radius))

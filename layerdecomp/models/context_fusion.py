@@ -22,7 +22,7 @@ class ContextFusionConfig:
     depth: int = 1
     mlp_ratio: float = 4.0
     in_channels: int = 64  # channels of a packed cue latent
-    cues: list[str] = field(default_factory=lambda: ["edge", "segmentation", "depth"])
+    cues: list[str] = field(default_factory=lambda: ["edge", "segmentation", "depth"])  # those that are looked at
 
 
 class FusionBlock(nn.Module):

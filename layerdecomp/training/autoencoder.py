@@ -55,6 +55,10 @@ class AutoencoderJob(Job):
             self.autoencoder.init_weights()
         self.to(memory_format=torch.channels_last)
 
+    @property
+    def frozen_files(self) -> list[str]:
+        return [] if self.run.extend is None else [self.run.extend]
+
     def pictures(self, batch: dict[str, Tensor]) -> Tensor:
         """What an autoencoder of this kind has to reproduce, (B, 3 or 4, H, W) in [-1, 1]."""
         rare = every_fourth(batch)
@@ -105,7 +109,7 @@ class AutoencoderJob(Job):
         if self.teacher is None:
             self.normalise_latents()
         data = scene_data(self.run.data, "test", self.run.evaluate.seed, self.run.evaluate.samples, with_cues=False)
-        pictures = self.pictures(collate([data[i] for i in range(len(data))]))
+        pictures = self.pictures(self.on_device(collate([data[i] for i in range(len(data))])))
         with torch.no_grad():
             decoded = torch.cat(
                 [self.autoencoder.decode(self.autoencoder.encode(x)) for x in torch.split(pictures, 16)]

@@ -15,8 +15,18 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from layerdecomp.config import FlowJobConfig, RunConfig
+from layerdecomp.errors import InputError
 from layerdecomp.flow import interpolate, sample_times, seeded_normal, velocity_target
-from layerdecomp.weights import check_keys
+from layerdecomp.weights import check_keys, file_sha256
+
+
+def resolve_precision(setting: str) -> str:
+    """`train.precision` as Lightning names it; auto is bf16-mixed where the device has instructions for it."""
+    if setting != "auto":
+        return setting
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() else "32-true"
 
 
 def every_fourth(batch: Mapping[str, Any]) -> Tensor:
@@ -40,6 +50,10 @@ class Job(LightningModule):
     @abstractmethod
     def finish(self, run_dir: Path) -> None:
         """Writes what the run is for into its directory: weights, metrics, pictures. Called on one rank."""
+
+    def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch with its tensors where the model is."""
+        return {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
     def noisy(self, z: Tensor, tokens: int, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Draws times and noise for packed latents z (B, S, 64), `train.draws` of each per sample.
@@ -93,6 +107,22 @@ class Job(LightningModule):
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state_dict[name])
+
+    @property
+    def frozen_files(self) -> list[str]:
+        """The weight files that what is trained belongs to."""
+        return []
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["frozen_sha256"] = {path: file_sha256(Path(path)) for path in self.frozen_files}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for path in self.frozen_files:
+            if checkpoint.get("frozen_sha256", {}).get(path) != file_sha256(Path(path)):
+                raise InputError(
+                    f"{path} has changed since this run was started; put the old file back, or start anew with "
+                    "resume=never"
+                )
 
     def configure_optimizers(self) -> Any:
         config = self.run.optim

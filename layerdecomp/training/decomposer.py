@@ -1,5 +1,7 @@
 """Adapting the frozen inpainting base to layer decomposition: LoRA, input projection and context fusion."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from layerdecomp.decomposer import build_decomposer
 from layerdecomp.evaluation import comparison_grid
 from layerdecomp.flow import flow_loss, seeded_normal
 from layerdecomp.metrics.layers import LayerMetrics
-from layerdecomp.training.base import Job
+from layerdecomp.training.base import Job, resolve_precision
 from layerdecomp.weights import load_mmdit
 
 
@@ -26,9 +28,16 @@ class DecomposerJob(Job):
     def __init__(self, config: DecomposerJobConfig) -> None:
         super().__init__(config)
         torch.manual_seed(config.seed)  # LoRA's and the fusion's first weights
-        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        # On a GPU the frozen parts are kept in the precision that they compute in; a CPU casts faster than it mixes.
+        mixed = torch.cuda.is_available() and resolve_precision(config.train.precision) == "bf16-mixed"
+        dtype = torch.bfloat16 if mixed else torch.float32
         self.decomposer = build_decomposer(config, dtype)
         self.metrics = LayerMetrics()
+
+    @property
+    def frozen_files(self) -> list[str]:
+        weights = self.run.weights
+        return [weights.transformer, weights.autoencoder, weights.rgba_autoencoder]
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         context = self.decomposer.encode(batch["image"], batch["mask"], batch["cues"], batch["cues_present"])
@@ -40,8 +49,9 @@ class DecomposerJob(Job):
         return {"loss": (losses["background"] + losses["foreground"]) / 2, **losses}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        channels = self.decomposer.autoencoder.config.z_channels
         rows, columns = (side // LATENT_FACTOR for side in batch["image"].shape[-2:])
-        noise = seeded_normal(self.run.evaluate.seed, batch["index"], (2, 16, rows, columns)).to(self.device)
+        noise = seeded_normal(self.run.evaluate.seed, batch["index"], (2, channels, rows, columns)).to(self.device)
         background, foreground = self.decomposer.draw(batch, noise)
         background = self.decomposer.finish(batch, background, foreground)
         self.metrics.update(background, foreground, batch)
@@ -58,11 +68,11 @@ class DecomposerJob(Job):
             **self.run.to_metadata(),
             "steps": str(self.run.train.steps),
             "seed": str(self.run.seed),
-            "data": self.run.data.source,
+            "data": json.dumps(asdict(self.run.data)),
         }
         self.decomposer.adapter(metadata).save(run_dir / "adapter.safetensors")
         dtype = next(self.decomposer.autoencoder.parameters()).dtype
-        base = load_mmdit(self.run.weights.transformer, dtype=dtype)
+        base = load_mmdit(self.run.weights.transformer, dtype=dtype, device=str(self.device))
         config = self.run.evaluate
         data = scene_data(self.run.data, "test", config.seed, config.samples)
         compare(self.decomposer, base, data, config, run_dir)

@@ -33,6 +33,10 @@ class InpainterJob(Job):
         self.transformer.init_weights()
         self.prompt = Prompt.load(config.weights.prompt, self.transformer)
 
+    @property
+    def frozen_files(self) -> list[str]:
+        return [self.run.weights.autoencoder]
+
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         image, mask = batch["image"], self.holes(batch)
         with torch.no_grad():
@@ -71,8 +75,8 @@ class InpainterJob(Job):
     def finish(self, run_dir: Path) -> None:
         self.transformer.eval()
         data = scene_data(self.run.data, "test", self.run.evaluate.seed, self.run.evaluate.samples, with_cues=False)
-        batch = collate([data[i] for i in range(len(data))])
-        filled = self.to("cpu").fill(batch)
+        batch = self.on_device(collate([data[i] for i in range(len(data))]))
+        filled = self.fill(batch)
         results = {name: value.item() for name, value in hole_metrics(filled, batch).items()}
         for name, value in results.items():
             print(f"{name} {value:.4f}  ({len(filled)} held-out scenes)")

@@ -22,7 +22,7 @@ from layerdecomp.config import (
 from layerdecomp.data.datamodule import SampleData
 from layerdecomp.errors import InputError
 from layerdecomp.training.autoencoder import AutoencoderJob
-from layerdecomp.training.base import Job
+from layerdecomp.training.base import Job, resolve_precision
 from layerdecomp.training.decomposer import DecomposerJob
 from layerdecomp.training.inpainter import InpainterJob
 
@@ -40,10 +40,12 @@ def build_job(config: RunConfig) -> Job:
 def train(config: RunConfig) -> None:
     """Trains, or goes on training, and writes weights, metrics and pictures into the run's directory."""
     run_dir = Path(config.run_dir)
-    job = build_job(config)  # first, so that a missing file leaves no directory behind
+    quiet_lightning()
+    job = build_job(config)  # this and the trainer first, so that a missing file or device leaves no directory behind
+    trainer = build_trainer(config, run_dir)
     checkpoint = open_run(run_dir, config)
     if checkpoint is not None:
-        print(f"going on from {checkpoint} (resume=never starts anew)")
+        print(f"going on from {checkpoint}; a finished run is only evaluated again (resume=never starts anew)")
     data = SampleData(
         config.data,
         seed=config.seed,
@@ -51,12 +53,11 @@ def train(config: RunConfig) -> None:
         batch_size=config.train.batch_size,
         with_cues=isinstance(config, DecomposerJobConfig) and config.fusion.enabled,
     )
-    quiet_lightning()
-    trainer = build_trainer(config, run_dir)
     trainer.fit(job, data, ckpt_path=checkpoint, weights_only=True)
     if trainer.global_step >= config.train.steps:  # not when it was interrupted
         trainer.save_checkpoint(run_dir / "last.ckpt")
         if trainer.is_global_zero:
+            job.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
             job.finish(run_dir)
 
 
@@ -73,16 +74,27 @@ def open_run(run_dir: Path, config: RunConfig) -> Path | None:
     if config.resume == "never":
         _put_aside(run_dir)
     elif config.resume != "auto":
-        if not Path(config.resume).is_file():
-            raise InputError(f"resume={config.resume}: no such checkpoint; expected auto, never or an existing file")
+        check_checkpoint(Path(config.resume))
         last = Path(config.resume)
-    elif described.is_file() and (changed := changed_keys(config, described)):
+        if last.resolve().parent != run_dir.resolve():
+            _put_aside(run_dir)
+    elif last.is_file() and described.is_file() and (changed := changed_keys(config, described)):
         raise InputError(
             f"{run_dir} holds a run with other settings ({', '.join(changed[:5])}); choose another name=, or "
             "resume=never to start anew and keep the old one aside"
         )
     _write_config(run_dir, config)
     return last if last.is_file() else None
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raises `InputError` unless `path` is a checkpoint."""
+    if not path.is_file():
+        raise InputError(f"resume={path}: no such checkpoint; expected auto, never or an existing file")
+    try:
+        torch.load(path, map_location="meta", weights_only=True)["state_dict"]
+    except Exception as error:  # a damaged file can raise anything
+        raise InputError(f"resume={path} is no checkpoint of this package, or is damaged: {error}") from error
 
 
 @rank_zero_only
@@ -123,13 +135,19 @@ def build_trainer(config: RunConfig, run_dir: Path) -> Trainer:
         every_n_train_steps=train.checkpoint_every,
         enable_version_counter=False,
     )
+    available = torch.cuda.device_count()
+    if available and train.devices > available:
+        raise InputError(
+            f"train.devices is {train.devices}, but there are {available} GPUs; set train.devices={available}"
+        )
     return Trainer(
         default_root_dir=run_dir,
         max_steps=train.steps,
+        accelerator="cuda" if available else "cpu",  # metrics sum in float64, which mps lacks
         devices=train.devices,
         num_nodes=train.nodes,
         strategy=train.strategy,
-        precision=precision() if train.precision == "auto" else train.precision,  # type: ignore[arg-type]
+        precision=resolve_precision(train.precision),  # type: ignore[arg-type]
         gradient_clip_val=config.optim.clip,
         val_check_interval=min(train.validate_every, train.steps),
         num_sanity_val_steps=0,
@@ -139,10 +157,3 @@ def build_trainer(config: RunConfig, run_dir: Path) -> Trainer:
         callbacks=[checkpoints, TQDMProgressBar(refresh_rate=5)],
         enable_model_summary=False,
     )
-
-
-def precision() -> str:
-    """bf16-mixed where the device has instructions for it, else 32-true."""
-    if torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() else "32-true"
