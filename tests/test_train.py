@@ -137,6 +137,29 @@ def test_a_directory_with_other_settings_is_refused_or_put_aside(tmp_path: Path,
         run("tiny", *settings, "resume=nowhere.ckpt")
 
 
+def test_a_run_does_not_go_on_with_another_base(tmp_path: Path, overrides: list[str], tiny_weights: Path) -> None:
+    base = tmp_path / "transformer.safetensors"
+    base.write_bytes((tiny_weights / "transformer.safetensors").read_bytes())
+    settings = [*overrides, f"weights.transformer={base}", f"run_dir={tmp_path}/run", "train.steps=2"]
+    run_dir = run("tiny", *settings)
+    checkpoint = torch.load(run_dir / "last.ckpt", weights_only=True)
+    checkpoint["frozen_sha256"][str(base)] = "of another file"
+    torch.save(checkpoint, run_dir / "last.ckpt")
+    with pytest.raises(InputError, match="transformer.safetensors has changed"):
+        run("tiny", *settings)
+
+
+def test_settings_that_cannot_work_leave_nothing_behind(tmp_path: Path, overrides: list[str]) -> None:
+    for setting in ("train.precision=bf61", "weights.transformer=nowhere.safetensors", "resume=nowhere.ckpt"):
+        with pytest.raises(InputError):
+            run("tiny", *overrides, f"run_dir={tmp_path}/run", setting)
+        assert not (tmp_path / "run").exists()
+    (tmp_path / "damaged.ckpt").write_bytes(b"no checkpoint")
+    with pytest.raises(InputError, match="damaged"):
+        run("tiny", *overrides, f"run_dir={tmp_path}/run", f"resume={tmp_path}/damaged.ckpt")
+    assert not (tmp_path / "run").exists()
+
+
 def test_training_fits_one_scene(tmp_path: Path, overrides: list[str]) -> None:
     settings = ["data.samples=1", "train.draws=8", "train.steps=60", "optim.lr=1e-2", "train.validate_every=60"]
     found = losses(run("tiny", *overrides, *settings, f"run_dir={tmp_path}/run", "evaluate.samples=1"))

@@ -226,7 +226,7 @@ def test_adapters_that_do_not_fit(tiny_weights: Path, tmp_path: Path) -> None:
 def test_another_base_is_noticed(tiny_weights: Path, tmp_path: Path) -> None:
     other = MMDiT(TRANSFORMER)
     save_model(tmp_path / "other.safetensors", other, {})
-    with pytest.raises(InputError, match=r"other.safetensors is not the base of .*sha256 .*expected") as error:
+    with pytest.raises(InputError, match=r"other.safetensors is not the transformer that .*sha256 .*expected") as error:
         describe_adapter(tiny_weights / "adapter.safetensors", transformer=str(tmp_path / "other.safetensors"))
     assert "transformer=" in str(error.value)
 
