@@ -115,6 +115,7 @@ def protocol(decomposer: Decomposer, data: Scenes, config: EvaluateConfig) -> di
         "steps": decomposer.sample.steps,
         "guidance": decomposer.sample.guidance,
         "keep_pixels": decomposer.sample.keep_pixels,
+        "kept": "what lies outside the mask; for the adapted model, outside the alpha that it found as well",
         "recomposition": "where nothing stands in front of the object",
         "versions": {
             "layerdecomp": __version__,

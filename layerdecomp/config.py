@@ -103,7 +103,9 @@ class AutoencoderJobConfig(RunConfig):
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)  # of an RGB one; RGBA takes `extend`'s
     extend: str | None = None  # weights of the RGB autoencoder that an RGBA one starts from
     kl: float = 1e-4  # weight of the latents' divergence from a standard normal, per latent
-    anchor: float = 1.0  # RGBA: weight of staying in the RGB autoencoder's latent space on opaque pictures
+    anchor: float = 1.0  # RGBA: weight of keeping the RGB autoencoder's latents of opaque pictures,
+    foreground_anchor: float = 0.02  # and of the same with foregrounds, where alpha needs some room
+    noise: float = 0.0  # RGBA: deviation of noise on the scaled latents, since a transformer's are never exact
 
 
 @dataclass

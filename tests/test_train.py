@@ -15,6 +15,7 @@ from layerdecomp.config import load_config
 from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError
 from layerdecomp.metrics.layers import METRICS
+from layerdecomp.training.autoencoder import BACKGROUND_MEAN, BACKGROUND_SQUARE, composite_error
 from layerdecomp.training.decomposer import DecomposerJob
 from layerdecomp.training.runs import train
 from layerdecomp.weights import load_autoencoder, load_mmdit
@@ -176,6 +177,19 @@ def test_autoencoder_chain(tmp_path: Path) -> None:
     extended = load_autoencoder(rgba / "autoencoder.safetensors").config
     assert extended.in_channels == 4 and extended.scale_factor == config.scale_factor
     assert "alpha_l1" in json.loads((rgba / "metrics.json").read_text())["results"]["autoencoder"]
+
+
+def test_composite_error_is_the_mean_over_backgrounds() -> None:
+    decoded, target = torch.rand(2, 2, 4, 5, 6, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean = torch.tensor(BACKGROUND_MEAN).view(3, 1, 1)
+    spread = (torch.tensor(BACKGROUND_SQUARE).view(3, 1, 1) - mean.square()).sqrt()
+
+    def over(layer: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
+        return layer[:, :3] + (1 - (layer[:, 3:] + 1) / 2) * background
+
+    # two equally likely backgrounds with the same mean and mean square as natural pictures
+    errors = [(over(decoded, b) - over(target, b)).square().mean() for b in (mean - spread, mean + spread)]
+    torch.testing.assert_close(composite_error(decoded, target), sum(errors) / 2)
 
 
 def test_inpainter(tmp_path: Path, tiny_weights: Path) -> None:

@@ -72,29 +72,26 @@ class AutoencoderJob(Job):
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         pictures = self.pictures(batch)
         mean, log_variance = self.autoencoder.posterior(pictures)
+        deviation = torch.exp(0.5 * log_variance) + self.run.noise / self.autoencoder.config.scale_factor
         noise = seeded_normal(self.run.seed, batch["position"], mean.shape[1:]).to(mean)
-        decoded = self.autoencoder.decoder(mean + torch.exp(0.5 * log_variance) * noise).float()
+        decoded = self.autoencoder.decoder(mean + deviation * noise).float()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).float().mean()
-        losses = {"kl": kl}
         if self.teacher is None:
-            losses["mse"] = F.mse_loss(decoded, pictures)
-            losses["loss"] = losses["mse"] + self.run.kl * kl
-        else:
-            losses["composite"] = composite_error(decoded, pictures)
-            losses["alpha"] = F.mse_loss(decoded[:, 3], pictures[:, 3])
-            losses["anchor"] = self._anchor(batch["image"])
-            losses["loss"] = (
-                losses["composite"] + losses["alpha"] + self.run.anchor * losses["anchor"] + self.run.kl * kl
-            )
-        return losses
+            mse = F.mse_loss(decoded, pictures)
+            return {"loss": mse + self.run.kl * kl, "mse": mse, "kl": kl}
+        composite = composite_error(decoded, pictures)
+        alpha = F.l1_loss(decoded[:, 3], pictures[:, 3])
+        anchor = self._anchor(pictures, mean, every_fourth(batch).flatten())
+        loss = composite + 0.5 * alpha + anchor + self.run.kl * kl
+        return {"loss": loss, "composite": composite, "alpha": alpha, "anchor": anchor, "kl": kl}
 
-    def _anchor(self, image: Tensor) -> Tensor:
-        """How far the latents of opaque pictures (B, 3, H, W) have moved from the RGB autoencoder's."""
+    def _anchor(self, pictures: Tensor, mean: Tensor, opaque: Tensor) -> Tensor:
+        """How far the latents have moved from the RGB autoencoder's of the same colours, weighted: a scalar."""
         assert self.teacher is not None
         with torch.no_grad():
-            anchor, _ = self.teacher.posterior(image)
-        mean, _ = self.autoencoder.posterior(F.pad(image, (0, 0, 0, 0, 0, 1), value=1.0))
-        return F.mse_loss(mean.float(), anchor.float())
+            anchor, _ = self.teacher.posterior(pictures[:, :3])
+        distance = (mean - anchor).float().square().mean(dim=(1, 2, 3))  # (B,)
+        return (torch.where(opaque, self.run.anchor, self.run.foreground_anchor) * distance).mean()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         pictures = self.pictures(batch)
