@@ -62,7 +62,7 @@ def predictors(decomposer: Decomposer, base: MMDiT, seed: int) -> dict[str, Pred
 
     def adapted(batch: Batch) -> Prediction:
         background, foreground = decomposer.draw(batch, noise(batch, layers=2))
-        return decomposer.finish(batch, background, foreground), foreground
+        return keep_pixels(batch["image"], batch["mask"], background, decomposer.sample), foreground
 
     def frozen(batch: Batch) -> Prediction:
         image, mask = batch["image"], batch["mask"]
@@ -115,7 +115,6 @@ def protocol(decomposer: Decomposer, data: Scenes, config: EvaluateConfig) -> di
         "steps": decomposer.sample.steps,
         "guidance": decomposer.sample.guidance,
         "keep_pixels": decomposer.sample.keep_pixels,
-        "kept": "what lies outside the mask; for the adapted model, outside the alpha that it found as well",
         "recomposition": "where nothing stands in front of the object",
         "versions": {
             "layerdecomp": __version__,

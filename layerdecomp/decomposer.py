@@ -73,8 +73,8 @@ class SampleConfig:
     steps: int = 28
     guidance: float = 30.0  # FLUX.1-Fill is distilled to take the scale as an input; tiny models ignore it
     max_side: int = 1024  # larger pictures are decomposed at this size, the layers brought back
-    keep_pixels: bool = True  # the background outside the object's surroundings is the input itself
-    grow: float = 0.015  # by how much the object's place grows before that, and over how much it
+    keep_pixels: bool = True  # the background outside the mask is the input itself
+    grow: float = 0.015  # by how much the mask grows before that, and over how much it
     feather: float = 0.01  # fades; both as shares of the longer side
 
     def __post_init__(self) -> None:
@@ -231,15 +231,6 @@ class Decomposer(nn.Module):
             background, foreground = self.autoencoder.decode(z_b), self.rgba_autoencoder.decode(z_f)
         return background.float().clamp(-1, 1), from_autoencoder(foreground.float())
 
-    def finish(self, batch: Mapping[str, Tensor], background: Tensor, foreground: Tensor) -> Tensor:
-        """The background with the input's own pixels wherever the object is not, if `sample.keep_pixels`.
-
-        The object is where the mask says so, and where the foreground that was found says that the mask missed a part.
-        """
-        return keep_pixels(
-            batch["image"], torch.maximum(batch["mask"], foreground[:, 3:].round()), background, self.sample
-        )
-
     def decompose(
         self,
         image: Picture,
@@ -282,7 +273,7 @@ class Decomposer(nn.Module):
         background, foreground = (layer[..., : size[0], : size[1]].cpu() for layer in drawn)
         # premultiplied, or the grey under alpha 0 would bleed into the edges
         foreground = from_autoencoder(resize(to_autoencoder(foreground), pixels.shape[:2]))
-        background = self.finish(full, resize(background, pixels.shape[:2]), foreground)
+        background = keep_pixels(full["image"], full["mask"], resize(background, pixels.shape[:2]), self.sample)
         rgba = torch.cat([foreground[:, :3], 2 * foreground[:, 3:] - 1], dim=1)
         return Layers(pixels, marked, to_pixels(background[0]), to_pixels(rgba[0]))
 
@@ -465,11 +456,11 @@ def inpaint(
     return painted.float().clamp(-1, 1)
 
 
-def keep_pixels(image: Tensor, place: Tensor, painted: Tensor, sample: SampleConfig) -> Tensor:
-    """What was painted in and around a place (B, 1, H, W) in {0, 1}, the image elsewhere, if `sample.keep_pixels`."""
+def keep_pixels(image: Tensor, mask: Tensor, painted: Tensor, sample: SampleConfig) -> Tensor:
+    """What was painted in and around the mask (B, 1, H, W) in {0, 1}, the image elsewhere, if `sample.keep_pixels`."""
     if not sample.keep_pixels:
         return painted
-    share = grow_and_feather(place, sample.grow, sample.feather)
+    share = grow_and_feather(mask, sample.grow, sample.feather)
     return share * painted + (1 - share) * image
 
 

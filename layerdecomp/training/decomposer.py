@@ -12,7 +12,7 @@ from layerdecomp.comparison import compare
 from layerdecomp.conditioning import LATENT_FACTOR
 from layerdecomp.config import DecomposerJobConfig
 from layerdecomp.data.datamodule import scene_data
-from layerdecomp.decomposer import build_decomposer
+from layerdecomp.decomposer import build_decomposer, keep_pixels
 from layerdecomp.evaluation import comparison_grid
 from layerdecomp.flow import flow_loss, seeded_normal
 from layerdecomp.metrics.layers import LayerMetrics
@@ -53,7 +53,7 @@ class DecomposerJob(Job):
         rows, columns = (side // LATENT_FACTOR for side in batch["image"].shape[-2:])
         noise = seeded_normal(self.run.evaluate.seed, batch["index"], (2, channels, rows, columns)).to(self.device)
         background, foreground = self.decomposer.draw(batch, noise)
-        background = self.decomposer.finish(batch, background, foreground)
+        background = keep_pixels(batch["image"], batch["mask"], background, self.run.sample)
         self.metrics.update(background, foreground, batch)
         if batch_idx == 0 and self.trainer.is_global_zero:
             self.show("validation/layers", comparison_grid(batch, {"adapted": (background, foreground)}))
