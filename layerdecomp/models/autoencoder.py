@@ -5,6 +5,7 @@ Parameter names are those of the published `ae.safetensors`, so an official file
 """
 
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -117,7 +118,7 @@ class Level(nn.Module):
 
     def __init__(self, widths: list[int], groups: int, **resample: nn.Module) -> None:
         super().__init__()
-        self.block = nn.Sequential(*(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False)))
+        self.block = nn.Sequential(*(ResnetBlock(a, b, groups) for a, b in pairwise(widths)))
         for name, module in resample.items():  # the published names are `downsample` and `upsample`
             self.add_module(name, module)
 
@@ -136,7 +137,7 @@ class Encoder(nn.Module):
         groups, last = config.norm_groups, len(widths) - 1
         self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
         self.down = nn.Sequential()
-        for i, (before, width) in enumerate(zip([config.ch, *widths], widths, strict=False)):
+        for i, (before, width) in enumerate(zip([config.ch, *widths[:-1]], widths, strict=True)):
             resample = {"downsample": Downsample(width)} if i < last else {}
             self.down.append(Level([before] + [width] * config.num_res_blocks, groups, **resample))
         self.mid = Mid(widths[-1], groups)

@@ -55,7 +55,7 @@ def train(config: RunConfig) -> None:
     )
     trainer.fit(job, data, ckpt_path=checkpoint, weights_only=True)
     if trainer.global_step >= config.train.steps:  # not when it was interrupted
-        trainer.save_checkpoint(run_dir / "last.ckpt", weights_only=False)
+        trainer.save_checkpoint(run_dir / "last.ckpt", weights_only=False)  # the optimizer and loops as well
         if trainer.is_global_zero:
             job.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
             job.finish(run_dir)
