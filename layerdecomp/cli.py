@@ -46,6 +46,11 @@ def device_name(arguments: dict[str, str]) -> str:
     return device
 
 
+def frozen_dtype(device: str) -> torch.dtype:
+    """What the frozen parts are kept in: bf16 wherever there is an accelerator."""
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
 def run_command(main: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Runs a tool. What the user got wrong is one message on stderr and exit status 2; bugs keep their traceback."""
     logging.basicConfig(format="%(levelname)s: %(message)s")

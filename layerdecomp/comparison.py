@@ -13,9 +13,8 @@ from torch.utils.data import default_collate
 
 from layerdecomp import __version__
 from layerdecomp.baselines import base_foreground, classical
-from layerdecomp.conditioning import LATENT_FACTOR
 from layerdecomp.data.scenes import Scenes
-from layerdecomp.decomposer import Decomposer, inpaint, keep_pixels
+from layerdecomp.decomposer import Decomposer, inpaint, keep_pixels, latent_noise
 from layerdecomp.errors import InputError, check_at_least
 from layerdecomp.evaluation import (
     Batch,
@@ -28,7 +27,6 @@ from layerdecomp.evaluation import (
     ranked_cases,
     write_metrics,
 )
-from layerdecomp.flow import seeded_normal
 from layerdecomp.metrics.layers import METRICS
 from layerdecomp.models.mmdit import MMDiT
 
@@ -55,10 +53,7 @@ def predictors(decomposer: Decomposer, base: MMDiT, seed: int) -> dict[str, Pred
     """
 
     def noise(batch: Batch, layers: int) -> torch.Tensor:
-        height, width = (side // LATENT_FACTOR for side in batch["image"].shape[-2:])
-        channels = decomposer.autoencoder.config.z_channels
-        drawn = seeded_normal(seed, batch["index"].tolist(), (layers, channels, height, width))
-        return drawn.to(batch["image"].device)
+        return latent_noise(decomposer.autoencoder, batch["image"], seed, batch["index"].tolist(), layers)
 
     def adapted(batch: Batch) -> Prediction:
         background, foreground = decomposer.draw(batch, noise(batch, layers=2))

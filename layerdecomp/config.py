@@ -18,6 +18,7 @@ from layerdecomp.comparison import EvaluateConfig
 from layerdecomp.data.datamodule import DataConfig
 from layerdecomp.decomposer import DecomposerConfig, SampleConfig, WeightFiles
 from layerdecomp.errors import InputError, check_at_least
+from layerdecomp.evaluation import write_atomically
 from layerdecomp.flow import FlowConfig
 from layerdecomp.models.autoencoder import AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiTConfig
@@ -163,7 +164,7 @@ def merge_config(
 
 def save_config(path: Path, config: RunConfig) -> None:
     """Writes a config with every default spelled out."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+    write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
 
 
 def changed_keys(config: RunConfig, path: Path) -> list[str]:

@@ -1,7 +1,7 @@
 """The parts composed: a picture and a mask go in, a clean background and a whole foreground come out."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from layerdecomp.conditioning import (
     unpack,
 )
 from layerdecomp.errors import InputError, check_at_least
-from layerdecomp.flow import FlowConfig
+from layerdecomp.flow import FlowConfig, seeded_normal
 from layerdecomp.imaging.compositing import from_autoencoder, to_autoencoder
 from layerdecomp.imaging.cues import CUES, compute_cues
 from layerdecomp.imaging.geometry import (
@@ -49,6 +49,7 @@ from layerdecomp.weights import (
     Metadata,
     check_keys,
     config_from,
+    copy_tensors,
     file_sha256,
     find_weights,
     load_autoencoder,
@@ -297,11 +298,7 @@ class Decomposer(nn.Module):
 
     def load_adapter(self, adapter: Adapter, path: str | Path) -> None:
         """Fills in the trained tensors; `InputError` unless they are exactly those of this model."""
-        own = self.adapter({}).tensors
-        check_keys(path, _shapes(adapter.tensors), _shapes(own), "this decomposer")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(adapter.tensors[name])
+        copy_tensors(path, adapter.tensors, self.adapter({}).tensors, "this decomposer")
 
     @classmethod
     def from_pretrained(
@@ -411,6 +408,13 @@ def token_ids(image: Tensor, layer: int) -> Tensor:
     return position_ids(rows, columns, layer, device=image.device)
 
 
+def latent_noise(autoencoder: Autoencoder, image: Tensor, seed: int, positions: Sequence[int], layers: int) -> Tensor:
+    """Noise (B, layers, C, h, w) for the latents of images (B, 3, H, W); each row depends on (seed, position) alone."""
+    height, width = (side // LATENT_FACTOR for side in image.shape[-2:])
+    shape = (layers, autoencoder.config.z_channels, height, width)
+    return seeded_normal(seed, positions, shape).to(image.device)
+
+
 def predict_velocity(
     transformer: MMDiT, prompt: Prompt, x: Tensor, context: Context, timesteps: Tensor, guidance: float
 ) -> Tensor:
@@ -469,7 +473,3 @@ def _load_autoencoder(path: str, channels: int, dtype: torch.dtype | None, devic
     if (found := autoencoder.config.in_channels) != channels:
         raise InputError(f"{path} is an autoencoder of {found} channels, expected {channels}: 3 for RGB, 4 for RGBA")
     return autoencoder
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

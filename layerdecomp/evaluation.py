@@ -126,7 +126,7 @@ def write_metrics(path: str | Path, results: Results, protocol: Mapping[str, Any
             row: {name: x if math.isfinite(x) else None for name, x in v.items()} for row, v in results.items()
         },
     }
-    _write_atomically(Path(path), json.dumps(document, indent=2, allow_nan=False) + "\n")
+    write_atomically(Path(path), json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
 def _reason(name: str) -> str:
@@ -135,7 +135,8 @@ def _reason(name: str) -> str:
     return f"undefined for every image: {METRICS[name].undefined}" if name in METRICS else "not finite"
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file beside its name, then rename it, so that it appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:

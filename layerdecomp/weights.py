@@ -126,9 +126,21 @@ def _first(names: list[str], count: int = 10) -> str:
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def copy_tensors(path: str | Path, found: Mapping[str, Tensor], parameters: Mapping[str, Tensor], what: str) -> None:
+    """Copies the tensors of a file into parameters of the same names; `InputError` unless they are exactly those."""
+    check_keys(path, shapes(found), shapes(parameters), what)
+    for name, parameter in parameters.items():
+        parameter.copy_(found[name])
+
+
 def load_state(module: nn.Module, path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> None:
     """Materialises `module`, built on the meta device, from a file that holds exactly its tensors."""
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    expected = shapes(module.state_dict())
     with open_safetensors(path, device) as file:
         found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         check_keys(path, found, expected, f"this {type(module).__name__}")

@@ -5,9 +5,7 @@ python tools/decompose.py adapter=... image=a.jpg mask=a.png out=layers/ [steps=
 
 import sys
 
-import torch
-
-from layerdecomp.cli import device_name, run_command, take, whole_number
+from layerdecomp.cli import device_name, frozen_dtype, run_command, take, whole_number
 from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError
 
@@ -27,8 +25,7 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"unknown argument {rest[0]}; expected adapter= image= mask= out= steps= seed= device=")
     seed, steps = whole_number(own, "seed"), whole_number(own, "steps") if own["steps"] else None
     device = device_name(own)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    decomposer = Decomposer.from_pretrained(own["adapter"], dtype=dtype, device=device)
+    decomposer = Decomposer.from_pretrained(own["adapter"], dtype=frozen_dtype(device), device=device)
     layers = decomposer.decompose(own["image"], own["mask"], steps=steps, seed=seed)
     print(f"wrote background.png, foreground.png and preview.png into {layers.save(own['out'])}")
 

@@ -7,13 +7,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from layerdecomp.cli import device_name, run_command, take
+from layerdecomp.cli import device_name, frozen_dtype, run_command, take
 from layerdecomp.comparison import EvaluateConfig, compare
 from layerdecomp.config import merge_config
 from layerdecomp.data.datamodule import DataConfig, scene_data
-from layerdecomp.decomposer import Decomposer, SampleConfig, describe_adapter
+from layerdecomp.decomposer import SampleConfig, build_decomposer, describe_adapter
 from layerdecomp.weights import config_from, load_mmdit
 
 
@@ -32,9 +30,10 @@ def main(arguments: list[str]) -> None:
     trained_on = config_from(DataConfig, adapter.metadata.get("data"), own["adapter"])
     config = merge_config(EvaluationConfig(described.sample, trained_on), [], overrides)
     device = device_name(own)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    decomposer = Decomposer.from_pretrained(own["adapter"], dtype=dtype, device=device)
-    decomposer.sample = config.sample
+    dtype = frozen_dtype(device)
+    described.sample = config.sample
+    decomposer = build_decomposer(described, dtype, device)
+    decomposer.load_adapter(adapter, own["adapter"])
     base = load_mmdit(described.weights.transformer, dtype=dtype, device=device)
     data = scene_data(config.data, "test", config.evaluate.seed, config.evaluate.samples)
     compare(decomposer, base, data, config.evaluate, Path(own["out"]))

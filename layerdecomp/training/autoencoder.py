@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from layerdecomp.config import AutoencoderJobConfig
 from layerdecomp.data.datamodule import collate, scene_data
-from layerdecomp.evaluation import write_metrics
 from layerdecomp.flow import seeded_normal
 from layerdecomp.imaging.compositing import from_autoencoder, on_checkerboard, to_autoencoder
 from layerdecomp.imaging.geometry import to_pixels
+from layerdecomp.metrics.background import psnr
 from layerdecomp.models.autoencoder import Autoencoder, extend_to_rgba
 from layerdecomp.training.base import Job, every_fourth
 from layerdecomp.weights import load_autoencoder, save_model
@@ -105,25 +104,19 @@ class AutoencoderJob(Job):
         self.autoencoder.eval()
         if self.teacher is None:
             self.normalise_latents()
-        data = scene_data(self.run.data, "test", self.run.evaluate.seed, self.run.evaluate.samples, with_cues=False)
-        pictures = self.pictures(self.on_device(collate([data[i] for i in range(len(data))])))
+        pictures = self.pictures(self.held_out())
         with torch.no_grad():
             decoded = torch.cat(
                 [self.autoencoder.decode(self.autoencoder.encode(x)) for x in torch.split(pictures, 16)]
-            )
-        results = {name: value.item() for name, value in reconstruction_metrics(decoded.clamp(-1, 1), pictures).items()}
-        for name, value in results.items():
-            print(f"{name} {value:.4f}  ({len(pictures)} held-out scenes)")
-        protocol = {
-            "data": self.run.data.source,
-            "split": "test",
-            "count": len(pictures),
-            "seed": self.run.evaluate.seed,
+            ).clamp(-1, 1)
+        figures = reconstruction_metrics(decoded, pictures)
+        metadata = {
+            "steps": str(self.run.train.steps),
+            "seed": str(self.run.seed),
+            "figures": json.dumps({name: value.item() for name, value in figures.items()}),
         }
-        write_metrics(run_dir / "metrics.json", {"autoencoder": results}, protocol)
-        Image.fromarray(reconstruction_grid(decoded[:16].clamp(-1, 1), pictures[:16])).save(run_dir / "samples.png")
-        metadata = {"steps": str(self.run.train.steps), "seed": str(self.run.seed), "figures": json.dumps(results)}
         save_model(run_dir / "autoencoder.safetensors", self.autoencoder, metadata)
+        self.report(run_dir, "autoencoder", figures, reconstruction_grid(decoded, pictures))
 
     @torch.no_grad()
     def normalise_latents(self) -> None:
@@ -139,8 +132,7 @@ class AutoencoderJob(Job):
 
 def reconstruction_metrics(decoded: Tensor, pictures: Tensor) -> dict[str, Tensor]:
     """Mean PSNR in dB of (B, C, H, W) in [-1, 1]; with four channels, the colours' and alpha's mean error in [0, 1]."""
-    error = (decoded[:, :3] - pictures[:, :3]).square().mean(dim=(1, 2, 3))
-    metrics = {"psnr": (10 * torch.log10(4 / error.clamp(min=1e-10))).mean()}
+    metrics = {"psnr": psnr(decoded[:, :3], pictures[:, :3]).mean()}
     if pictures.shape[1] == 4:
         metrics["alpha_l1"] = (decoded[:, 3] - pictures[:, 3]).abs().mean() / 2
     return metrics

@@ -11,13 +11,16 @@ import numpy as np
 import torch
 from lightning import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
 from torch import Tensor
 from torch.nn import Parameter
 
 from layerdecomp.config import FlowJobConfig, RunConfig
+from layerdecomp.data.datamodule import collate, scene_data
 from layerdecomp.errors import InputError
+from layerdecomp.evaluation import write_metrics
 from layerdecomp.flow import interpolate, sample_times, seeded_normal, velocity_target
-from layerdecomp.weights import check_keys, file_sha256
+from layerdecomp.weights import copy_tensors, file_sha256
 
 
 def resolve_precision(setting: str) -> str:
@@ -97,16 +100,7 @@ class Job(LightningModule):
         return {name: parameter.detach() for name, parameter in self.trained()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        own = dict(self.trained())
-        check_keys(
-            "the checkpoint",
-            {name: tuple(tensor.shape) for name, tensor in state_dict.items()},
-            {name: tuple(parameter.shape) for name, parameter in own.items()},
-            "this run's model",
-        )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state_dict[name])
+        copy_tensors("the checkpoint", state_dict, dict(self.trained()), "this run's model")
 
     @property
     def frozen_files(self) -> list[str]:
@@ -139,6 +133,22 @@ class Job(LightningModule):
         if not config.decay:
             return rise
         return rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
+    def report(self, run_dir: Path, row: str, figures: Mapping[str, Tensor], grid: np.ndarray) -> None:
+        """Prints the figures of the held-out scenes and writes them and a picture into the run's directory."""
+        config = self.run.evaluate
+        results = {name: value.item() for name, value in figures.items()}
+        for name, value in results.items():
+            print(f"{name} {value:.4f}  ({config.samples} held-out scenes)")
+        protocol = {"data": self.run.data.source, "split": "test", "count": config.samples, "seed": config.seed}
+        write_metrics(run_dir / "metrics.json", {row: results}, protocol)
+        Image.fromarray(grid).save(run_dir / "samples.png")
+
+    def held_out(self) -> dict[str, Any]:
+        """The scenes that `report` is about, as one batch without cues."""
+        config = self.run.evaluate
+        data = scene_data(self.run.data, "test", config.seed, config.samples, with_cues=False)
+        return self.on_device(collate([data[i] for i in range(len(data))]))
 
     def show(self, tag: str, grid: np.ndarray) -> None:
         """Puts a picture (H, W, 3) uint8 on TensorBoard, if that is where the run logs."""

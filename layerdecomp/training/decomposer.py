@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from layerdecomp.comparison import compare
-from layerdecomp.conditioning import LATENT_FACTOR
 from layerdecomp.config import DecomposerJobConfig
 from layerdecomp.data.datamodule import scene_data
-from layerdecomp.decomposer import build_decomposer, keep_pixels
+from layerdecomp.decomposer import build_decomposer, keep_pixels, latent_noise
 from layerdecomp.evaluation import comparison_grid
-from layerdecomp.flow import flow_loss, seeded_normal
+from layerdecomp.flow import flow_loss
 from layerdecomp.metrics.layers import LayerMetrics
 from layerdecomp.training.base import Job, resolve_precision
 from layerdecomp.weights import load_mmdit
@@ -49,9 +48,8 @@ class DecomposerJob(Job):
         return {"loss": (losses["background"] + losses["foreground"]) / 2, **losses}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        channels = self.decomposer.autoencoder.config.z_channels
-        rows, columns = (side // LATENT_FACTOR for side in batch["image"].shape[-2:])
-        noise = seeded_normal(self.run.evaluate.seed, batch["index"], (2, channels, rows, columns)).to(self.device)
+        seed, autoencoder = self.run.evaluate.seed, self.decomposer.autoencoder
+        noise = latent_noise(autoencoder, batch["image"], seed, batch["index"], layers=2)
         background, foreground = self.decomposer.draw(batch, noise)
         background = keep_pixels(batch["image"], batch["mask"], background, self.run.sample)
         self.metrics.update(background, foreground, batch)

@@ -4,15 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from layerdecomp.conditioning import context, masked_images, pack
 from layerdecomp.config import InpainterJobConfig
-from layerdecomp.data.datamodule import collate, scene_data
-from layerdecomp.decomposer import Context, Prompt, inpaint, predict_velocity, token_ids
-from layerdecomp.evaluation import write_metrics
-from layerdecomp.flow import flow_loss, seeded_normal
+from layerdecomp.decomposer import Context, Prompt, inpaint, latent_noise, predict_velocity, token_ids
+from layerdecomp.flow import flow_loss
 from layerdecomp.imaging.geometry import to_pixels
 from layerdecomp.metrics.background import psnr
 from layerdecomp.models.mmdit import MMDiT
@@ -57,9 +54,7 @@ class InpainterJob(Job):
     def fill(self, batch: dict[str, Any]) -> Tensor:
         """The pictures of a batch with their holes filled, (B, 3, H, W)."""
         image, mask = batch["image"], batch["inpaint_mask"]
-        height, width = (side // self.autoencoder.config.factor for side in image.shape[-2:])
-        shape = (self.autoencoder.config.z_channels, height, width)
-        noise = seeded_normal(self.run.evaluate.seed, batch["index"], shape).to(self.device)
+        noise = latent_noise(self.autoencoder, image, self.run.evaluate.seed, batch["index"], layers=1)[:, 0]
         parts = (self.transformer, self.autoencoder, self.prompt)
         filled = inpaint(*parts, image, mask, noise, self.run.flow, self.run.sample)
         return image * (1 - mask) + filled * mask
@@ -74,17 +69,11 @@ class InpainterJob(Job):
 
     def finish(self, run_dir: Path) -> None:
         self.transformer.eval()
-        data = scene_data(self.run.data, "test", self.run.evaluate.seed, self.run.evaluate.samples, with_cues=False)
-        batch = self.on_device(collate([data[i] for i in range(len(data))]))
+        batch = self.held_out()
         filled = self.fill(batch)
-        results = {name: value.item() for name, value in hole_metrics(filled, batch).items()}
-        for name, value in results.items():
-            print(f"{name} {value:.4f}  ({len(filled)} held-out scenes)")
-        protocol = {"data": self.run.data.source, "split": "test", "count": len(filled), "seed": self.run.evaluate.seed}
-        write_metrics(run_dir / "metrics.json", {"inpainter": results}, protocol)
-        Image.fromarray(inpainting_grid(filled, batch)).save(run_dir / "samples.png")
         metadata = {"steps": str(self.run.train.steps), "seed": str(self.run.seed)}
         save_model(run_dir / "transformer.safetensors", self.transformer, metadata)
+        self.report(run_dir, "inpainter", hole_metrics(filled, batch), inpainting_grid(filled, batch))
 
 
 def hole_metrics(filled: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
