@@ -104,9 +104,10 @@ class AutoencoderJobConfig(RunConfig):
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)  # of an RGB one; RGBA takes `extend`'s
     extend: str | None = None  # weights of the RGB autoencoder that an RGBA one starts from
     kl: float = 1e-4  # weight of the latents' divergence from a standard normal, per latent
-    anchor: float = 1.0  # RGBA: weight of keeping the RGB autoencoder's latents of opaque pictures,
+    projection: float = 0.0  # weight of keeping latents near the best linear ones; 0: no such thing
+    anchor: float = 1.0  # RGBA, unless projected: weight of keeping the RGB autoencoder's latents of opaque pictures,
     foreground_anchor: float = 0.02  # and of the same with foregrounds, where alpha needs some room
-    noise: float = 0.0  # RGBA: deviation of noise on the scaled latents, since a transformer's are never exact
+    noise: float = 0.0  # typical deviation of noise on the scaled latents, since a transformer's are never exact
 
 
 @dataclass

@@ -23,7 +23,14 @@ ORDER = [
     # floor 2: everything that can be set
     "config",
     # floor 3: training
-    *("training.__init__", "training.base", "training.autoencoder", "training.inpainter", "training.decomposer"),
+    *(
+        "training.__init__",
+        "training.base",
+        "training.projection",
+        "training.autoencoder",
+        "training.inpainter",
+        "training.decomposer",
+    ),
     "training.runs",
 ]
 FILES = {

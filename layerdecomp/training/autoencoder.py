@@ -1,6 +1,7 @@
 """Training an autoencoder: RGB from nothing, or RGBA from a trained RGB one."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from layerdecomp.imaging.geometry import to_pixels
 from layerdecomp.metrics.background import psnr
 from layerdecomp.models.autoencoder import Autoencoder, extend_to_rgba
 from layerdecomp.training.base import Job, every_fourth
+from layerdecomp.training.projection import BlockProjection
 from layerdecomp.weights import load_autoencoder, save_model
 
 # Mean and mean square of the colours of natural pictures in [-1, 1], which a foreground may be laid over (AlphaVAE,
@@ -52,6 +54,7 @@ class AutoencoderJob(Job):
             self.autoencoder = Autoencoder(config.model)
             torch.manual_seed(config.seed)
             self.autoencoder.init_weights()
+        self.projection = self._fit_projection() if config.projection else None
         self.to(memory_format=torch.channels_last)
 
     @property
@@ -71,18 +74,41 @@ class AutoencoderJob(Job):
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         pictures = self.pictures(batch)
         mean, log_variance = self.autoencoder.posterior(pictures)
-        deviation = torch.exp(0.5 * log_variance) + self.run.noise / self.autoencoder.config.scale_factor
-        noise = seeded_normal(self.run.seed, batch["position"], mean.shape[1:]).to(mean)
-        decoded = self.autoencoder.decoder(mean + deviation * noise).float()
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).float().mean()
+        decoded = self.autoencoder.decoder(mean + self._deviation(mean, log_variance, batch["position"])).float()
+        losses = {"kl": 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).float().mean()}
+        loss = self.run.kl * losses["kl"]
+        if self.projection is not None:
+            losses["projection"] = self.projection.error(mean, pictures)
+            loss = loss + self.run.projection * losses["projection"]
         if self.teacher is None:
-            mse = F.mse_loss(decoded, pictures)
-            return {"loss": mse + self.run.kl * kl, "mse": mse, "kl": kl}
-        composite = composite_error(decoded, pictures)
-        alpha = F.l1_loss(decoded[:, 3], pictures[:, 3])
-        anchor = self._anchor(pictures, mean, every_fourth(batch).flatten())
-        loss = composite + 0.5 * alpha + anchor + self.run.kl * kl
-        return {"loss": loss, "composite": composite, "alpha": alpha, "anchor": anchor, "kl": kl}
+            losses["mse"] = F.mse_loss(decoded, pictures)
+            return {"loss": loss + losses["mse"], **losses}
+        losses["composite"] = composite_error(decoded, pictures)
+        losses["alpha"] = F.l1_loss(decoded[:, 3], pictures[:, 3])
+        if self.projection is None:
+            losses["anchor"] = self._anchor(pictures, mean, every_fourth(batch).flatten())
+            loss = loss + losses["anchor"]
+        return {"loss": loss + losses["composite"] + 0.5 * losses["alpha"], **losses}
+
+    def _deviation(self, mean: Tensor, log_variance: Tensor, positions: Sequence[int]) -> Tensor:
+        """How far the decoded latents lie from their mean: a draw from the posterior, and `noise` of a random level."""
+        noise = seeded_normal(self.run.seed, positions, mean.shape[1:]).to(mean)
+        level = seeded_normal(self.run.seed, positions, (1, 1, 1), stream=1).abs().to(mean)
+        return (torch.exp(0.5 * log_variance) + level * self.run.noise / self.autoencoder.config.scale_factor) * noise
+
+    def _fit_projection(self) -> BlockProjection:
+        pictures = self.pictures(self._training_scenes(256))
+        config = self.autoencoder.config
+        projection = BlockProjection.fit(pictures, config.z_channels, config.factor)
+        if self.teacher is None:
+            return projection
+        with torch.no_grad():
+            latents, _ = self.teacher.posterior(pictures[:, :3])
+        return projection.rotated_towards(latents, pictures)
+
+    def _training_scenes(self, count: int) -> dict[str, Any]:
+        data = scene_data(self.run.data, "train", self.run.seed, count, with_cues=False)
+        return self.on_device(collate([data[i] for i in range(count)]))
 
     def _anchor(self, pictures: Tensor, mean: Tensor, opaque: Tensor) -> Tensor:
         """How far the latents have moved from the RGB autoencoder's of the same colours, weighted: a scalar."""
@@ -121,9 +147,7 @@ class AutoencoderJob(Job):
     @torch.no_grad()
     def normalise_latents(self) -> None:
         """Sets scale and shift so that the latents of training scenes have mean 0 and variance 1."""
-        data = scene_data(self.run.data, "train", self.run.seed, 64, with_cues=False)
-        images = collate([data[i] for i in range(64)])["image"].to(self.device)
-        mean, _ = self.autoencoder.posterior(images)
+        mean, _ = self.autoencoder.posterior(self._training_scenes(64)["image"])
         config = self.autoencoder.config
         self.autoencoder.config = replace(
             config, shift_factor=round(mean.mean().item(), 4), scale_factor=round(1 / mean.std().item(), 4)
