@@ -1,6 +1,5 @@
 """Training an autoencoder: RGB from nothing, or RGBA from a trained RGB one."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -135,13 +134,8 @@ class AutoencoderJob(Job):
             decoded = torch.cat(
                 [self.autoencoder.decode(self.autoencoder.encode(x)) for x in torch.split(pictures, 16)]
             ).clamp(-1, 1)
-        figures = reconstruction_metrics(decoded, pictures)
-        metadata = {
-            "steps": str(self.run.train.steps),
-            "seed": str(self.run.seed),
-            "figures": json.dumps({name: value.item() for name, value in figures.items()}),
-        }
-        save_model(run_dir / "autoencoder.safetensors", self.autoencoder, metadata)
+        figures = {name: value.item() for name, value in reconstruction_metrics(decoded, pictures).items()}
+        save_model(run_dir / "autoencoder.safetensors", self.autoencoder, self.provenance(figures))
         self.report(run_dir, "autoencoder", figures, reconstruction_grid(decoded, pictures))
 
     @torch.no_grad()

@@ -1,9 +1,12 @@
 """What the three jobs share: what a checkpoint holds, the optimizer, the log."""
 
+import json
 import math
+import subprocess
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from layerdecomp.data.datamodule import collate, scene_data
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import write_metrics
 from layerdecomp.flow import interpolate, sample_times, seeded_normal, velocity_target
-from layerdecomp.weights import copy_tensors, file_sha256
+from layerdecomp.weights import Metadata, copy_tensors, file_sha256
 
 
 def resolve_precision(setting: str) -> str:
@@ -36,6 +39,15 @@ def every_fourth(batch: Mapping[str, Any]) -> Tensor:
     """Which samples of a batch get a rarer treatment, (B, 1, 1, 1) bool: a quarter, whatever the batch and the rank."""
     places = torch.tensor(batch.get("position", batch["index"]), device=batch["image"].device)
     return (places % 4 == 3).view(-1, 1, 1, 1)
+
+
+def source_commit() -> str:
+    """The commit of the code that runs, marked if files differ from it; "unknown" outside a git checkout."""
+    command = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 class Job(LightningModule):
@@ -134,14 +146,23 @@ class Job(LightningModule):
             return rise
         return rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
 
-    def report(self, run_dir: Path, row: str, figures: Mapping[str, Tensor], grid: np.ndarray) -> None:
+    def provenance(self, figures: Mapping[str, float]) -> Metadata:
+        """What a weight file says of the run that made it."""
+        return {
+            "steps": str(self.run.train.steps),
+            "seed": str(self.run.seed),
+            "data": json.dumps(asdict(self.run.data)),
+            "commit": source_commit(),
+            "figures": json.dumps({name: value for name, value in figures.items() if math.isfinite(value)}),
+        }
+
+    def report(self, run_dir: Path, row: str, figures: Mapping[str, float], grid: np.ndarray) -> None:
         """Prints the figures of the held-out scenes and writes them and a picture into the run's directory."""
         config = self.run.evaluate
-        results = {name: value.item() for name, value in figures.items()}
-        for name, value in results.items():
+        for name, value in figures.items():
             print(f"{name} {value:.4f}  ({config.samples} held-out scenes)")
         protocol = {"data": self.run.data.source, "split": "test", "count": config.samples, "seed": config.seed}
-        write_metrics(run_dir / "metrics.json", {row: results}, protocol)
+        write_metrics(run_dir / "metrics.json", {row: figures}, protocol)
         Image.fromarray(grid).save(run_dir / "samples.png")
 
     def held_out(self) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Adapting the frozen inpainting base to layer decomposition: LoRA, input projection and context fusion."""
 
-import json
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +61,13 @@ class DecomposerJob(Job):
         self.metrics.reset()
 
     def finish(self, run_dir: Path) -> None:
-        metadata = {
-            **self.run.to_metadata(),
-            "steps": str(self.run.train.steps),
-            "seed": str(self.run.seed),
-            "data": json.dumps(asdict(self.run.data)),
-        }
-        self.decomposer.adapter(metadata).save(run_dir / "adapter.safetensors")
+        self._save_adapter(run_dir, {})
         dtype = next(self.decomposer.autoencoder.parameters()).dtype
         base = load_mmdit(self.run.weights.transformer, dtype=dtype, device=str(self.device))
         config = self.run.evaluate
         data = scene_data(self.run.data, "test", config.seed, config.samples)
-        compare(self.decomposer, base, data, config, run_dir)
+        self._save_adapter(run_dir, compare(self.decomposer, base, data, config, run_dir).results["adapted"])
+
+    def _save_adapter(self, run_dir: Path, figures: Mapping[str, float]) -> None:
+        metadata = {**self.run.to_metadata(), **self.provenance(figures)}
+        self.decomposer.adapter(metadata).save(run_dir / "adapter.safetensors")

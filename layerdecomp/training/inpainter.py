@@ -71,9 +71,9 @@ class InpainterJob(Job):
         self.transformer.eval()
         batch = self.held_out()
         filled = self.fill(batch)
-        metadata = {"steps": str(self.run.train.steps), "seed": str(self.run.seed)}
-        save_model(run_dir / "transformer.safetensors", self.transformer, metadata)
-        self.report(run_dir, "inpainter", hole_metrics(filled, batch), inpainting_grid(filled, batch))
+        figures = {name: value.item() for name, value in hole_metrics(filled, batch).items()}
+        save_model(run_dir / "transformer.safetensors", self.transformer, self.provenance(figures))
+        self.report(run_dir, "inpainter", figures, inpainting_grid(filled, batch))
 
 
 def hole_metrics(filled: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
