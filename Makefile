@@ -8,6 +8,9 @@ FORMAT ?= adapter
 ARGS ?=
 DEVICES ?=
 RUN := .venv/bin/python
+# glibc gives every large buffer back to the system and takes the next one page by page: a quarter of a step on a CPU.
+export MALLOC_MMAP_MAX_ ?= 0
+export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 
 .PHONY: train tiny decompose evaluate export test lint clean
 .DEFAULT_GOAL := train

@@ -33,10 +33,12 @@ def _angles(position: Tensor, dim: int, theta: float) -> Tensor:
 
 def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
     """Rotates neighbouring channel pairs (2i, 2i + 1) of `x` (B, heads, L, head_dim) by the angles of `rope`."""
-    even, odd = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)  # (B, heads, L, head_dim / 2)
-    cos, sin = pe.unbind(-1)
-    rotated = torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1)
-    return rotated.flatten(-2).to(x.dtype)
+    cos, sin = pe.unbind(-1)  # (..., L, head_dim / 2)
+    cos, sin = torch.stack([cos, cos], dim=-1).flatten(-2), torch.stack([-sin, sin], dim=-1).flatten(-2)
+    straight = x.float()
+    # Whole rows, since picking out every other channel defeats vector units: ten times faster on a CPU.
+    swapped = straight.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (cos * straight + sin * swapped).to(x.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -50,5 +52,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) ->
     Returns:
         (B, L, heads * head_dim).
     """
-    x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # whose backward pass takes several times as long there
+        with torch.autocast("cpu", enabled=False):
+            x = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(q.dtype)
+    else:
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return rearrange(x, "B H L D -> B L (H D)")
