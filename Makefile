@@ -23,6 +23,11 @@ export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e .
 	touch $@
 
+# The library of the matting baseline; it compiles itself when it is first used, which takes a minute.
+.venv/installed-matting: .venv/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[matting]'
+	touch $@
+
 .venv/installed-dev: .venv/installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
@@ -54,8 +59,8 @@ decompose: OUT ?= layers
 decompose: .venv/installed  ## make decompose IMAGE=a.jpg MASK=a.png OUT=layers
 	$(RUN) tools/decompose.py adapter=$(ADAPTER) image=$(IMAGE) mask=$(MASK) out=$(OUT) $(ARGS)
 
-evaluate: .venv/installed
-	$(RUN) tools/evaluate.py adapter=$(ADAPTER) out=runs/evaluate $(ARGS)
+evaluate: .venv/installed-matting
+	$(RUN) tools/evaluate.py adapter=$(ADAPTER) out=runs/evaluate evaluate.samples=256 evaluate.matting=true $(ARGS)
 
 export: OUT ?= runs/exported.safetensors
 export: .venv/installed  ## make export ADAPTER=runs/tiny/adapter.safetensors FORMAT=merged OUT=merged.safetensors

@@ -1,5 +1,10 @@
 """What a model has to beat: layers from an image and a mask without any learning."""
 
+import io
+import warnings
+from contextlib import redirect_stdout
+from types import ModuleType
+
 import numpy as np
 import torch
 from skimage.restoration import inpaint_biharmonic
@@ -8,24 +13,26 @@ from torch import Tensor
 from layerdecomp.errors import InputError
 from layerdecomp.metrics.region import dilate
 
+TRIMAP_BAND = 0.05  # width of what matting decides, around the mask's outline: a share of the shorter side
 RIM = 1  # pixels around the mask that are filled too: the object's antialiased edge lies there
 
 
-def classical(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Biharmonic inpainting for the background, the mask as alpha for the foreground.
+def classical(image: Tensor, mask: Tensor, matting: bool = False) -> tuple[Tensor, Tensor]:
+    """Biharmonic inpainting for the background; for the foreground the mask as alpha, or closed-form matting.
 
     Runs on the CPU; a mask over a quarter of the image takes 0.1 s at 128 x 128 and 20 s at 1024 x 1024.
 
     Args:
         image: (B, 3, H, W) in [-1, 1].
         mask: (B, 1, H, W) in {0, 1}, 1 = object.
+        matting: take the foreground from ``matted_foreground`` instead of ``base_foreground``.
 
     Returns:
         background (B, 3, H, W) in [-1, 1], the image's own pixels outside the mask grown by 1 pixel, and foreground
-        (B, 4, H, W) as in ``base_foreground``; both on the image's device.
+        (B, 4, H, W); both on the image's device.
 
     Raises:
-        InputError: a mask leaves no pixel to inpaint from.
+        InputError: a mask leaves no pixel to inpaint from, or matting's library is missing.
     """
     hole = dilate(mask > 0.5, RIM)
     full = hole.flatten(1).all(dim=1)
@@ -35,7 +42,8 @@ def classical(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
             "object to inpaint from; use a smaller mask."
         )
     filled = [_inpaint(picture, region) for picture, region in zip(image, hole, strict=True)]
-    return torch.stack(filled).to(image), base_foreground(image, mask)
+    foreground = matted_foreground if matting else base_foreground
+    return torch.stack(filled).to(image), foreground(image, mask)
 
 
 def base_foreground(image: Tensor, mask: Tensor) -> Tensor:
@@ -49,6 +57,74 @@ def base_foreground(image: Tensor, mask: Tensor) -> Tensor:
         (B, 4, H, W), straight RGB, mid-grey 0 where alpha is 0.
     """
     return torch.cat([image * mask, mask], dim=1)
+
+
+def matted_foreground(image: Tensor, mask: Tensor) -> Tensor:
+    """Closed-form matting: an alpha, and the object's own colours, from a mask that need not be exact.
+
+    Levin et al., "A Closed-Form Solution to Natural Image Matting" (2006), for the alpha within ``trimap``'s band;
+    Germer et al., "Fast Multi-Level Foreground Estimation" (2020), for the colours, both by pymatting with its
+    defaults. Runs on the CPU; 0.1 s at 128 x 128 and 10 s at 1024 x 1024. When pymatting is first imported after its
+    installation it compiles itself, which takes a minute.
+
+    The foreground is ``base_foreground``'s for a mask whose trimap is sure of no object or of no background (the object
+    is thinner than the band, the mask is empty or full), and with a warning where the solver fails.
+
+    Args:
+        image: (B, 3, H, W) in [-1, 1].
+        mask: (B, 1, H, W) in {0, 1}, 1 = object.
+
+    Returns:
+        (B, 4, H, W), straight RGB in [-1, 1], also where alpha is 0 (the colours next to it, continued), alpha in
+        [0, 1]; on the image's device.
+
+    Raises:
+        InputError: pymatting is not installed.
+    """
+    library = matting_library()
+    layers = base_foreground(image, mask)
+    for index, known in enumerate(trimap(mask)):
+        if (known == 0).any() and (known == 1).any():
+            try:
+                layers[index] = _matte(library, image[index], known)
+            except ValueError as error:
+                warnings.warn(f"matting sample {index} of the batch failed, its mask is used: {error}", stacklevel=2)
+    return layers
+
+
+def matting_library() -> ModuleType:
+    """pymatting, an optional extra.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        import pymatting
+    except ImportError as error:
+        raise InputError(
+            f"matting (evaluate.matting=true) needs pymatting, which cannot be imported ({error}); "
+            "pip install 'layerdecomp[matting]', or leave it out with evaluate.matting=false"
+        ) from error
+    return pymatting
+
+
+def trimap(mask: Tensor) -> Tensor:
+    """What a mask (B, 1, H, W) in {0, 1} is sure of: 1 object, 0 background, 0.5 in a band around its outline.
+
+    The band is 5 % of the shorter side wide, half of it on either side. The image's border is no outline.
+    """
+    inside = mask > 0.5
+    radius = max(1, round(TRIMAP_BAND / 2 * min(mask.shape[-2:])))
+    return torch.where(dilate(inside, radius) & dilate(~inside, radius), 0.5, mask)
+
+
+def _matte(library: ModuleType, image: Tensor, known: Tensor) -> Tensor:
+    """The foreground (4, H, W) of an image (3, H, W) with the trimap ``known`` (1, H, W)."""
+    picture = np.ascontiguousarray(((image.double().cpu().numpy() + 1) / 2).transpose(1, 2, 0))
+    with redirect_stdout(io.StringIO()):  # it prints each retry of its preconditioner
+        alpha = library.estimate_alpha_cf(picture, known[0].double().cpu().numpy())  # (H, W)
+    colours = library.estimate_foreground_ml(picture, alpha)  # (H, W, 3)
+    return torch.from_numpy(np.concatenate([colours.transpose(2, 0, 1) * 2 - 1, alpha[None]])).to(image)
 
 
 def _inpaint(image: Tensor, hole: Tensor) -> Tensor:

@@ -158,8 +158,7 @@ def format_table(results: Results) -> str:
 
 
 def _title(name: str) -> str:
-    info = METRICS[name]
-    return f"{name} {info.unit} {'↑' if info.higher_is_better else '↓'}".replace("  ", " ")
+    return f"{name} {METRICS[name].unit} {METRICS[name].better}".replace("  ", " ")
 
 
 def _cell(name: str, values: Mapping[str, float]) -> str:

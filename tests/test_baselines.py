@@ -1,9 +1,15 @@
+import sys
+
+import numpy as np
 import pytest
 import torch
+from scipy.ndimage import distance_transform_cdt
 from torch import Tensor
 
-from layerdecomp.baselines import base_foreground, classical
+from layerdecomp.baselines import base_foreground, classical, matted_foreground, trimap
 from layerdecomp.errors import InputError
+from layerdecomp.imaging.compositing import over
+from layerdecomp.metrics import foreground as metrics
 
 SIZE = 32
 
@@ -64,3 +70,70 @@ def test_base_foreground_is_the_masked_image():
     inside = (mask > 0).expand_as(image)
     assert torch.equal(foreground[:, :3][inside], image[inside])
     assert not foreground[:, :3][~inside].any()
+
+
+def soft_disc(side: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    """A disc whose rim of 4 pixels is half-transparent: image (1, 3, side, side), a shifted mask, the true layer."""
+    rows, columns = torch.meshgrid(torch.arange(float(side)), torch.arange(float(side)), indexing="ij")
+    alpha = ((20 - torch.hypot(rows - 32, columns - 30)) / 4 + 0.5).clamp(0, 1)
+    rgb = torch.stack([0.4 + columns / 200, rows / 150, torch.full_like(rows, -0.8)])
+    truth = torch.cat([rgb, alpha[None]])[None]
+    behind = torch.stack([-0.9 + rows / 300, torch.full_like(rows, 0.7), 0.2 + columns / 200])[None]
+    return over(truth, behind), (alpha > 0.5).float().roll(1, dims=1)[None, None], truth
+
+
+def test_matting_beats_the_mask_on_a_soft_disc():
+    image, mask, truth = soft_disc()
+    matted, masked = matted_foreground(image, mask), base_foreground(image, mask)
+    assert matted.shape == truth.shape and matted.dtype == image.dtype
+    assert matted.abs().max() <= 1 and matted[:, 3].min() >= 0
+    for metric in (metrics.alpha_sad, metrics.alpha_grad, metrics.alpha_conn, metrics.rgb_l1):
+        assert 0 < metric(matted, truth) < 0.5 * metric(masked, truth), metric.__name__
+
+
+def test_classical_takes_its_foreground_from_matting_when_asked():
+    image, mask, _ = soft_disc()
+    background, foreground = classical(image, mask, matting=True)
+    assert torch.equal(foreground, matted_foreground(image, mask))
+    assert torch.equal(background, classical(image, mask)[0])
+
+
+@pytest.mark.parametrize(("height", "width", "radius"), [(32, 32, 1), (120, 160, 3), (16, 16, 1)])
+def test_trimap_is_unsure_around_the_outline(height: int, width: int, radius: int):
+    mask = torch.zeros(1, 1, height, width)
+    mask[..., 3 : height - 5, : width // 2] = 1  # reaches the left border, which is no outline
+    mask[..., height // 3, width - 4] = 1
+    inside = mask[0, 0].numpy() > 0
+    to_other = np.maximum(distance_transform_cdt(inside, "chessboard"), distance_transform_cdt(~inside, "chessboard"))
+    expected = np.where(to_other <= radius, 0.5, inside)
+    np.testing.assert_array_equal(trimap(mask)[0, 0].numpy(), expected)
+
+
+def test_matting_keeps_the_mask_where_the_trimap_is_sure_of_one_side_only():
+    image = torch.rand(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mask = torch.zeros(5, 1, SIZE, SIZE)
+    mask[1] = 1
+    mask[2, :, 9:11, 4:20] = 1  # thinner than the band
+    mask[3] = 1 - mask[2]
+    mask[4, :, 8:24, 8:24] = 1
+    foreground, masked = matted_foreground(image, mask), base_foreground(image, mask)
+    assert [torch.equal(*pair) for pair in zip(foreground, masked, strict=True)] == [True] * 4 + [False]
+
+
+def test_matting_keeps_the_mask_where_the_solver_fails(monkeypatch: pytest.MonkeyPatch):
+    def diverges(*args: object, **kwargs: object) -> None:
+        raise ValueError("did not converge")
+
+    image, mask, _ = soft_disc()
+    monkeypatch.setattr("pymatting.estimate_alpha_cf", diverges)
+    with pytest.warns(UserWarning, match="sample 0 of the batch failed, its mask is used: did not converge"):
+        foreground = matted_foreground(image, mask)
+    assert torch.equal(foreground, base_foreground(image, mask))
+
+
+def test_matting_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "pymatting", None)
+    image, mask, _ = soft_disc()
+    with pytest.raises(InputError, match=r"pip install 'layerdecomp\[matting\]'"):
+        classical(image, mask, matting=True)
+    classical(image, mask)

@@ -159,7 +159,7 @@ def test_format_table_is_aligned_markdown():
     results = {
         "adapted": {
             "background/psnr": 27.304, "background/psnr_stderr": 0.123, "foreground/rgb_l1": 0.05,
-            "foreground/hidden_iou": math.nan,
+            "foreground/hidden_iou": math.nan, "background/sharpness": 0.75,
         },
         "base": {"background/psnr": 25.59, "background/psnr_stderr": 1.5, "foreground/rgb_l1": 0.25},
     }  # fmt: skip
@@ -167,6 +167,7 @@ def test_format_table_is_aligned_markdown():
         "| metric                  |      adapted |         base |",
         "|-------------------------|-------------:|-------------:|",
         "| background/psnr dB ↑    | 27.30 ± 0.12 | 25.59 ± 1.50 |",
+        "| background/sharpness →1 |       0.7500 |            - |",
         "| foreground/rgb_l1 ↓     |       0.0500 |       0.2500 |",
         "| foreground/hidden_iou ↑ |            - |            - |",
     ]

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter, label
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
@@ -43,6 +44,18 @@ def worsened(batch: dict[str, Tensor], seed: int = 1, amount: float = 0.3) -> tu
     layers = torch.cat([batch["background"], batch["foreground"]], dim=1)
     layers = (layers + amount * torch.randn(layers.shape, generator=generator)).clamp(-1, 1)
     return layers[:, :3], torch.cat([layers[:, 3:6], layers[:, 6:].clamp(min=0)], dim=1)
+
+
+def blobs(count: int = 4, seed: int = 0) -> Tensor:
+    """Random soft islands (count, 1, SIZE, SIZE) in [0, 1], with flat parts at 0 and 1."""
+    noise = np.random.default_rng(seed).standard_normal((count, SIZE, SIZE))
+    smooth = gaussian_filter(noise, (0, 2, 2))
+    return torch.from_numpy(np.clip(0.5 + 4 * smooth, 0, 1)).float()[:, None]
+
+
+def as_layers(alpha: Tensor) -> Tensor:
+    """Grey foregrounds (B, 4, H, W) with that alpha (B, 1, H, W)."""
+    return torch.cat([torch.zeros_like(alpha).expand(-1, 3, -1, -1), alpha], dim=1)
 
 
 def unit(image: Tensor) -> np.ndarray:
@@ -107,6 +120,51 @@ def test_ssim_keeps_its_precision_under_autocast():
         torch.testing.assert_close(background.ssim(prediction, target), expected, rtol=0, atol=1e-6)
 
 
+def gradient_by_definition(image: np.ndarray, region: np.ndarray) -> float:
+    squares = []
+    for row, column in zip(*np.nonzero(region), strict=True):
+        for neighbour in ((row + 1, column), (row, column + 1)):
+            if max(neighbour) < SIZE and region[neighbour]:
+                squares.append(np.square(image[:, row, column] - image[(slice(None), *neighbour)]))
+    return float(np.sqrt(np.mean(squares)))
+
+
+def test_sharpness_equals_its_definition_on_smeared_and_noisy_pictures():
+    truth = make_batch(2)["background"]
+    smear = torch.from_numpy(gaussian_filter(truth.numpy(), (0, 0, 1, 1)))
+    noisy = (0.1 * truth + 0.1 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(3))).clamp(-1, 1)
+    region = blobs(2) > 0.5
+    for prediction, target, low, high in ((smear, truth, 0.05, 0.4), (noisy, smear, 1.1, 2)):
+        for index, value in enumerate(background.sharpness(prediction, target, region)):
+            inside = region[index, 0].numpy()
+            predicted, true = (gradient_by_definition(x[index].numpy(), inside) for x in (prediction, target))
+            assert low < value < high
+            assert value == pytest.approx(min(predicted / true, 2), rel=1e-4)
+
+
+def test_sharpness_of_exact_faint_flat_and_noisy_pictures():
+    truth, region = make_batch(1)["background"] * 0.1, torch.ones(1, 1, SIZE, SIZE, dtype=torch.bool)
+    for factor, expected in ((1, 1), (-1, 1), (0.5, 0.5), (0, 0), (1.5, 1.5), (9, 2)):
+        assert background.sharpness(0.05 + factor * truth, truth, region) == pytest.approx(expected, abs=1e-5)
+
+
+def test_sharpness_sees_the_region_only_without_the_step_to_it():
+    truth = make_batch(1)["background"]
+    region = torch.zeros(1, 1, SIZE, SIZE, dtype=torch.bool)
+    region[..., 4:20, 6:30] = True
+    prediction = torch.where(region, 0.4 * truth + 0.5, -truth)
+    assert background.sharpness(prediction, truth, region).item() == pytest.approx(0.4, abs=1e-5)
+
+
+def test_sharpness_is_undefined_without_neighbours_or_on_a_flat_truth():
+    truth = torch.rand(4, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    region = torch.zeros(4, 1, SIZE, SIZE, dtype=torch.bool)
+    region[1, :, ::2, ::2] = True
+    region[2:] = True
+    truth[2:] = torch.arange(SIZE) * torch.tensor([2.9 / 255, 2.8 / 255]).view(2, 1, 1, 1)  # sqrt(2) times one level
+    assert background.sharpness(truth, truth, region).isnan().tolist() == [True, True, False, True]
+
+
 def test_alpha_metrics_equal_their_definitions():
     target, prediction = make_batch()["foreground"], make_batch(seed=5)["foreground"]
     prediction[:, 3:] = disc(9, column=13, softness=6)
@@ -122,6 +180,86 @@ def test_alpha_sad_counts_thousands_of_fully_wrong_pixels():
     target, prediction = torch.zeros(1, 4, 50, 60), torch.zeros(1, 4, 50, 60)
     prediction[:, 3] = 1
     assert foreground.alpha_sad(prediction, target).item() == pytest.approx(3)
+
+
+def gradient_magnitude_by_scipy(alpha: np.ndarray) -> np.ndarray:
+    def derivative(image: np.ndarray, order: tuple[int, int]) -> np.ndarray:
+        return gaussian_filter(image, 1.4, order=order, mode="nearest", radius=4)
+
+    point = np.zeros((SIZE, SIZE))
+    point[SIZE // 2, SIZE // 2] = 1
+    norm = np.linalg.norm(derivative(point, (0, 1)))
+    return np.hypot(derivative(alpha, (0, 1)), derivative(alpha, (1, 0))) / norm
+
+
+def test_alpha_grad_equals_gaussian_derivatives():
+    target, prediction = blobs(seed=0), blobs(seed=1)
+    for index, value in enumerate(foreground.alpha_grad(as_layers(prediction), as_layers(target))):
+        magnitudes = [gradient_magnitude_by_scipy(alpha[index, 0].double().numpy()) for alpha in (prediction, target)]
+        expected = np.square(magnitudes[0] - magnitudes[1]).sum() / 1000
+        assert expected > 0.1
+        assert value == pytest.approx(expected, rel=1e-4)
+
+
+def test_alpha_grad_of_known_alphas():
+    nothing, point = torch.zeros(1, 4, SIZE, SIZE), torch.zeros(1, 4, SIZE, SIZE)
+    point[:, 3, 9, 20] = 1
+    assert foreground.alpha_grad(nothing, point).item() == pytest.approx(2 / 1000)  # two kernels of norm 1
+    alpha = blobs()
+    missed = foreground.alpha_grad(nothing.expand(4, -1, -1, -1), as_layers(alpha))
+    faint = foreground.alpha_grad(as_layers(alpha / 2), as_layers(alpha))
+    torch.testing.assert_close(faint, missed / 4)  # stretched to [0, 1], the faint alpha would pass for right
+    inverted = foreground.alpha_grad(as_layers(1 - alpha), as_layers(alpha))
+    torch.testing.assert_close(inverted, torch.zeros(4), rtol=0, atol=1e-6)  # directions play no part
+
+
+def test_alpha_grad_keeps_its_precision_under_autocast():
+    target, prediction = as_layers(blobs(seed=0)), as_layers(blobs(seed=1))
+    expected = foreground.alpha_grad(prediction, target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(foreground.alpha_grad(prediction, target), expected, rtol=0, atol=1e-6)
+
+
+def connectivity_by_definition(prediction: np.ndarray, target: np.ndarray) -> float:
+    level = np.full(prediction.shape, -1.0)
+    for step in range(1, 11):
+        pieces, count = label((prediction >= np.float32(step / 10)) & (target >= np.float32(step / 10)))
+        sizes = [(pieces == piece).sum() for piece in range(1, count + 1)]
+        largest = pieces == 1 + int(np.argmax(sizes)) if sizes else np.zeros(pieces.shape, dtype=bool)
+        level[(level == -1) & ~largest] = (step - 1) / 10
+    level[level == -1] = 1
+    phi = [1 - (alpha - level) * (alpha - level >= 0.15) for alpha in (prediction, target)]
+    return float(np.abs(phi[0] - phi[1]).sum() / 1000)
+
+
+def test_alpha_conn_equals_its_definition():
+    target = blobs(8, seed=0)
+    prediction = (0.7 * target + 0.4 * blobs(8, seed=1)).clamp(0, 1)
+    for index, value in enumerate(foreground.alpha_conn(as_layers(prediction), as_layers(target))):
+        pieces = label((torch.minimum(prediction, target) > 0.5)[index, 0].numpy())[1]
+        assert pieces > 1  # several, of which one is the largest
+        expected = connectivity_by_definition(prediction[index, 0].numpy(), target[index, 0].numpy())
+        assert expected > 0.01
+        assert value == pytest.approx(expected, rel=1e-4)
+
+
+def test_alpha_conn_of_known_alphas():
+    target = torch.zeros(1, 1, SIZE, SIZE)
+    target[..., 4:14, 4:14] = 1
+    target[..., 14:16, 14:16] = 1  # touches the square at a corner: not 4-connected to it
+
+    def value(rows: slice, columns: slice, alpha: float) -> float:
+        prediction = target.clone()
+        prediction[..., rows, columns] = alpha
+        return foreground.alpha_conn(as_layers(prediction), as_layers(target)).item() * 1000
+
+    assert value(slice(0, 1), slice(0, 1), 0) == 0
+    assert value(slice(20, 23), slice(20, 23), 1) == pytest.approx(9)  # a floating piece
+    assert value(slice(20, 23), slice(20, 23), 0.1) == 0  # too faint to be noticed
+    assert value(slice(6, 8), slice(6, 8), 0) == pytest.approx(4)  # a hole
+    assert value(slice(6, 8), slice(6, 8), 0.9) == 0  # connected up to 0.9, and the rest is not noticed
+    assert value(slice(14, 16), slice(14, 16), 0.9) == pytest.approx(0.4)  # in a piece of its own everything counts
+    assert value(slice(0, 32), slice(0, 32), 0) == pytest.approx(104)
 
 
 def test_rgb_l1_compares_straight_colour_where_the_true_alpha_is_positive():
@@ -185,15 +323,32 @@ def test_hidden_iou_punishes_what_is_missing_and_what_is_too_much():
     assert value(slice(0, 32), slice(0, 32)) == pytest.approx(64 / (32 * 32 - 64))
 
 
-def test_hidden_iou_is_undefined_without_a_hidden_part():
+def test_hidden_rgb_l1_sees_the_hidden_part_only():
+    batch = make_batch(4)
+    target, mask, occluder = batch["foreground"], batch["mask"], batch["occluder"]
+    prediction = make_batch(4, seed=5)["foreground"]
+    prediction[:, 3] = 0  # the predicted alpha plays no part
+    values = foreground.hidden_rgb_l1(prediction, target, mask=mask, occluder=occluder)
+    for index, value in enumerate(values):
+        hidden = (target[index, 3] > 0.5) & ((occluder[index, 0] > 0.5) | (mask[index, 0] == 0))
+        assert 16 <= hidden.sum() < (target[index, 3] > 0.5).sum()
+        expected = (prediction - target)[index, :3].abs()[:, hidden].mean() / 2
+        assert value == pytest.approx(expected.item(), rel=1e-5)
+        prediction[index, :3, hidden] = target[index, :3, hidden]
+    exact = foreground.hidden_rgb_l1(prediction, target, mask=mask, occluder=occluder)
+    assert not exact.any() and foreground.rgb_l1(prediction, target).all()
+
+
+def test_hidden_metrics_are_undefined_without_a_hidden_part():
     target = torch.zeros(2, 4, SIZE, SIZE)
     target[:, 3, 8:16, 8:16] = 1
     mask = target[:, 3:].clone()
     mask[0, :, 8:10, 8:16] = 0  # 16 pixels
     mask[1, :, 8:11, 8:13] = 0  # 15 pixels
-    enough, too_few = foreground.hidden_iou(target, target, mask=mask, occluder=torch.zeros_like(mask))
-    assert enough == 1
-    assert too_few.isnan()
+    for metric, perfect in ((foreground.hidden_iou, 1), (foreground.hidden_rgb_l1, 0)):
+        enough, too_few = metric(target, target, mask=mask, occluder=torch.zeros_like(mask))
+        assert enough == perfect
+        assert too_few.isnan()
 
 
 def test_recomposition_ignores_what_stands_in_front():
@@ -226,7 +381,7 @@ def test_regions():
 
 def test_perfect_layers_have_perfect_values():
     batch = make_batch()
-    perfect = {name: 1.0 if info.higher_is_better else 0.0 for name, info in METRICS.items()}
+    perfect = {name: {"↑": 1.0, "↓": 0.0, "→1": 1.0}[info.better] for name, info in METRICS.items()}
     perfect |= {name: background.PSNR_CEILING for name, info in METRICS.items() if info.unit == "dB"}
     values = per_image(batch["background"], batch["foreground"], batch)
     assert values.keys() == METRICS.keys()
@@ -237,9 +392,9 @@ def test_perfect_layers_have_perfect_values():
 def test_every_metric_reports_worse_layers_as_worse():
     batch = make_batch()
     a_little, a_lot = (per_image(*worsened(batch, amount=amount), batch) for amount in (0.02, 0.6))
+    badness = {"↑": lambda value: -value, "↓": lambda value: value, "→1": lambda value: (value - 1).abs()}
     for name, info in METRICS.items():
-        change = a_lot[name] - a_little[name]
-        assert (change < 0 if info.higher_is_better else change > 0).all(), name
+        assert (badness[info.better](a_lot[name]) > badness[info.better](a_little[name])).all(), name
 
 
 def test_diverged_predictions_are_refused():
@@ -250,7 +405,7 @@ def test_diverged_predictions_are_refused():
 
 def test_layer_metrics_average_the_images_that_define_a_metric():
     batch = make_batch(6)
-    batch["mask"][4:] = 0  # psnr_mask is defined by four images
+    batch["mask"][4:] = 0  # what is measured in the mask is defined by four images
     prediction = worsened(batch)
     metric = LayerMetrics()
     for part in (slice(0, 4), slice(4, 6)):
@@ -259,7 +414,7 @@ def test_layer_metrics_average_the_images_that_define_a_metric():
     assert len(computed) == 2 * len(METRICS)
     for name, values in per_image(*prediction, batch).items():
         defined = values[~values.isnan()].double().numpy()
-        assert len(defined) == (4 if name == "background/psnr_mask" else 6)
+        assert len(defined) == (4 if name in ("background/psnr_mask", "background/sharpness") else 6)
         assert computed[name].item() == pytest.approx(defined.mean(), rel=1e-5)
         stderr = defined.std(ddof=1) / math.sqrt(len(defined))
         assert computed[name + STDERR_SUFFIX].item() == pytest.approx(stderr, rel=1e-5), name

@@ -100,11 +100,14 @@ def test_evaluate_writes_figures_and_pictures(
 ) -> None:
     small = ["data.scenes.size=32", "evaluate.samples=3", "evaluate.batch_size=2", "sample.steps=2"]
     adapter = f"adapter={tiny_weights / 'adapter.safetensors'}"
-    run_command(TOOLS["evaluate"].main, [adapter, f"out={tmp_path / 'new'}", *small])
+    run_command(TOOLS["evaluate"].main, [adapter, f"out={tmp_path / 'new'}", *small, "evaluate.matting=true"])
     document = json.loads((tmp_path / "new" / "metrics.json").read_text())
     assert document["results"].keys() == {"adapted", "base", "classical"}
     assert document["results"]["adapted"]["background/psnr"] > 0
     assert document["protocol"]["count"] == 3 and document["protocol"]["steps"] == 2
+    assert document["protocol"]["classical_foreground"] == "matting" and document["protocol"]["versions"]["pymatting"]
+    sad = {row: values["foreground/alpha_sad"] for row, values in document["results"].items()}
+    assert sad["classical"] != sad["base"]  # which has the mask's
     assert Image.open(tmp_path / "new" / "samples" / "comparison.png").size[0] > 32
     assert "adapted" in capsys.readouterr().out
     assert {path.name for path in tiny_weights.iterdir()} == {
@@ -188,6 +191,15 @@ def test_missing_and_truncated_weights(
 def test_evaluate(fails: Fails, tiny_weights: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "taken").write_text("a file")
     assert message in fails("evaluate", f"adapter={tiny_weights / 'adapter.safetensors'}", *arguments)
+
+
+def test_evaluate_without_the_matting_library(
+    fails: Fails, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pymatting", None)
+    small = ["evaluate.samples=1", "data.scenes.size=32", "sample.steps=1", "evaluate.matting=true"]
+    said = fails("evaluate", f"adapter={tiny_weights / 'adapter.safetensors'}", *small)
+    assert "evaluate.matting=true" in said and "pip install 'layerdecomp[matting]'" in said
 
 
 @pytest.mark.parametrize(

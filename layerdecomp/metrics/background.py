@@ -11,6 +11,8 @@ from layerdecomp.metrics.region import mean_over
 
 DATA_RANGE = 2.0  # of images in [-1, 1]
 PSNR_CEILING = 100.0  # dB; an exact copy would be infinite, and so would every mean it enters
+SHARPNESS_CEILING = 2.0
+FLAT = 2 / 255  # root-mean-square difference of neighbours: one level of an 8-bit file
 
 _SSIM_SIGMA = 1.5
 _SSIM_RADIUS = 5  # the Gaussian is cut at 3.5 sigma
@@ -60,3 +62,33 @@ def ssim(prediction: Tensor, target: Tensor) -> Tensor:
         )
     inside = slice(_SSIM_RADIUS, -_SSIM_RADIUS)
     return similarity[..., inside, inside].mean(dim=(1, 2, 3))
+
+
+def sharpness(prediction: Tensor, target: Tensor, region: Tensor) -> Tensor:
+    """Gradient of the prediction over that of the truth: 0 is a flat fill, 1 as sharp as the truth, above 1 noise.
+
+    PSNR likes a smear where the right texture cannot be known; this tells a smear from a texture, right or wrong. The
+    gradient is the root mean square of the differences between neighbours, horizontal and vertical, that both lie in
+    the region: the step from the region to its surroundings does not count. Such forward differences see noise of the
+    finest grain, to which central ones are blind.
+
+    A ratio has no upper bound, and the mean over images would be that of a few nearly flat scenes. So an image counts
+    for at most 2, as far above 1 as a flat fill is below it, and one whose truth is flat does not count.
+
+    Args:
+        prediction, target: (B, 3, H, W) in [-1, 1].
+        region: (B, 1, H, W) bool, what was painted.
+
+    Returns:
+        (B,) in [0, 2]; NaN for an image that has no neighbours in its region, or where the truth's differ by less than
+        one 8-bit level (root mean square).
+    """
+    predicted, true = _gradient(prediction, region), _gradient(target, region)
+    return torch.where(true >= FLAT, (predicted / true).clamp(max=SHARPNESS_CEILING), torch.nan)
+
+
+def _gradient(image: Tensor, region: Tensor) -> Tensor:
+    """Root-mean-square difference (B,) of neighbours in the region; NaN if there are none."""
+    differences = torch.cat([image.diff(dim=dim).flatten(2) for dim in (2, 3)], dim=2)  # (B, 3, pairs)
+    inside = torch.cat([region.unfold(dim, 2, 1).all(dim=-1).flatten(2) for dim in (2, 3)], dim=2)  # (B, 1, pairs)
+    return mean_over(differences.square()[..., None], inside[..., None]).sqrt()

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,23 +16,26 @@ class MetricInfo:
     """What a reader of a result table has to know about one metric."""
 
     unit: str
-    higher_is_better: bool
+    better: Literal["↑", "↓", "→1"]  # higher, lower, nearer 1
     undefined: str  # when an image does not define the metric
 
 
+_HIDDEN_TOO_SMALL = f"the object's hidden part has fewer than {foreground.MIN_HIDDEN_PIXELS} pixels"
 METRICS = {
-    "background/psnr": MetricInfo("dB", True, "never undefined"),
-    "background/psnr_mask": MetricInfo("dB", True, "the mask is empty"),
-    "background/ssim": MetricInfo("", True, "never undefined"),
-    "foreground/alpha_iou": MetricInfo("", True, "the true foreground is fully transparent"),
-    "foreground/alpha_sad": MetricInfo("kpx", False, "never undefined"),
-    "foreground/alpha_mse": MetricInfo("", False, "never undefined"),
-    "foreground/rgb_l1": MetricInfo("", False, "the true foreground is fully transparent"),
-    "foreground/hidden_iou": MetricInfo(
-        "", True, f"the object's hidden part has fewer than {foreground.MIN_HIDDEN_PIXELS} pixels"
-    ),
-    "boundary/rgb_l1": MetricInfo("", False, "the true alpha has no outline"),
-    "recomposition/psnr": MetricInfo("dB", True, "the occluder covers the whole image"),
+    "background/psnr": MetricInfo("dB", "↑", "never undefined"),
+    "background/psnr_mask": MetricInfo("dB", "↑", "the mask is empty"),
+    "background/ssim": MetricInfo("", "↑", "never undefined"),
+    "background/sharpness": MetricInfo("", "→1", "the mask holds no neighbours, or the true background is flat there"),
+    "foreground/alpha_iou": MetricInfo("", "↑", "the true foreground is fully transparent"),
+    "foreground/alpha_sad": MetricInfo("kpx", "↓", "never undefined"),
+    "foreground/alpha_mse": MetricInfo("", "↓", "never undefined"),
+    "foreground/alpha_grad": MetricInfo("", "↓", "never undefined"),
+    "foreground/alpha_conn": MetricInfo("kpx", "↓", "never undefined"),
+    "foreground/rgb_l1": MetricInfo("", "↓", "the true foreground is fully transparent"),
+    "foreground/hidden_iou": MetricInfo("", "↑", _HIDDEN_TOO_SMALL),
+    "foreground/hidden_rgb_l1": MetricInfo("", "↓", _HIDDEN_TOO_SMALL),
+    "boundary/rgb_l1": MetricInfo("", "↓", "the true alpha has no outline"),
+    "recomposition/psnr": MetricInfo("dB", "↑", "the occluder covers the whole image"),
 }
 STDERR_SUFFIX = "_stderr"
 
@@ -64,11 +67,15 @@ def per_image(
         "background/psnr": background.psnr(rgb, true_rgb),
         "background/psnr_mask": background.psnr(rgb, true_rgb, mask > 0.5),
         "background/ssim": background.ssim(rgb, true_rgb),
+        "background/sharpness": background.sharpness(rgb, true_rgb, mask > 0.5),
         "foreground/alpha_iou": foreground.alpha_iou(rgba, true_rgba),
         "foreground/alpha_sad": foreground.alpha_sad(rgba, true_rgba),
         "foreground/alpha_mse": foreground.alpha_mse(rgba, true_rgba),
+        "foreground/alpha_grad": foreground.alpha_grad(rgba, true_rgba),
+        "foreground/alpha_conn": foreground.alpha_conn(rgba, true_rgba),
         "foreground/rgb_l1": foreground.rgb_l1(rgba, true_rgba),
         "foreground/hidden_iou": foreground.hidden_iou(rgba, true_rgba, mask=mask, occluder=occluder),
+        "foreground/hidden_rgb_l1": foreground.hidden_rgb_l1(rgba, true_rgba, mask=mask, occluder=occluder),
         "boundary/rgb_l1": foreground.boundary_rgb_l1(rgba, true_rgba),
         "recomposition/psnr": recomposition.psnr(rgba, rgb, image, occluder=occluder),
     }
