@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import skimage.data
 
-from layerdecomp.data.textures import PHOTOGRAPHS, photograph, photograph_crop, procedural
+from layerdecomp.data.textures import _FIELDS, PHOTOGRAPHS, photograph, photograph_crop, procedural
 from layerdecomp.errors import InputError
 
 
@@ -40,9 +40,16 @@ def test_crops(size: int, split: str) -> None:
     assert len({crop.tobytes() for crop in crops}) == 12
 
 
-def test_procedural_textures() -> None:
-    textures = np.stack([procedural(np.random.default_rng(seed), 64) for seed in range(60)])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_procedural_textures(split: str) -> None:
+    textures = np.stack([procedural(np.random.default_rng(seed), 64, split) for seed in range(60)])
     assert textures.shape == (60, 64, 64, 3) and textures.dtype == np.float32
     assert textures.min() >= 0 and textures.max() <= 1
     assert textures.std(axis=(1, 2)).max(axis=1).min() > 0.02  # none is plain
-    assert (procedural(np.random.default_rng(7), 64) == textures[7]).all()
+    assert (procedural(np.random.default_rng(7), 64, split) == textures[7]).all()
+
+
+def test_half_of_the_test_textures_are_of_families_that_training_never_draws() -> None:
+    seen, drawn = set(_FIELDS["train"]), _FIELDS["test"]
+    assert seen < set(drawn)
+    assert 2 * sum(make not in seen for make in drawn) == len(drawn)

@@ -107,7 +107,7 @@ class PowerCutError(Exception):
 
 
 def test_a_resumed_run_equals_a_straight_one_bit_for_bit(
-    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = [*overrides, "train.steps=5", "optim.lr=1e-2"]
     straight = run("tiny", *settings, f"run_dir={tmp_path}/straight")
@@ -123,7 +123,9 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(
         patch.setattr(DecomposerJob, "loss", failing)
         with pytest.raises(PowerCutError):
             run("tiny", *settings, f"run_dir={tmp_path}/resumed")
+    capsys.readouterr()
     resumed = run("tiny", *settings, f"run_dir={tmp_path}/resumed")
+    assert re.search(r" 5/5 \[", capsys.readouterr().out)  # the progress bar knows where it starts and ends
 
     one, other = (load_file(path / "adapter.safetensors") for path in (straight, resumed))
     assert one.keys() == other.keys()

@@ -7,7 +7,7 @@ masks alone show the same scenes.
 A scene from back to front: a background (photograph or procedural texture), perhaps a bystander, the object, perhaps an
 occluder. The bystander and the occluder are made like the object, so that "looks pasted" does not tell which thing is
 to be removed; both stay in the background of the sample. The splits share no seed and no photograph; the test split has
-other glyphs, and two families of shapes (crescents and silhouettes) that training never sees.
+other glyphs, and families of shapes (crescents, silhouettes) and of textures (chevrons, dots) that training never sees.
 """
 
 from dataclasses import dataclass, field
@@ -126,7 +126,7 @@ def make_scene(rng: np.random.Generator, config: SceneConfig, split: str) -> Sce
 
 
 def _texture(rng: np.random.Generator, size: int, split: str, photograph_probability: float) -> Picture:
-    return photograph_crop(rng, size, split) if rng.random() < photograph_probability else procedural(rng, size)
+    return photograph_crop(rng, size, split) if rng.random() < photograph_probability else procedural(rng, size, split)
 
 
 def _thing(rng: np.random.Generator, size: int, split: str, area: float) -> Tensor:

@@ -74,9 +74,10 @@ def photograph_crop(rng: np.random.Generator, size: int, split: str) -> Picture:
     return _coloured(crop, _palette(rng, 2)) if crop.ndim == 2 else _jittered(crop, rng)
 
 
-def procedural(rng: np.random.Generator, size: int) -> Picture:
-    """Make a texture (size, size, 3): a random scalar field in a random palette of two to four colours."""
-    make = _FIELDS[rng.integers(len(_FIELDS))]
+def procedural(rng: np.random.Generator, size: int, split: str) -> Picture:
+    """Make a texture (size, size, 3): a random scalar field of the split in a random palette of two to four colours."""
+    fields = _FIELDS[split]
+    make = fields[rng.integers(len(fields))]
     return _coloured(make(rng, size), _palette(rng, int(rng.integers(2, 5))))
 
 
@@ -141,14 +142,26 @@ def _cells(rng: np.random.Generator, size: int) -> Field:
     return np.asarray(stone * np.clip((second - nearest) * size / 6, 0, 1))  # joints are about six pixels wide
 
 
-_FIELDS: tuple[Callable[[np.random.Generator, int], Field], ...] = (
-    _noise_field,
-    _gradient,
-    _stripes,
-    _checks,
-    _wood,
-    _cells,
-)
+def _chevrons(rng: np.random.Generator, size: int) -> Field:
+    x, y = _rotated_grid(rng, size)
+    fold = np.abs((y * rng.uniform(1, 3)) % 1 - 0.5)
+    return _wave(x + rng.uniform(0.3, 1) * fold, frequency=rng.uniform(2, 6), sharpness=rng.uniform(1, 6))
+
+
+def _dots(rng: np.random.Generator, size: int) -> Field:
+    x, y = _rotated_grid(rng, size)
+    frequency = rng.uniform(1.5, 5)
+    height = np.cos(2 * np.pi * frequency * x) + np.cos(2 * np.pi * frequency * y) - rng.uniform(0, 1.2)
+    sharpness = min(rng.uniform(1, 6), size / (4 * np.pi * frequency))
+    return np.asarray(0.5 + 0.5 * np.clip(sharpness * height, -1, 1))
+
+
+_SEEN = (_noise_field, _gradient, _stripes, _checks, _wood, _cells)
+# Half of what the test split draws, chevrons and dots, is of families that training never sees.
+_FIELDS: dict[str, tuple[Callable[[np.random.Generator, int], Field], ...]] = {
+    "train": _SEEN,
+    "test": (*_SEEN, *(_chevrons, _dots) * 3),
+}
 
 
 @cache

@@ -4,6 +4,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import Trainer
@@ -126,6 +127,15 @@ def quiet_lightning() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
 
 
+class StepBar(TQDMProgressBar):
+    """A progress bar that knows its total, and rates the steps since the start, when a run is continued as well."""
+
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        super().on_train_start(trainer)
+        bar = self.train_progress_bar
+        bar.total, bar.initial, bar.n = trainer.max_steps, trainer.global_step, trainer.global_step
+
+
 def build_trainer(config: RunConfig, run_dir: Path) -> Trainer:
     """Lightning's trainer: one pass over `train.steps` batches, validated and saved at fixed steps."""
     train = config.train
@@ -154,6 +164,6 @@ def build_trainer(config: RunConfig, run_dir: Path) -> Trainer:
         log_every_n_steps=1,
         use_distributed_sampler=False,  # StepSampler shares the batches out
         logger=TensorBoardLogger(run_dir.parent, name=run_dir.name, version=""),
-        callbacks=[checkpoints, TQDMProgressBar(refresh_rate=5)],
+        callbacks=[checkpoints, StepBar(refresh_rate=5)],
         enable_model_summary=False,
     )
