@@ -134,9 +134,7 @@ class Job(LightningModule):
         config = self.run.optim
         parameters = [parameter for _, parameter in self.trained()]
         betas = (config.betas[0], config.betas[1])
-        optimizer = torch.optim.AdamW(
-            parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True
-        )
+        optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
