@@ -37,7 +37,7 @@ def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
     cos, sin = torch.stack([cos, cos], dim=-1).flatten(-2), torch.stack([-sin, sin], dim=-1).flatten(-2)
     straight = x.float()
     # Whole rows, since picking out every other channel defeats vector units: ten times faster on a CPU.
-    swapped = straight.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    swapped = straight.reshape(*x.shape[:-1], -1, 2).flip(-1).flatten(-2)
     return (cos * straight + sin * swapped).to(x.dtype)
 
 
