@@ -12,7 +12,7 @@ RUN := .venv/bin/python
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 
-.PHONY: train tiny decompose evaluate export test lint clean
+.PHONY: train tiny decompose evaluate export ablation curves test lint clean
 .DEFAULT_GOAL := train
 
 .venv/installed: setup.cfg
@@ -30,6 +30,10 @@ export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 
 .venv/installed-dev: .venv/installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+.venv/installed-plots: .venv/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[plots]'
 	touch $@
 
 train: .venv/installed  ## adapt the tiny base: make train CONFIG=configs/flux_fill.yaml DEVICES=8 ARGS="optim.lr=1e-4"
@@ -65,6 +69,17 @@ evaluate: .venv/installed-matting
 export: OUT ?= runs/exported.safetensors
 export: .venv/installed  ## make export ADAPTER=runs/tiny/adapter.safetensors FORMAT=merged OUT=merged.safetensors
 	$(RUN) tools/export.py adapter=$(ADAPTER) format=$(FORMAT) out=$(OUT) $(ARGS)
+
+# The image-to-image base that one row of the ablation adapts, pre-trained like the inpainting base.
+MASKLESS := runs/tiny_inpainter_maskless/transformer.safetensors
+$(MASKLESS): | $(TINY)/autoencoder.safetensors .venv/installed
+	$(RUN) tools/train.py config=configs/tiny_inpainter.yaml conditioning.mask=false name=tiny_inpainter_maskless
+
+ablation: .venv/installed-plots $(MASKLESS)  ## the paper's ablation: make ablation ARGS="train.steps=50 evaluate.samples=8"
+	$(RUN) tools/ablate.py config=configs/ablation.yaml $(ARGS)
+
+curves: .venv/installed-plots  ## quality against steps and against distinct training samples
+	$(RUN) tools/ablate.py config=configs/curves.yaml $(ARGS)
 
 test: .venv/installed-dev
 	$(RUN) -m pytest $(ARGS)

@@ -69,7 +69,8 @@ def predictors(decomposer: Decomposer, base: MMDiT, config: EvaluateConfig) -> d
     def frozen(batch: Batch) -> Prediction:
         image, mask = batch["image"], batch["mask"]
         parts = (base, decomposer.autoencoder, decomposer.prompt)
-        painted = inpaint(*parts, image, mask, noise(batch, layers=1)[:, 0], decomposer.flow, decomposer.sample)
+        settings = (decomposer.conditioning, decomposer.flow, decomposer.sample)
+        painted = inpaint(*parts, image, mask, noise(batch, layers=1)[:, 0], *settings)
         return keep_pixels(image, mask, painted, decomposer.sample), base_foreground(image, mask)
 
     def without_learning(batch: Batch) -> Prediction:

@@ -16,9 +16,10 @@ TOKEN_FACTOR = LATENT_FACTOR * PATCH  # pixels per token: image sides are multip
 
 @dataclass
 class ConditioningConfig:
-    """`foreground = False` is the ablation in which the foreground layer is told nothing about image and mask."""
+    """What the transformer is told; each `False` is an ablation."""
 
-    foreground: bool = True
+    foreground: bool = True  # False: the foreground layer is told nothing about image and mask
+    mask: bool = True  # False: mask channels stay zero, as for an image-to-image base, which takes no mask
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -56,17 +57,19 @@ def masked_images(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return image * (1 - mask), image * mask
 
 
-def context(latents: Tensor, mask: Tensor) -> Tensor:
+def context(latents: Tensor, mask: Tensor, with_mask: bool = True) -> Tensor:
     """The inpainting context of one layer, which is concatenated to its noisy tokens along the channels.
 
     Args:
         latents: scaled latents of the image with a hole, (B, C, H / 8, W / 8).
         mask: the hole, (B, 1, H, W), 1 = to be generated.
+        with_mask: whether the mask's channels say so, or are all zero.
 
     Returns:
         (B, L, 4 * C + 256).
     """
-    return torch.cat([pack(latents), pack_mask(mask).to(latents.dtype)], dim=-1)
+    told = mask if with_mask else torch.zeros_like(mask)
+    return torch.cat([pack(latents), pack_mask(told).to(latents.dtype)], dim=-1)
 
 
 def contexts(background: Tensor, foreground: Tensor, mask: Tensor, config: ConditioningConfig) -> Tensor:
@@ -83,4 +86,5 @@ def contexts(background: Tensor, foreground: Tensor, mask: Tensor, config: Condi
         foreground, foreground_hole = torch.zeros_like(foreground), torch.ones_like(mask)
     else:
         foreground_hole = 1 - mask
-    return torch.cat([context(background, mask), context(foreground, foreground_hole)], dim=1)
+    layers = (background, mask), (foreground, foreground_hole)
+    return torch.cat([context(latents, hole, config.mask) for latents, hole in layers], dim=1)

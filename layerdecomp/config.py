@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from layerdecomp.comparison import EvaluateConfig
+from layerdecomp.conditioning import ConditioningConfig
 from layerdecomp.data.datamodule import DataConfig
 from layerdecomp.decomposer import DecomposerConfig, SampleConfig, WeightFiles
 from layerdecomp.errors import InputError, check_at_least
@@ -85,6 +86,7 @@ class RunConfig:
 class FlowJobConfig(RunConfig):
     """What the jobs that train by flow matching share."""
 
+    conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     weights: WeightFiles = field(default_factory=WeightFiles)
@@ -133,7 +135,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
         InputError: the file is missing or no YAML, a key is unknown (with the nearest known one), a value of another
             type, or a combination that its class refuses.
     """
-    given = _read_yaml(Path(path))
+    given = read_yaml(Path(path))
     job = cast(dict[str, Any], OmegaConf.to_container(given)).get("job")
     if job not in list(JOBS):
         raise InputError(f"{path}: job is {job!r}; expected one of {', '.join(JOBS)}")
@@ -149,10 +151,13 @@ def merge_config(
     """A config dataclass: its defaults, then each named file's content, then each `key=value` over them."""
     merged = OmegaConf.structured(defaults)
     sources = [*files, *((f"argument {text!r}", _parse_override(text)) for text in overrides)]
-    known = sorted(_dotted(OmegaConf.to_container(merged)))
+    flat = _dotted(OmegaConf.to_container(merged))
+    known = sorted(flat)
+    free = tuple(f"{key}." for key, value in flat.items() if value == {})  # dictionaries, which take any key
     for name, source in sources:
         for key in _dotted(OmegaConf.to_container(source)):
-            _check_known(key, known, name)
+            if not key.startswith(free):
+                _check_known(key, known, name)
         try:
             merged = OmegaConf.merge(merged, source)
         except (OmegaConfBaseException, ValueError) as error:
@@ -170,12 +175,13 @@ def save_config(path: Path, config: RunConfig) -> None:
 
 def changed_keys(config: RunConfig, path: Path) -> list[str]:
     """The keys that matter to results in which a config differs from one written by `save_config`."""
-    before = _dotted(OmegaConf.to_container(_read_yaml(path)))
+    before = _dotted(OmegaConf.to_container(read_yaml(path)))
     now = _dotted(asdict(config))
     return sorted(key for key in before.keys() | now.keys() if key not in RESUMABLE and before.get(key) != now.get(key))
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def read_yaml(path: Path) -> DictConfig:
+    """The keys and values of a YAML file; `InputError` if it is missing or holds something else."""
     if not path.is_file():
         raise InputError(f"config {path} does not exist; configs/ has {_yaml_names()}")
     try:

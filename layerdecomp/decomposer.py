@@ -437,6 +437,7 @@ def inpaint(
     image: Tensor,
     mask: Tensor,
     noise: Tensor,
+    conditioning: ConditioningConfig,
     flow: FlowConfig,
     sample: SampleConfig,
 ) -> Tensor:
@@ -454,7 +455,7 @@ def inpaint(
     x = pack(noise)
     timesteps = schedule(sample.steps, x.shape[1], flow).to(x)
     with mixed_precision(autoencoder):
-        told = Context(context(autoencoder.encode(hole), mask), token_ids(image, layer=0))
+        told = Context(context(autoencoder.encode(hole), mask, conditioning.mask), token_ids(image, layer=0))
         x = euler(lambda x, t: predict_velocity(transformer, prompt, x, told, t, sample.guidance), x, timesteps)
         painted = autoencoder.decode(unpack(x, *noise.shape[-2:]))
     return painted.float().clamp(-1, 1)

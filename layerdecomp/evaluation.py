@@ -135,12 +135,12 @@ def _reason(name: str) -> str:
     return f"undefined for every image: {METRICS[name].undefined}" if name in METRICS else "not finite"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file beside its name, then rename it, so that it appears complete or not at all."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file beside its name, then rename it, so that it appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -150,23 +150,33 @@ def format_table(results: Results) -> str:
     """One line per metric, one column per row of the results, mean ± standard error: aligned text that is Markdown."""
     names = [name for name in METRICS if any(name in values for values in results.values())]
     table = [["metric", *results]]
-    table += [[_title(name), *(_cell(name, values) for values in results.values())] for name in names]
+    table += [[metric_title(name), *(_cell(name, values) for values in results.values())] for name in names]
+    return markdown_table(table)
+
+
+def markdown_table(table: Sequence[Sequence[str]]) -> str:
+    """Lines of cells, the header's first, as aligned text that is Markdown; all but the first column to the right."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [_line(cells, widths) for cells in table]
     rule = "|".join(["", "-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:]), ""])
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def _title(name: str) -> str:
+def metric_title(name: str) -> str:
+    """A metric's name, unit and better direction."""
     return f"{name} {METRICS[name].unit} {METRICS[name].better}".replace("  ", " ")
 
 
 def _cell(name: str, values: Mapping[str, float]) -> str:
+    return metric_value(name, values.get(name, math.nan), values.get(name + STDERR_SUFFIX, math.nan))
+
+
+def metric_value(name: str, mean: float, spread: float) -> str:
+    """A metric's value ± what it varies by, as many digits as it deserves; NaN is left out."""
     digits = 2 if METRICS[name].unit == "dB" else 4
-    mean, stderr = values.get(name, math.nan), values.get(name + STDERR_SUFFIX, math.nan)
     if math.isnan(mean):
         return "-"
-    return f"{mean:.{digits}f}" if math.isnan(stderr) else f"{mean:.{digits}f} ± {stderr:.{digits}f}"
+    return f"{mean:.{digits}f}" if math.isnan(spread) else f"{mean:.{digits}f} ± {spread:.{digits}f}"
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -91,3 +91,12 @@ def test_without_foreground_context_the_foreground_is_told_nothing() -> None:
     assert torch.equal(blind[:, :6], context(background, mask))
     assert not blind[:, 6:, :64].any()
     assert (blind[:, 6:, 64:] == 1).all()
+
+
+def test_without_mask_its_channels_are_zero_and_nothing_else_changes() -> None:
+    background, foreground, mask = draw(2, 16, 4, 6), 1 + draw(2, 16, 4, 6), draw_mask(2, 32, 48)
+    for foreground_context in (True, False):
+        usual = contexts(background, foreground, mask, ConditioningConfig(foreground=foreground_context))
+        maskless = contexts(background, foreground, mask, ConditioningConfig(foreground=foreground_context, mask=False))
+        assert torch.equal(maskless[..., :64], usual[..., :64]) and usual[..., 64:].any()
+        assert not maskless[..., 64:].any()

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
+from layerdecomp.conditioning import ConditioningConfig
 from layerdecomp.decomposer import (
     Decomposer,
     DecomposerConfig,
@@ -260,9 +261,15 @@ def test_frozen_parts_in_bf16(tiny_weights: Path, tiny_decomposer: Decomposer) -
 def test_the_base_inpaints(tiny_config: DecomposerConfig, tiny_decomposer: Decomposer) -> None:
     base, batch = load_mmdit(tiny_config.weights.transformer), batch_of(2)
     parts = (base, tiny_decomposer.autoencoder, tiny_decomposer.prompt, batch["image"], batch["mask"])
-    sample = replace(tiny_decomposer.sample, steps=STEPS)
-    filled = inpaint(*parts, noise_of(2)[:, 0], tiny_decomposer.flow, sample)
+    settings = (tiny_decomposer.flow, replace(tiny_decomposer.sample, steps=STEPS))
+    filled, maskless = (
+        inpaint(*parts, noise_of(2)[:, 0], ConditioningConfig(mask=mask), *settings) for mask in (True, False)
+    )
     assert filled.shape == (2, 3, 32, 32) and filled.std() > 0.05
+    assert not maskless.equal(filled)
+    with torch.no_grad():
+        base.img_in.weight[:, -256:] = 0  # the mask's channels
+    assert maskless.equal(inpaint(*parts, noise_of(2)[:, 0], ConditioningConfig(), *settings))
 
 
 def test_a_prompt_comes_from_its_file(tiny_config: DecomposerConfig, tmp_path: Path) -> None:

@@ -137,12 +137,12 @@ def test_metrics_json_is_written_atomically(tmp_path: Path, monkeypatch: pytest.
     write_metrics(path, {"base": {"background/psnr": 25.5}}, {"count": 1})
     before = path.read_text()
 
-    def interrupted(self: Path, text: str, **kwargs: Any) -> None:
-        with self.open("w") as file:
-            file.write(text[: len(text) // 2])
+    def interrupted(self: Path, content: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(content[: len(content) // 2])
         raise OSError("disk full")
 
-    monkeypatch.setattr(Path, "write_text", interrupted)
+    monkeypatch.setattr(Path, "write_bytes", interrupted)
     with pytest.raises(OSError, match="disk full"):
         write_metrics(path, {"base": {"background/psnr": 1.0}}, {"count": 2})
     assert path.read_text() == before

@@ -141,6 +141,12 @@ def test_truncated_shapes_differ_only_in_the_foreground() -> None:
     assert any(sample["occluder"].any() for sample in truncated)
 
 
+def test_held_out_shapes_are_never_truncated() -> None:
+    pairs = zip(_samples("test"), _samples("test", truncated_shapes=True), strict=True)
+    assert all(_same(*pair) for pair in pairs)
+    assert any((sample["foreground"][3:] * sample["occluder"]).any() for sample in _samples("test", True))
+
+
 def test_masks_do_not_change_the_scene() -> None:
     exact_only = MaskConfig(**{kind.name: float(kind.name == "exact") for kind in fields(MaskConfig)})
     usual, exact = (Scenes(SceneConfig(size=64, masks=masks), "train", 0, 8) for masks in (MaskConfig(), exact_only))

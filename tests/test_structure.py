@@ -31,7 +31,7 @@ ORDER = [
         "training.inpainter",
         "training.decomposer",
     ),
-    "training.runs",
+    *("training.runs", "ablation"),
 ]
 FILES = {
     ".".join(path.relative_to(ROOT / "layerdecomp").with_suffix("").parts): path

@@ -38,7 +38,7 @@ class SceneConfig:
     photograph_probability: float = 0.65  # that a background is a photograph; else it is procedural
     bystander_probability: float = 0.35  # of another thing behind the object
     occluder_probability: float = 0.35  # of another thing in front of the object
-    truncated_shapes: bool = False  # foregrounds end where an occluder begins, as if cut from photographs (ablation)
+    truncated_shapes: bool = False  # ablation: foregrounds end where an occluder begins; training split only
     cue_dropout: float = 0.1  # probability that a cue is absent; training split only
     masks: MaskConfig = field(default_factory=MaskConfig)
 
@@ -85,7 +85,8 @@ class Scenes(Dataset[dict[str, Any]]):
         background, foreground, occluder = make_scene(scene_rng, self.config, self.split)
         image = over(occluder, over(foreground, background))
         visible = foreground[3:] * (1 - occluder[3:])
-        alpha = visible if self.config.truncated_shapes else foreground[3:]
+        truncated = self.config.truncated_shapes and self.split == "train"
+        alpha = visible if truncated else foreground[3:]
         cues, cues_present = self._cues(image, cue_rng)
         return {
             "image": image,

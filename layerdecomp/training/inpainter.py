@@ -38,7 +38,7 @@ class InpainterJob(Job):
         image, mask = batch["image"], self.holes(batch)
         with torch.no_grad():
             z, hole = self.autoencoder.encode(torch.cat([image, masked_images(image, mask)[0]])).float().chunk(2)
-        z, told = pack(z), Context(context(hole, mask), token_ids(image, layer=0))
+        z, told = pack(z), Context(context(hole, mask, self.run.conditioning.mask), token_ids(image, layer=0))
         x, t, target = self.noisy(z, z.shape[1], batch["position"])
         velocity = predict_velocity(
             self.transformer, self.prompt, x, told.repeat(self.run.train.draws), t, guidance=1.0
@@ -56,7 +56,7 @@ class InpainterJob(Job):
         image, mask = batch["image"], batch["inpaint_mask"]
         noise = latent_noise(self.autoencoder, image, self.run.evaluate.seed, batch["index"], layers=1)[:, 0]
         parts = (self.transformer, self.autoencoder, self.prompt)
-        filled = inpaint(*parts, image, mask, noise, self.run.flow, self.run.sample)
+        filled = inpaint(*parts, image, mask, noise, self.run.conditioning, self.run.flow, self.run.sample)
         return image * (1 - mask) + filled * mask
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

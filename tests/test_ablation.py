@@ -1,0 +1,269 @@
+"""The ablation: its switches, that it stops and goes on, what it refuses before it trains, and its table."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import load_file
+
+from layerdecomp import ablation
+from layerdecomp.ablation import AblationConfig, ablate, format_rows, plan, same_order, with_progress
+from layerdecomp.comparison import EvaluateConfig, predictors
+from layerdecomp.conditioning import ConditioningConfig
+from layerdecomp.config import changed_keys, load_config, merge_config, read_yaml, save_config
+from layerdecomp.decomposer import Decomposer, DecomposerConfig, build_decomposer
+from layerdecomp.errors import InputError
+from layerdecomp.metrics.layers import METRICS
+from layerdecomp.training.decomposer import DecomposerJob
+from layerdecomp.training.inpainter import InpainterJob
+from layerdecomp.training.runs import train
+from layerdecomp.weights import file_sha256, load_mmdit, save_model
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TINY = REPOSITORY / "configs" / "tiny.yaml"
+ROWS = {"full": [], "rank-1": ["lora.rank=1"]}
+MASK_CHANNELS = slice(-256, None)  # of the input projection
+
+
+def write(folder: Path, **changes: object) -> Path:
+    described = {"base": str(TINY), "seeds": [0, 1], "rows": ROWS, "paper": {"full": 27.3, "rank-1": 26.3}, **changes}
+    OmegaConf.save(OmegaConf.create(described), folder / "ablation.yaml")
+    return folder / "ablation.yaml"
+
+
+@pytest.fixture
+def overrides(tiny_overrides: list[str]) -> list[str]:
+    settings = ["train.steps=2", "train.checkpoint_every=1", "train.precision=32-true", "optim.warmup=0"]
+    return [*tiny_overrides, *settings, "optim.lr=3e-2"]
+
+
+class PowerCutError(Exception):
+    pass
+
+
+def test_an_interrupted_ablation_goes_on_and_repeats_nothing(
+    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = write(tmp_path, curves={"lora.rank": ["rank-1", "full"]}), tmp_path / "out"
+    original, trained = DecomposerJob.loss, []
+
+    def failing(self: DecomposerJob, batch: dict) -> dict:
+        if self.run.name == "full-1" and self.global_step == 1:
+            raise PowerCutError
+        return original(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DecomposerJob, "loss", failing)
+        with pytest.raises(PowerCutError):
+            ablate(path, out, overrides)
+    assert {row: list(seeds) for row, seeds in figures(out)["results"].items()} == dict.fromkeys(ROWS, ["0"])
+    assert (out / "full-1" / "last.ckpt").is_file() and not (out / "full-1" / "metrics.json").exists()
+    before = {row: (out / f"{row}-0" / "adapter.safetensors").stat().st_mtime_ns for row in ROWS}
+
+    def recorded(config: object) -> None:
+        trained.append(config.name)  # type: ignore[attr-defined]
+        train(config)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ablation, "train", recorded)
+    capsys.readouterr()
+    ablate(path, out, overrides)
+    assert trained == ["full-1", "rank-1-1"]
+    assert before == {row: (out / f"{row}-0" / "adapter.safetensors").stat().st_mtime_ns for row in ROWS}
+    said = capsys.readouterr().out
+    assert "2 of 4 runs finished; now full-1\ngoing on from" in said and "3 of 4 runs finished, about 0:00:" in said
+    assert (out / "table.md").read_text() in said
+    check_results(out)
+    alone = [*overrides, "lora.rank=1", "seed=1", f"run_dir={tmp_path}/alone"]
+    train(load_config(TINY, alone))
+    assert figures(tmp_path / "alone", "metrics")["results"]["adapted"] == figures(out)["results"]["rank-1"]["1"]
+
+
+def figures(folder: Path, name: str = "results") -> dict:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def check_results(out: Path) -> None:
+    """What a finished ablation leaves: figures per row and seed, their summary, a table with every row, a picture."""
+    found = figures(out)
+    for row in ROWS:
+        seeds = found["results"][row]
+        for seed in ("0", "1"):
+            assert seeds[seed] == figures(out / f"{row}-{seed}", "metrics")["results"]["adapted"]
+        assert seeds["0"]["background/psnr"] != seeds["1"]["background/psnr"]
+        for name in METRICS.keys() - {"foreground/hidden_iou"}:  # undefined in so few scenes
+            numbers = [seeds["0"][name], seeds["1"][name]]
+            np.testing.assert_allclose(found["summary"][row][name], [np.mean(numbers), np.std(numbers, ddof=1)])
+    assert found["protocol"]["ablation"]["rows"] == ROWS and found["protocol"]["evaluation"]["count"] == 3
+    lines = (out / "table.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == list(ROWS)
+    with Image.open(out / "out.png") as picture:
+        assert picture.format == "PNG" and np.asarray(picture.convert("L")).std() > 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "argument", "message"),
+    [
+        (
+            {"rows": {**ROWS, "last": ["lora.rnak=3"]}},
+            "",
+            "row last: .*unknown key lora.rnak; the nearest .* lora.rank",
+        ),
+        ({"rows": {**ROWS, "last": ["weights.transformer=absent"]}}, "", "row last: absent does not exist"),
+        ({"rows": {**ROWS, "last": ["lora.targets=[nothing]"]}}, "", "row last: .*pattern 'nothing'"),
+        (
+            {"rows": {**ROWS, "last": ["seed=4"]}},
+            "",
+            "row last: argument 'seed=4': name, run_dir, seed, resume are set",
+        ),
+        ({"rwos": {}}, "", "ablation.yaml: unknown key rwos; the nearest known one is rows"),
+        ({"rows": {}, "paper": {}}, "", "rows or seeds are empty"),
+        ({"seeds": ["a"]}, "", "ablation.yaml: .*'a'"),
+        ({"paper": {"fulll": 27.3}}, "", "name the row 'fulll'; expected some of full, rank-1"),
+        ({"paper": {"rank-1": 27.3}}, "", "paper lacks full"),
+        ({"curves": {"lora.targets": ["full"]}}, "", "curves has 'lora.targets'; expected a key .* number"),
+        ({"base": str(REPOSITORY / "configs" / "tiny_autoencoder.yaml")}, "", "row full: .*unknown key weights.transf"),
+        ({}, "train.steps=many", "row full: argument 'train.steps=many'"),
+        ({}, "train.devices=2", "trains in one process; leave train.devices"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_trained(
+    tmp_path: Path, overrides: list[str], changes: dict, argument: str, message: str
+) -> None:
+    path = write(tmp_path, **changes)
+    with pytest.raises(InputError, match=message):
+        ablate(path, tmp_path / "out", [*overrides, *([argument] if argument else [])])
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_with_other_settings_or_weights_are_not_mixed(
+    tmp_path: Path, overrides: list[str], tiny_weights: Path
+) -> None:
+    path, out = write(tmp_path, rows={"full": []}, paper={}, seeds=[3]), tmp_path / "out"
+    ablate(path, out, overrides)
+    with pytest.raises(InputError, match=r"full-3 holds a run with other settings or weights \(optim.lr\)"):
+        ablate(path, out, [*overrides, "optim.lr=1"])
+    base = tmp_path / "transformer.safetensors"
+    base.write_bytes((tiny_weights / "transformer.safetensors").read_bytes())
+    overrides += [f"weights.transformer={base}"]
+    ablate(path, tmp_path / "other", overrides)
+    model = load_mmdit(base)
+    model.img_in.bias.add_(1)
+    save_model(base, model, {})
+    file_sha256.cache_clear()
+    with pytest.raises(InputError, match=r"full-3 holds a run with other settings or weights \(base_sha256\)"):
+        ablate(path, tmp_path / "other", overrides)
+
+
+@pytest.mark.parametrize("name", ["ablation", "curves"])
+def test_rows_differ_in_their_switches_alone(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(ablation, "build_job", lambda config: None)  # one of the bases does not ship
+    path = REPOSITORY / "configs" / f"{name}.yaml"
+    config = merge_config(
+        AblationConfig(), [(str(path), read_yaml(path))], ["seeds=[0,5]", "overrides=[train.steps=7]"]
+    )
+    runs = plan(config, tmp_path)
+    assert [run.config.name for run in runs] == [f"{row}-{seed}" for seed in config.seeds for row in config.rows]
+    save_config(tmp_path / "base.yaml", load_config(TINY, config.overrides))
+    for run in runs:
+        switches = {text.partition("=")[0] for text in config.rows[run.row]}
+        assert set(changed_keys(run.config, tmp_path / "base.yaml")) - {"seed"} == switches | {"name"}
+    assert {run.config.evaluate.seed for run in runs} == {1234}
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    config = AblationConfig(rows={**ROWS, "blind": []}, paper={"full": 27.3, "blind": 27.0})
+
+    def results(*psnr: float) -> dict:
+        return {str(seed): {"background/psnr": x, "foreground/hidden_iou": None} for seed, x in enumerate(psnr)}
+
+    table = format_rows(config, {"full": results(20, 22), "rank-1": results(21), "blind": results(19.5, 21)})
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert cells[2] == ["full", "2", "21.00 ± 1.41", "-", "-", "-", "", "27.30", ""]
+    assert cells[3] == ["rank-1", "1", "21.00", "-", "-", "-", "1.00", "", ""]
+    assert cells[4] == ["blind", "2", "20.25 ± 1.06", "-", "-", "-", "-0.75 ± 0.35", "27.00 (-0.30)", "yes"]
+    assert [same_order(x, -0.3) for x in ([-1, -2], [1, 2], [-1, 2], [])] == ["yes", "no", "seeds disagree", ""]
+
+
+def test_the_time_left_goes_by_steps(
+    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {"short": ["train.steps=10"], "long": ["train.steps=40"], "last": ["train.steps=100"]}
+    config = AblationConfig(base=str(TINY), seeds=[0], rows=rows, overrides=overrides)
+    clock = iter([100.0, 105.0, 125.0])  # at the start, and after 10 and 50 steps
+    monkeypatch.setattr(ablation, "build_job", lambda config: None)
+    runs = plan(config, tmp_path)
+    monkeypatch.setattr(ablation.time, "monotonic", lambda: next(clock))
+    assert [run.row for run in with_progress(runs)] == list(rows)
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "0 of 3 runs finished; now short-0",
+        "1 of 3 runs finished, about 0:01:10 left; now long-0",
+        "2 of 3 runs finished, about 0:00:50 left; now last-0",
+    ]
+
+
+# conditioning.mask
+
+
+def test_the_mask_switch_clears_the_masks_channels_and_nothing_else(
+    tiny_config: DecomposerConfig, tiny_decomposer: Decomposer
+) -> None:
+    batch = scenes()
+    told = tiny_decomposer.encode(*batch.values()).told
+    maskless = build_decomposer(replace(tiny_config, conditioning=ConditioningConfig(mask=False)))
+    other = maskless.encode(*batch.values()).told
+    assert told[..., MASK_CHANNELS].any() and not other[..., MASK_CHANNELS].any()
+    assert other[..., :64].equal(told[..., :64]) and told[..., :64].any()
+
+
+def scenes() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.zeros(2, 1, 32, 32)
+    mask[:, :, 9:21, 5:27] = 1
+    cues = torch.rand(2, 3, 3, 32, 32, generator=generator) * 2 - 1
+    image = torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1
+    return {"image": image, "mask": mask, "cues": cues, "cues_present": torch.ones(2, 3, dtype=torch.bool)}
+
+
+def test_the_frozen_base_is_evaluated_as_it_is_adapted(tiny_config: DecomposerConfig) -> None:
+    batch = {**scenes(), "index": torch.arange(2)}
+    base = load_mmdit(tiny_config.weights.transformer)
+
+    def painted(mask: bool) -> torch.Tensor:
+        config = replace(tiny_config, conditioning=ConditioningConfig(mask=mask))
+        return predictors(build_decomposer(config), base, EvaluateConfig())["base"](batch)[0]
+
+    told, maskless = painted(True), painted(False)
+    base.img_in.weight[:, MASK_CHANNELS] = 0
+    assert not told.equal(maskless) and painted(True).equal(maskless)
+
+
+def test_a_maskless_base_is_pre_trained_and_adapted_without_ever_seeing_a_mask(
+    tmp_path: Path, tiny_overrides: list[str], tiny_weights: Path
+) -> None:
+    settings = ["data.scenes.size=32", "data.validation=2", "data.workers=0", "evaluate.samples=2", "sample.steps=1"]
+    settings += ["train.batch_size=2", "train.steps=2", "train.precision=32-true", "optim.warmup=0"]
+    sizes = {"hidden_size": 32, "num_heads": 2, "axes_dim": [4, 6, 6], "depth": 1, "depth_single_blocks": 1}
+    model = [f"model.{name}={value}" for name, value in sizes.items()]
+    own = [f"weights.autoencoder={tiny_weights}/autoencoder.safetensors", f"run_dir={tmp_path}/base"]
+    settings += ["conditioning.mask=false"]
+    config = load_config(REPOSITORY / "configs" / "tiny_inpainter.yaml", [*settings, *model, *own])
+    first = InpainterJob(config).transformer.img_in.weight
+    train(config)
+    last = torch.load(tmp_path / "base" / "last.ckpt", weights_only=True)["state_dict"]["transformer.img_in.weight"]
+    assert last[:, MASK_CHANNELS].equal(first[:, MASK_CHANNELS]), "no gradient without an input"
+    assert (last[:, :128] != first[:, :128]).all()
+
+    base = tmp_path / "base" / "transformer.safetensors"
+    chosen = [f"weights.transformer={base}", f"run_dir={tmp_path}/adapted", *settings]
+    train(load_config(TINY, [*tiny_overrides, *chosen]))
+    adapted = load_file(tmp_path / "adapted" / "adapter.safetensors")["img_in.weight"]
+    before = load_file(base)["img_in.weight"].float()
+    assert adapted[:, MASK_CHANNELS].equal(before[:, MASK_CHANNELS])
+    assert (adapted[:, :128] != before[:, :128]).all()
