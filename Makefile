@@ -39,24 +39,25 @@ export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 train: .venv/installed  ## adapt the tiny base: make train CONFIG=configs/flux_fill.yaml DEVICES=8 ARGS="optim.lr=1e-4"
 	$(RUN) tools/train.py config=$(CONFIG) $(if $(DEVICES),train.devices=$(DEVICES) train.strategy=ddp) $(ARGS)
 
-# The whole chain from nothing. A stage whose weights are there is skipped, an unfinished one goes on.
+# The whole chain from nothing. A stage whose weights are there is skipped, an unfinished one goes on. ARGS go to every
+# stage; AUTOENCODER_ARGS, INPAINTER_ARGS, RGBA_ARGS and ADAPTER_ARGS to their own.
 TINY := checkpoints/tiny
 tiny: $(TINY)/adapter.safetensors
 
 $(TINY)/autoencoder.safetensors: | .venv/installed
-	$(RUN) tools/train.py config=configs/tiny_autoencoder.yaml $(ARGS)
+	$(RUN) tools/train.py config=configs/tiny_autoencoder.yaml $(ARGS) $(AUTOENCODER_ARGS)
 	cp runs/tiny_autoencoder/autoencoder.safetensors $@
 
 $(TINY)/transformer.safetensors: | $(TINY)/autoencoder.safetensors
-	$(RUN) tools/train.py config=configs/tiny_inpainter.yaml $(ARGS)
+	$(RUN) tools/train.py config=configs/tiny_inpainter.yaml $(ARGS) $(INPAINTER_ARGS)
 	cp runs/tiny_inpainter/transformer.safetensors $@
 
 $(TINY)/rgba_autoencoder.safetensors: | $(TINY)/autoencoder.safetensors
-	$(RUN) tools/train.py config=configs/tiny_rgba_autoencoder.yaml $(ARGS)
+	$(RUN) tools/train.py config=configs/tiny_rgba_autoencoder.yaml $(ARGS) $(RGBA_ARGS)
 	cp runs/tiny_rgba_autoencoder/autoencoder.safetensors $@
 
 $(TINY)/adapter.safetensors: | $(TINY)/transformer.safetensors $(TINY)/rgba_autoencoder.safetensors
-	$(RUN) tools/train.py config=configs/tiny.yaml $(ARGS)
+	$(RUN) tools/train.py config=configs/tiny.yaml $(ARGS) $(ADAPTER_ARGS)
 	$(RUN) tools/export.py adapter=runs/tiny/adapter.safetensors format=adapter out=$@
 
 decompose: OUT ?= layers
