@@ -259,3 +259,14 @@ def extend_to_rgba(rgb: Autoencoder) -> Autoencoder:
     state["decoder.conv_out.bias"] = F.pad(state["decoder.conv_out.bias"], (0, 1), value=1.0)
     rgba.load_state_dict(state)
     return rgba
+
+
+@torch.no_grad()
+def rescale_latents(autoencoder: Autoencoder, factors: Tensor) -> None:
+    """Multiplies each unscaled latent channel by its factor (z_channels,) > 0; the decoder takes that back."""
+    last, first = autoencoder.encoder.conv_out, autoencoder.decoder.conv_in
+    assert last.bias is not None
+    for parameter in (last.weight, last.bias):
+        parameter[: len(factors)] *= factors.view(-1, *[1] * (parameter.dim() - 1))
+    last.bias[len(factors) :] += 2 * factors.log()  # of the variances
+    first.weight /= factors.view(1, -1, 1, 1)

@@ -15,9 +15,9 @@ from layerdecomp.flow import seeded_normal
 from layerdecomp.imaging.compositing import from_autoencoder, on_checkerboard, to_autoencoder
 from layerdecomp.imaging.geometry import to_pixels
 from layerdecomp.metrics.background import psnr
-from layerdecomp.models.autoencoder import Autoencoder, extend_to_rgba
+from layerdecomp.models.autoencoder import Autoencoder, extend_to_rgba, rescale_latents
 from layerdecomp.training.base import Job, every_fourth
-from layerdecomp.training.projection import BlockProjection
+from layerdecomp.training.projection import SPECTRUM, BlockProjection
 from layerdecomp.weights import load_autoencoder, save_model
 
 # Mean and mean square of the colours of natural pictures in [-1, 1], which a foreground may be laid over (AlphaVAE,
@@ -98,12 +98,11 @@ class AutoencoderJob(Job):
     def _fit_projection(self) -> BlockProjection:
         pictures = self.pictures(self._training_scenes(256))
         config = self.autoencoder.config
-        projection = BlockProjection.fit(pictures, config.z_channels, config.factor)
+        config = self.autoencoder.config
         if self.teacher is None:
-            return projection
+            return BlockProjection.fit(pictures, config.z_channels, config.factor)
         with torch.no_grad():
-            latents, _ = self.teacher.posterior(pictures[:, :3])
-        return projection.rotated_towards(latents, pictures)
+            return BlockProjection.fit_alpha(pictures, self.teacher.posterior(pictures[:, :3])[0])
 
     def _training_scenes(self, count: int) -> dict[str, Any]:
         data = scene_data(self.run.data, "train", self.run.seed, count, with_cues=False)
@@ -140,11 +139,15 @@ class AutoencoderJob(Job):
 
     @torch.no_grad()
     def normalise_latents(self) -> None:
-        """Sets scale and shift so that the latents of training scenes have mean 0 and variance 1."""
-        mean, _ = self.autoencoder.posterior(self._training_scenes(64)["image"])
-        config = self.autoencoder.config
+        """Gives the latents of training scenes mean 0 and variance 1, and their channels the `SPECTRUM`."""
+        pictures = self._training_scenes(64)["image"]
+        deviations = self.autoencoder.posterior(pictures)[0].std(dim=(0, 2, 3))
+        rescale_latents(self.autoencoder, deviations ** (SPECTRUM - 1))
+        mean, _ = self.autoencoder.posterior(pictures)
         self.autoencoder.config = replace(
-            config, shift_factor=round(mean.mean().item(), 4), scale_factor=round(1 / mean.std().item(), 4)
+            self.autoencoder.config,
+            shift_factor=round(mean.mean().item(), 4),
+            scale_factor=round(1 / mean.std().item(), 4),
         )
 
 

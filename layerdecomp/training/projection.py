@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+# The deviations of a transformer's latents, as a power of those that the channels have in pixels. With 1, errors in the
+# many faint channels hardly show, but so do the channels themselves: noise hides them long before the rest. With 0, all
+# are alike, and the few that make the picture no longer count more than the others.
+SPECTRUM = 0.5
+
 
 class BlockProjection(nn.Module):
-    """Principal components of square blocks of pixels: no linear map keeps more of a picture in as many channels.
-
-    Its latents suit a small transformer as well as the decoder: the channels' variances fall off, so that errors in
-    the many faint ones hardly show, and the mean of several latents is the latent of a blurred picture.
-    """
+    """Principal components of square blocks of pixels: no linear map keeps more of a picture in as many channels."""
 
     weight: Tensor  # (z_channels, C, factor, factor), orthogonal rows
     bias: Tensor  # (z_channels,)
@@ -26,20 +27,44 @@ class BlockProjection(nn.Module):
     @classmethod
     def fit(cls, pictures: Tensor, channels: int, factor: int) -> Self:
         """The projection of pictures (B, C, H, W) that keeps most of them, with mean 0 and mean variance 1."""
-        blocks = rearrange(pictures.double(), "b c (h p) (w q) -> (b h w) (c p q)", p=factor, q=factor)
-        mean = blocks.mean(dim=0)
-        variances, vectors = torch.linalg.eigh(torch.cov(blocks.T, correction=0))  # ascending
-        basis = vectors[:, -channels:].flip(1).T / variances[-channels:].mean().sqrt()
+        blocks = _blocks(pictures, factor)
+        variances, basis = _principal_components(blocks)
+        basis = basis[:channels] / variances[:channels].mean().sqrt()
         weight = rearrange(basis, "z (c p q) -> z c p q", p=factor, q=factor)
-        return cls(weight.float(), (-basis @ mean).float())
+        return cls(weight.float(), (-basis @ blocks.mean(dim=0)).float())
 
-    def rotated_towards(self, latents: Tensor, pictures: Tensor) -> Self:
-        """The same projection in other axes: those in which it comes nearest to given latents of the same pictures."""
-        own = rearrange(self(pictures), "b z h w -> (b h w) z").double()
-        wanted = rearrange(latents, "b z h w -> (b h w) z").double()
-        left, _, right = torch.linalg.svd(wanted.T @ own)  # orthogonal Procrustes
-        rotation = (left @ right).float()
-        return type(self)(torch.einsum("yz,zcpq->ycpq", rotation, self.weight), rotation @ self.bias)
+    @classmethod
+    def fit_alpha(cls, pictures: Tensor, latents: Tensor) -> Self:
+        """A projection of pictures with alpha in which opaque ones have the latents that their colours have alone.
+
+        The faintest channels give up their colours to the principal components of alpha: as many of them as lose the
+        fewest squares. There, opaque blocks are at the mean of the colours that were.
+
+        Args:
+            pictures: (B, 4, H, W) in autoencoder space, alpha 1 = opaque.
+            latents: (B, z_channels, H/factor, W/factor) of the colours (B, 3, H, W) alone, with the spectrum of
+                `SPECTRUM`.
+        """
+        factor = pictures.shape[-1] // latents.shape[-1]
+        colours, transparency = _blocks(pictures[:, :3], factor), _blocks(pictures[:, 3:] - 1, factor)
+        z = rearrange(latents, "b z h w -> (b h w) z").double()
+        fitted = torch.linalg.lstsq(F.pad(colours, (0, 1), value=1.0), z).solution.T  # (z_channels, 3 factor^2 + 1)
+        weight, bias = fitted[:, :-1], fitted[:, -1].clone()
+
+        unit = weight.norm(dim=1)  # of a latent, per pixel
+        kept = (z.std(dim=0) / unit).square()  # squares of the pixels
+        variances, basis = _principal_components(transparency)
+        faintest = kept.argsort()
+        lost = [kept[faintest[:n]].sum() + variances[n:].sum() for n in range(len(kept))]
+        given = faintest[: int(torch.stack(lost).argmin())]  # the channels that alpha gets
+        taken = torch.ones_like(kept, dtype=torch.bool).index_fill(0, given, False)
+        scale = (z.std(dim=0) / kept ** (SPECTRUM / 2))[taken].mean()
+
+        weight = F.pad(weight, (0, transparency.shape[1])).index_fill(0, given, 0)
+        alpha = basis[: len(given)] * (scale * variances[: len(given), None] ** ((SPECTRUM - 1) / 2))
+        weight[given, -transparency.shape[1] :] = alpha
+        bias[given] = z.mean(dim=0)[given] - alpha.sum(dim=1)
+        return cls(rearrange(weight, "z (c p q) -> z c p q", p=factor, q=factor).float(), bias.float())
 
     def forward(self, x: Tensor) -> Tensor:
         """Latents (B, z_channels, H/factor, W/factor) of pictures x (B, C, H, W)."""
@@ -47,5 +72,17 @@ class BlockProjection(nn.Module):
 
     def error(self, latents: Tensor, pictures: Tensor) -> Tensor:
         """The squared error per pixel and channel that latents make by not being the projection's: a scalar."""
-        size = self.weight[0].numel() * self.weight[0].square().sum()  # a step of 1 in a latent is this many pixels
-        return F.mse_loss(latents.float(), self(pictures.float())) * len(self.weight) / size
+        size = self.weight.square().sum(dim=(1, 2, 3)).view(-1, 1, 1)  # a step of 1 in a latent is 1 / size in pixels
+        squares = (latents.float() - self(pictures.float())).square() / size
+        return squares.mean() * len(self.weight) / self.weight[0].numel()
+
+
+def _blocks(pictures: Tensor, factor: int) -> Tensor:
+    """(B, C, H, W) -> (B * H/factor * W/factor, C * factor * factor) in float64."""
+    return rearrange(pictures.double(), "b c (h p) (w q) -> (b h w) (c p q)", p=factor, q=factor)
+
+
+def _principal_components(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Variances (N,), the largest first, and their orthonormal directions (N, N), of rows (R, N)."""
+    variances, vectors = torch.linalg.eigh(torch.cov(rows.T, correction=0))  # ascending
+    return variances.flip(0).clamp_min(0), vectors.flip(1).T
