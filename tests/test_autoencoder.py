@@ -8,7 +8,7 @@ import pytest
 import torch
 from reference import build_reference_autoencoder, randomize, relative_error
 
-from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
+from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig, rescale_latents
 
 TINY = AutoencoderConfig(ch=8, ch_mult=[1, 2, 3, 3], num_res_blocks=2, z_channels=16, norm_groups=4)
 
@@ -50,3 +50,18 @@ def test_encode_and_decode_equal_diffusers(config: AutoencoderConfig, batch: int
     assert relative_error(model.encode(x, noise=noise), scaled(posterior.mean + posterior.std * noise)) < 2e-5
     z = scaled(noise)
     assert relative_error(model.decode(z), reference.decode(noise).sample) < 2e-5
+
+
+@torch.no_grad()
+def test_rescaled_latents_decode_to_the_same_picture() -> None:
+    model = build()
+    x = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    factors = torch.linspace(0.3, 3, 16)
+    mean, log_variance = model.posterior(x)
+    picture = model.decoder(mean)
+    rescale_latents(model, factors)
+    rescaled, rescaled_log_variance = model.posterior(x)
+    assert relative_error(rescaled, mean * factors.view(-1, 1, 1)) < 1e-5
+    deviation = torch.exp(0.5 * log_variance) * factors.view(-1, 1, 1)
+    assert relative_error(torch.exp(0.5 * rescaled_log_variance), deviation) < 1e-5
+    assert relative_error(model.decoder(rescaled), picture) < 1e-5

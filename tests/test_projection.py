@@ -27,7 +27,7 @@ def decoded(projection: BlockProjection, z: Tensor) -> np.ndarray:
     """Blocks from latents: with orthogonal rows, the transpose of the projection undoes its scale."""
     weight = projection.weight.flatten(1).double().numpy()
     rows = (z - projection.bias.view(-1, 1, 1)).permute(0, 2, 3, 1).flatten(0, 2).double().numpy()
-    return rows @ weight / (weight[0] @ weight[0])
+    return rows @ (weight / np.square(weight).sum(axis=1, keepdims=True))
 
 
 def test_what_is_lost_is_what_the_smallest_singular_values_hold() -> None:
@@ -53,7 +53,9 @@ def test_latents_have_mean_zero_mean_variance_one_and_are_uncorrelated() -> None
 
 def test_error_is_in_pixels() -> None:
     x = pictures()
-    projection = BlockProjection.fit(x, CHANNELS, FACTOR)
+    fitted = BlockProjection.fit(x, CHANNELS, FACTOR)
+    scales = torch.arange(1.0, CHANNELS + 1)
+    projection = BlockProjection(fitted.weight * scales.view(-1, 1, 1, 1), fitted.bias * scales)
     z = projection(x)
     moved = z + 0.3 * torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
     expected = np.square(decoded(projection, moved) - decoded(projection, z)).mean()
@@ -61,17 +63,47 @@ def test_error_is_in_pixels() -> None:
     assert projection.error(z, x) == 0
 
 
-def test_rotation_finds_the_axes_of_given_latents() -> None:
-    x = pictures()
-    projection = BlockProjection.fit(x, CHANNELS, FACTOR)
-    rotation = torch.linalg.qr(torch.randn(CHANNELS, CHANNELS, generator=torch.Generator().manual_seed(2)))[0]
-    wanted = torch.einsum("yz,bzhw->byhw", rotation, projection(x))
-    torch.testing.assert_close(projection.rotated_towards(wanted, x)(x), wanted, atol=1e-4, rtol=1e-4)
+def with_alpha(rgb: Tensor, seed: int = 4) -> Tensor:
+    """Pictures in autoencoder space: colours times alpha, and an alpha that varies slowly; (6, 4, 16, 24)."""
+    coarse = torch.rand(6, 1, 4, 6, generator=torch.Generator().manual_seed(seed))
+    alpha = torch.nn.functional.interpolate(coarse, scale_factor=4, mode="bilinear")
+    return torch.cat([rgb * alpha, 2 * alpha - 1], dim=1)
 
 
-def test_rotation_loses_nothing() -> None:
-    x, other = pictures(), pictures(seed=3)
-    projection = BlockProjection.fit(x, CHANNELS, FACTOR)
-    rotated = projection.rotated_towards(BlockProjection.fit(other, CHANNELS, FACTOR)(other), x)
-    assert not torch.allclose(rotated.weight, projection.weight, atol=0.01)
-    np.testing.assert_allclose(decoded(rotated, rotated(x)), decoded(projection, projection(x)), atol=1e-4)
+def test_opaque_pictures_have_the_latents_of_their_colours() -> None:
+    x = with_alpha(pictures())
+    colours = BlockProjection.fit(x[:, :3], CHANNELS, FACTOR)
+    projection = BlockProjection.fit_alpha(x, colours(x[:, :3]))
+    opaque = torch.cat([x[:, :3], torch.ones_like(x[:, 3:])], dim=1)
+    taken = projection.weight[:, :3].flatten(1).any(dim=1)
+    assert 0 < taken.sum() < CHANNELS and not projection.weight[taken, 3].any()
+    torch.testing.assert_close(projection(opaque)[:, taken], colours(x[:, :3])[:, taken], atol=1e-3, rtol=0)
+    others = projection(opaque)[:, ~taken]
+    torch.testing.assert_close(others, others[:1, :, :1, :1].expand_as(others), atol=1e-4, rtol=0)
+
+
+def test_alpha_gets_as_many_channels_as_lose_the_fewest_squares() -> None:
+    x = with_alpha(pictures())
+    colours = BlockProjection.fit(x[:, :3], CHANNELS, FACTOR)
+    given = int((~BlockProjection.fit_alpha(x, colours(x[:, :3])).weight[:, :3].flatten(1).any(dim=1)).sum())
+
+    def singular(channels: slice) -> np.ndarray:
+        cut = [view_as_blocks(p, p.shape[:1] + (FACTOR, FACTOR)) for p in x[:, channels].double().numpy()]
+        rows = np.concatenate([c.reshape(-1, c[0, 0, 0].size) for c in cut])
+        return np.linalg.svd(rows - rows.mean(axis=0), compute_uv=False) ** 2
+
+    colour, alpha = singular(slice(3)), singular(slice(3, 4))
+    lost = [colour[CHANNELS - n : CHANNELS].sum() + alpha[n:].sum() for n in range(CHANNELS)]
+    assert given == int(np.argmin(lost))
+
+
+def test_alpha_has_the_spectrum_of_the_colours() -> None:
+    """A channel twice as strong in pixels has sqrt(2) the deviation, whether it holds colour or alpha."""
+    x = with_alpha(pictures())
+    plain = BlockProjection.fit(x[:, :3], CHANNELS, FACTOR)
+    deviations = plain(x[:, :3]).std(dim=(0, 2, 3)).view(-1, 1, 1, 1)
+    equalised = BlockProjection(plain.weight * deviations**-0.5, plain.bias * deviations.flatten() ** -0.5)
+    projection = BlockProjection.fit_alpha(x, equalised(x[:, :3]))
+    latents, weight = projection(x).std(dim=(0, 2, 3)), projection.weight.flatten(1).norm(dim=1)
+    ratio = latents / (latents / weight).sqrt()
+    torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio), rtol=0.02, atol=0)
