@@ -29,7 +29,7 @@ def test_every_config_loads(path: Path) -> None:
 def test_values_come_from_defaults_then_the_file_then_the_arguments() -> None:
     config = load_config(TINY, ["optim.lr=3e-4", "train.steps=7", "lora.targets=[a.*, b]", "optim.betas=[0.5,0.6]"])
     assert isinstance(config, DecomposerJobConfig)
-    assert (config.optim.lr, config.train.steps, config.lora.rank, config.flow.base_shift) == (3e-4, 7, 32, 0.5)
+    assert (config.optim.lr, config.train.steps, config.lora.rank, config.flow.base_shift) == (3e-4, 7, 64, 0.5)
     assert config.lora.targets == ["a.*", "b"] and config.optim.betas == [0.5, 0.6]
     assert load_config(TINY, ["train.steps=7", "train.steps=8"]).train.steps == 8
 
