@@ -51,8 +51,7 @@ class BlockProjection(nn.Module):
         fitted = torch.linalg.lstsq(F.pad(colours, (0, 1), value=1.0), z).solution.T  # (z_channels, 3 factor^2 + 1)
         weight, bias = fitted[:, :-1], fitted[:, -1].clone()
 
-        unit = weight.norm(dim=1)  # of a latent, per pixel
-        kept = (z.std(dim=0) / unit).square()  # squares of the pixels
+        kept = (z.std(dim=0) / weight.norm(dim=1)).square()  # squares of the pixels, in each channel
         variances, basis = _principal_components(transparency)
         faintest = kept.argsort()
         lost = [kept[faintest[:n]].sum() + variances[n:].sum() for n in range(len(kept))]
@@ -72,8 +71,8 @@ class BlockProjection(nn.Module):
 
     def error(self, latents: Tensor, pictures: Tensor) -> Tensor:
         """The squared error per pixel and channel that latents make by not being the projection's: a scalar."""
-        size = self.weight.square().sum(dim=(1, 2, 3)).view(-1, 1, 1)  # a step of 1 in a latent is 1 / size in pixels
-        squares = (latents.float() - self(pictures.float())).square() / size
+        gain = self.weight.square().sum(dim=(1, 2, 3)).view(-1, 1, 1)  # of the squares, from pixels to latents
+        squares = (latents.float() - self(pictures.float())).square() / gain
         return squares.mean() * len(self.weight) / self.weight[0].numel()
 
 
