@@ -56,6 +56,7 @@ class Job(LightningModule):
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
         self.run = config
+        self._commit = source_commit()  # now: the files may move on while the run trains
         self._step_started: float | None = None
 
     @abstractmethod
@@ -152,7 +153,7 @@ class Job(LightningModule):
             "steps": str(self.run.train.steps),
             "seed": str(self.run.seed),
             "data": json.dumps(asdict(self.run.data)),
-            "commit": source_commit(),
+            "commit": self._commit,
             "figures": json.dumps({name: value for name, value in figures.items() if math.isfinite(value)}),
         }
 
