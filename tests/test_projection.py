@@ -19,7 +19,8 @@ def pictures(seed: int = 0) -> Tensor:
 
 def blocks(x: Tensor) -> np.ndarray:
     """(N, C * FACTOR * FACTOR) float64."""
-    cut = [view_as_blocks(picture, (3, FACTOR, FACTOR)).reshape(-1, 3 * FACTOR**2) for picture in x.double().numpy()]
+    size = x.shape[1] * FACTOR**2
+    cut = [view_as_blocks(picture, (len(picture), FACTOR, FACTOR)).reshape(-1, size) for picture in x.double().numpy()]
     return np.concatenate(cut)
 
 
@@ -87,12 +88,8 @@ def test_alpha_gets_as_many_channels_as_lose_the_fewest_squares() -> None:
     colours = BlockProjection.fit(x[:, :3], CHANNELS, FACTOR)
     given = int((~BlockProjection.fit_alpha(x, colours(x[:, :3])).weight[:, :3].flatten(1).any(dim=1)).sum())
 
-    def singular(channels: slice) -> np.ndarray:
-        cut = [view_as_blocks(p, p.shape[:1] + (FACTOR, FACTOR)) for p in x[:, channels].double().numpy()]
-        rows = np.concatenate([c.reshape(-1, c[0, 0, 0].size) for c in cut])
-        return np.linalg.svd(rows - rows.mean(axis=0), compute_uv=False) ** 2
-
-    colour, alpha = singular(slice(3)), singular(slice(3, 4))
+    rows = blocks(x[:, :3]), blocks(x[:, 3:])
+    colour, alpha = (np.linalg.svd(r - r.mean(axis=0), compute_uv=False) ** 2 for r in rows)
     lost = [colour[CHANNELS - n : CHANNELS].sum() + alpha[n:].sum() for n in range(CHANNELS)]
     assert given == int(np.argmin(lost))
 

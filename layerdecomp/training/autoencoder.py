@@ -140,10 +140,10 @@ class AutoencoderJob(Job):
     @torch.no_grad()
     def normalise_latents(self) -> None:
         """Gives the latents of training scenes mean 0 and variance 1, and their channels the `SPECTRUM`."""
-        pictures = self._training_scenes(64)["image"]
-        deviations = self.autoencoder.posterior(pictures)[0].std(dim=(0, 2, 3))
-        rescale_latents(self.autoencoder, deviations ** (SPECTRUM - 1))
-        mean, _ = self.autoencoder.posterior(pictures)
+        mean, _ = self.autoencoder.posterior(self._training_scenes(64)["image"])
+        factors = mean.std(dim=(0, 2, 3)) ** (SPECTRUM - 1)
+        rescale_latents(self.autoencoder, factors)
+        mean = mean * factors.view(-1, 1, 1)
         self.autoencoder.config = replace(
             self.autoencoder.config,
             shift_factor=round(mean.mean().item(), 4),

@@ -51,16 +51,17 @@ class BlockProjection(nn.Module):
         fitted = torch.linalg.lstsq(F.pad(colours, (0, 1), value=1.0), z).solution.T  # (z_channels, 3 factor^2 + 1)
         weight, bias = fitted[:, :-1], fitted[:, -1].clone()
 
-        kept = (z.std(dim=0) / weight.norm(dim=1)).square()  # squares of the pixels, in each channel
+        deviations = z.std(dim=0)
+        kept = (deviations / weight.norm(dim=1)).square()  # squares of the pixels, in each channel
         variances, basis = _principal_components(transparency)
         faintest = kept.argsort()
         lost = [kept[faintest[:n]].sum() + variances[n:].sum() for n in range(len(kept))]
-        given = faintest[: int(torch.stack(lost).argmin())]  # the channels that alpha gets
-        taken = torch.ones_like(kept, dtype=torch.bool).index_fill(0, given, False)
-        scale = (z.std(dim=0) / kept ** (SPECTRUM / 2))[taken].mean()
+        count = int(torch.stack(lost).argmin())  # of the channels that alpha gets
+        given, colourful = faintest[:count], faintest[count:]
+        scale = (deviations / kept ** (SPECTRUM / 2))[colourful].mean()
 
         weight = F.pad(weight, (0, transparency.shape[1])).index_fill(0, given, 0)
-        alpha = basis[: len(given)] * (scale * variances[: len(given), None] ** ((SPECTRUM - 1) / 2))
+        alpha = basis[:count] * (scale * variances[:count, None] ** ((SPECTRUM - 1) / 2))
         weight[given, -transparency.shape[1] :] = alpha
         bias[given] = z.mean(dim=0)[given] - alpha.sum(dim=1)
         return cls(rearrange(weight, "z (c p q) -> z c p q", p=factor, q=factor).float(), bias.float())
