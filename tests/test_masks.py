@@ -70,6 +70,26 @@ def test_low_resolution_has_few_different_columns() -> None:
         assert np.diff(changes).min() >= 4
 
 
+def test_the_box_has_straight_sides_close_to_the_objects() -> None:
+    truth = _matte(128) > 0.3
+    rows, columns = np.flatnonzero(truth.any(axis=1)), np.flatnonzero(truth.any(axis=0))
+    for mask in _masks("box", _matte(128)):
+        top, left = np.argwhere(mask).min(axis=0)
+        bottom, right = np.argwhere(mask).max(axis=0)
+        assert mask.sum() == (bottom + 1 - top) * (right + 1 - left)
+        errors = np.array([top, left, bottom, right]) - (rows[0], columns[0], rows[-1], columns[-1])
+        assert 0 < np.abs(errors).max() <= 6
+
+
+def test_brush_strokes_are_thick_connected_to_the_object_and_miss_some_of_it() -> None:
+    truth = _matte(128) > 0.3
+    for mask in _masks("brush", _matte(128)):
+        assert (mask & truth).sum() > (mask & ~truth).sum()
+        assert (truth & ~mask).any()
+        deepest = max(np.lib.stride_tricks.sliding_window_view(mask, (9, 9)).all(axis=(2, 3)).sum(), 0)
+        assert deepest > 0  # no thin lines
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "exact"])
 def test_every_kind_is_wrong_but_useful(kind: str) -> None:
     alpha = _matte(128)

@@ -28,6 +28,8 @@ class MaskConfig:
     shifted: float = 1.5
     holes: float = 1.5  # parts of the object are missed
     spill: float = 1.5  # parts of the surroundings are included
+    box: float = 1.0  # the bounding box, drawn by hand
+    brush: float = 1.0  # a few strokes of a round brush over the object
 
 
 def imperfect_mask(alpha: NDArray[np.floating], rng: np.random.Generator, config: MaskConfig | None = None) -> Mask:
@@ -102,6 +104,28 @@ def _spill(mask: Mask, rng: np.random.Generator) -> Mask:
     return mask | _discs(rim, rng, _extent(mask))
 
 
+def _box(mask: Mask, rng: np.random.Generator) -> Mask:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    sides = np.array([rows[0], columns[0], rows[-1] + 1, columns[-1] + 1])
+    top, left, bottom, right = (sides + rng.uniform(-0.06, 0.06, 4) * _extent(mask)).round().clip(0).astype(int)
+    box = np.zeros_like(mask)
+    box[top:bottom, left:right] = True
+    return box
+
+
+def _brush(mask: Mask, rng: np.random.Generator) -> Mask:
+    image = Image.new("L", mask.shape[::-1])
+    draw = ImageDraw.Draw(image)
+    candidates = np.argwhere(mask)[:, ::-1]  # x, y
+    radius = max(1.0, rng.uniform(0.1, 0.18) * _extent(mask))
+    for _ in range(rng.integers(3, 6)):
+        stroke = rng.choice(candidates, rng.integers(2, 5))
+        draw.line([(x, y) for x, y in stroke.tolist()], fill=255, width=round(2 * radius), joint="curve")
+        for x, y in stroke[[0, -1]].tolist():  # round ends
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
+    return np.asarray(image) > 0
+
+
 def _extent(mask: Mask) -> float:
     return float(np.sqrt(mask.sum()))
 
@@ -141,4 +165,6 @@ _KINDS: dict[str, Callable[[Mask, np.random.Generator], Mask]] = {
     "shifted": _shifted,
     "holes": _holes,
     "spill": _spill,
+    "box": _box,
+    "brush": _brush,
 }
