@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from layerdecomp.errors import InputError
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
+from layerdecomp.models.depth import DepthConfig, DepthEstimator, published_names
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 
 FORMAT_VERSION = "1"
@@ -138,14 +139,35 @@ def copy_tensors(path: str | Path, found: Mapping[str, Tensor], parameters: Mapp
         parameter.copy_(found[name])
 
 
-def load_state(module: nn.Module, path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> None:
-    """Materialises `module`, built on the meta device, from a file that holds exactly its tensors."""
-    expected = shapes(module.state_dict())
+def load_state(
+    module: nn.Module,
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    sources: Callable[[str], list[str]] = lambda name: [name],
+) -> None:
+    """Materialises `module`, built on the meta device, from a file that holds exactly its tensors.
+
+    Where the file has other names, `sources` gives those of the tensors that, one below the other, are a parameter.
+    """
+    parts = {name: sources(name) for name in module.state_dict()}
+    expected = {
+        part: tuple(chunk.shape)
+        for name, tensor in module.state_dict().items()
+        for part, chunk in zip(parts[name], tensor.chunk(len(parts[name])), strict=True)
+    }
     with open_safetensors(path, device) as file:
         found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         check_keys(path, found, expected, f"this {type(module).__name__}")
-        state = {name: file.get_tensor(name).to(dtype or torch.float32) for name in expected}
+        state = {
+            name: _join([file.get_tensor(part) for part in names]).to(dtype or torch.float32)
+            for name, names in parts.items()
+        }
     module.load_state_dict(state, assign=True)
+
+
+def _join(tensors: list[Tensor]) -> Tensor:
+    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]  # a lone tensor stays where it is mapped
 
 
 def config_from(kind: type[ConfigT], text: str | None, where: str) -> ConfigT:
@@ -183,6 +205,19 @@ def load_autoencoder(
     with torch.device("meta"):
         model = Autoencoder(config or config_from(AutoencoderConfig, read_metadata(path).get("config"), str(path)))
     load_state(model, path, dtype, device)
+    return model.requires_grad_(False).eval()
+
+
+def load_depth(
+    path: str | Path, config: DepthConfig | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> DepthEstimator:
+    """The depth estimator of a published file, in `dtype` (float32 unless given), on `device`, frozen.
+
+    Without a `config`, it is Depth-Anything-V2-Small.
+    """
+    with torch.device("meta"):
+        model = DepthEstimator(config or DepthConfig())
+    load_state(model, path, dtype, device, published_names)
     return model.requires_grad_(False).eval()
 
 

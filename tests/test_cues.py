@@ -41,3 +41,16 @@ def test_segments_have_the_mean_colour_of_what_they_cover() -> None:
         painted = segments[(slice(None), *part)].reshape(3, -1)
         np.testing.assert_allclose(painted[:, len(painted[0]) // 2], mean, atol=0.05)
         assert len(np.unique(painted[0])) <= 3
+
+
+def test_depth_is_present_when_it_can_be_computed() -> None:
+    image = _two_halves()
+
+    def brightness(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        assert pixels is image
+        return (pixels[None, ..., 0] / 127.5 - 1).astype(np.float32)
+
+    cues, present = compute_cues(image, brightness)
+    assert present.tolist() == [True, True, True]
+    assert (cues[2] == brightness(image)).all() and len(np.unique(cues[2])) > 2
+    assert (cues[:2] == compute_cues(image)[0][:2]).all()

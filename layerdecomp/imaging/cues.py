@@ -1,5 +1,7 @@
 """Cue maps: hints about the whole picture that the context fusion condenses into a few tokens."""
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 from skimage.color import rgb2gray
@@ -9,16 +11,20 @@ from skimage.segmentation import felzenszwalb
 CUES = ("edge", "segmentation", "depth")
 
 
-def compute_cues(image: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def compute_cues(
+    image: NDArray[np.uint8], depth: Callable[[NDArray[np.uint8]], NDArray[np.float32]] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Compute the cue maps of an RGB image (H, W, 3).
 
     Returns the maps (len(CUES), 3, H, W) in [-1, 1] and which of them are present (len(CUES),); an absent one is zeros.
-    Depth is always absent here, because its estimator needs weights.
+    Depth is absent unless `depth` computes it, image -> (1, H, W) in [-1, 1], because that takes weights.
     """
     cues = np.zeros((len(CUES), 3, *image.shape[:2]), dtype=np.float32)
     cues[CUES.index("edge")] = edge_map(image)
     cues[CUES.index("segmentation")] = segmentation_map(image)
-    return cues, np.array([cue != "depth" for cue in CUES])
+    if depth is not None:
+        cues[CUES.index("depth")] = depth(image)
+    return cues, np.array([cue != "depth" or depth is not None for cue in CUES])
 
 
 def edge_map(image: NDArray[np.uint8]) -> NDArray[np.float32]:
