@@ -1,0 +1,169 @@
+"""The index of a data set on disk: one small table, made once by `tools/prepare_data.py`, that training opens.
+
+It is a safetensors file of columns, because that is what the project reads everything else from and because columns can
+be mapped into memory: opening an index of a million items costs as much as opening one of ten, and processes that read
+the same one share its pages. A string column is all its bytes in a row and where each string ends.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from layerdecomp.errors import InputError
+from layerdecomp.weights import open_safetensors, read_metadata, save_tensors
+
+VERSION = "1"
+KINDS = ("layered", "foregrounds", "backgrounds", "triplets")
+TEST_SHARE = 0.02  # of the items, by a hash of their ids, unless another is asked for
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row: a file (or the files of one layered picture or triplet) that has been opened and found sound."""
+
+    id: str  # unique in its index
+    path: str  # below the index's root, with forward slashes; "{layer}" and "{part}" stand for what varies
+    width: int  # pixels, after rotation
+    height: int
+    layers: int = 1  # of a layered picture, the background included
+    rotation: int = 0  # degrees, counter-clockwise, that the picture has yet to be turned by
+
+
+class Reader(Protocol):
+    """What turns a download into items. A dataclass of settings, so that worker processes can be given it."""
+
+    source: str  # "mulan", ...
+    kind: str  # one of KINDS
+    licence: str
+    root: Path  # what paths of items are relative to
+
+    def candidates(self) -> list[str]:
+        """Names of what might become items, sorted, found without opening the files themselves."""
+        ...
+
+    def read(self, candidate: str) -> Item | None:
+        """Opens a candidate and checks it; None where the settings leave it out, `InputError` where it is broken."""
+        ...
+
+
+def split_of(item: str, test_share: float = TEST_SHARE) -> str:
+    """The split of an item by its id, "train" or "test": the same on every machine and whatever else there is."""
+    place = int.from_bytes(hashlib.sha256(item.encode()).digest()[:8], "big") / 2**64
+    return "test" if place < test_share else "train"
+
+
+def write_index(path: str | Path, reader: Reader, items: Iterable[Item], test_share: float = TEST_SHARE) -> int:
+    """Writes the items, sorted by id, and returns how many; `InputError` if two of them have the same id."""
+    rows = sorted(items, key=lambda item: item.id)
+    for before, after in pairwise(rows):
+        if before.id == after.id:
+            raise InputError(f"{reader.root}: the id {after.id} is that of {before.path} and of {after.path}; keep one")
+    columns = {
+        **_string_column("id", [row.id for row in rows]),
+        **_string_column("path", [row.path for row in rows]),
+        "size": torch.tensor([(row.width, row.height) for row in rows], dtype=torch.int32).reshape(-1, 2),
+        "layers": torch.tensor([row.layers for row in rows], dtype=torch.int16),
+        "rotation": torch.tensor([row.rotation for row in rows], dtype=torch.int16),
+        "test": torch.tensor([split_of(row.id, test_share) == "test" for row in rows], dtype=torch.bool),
+    }
+    root = str(reader.root.resolve())
+    described = {"source": reader.source, "kind": reader.kind, "licence": reader.licence, "root": root}
+    save_tensors(path, columns, {"index_version": VERSION, **described})
+    return len(rows)
+
+
+def _string_column(name: str, strings: list[str]) -> dict[str, Tensor]:
+    encoded = [string.encode() for string in strings]
+    ends = torch.tensor([len(string) for string in encoded], dtype=torch.int64).cumsum(0)
+    # frombuffer refuses an empty buffer
+    text = torch.frombuffer(bytearray(b"".join(encoded) or b"\0"), dtype=torch.uint8)
+    return {f"{name}.text": text, f"{name}.ends": ends}
+
+
+class Index:
+    """An index file, its columns mapped into memory. Costs nothing to open, and nothing to hand to a worker process."""
+
+    def __init__(self, path: str | Path, root: str | Path | None = None) -> None:
+        """Opens an index.
+
+        Args:
+            path: the file.
+            root: where the data lie now, if they have moved.
+
+        Raises:
+            InputError: the file is missing or no index of this version, or the data are not where it says.
+        """
+        self.path = Path(path)
+        metadata = read_metadata(path)
+        if metadata.get("index_version") != VERSION:
+            found = metadata.get("index_version", "none")
+            raise InputError(f"{path}: index version {found}, expected {VERSION}; run tools/prepare_data.py again")
+        self.source, self.kind, self.licence = (metadata[key] for key in ("source", "kind", "licence"))
+        self.root = Path(root or metadata["root"])
+        if not self.root.is_dir():
+            raise InputError(f"{path}: its data are not at {self.root}; put them there, or name their folder")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_columns"}  # a worker maps its own
+
+    @cached_property
+    def _columns(self) -> dict[str, NDArray[Any]]:
+        return map_columns(self.path)
+
+    def __len__(self) -> int:
+        return len(self._columns["layers"])
+
+    def __getitem__(self, row: int) -> Item:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)} in {self.path}")
+        width, height = self._columns["size"][row].tolist()
+        layers, rotation = (int(self._columns[name][row]) for name in ("layers", "rotation"))
+        return Item(self._string("id", row), self._string("path", row), width, height, layers, rotation)
+
+    def __iter__(self) -> Iterator[Item]:
+        return (self[row] for row in range(len(self)))
+
+    def _string(self, name: str, row: int) -> str:
+        ends = self._columns[f"{name}.ends"]
+        start = int(ends[row - 1]) if row else 0
+        return self._columns[f"{name}.text"][start : int(ends[row])].tobytes().decode()
+
+    @cached_property
+    def sizes(self) -> NDArray[np.int32]:
+        """(N, 2), width and height."""
+        return self._columns["size"]
+
+    def rows(self, split: str) -> NDArray[np.int64]:
+        """The rows of a split, "train" or "test"."""
+        return np.flatnonzero(self._columns["test"] == (split == "test"))
+
+
+def map_columns(path: Path) -> dict[str, NDArray[Any]]:
+    """The tensors of a safetensors file as arrays that are read from the disk where they are touched."""
+    with open_safetensors(path):  # checks the whole header
+        pass
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {name: _map_tensor(path, 8 + size, entry) for name, entry in header.items()}
+
+
+_DTYPES = {"U8": np.uint8, "I16": np.int16, "I32": np.int32, "I64": np.int64, "BOOL": np.bool_}
+
+
+def _map_tensor(path: Path, start: int, entry: dict[str, Any]) -> NDArray[Any]:
+    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+    if not all(shape):  # nothing to map
+        return np.zeros(shape, dtype)
+    return np.memmap(path, dtype, "r", start + entry["data_offsets"][0], shape)

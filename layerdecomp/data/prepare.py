@@ -1,0 +1,141 @@
+"""Making an index: worker processes open and check every candidate; it can be stopped at any moment and goes on."""
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from layerdecomp.data.index import TEST_SHARE, Item, Reader, write_index
+from layerdecomp.errors import InputError
+
+SHOWN = 10  # faults on the screen; all are in the file
+_CHUNK = 32  # candidates that a worker takes at a time
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a candidate: an item, a fault, or neither where the reader's settings leave it out."""
+
+    candidate: str
+    item: Item | None = None
+    fault: str | None = None
+
+
+def prepare(reader: Reader, out: Path, workers: int = 1, test_share: float = TEST_SHARE) -> list[Outcome]:
+    """Opens every candidate of a reader and writes the index of the sound ones to `out`.
+
+    What is done is noted in a journal beside `out`, so that the same command goes on where it was interrupted. Faults
+    are listed in a text file beside it; they do not stop the others.
+
+    Returns:
+        what became of every candidate, in their order.
+
+    Raises:
+        InputError: there are no candidates, none is sound, two have one id, or `out` cannot be written.
+    """
+    candidates = reader.candidates()
+    if not candidates:
+        raise InputError(f"{reader.root}: nothing for source={reader.source}; docs/data.md shows what it must hold")
+    journal = out.with_name(f".{out.name}.journal")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        done = _read_journal(journal, reader)
+        left = [candidate for candidate in candidates if candidate not in done]
+        with journal.open("a") as file, tqdm(total=len(candidates), initial=len(done), unit="item") as progress:
+            if not done:
+                _note(file, _describe(reader))
+            for outcome in _read_all(reader, left, workers):
+                _note(file, asdict(outcome))
+                done[outcome.candidate] = outcome
+                progress.update()
+        outcomes = [done[candidate] for candidate in candidates]
+        _finish(reader, out, outcomes, test_share)
+        journal.unlink()
+    except OSError as error:
+        raise InputError(f"{out} could not be written ({error}); free some space or choose another `out`") from error
+    return outcomes
+
+
+def _finish(reader: Reader, out: Path, outcomes: list[Outcome], test_share: float) -> None:
+    items = [outcome.item for outcome in outcomes if outcome.item is not None]
+    faults = [f"{outcome.candidate}: {outcome.fault}" for outcome in outcomes if outcome.fault is not None]
+    listing = out.with_suffix(".faults.txt")
+    if faults:
+        listing.write_text("\n".join(faults) + "\n")
+    else:
+        listing.unlink(missing_ok=True)
+    if not items:
+        first = f"; the first of {len(faults)} faults: {faults[0]}" if faults else ""
+        raise InputError(f"{reader.root}: none of {len(outcomes)} candidates can be used{first}")
+    write_index(out, reader, items, test_share)
+    print(f"{out}: {len(items)} items, {len(outcomes) - len(items) - len(faults)} left out, {len(faults)} faulty")
+    for fault in faults[:SHOWN]:
+        print(f"  {fault}")
+    if len(faults) > SHOWN:
+        print(f"  ... all in {listing}")
+
+
+def _describe(reader: Reader) -> dict[str, Any]:
+    """What the outcomes depend on, as JSON can hold it."""
+    return {"reader": f"{type(reader).__name__} {reader!r}"}
+
+
+def _note(file: IO[str], entry: dict[str, Any]) -> None:
+    file.write(json.dumps(entry) + "\n")
+    file.flush()
+
+
+def _read_journal(journal: Path, reader: Reader) -> dict[str, Outcome]:
+    """The outcomes of an interrupted run, by candidate; none if it had other settings."""
+    if not journal.is_file():
+        return {}
+    lines = journal.read_text().splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):  # written when the machine stopped
+        lines.pop()
+    entries = [json.loads(line) for line in lines]
+    if not entries or entries[0] != _describe(reader):
+        os.replace(journal, journal.with_suffix(".old"))
+        return {}
+    journal.write_text("".join(lines))
+    return {entry["candidate"]: _outcome(entry) for entry in entries[1:]}
+
+
+def _outcome(entry: dict[str, Any]) -> Outcome:
+    return Outcome(entry["candidate"], entry["item"] and Item(**entry["item"]), entry["fault"])
+
+
+def _read_all(reader: Reader, candidates: list[str], workers: int) -> Iterator[Outcome]:
+    if workers <= 1:
+        yield from (_read(reader, candidate) for candidate in candidates)
+        return
+    with ProcessPoolExecutor(workers, initializer=_set_reader, initargs=(reader,)) as pool:
+        try:
+            yield from pool.map(_read_in_worker, candidates, chunksize=_CHUNK)
+        finally:
+            with suppress(Exception):
+                pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _read(reader: Reader, candidate: str) -> Outcome:
+    try:
+        return Outcome(candidate, reader.read(candidate))
+    except InputError as error:
+        return Outcome(candidate, fault=str(error))
+
+
+_reader: Reader
+
+
+def _set_reader(reader: Reader) -> None:
+    global _reader
+    _reader = reader
+
+
+def _read_in_worker(candidate: str) -> Outcome:
+    return _read(_reader, candidate)

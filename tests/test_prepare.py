@@ -1,0 +1,118 @@
+"""Making indexes: parallel equals serial, an interrupted run goes on, and faults are told without stopping the rest."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from layerdecomp.data.index import Index, Item
+from layerdecomp.data.prepare import prepare
+from layerdecomp.errors import InputError
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Text files that hold a width; every read leaves a mark beside the file."""
+
+    root: Path
+    smallest: int = 0
+    source: str = "numbers"
+    kind: str = "backgrounds"
+    licence: str = "CC0"
+
+    def candidates(self) -> list[str]:
+        return sorted(path.name for path in self.root.glob("*.txt"))
+
+    def read(self, candidate: str) -> Item | None:
+        with (self.root / f"{candidate}.reads").open("a") as marks:
+            marks.write("x")
+        text = (self.root / candidate).read_text()
+        if text == "stop":
+            raise KeyboardInterrupt
+        if not text.isdigit():
+            raise InputError(f"{candidate} says {text!r}; expected a number")
+        width = int(text)
+        return Item(Path(candidate).stem, candidate, width, 2 * width) if width >= self.smallest else None
+
+
+def reads(root: Path) -> dict[str, int]:
+    return {path.name.split(".")[0]: len(path.read_text()) for path in sorted(root.glob("*.reads"))}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number in range(8):
+        (tmp_path / f"{number}.txt").write_text(str(10 * number + 1))
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sound_items_are_indexed_and_the_others_told(
+    folder: Path, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "3.txt").write_text("three")
+    out = folder / "out" / "index.safetensors"
+    outcomes = prepare(Numbers(folder, smallest=20), out, workers)
+    assert [outcome.candidate for outcome in outcomes] == [f"{number}.txt" for number in range(8)]
+    assert [item.id for item in Index(out)] == ["2", "4", "5", "6", "7"]
+    assert "5 items, 2 left out, 1 faulty" in capsys.readouterr().out
+    assert (folder / "out" / "index.faults.txt").read_text() == "3.txt: 3.txt says 'three'; expected a number\n"
+    assert sorted(path.name for path in out.parent.iterdir()) == ["index.faults.txt", "index.safetensors"]
+
+
+def test_an_interrupted_run_goes_on_where_it_was(folder: Path) -> None:
+    (folder / "5.txt").write_text("stop")
+    out = folder / "index.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        prepare(Numbers(folder), out)
+    assert not out.exists()
+    journal = folder / ".index.safetensors.journal"
+    journal.write_text(journal.read_text() + '{"candidate": "5.t')  # the machine stopped while it wrote
+    (folder / "5.txt").write_text("51")
+    prepare(Numbers(folder), out)
+    assert reads(folder) == {str(number): 2 if number == 5 else 1 for number in range(8)}
+    assert [item.width for item in Index(out)] == [10 * number + 1 for number in range(8)]
+    assert not journal.exists()
+
+
+def test_other_settings_start_over(folder: Path) -> None:
+    (folder / "5.txt").write_text("stop")
+    with pytest.raises(KeyboardInterrupt):
+        prepare(Numbers(folder), folder / "index.safetensors")
+    (folder / "5.txt").write_text("51")
+    prepare(Numbers(folder, smallest=40), folder / "index.safetensors")
+    assert [item.id for item in Index(folder / "index.safetensors")] == ["4", "5", "6", "7"]
+
+
+def test_faults_that_are_mended_are_no_longer_listed(folder: Path) -> None:
+    out = folder / "out" / "index.safetensors"
+    (folder / "0.txt").write_text("?")
+    prepare(Numbers(folder), out)
+    assert out.with_suffix(".faults.txt").exists()
+    (folder / "0.txt").write_text("7")
+    prepare(Numbers(folder), out)
+    assert not out.with_suffix(".faults.txt").exists() and len(Index(out)) == 8
+
+
+def test_nothing_to_index_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing for source=numbers"):
+        prepare(Numbers(tmp_path), tmp_path / "index.safetensors")
+    (tmp_path / "0.txt").write_text("zero")
+    with pytest.raises(InputError, match="none of 1 candidates can be used.*says 'zero'"):
+        prepare(Numbers(tmp_path), tmp_path / "index.safetensors")
+    assert not (tmp_path / "index.safetensors").exists()
+
+
+def test_a_disk_that_cannot_be_written(folder: Path) -> None:
+    (folder / "file").write_text("")
+    with pytest.raises(InputError, match="could not be written"):
+        prepare(Numbers(folder), folder / "file" / "index.safetensors")
+
+
+def test_the_journal_is_one_json_object_a_line(folder: Path) -> None:
+    (folder / "2.txt").write_text("stop")
+    with pytest.raises(KeyboardInterrupt):
+        prepare(Numbers(folder), folder / "index.safetensors")
+    lines = (folder / ".index.safetensors.journal").read_text().splitlines()
+    assert [json.loads(line).get("candidate") for line in lines] == [None, "0.txt", "1.txt"]
