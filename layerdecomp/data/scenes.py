@@ -11,23 +11,20 @@ other glyphs, and families of shapes (crescents, silhouettes) and of textures (c
 """
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from layerdecomp.data.sample import SPLITS, Scene, build_cues, build_sample, plane
 from layerdecomp.data.shapes import Matte, draw_shape, inpainting_mask, placed, scaled, whole_shape
 from layerdecomp.data.textures import Picture, photograph_crop, procedural
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.compositing import over
-from layerdecomp.imaging.cues import CUES, compute_cues
-from layerdecomp.imaging.masks import MaskConfig, imperfect_mask
-
-SPLITS = ("train", "test")
+from layerdecomp.imaging.masks import MaskConfig
 
 
 @dataclass
@@ -47,22 +44,11 @@ class SceneConfig:
             raise InputError(f"data.scenes.size: found {self.size}, expected a positive multiple of 16; correct it")
 
 
-class Scene(NamedTuple):
-    """The parts of a scene from back to front, in the ranges of a sample."""
-
-    background: Tensor  # (3, H, W), the bystander included
-    foreground: Tensor  # (4, H, W), the whole object
-    occluder: Tensor  # (4, H, W), fully transparent where there is none
-
-
 class Scenes(Dataset[dict[str, Any]]):
     """A map-style data set of `length` scenes.
 
-    A sample has, as float32: image (3, H, W) in [-1, 1]; mask (1, H, W) in {0, 1}, imperfect, 1 = object; foreground
-    (4, H, W), straight RGB in [-1, 1] and alpha in [0, 1]; background (3, H, W), the scene without the object; occluder
-    (1, H, W), alpha of what stands in front of the object; inpaint_mask (1, H, W) in {0, 1}, random shapes that have
-    nothing to do with the object; cues (M, 3, H, W) in [-1, 1]. Further cues_present (M,), bool in the order of `CUES`,
-    and index. Where occluder is 0, image = foreground over background. Without `with_cues`, all cues are absent.
+    A sample has what `build_sample` and, `with_cues`, `build_cues` give; inpaint_mask (1, H, W) in {0, 1}, random
+    shapes that have nothing to do with the object; and index. Where occluder is 0, image = foreground over background.
 
     Raises InputError for an unknown split or a negative seed, and IndexError for an index outside [0, length).
     """
@@ -82,33 +68,17 @@ class Scenes(Dataset[dict[str, Any]]):
             raise IndexError(f"scene {index} of {self.length}")
         sequence = np.random.SeedSequence([self.seed, SPLITS.index(self.split), index])
         scene_rng, mask_rng, cue_rng, inpaint_rng = (np.random.default_rng(child) for child in sequence.spawn(4))
-        background, foreground, occluder = make_scene(scene_rng, self.config, self.split)
-        image = over(occluder, over(foreground, background))
-        visible = foreground[3:] * (1 - occluder[3:])
-        truncated = self.config.truncated_shapes and self.split == "train"
-        alpha = visible if truncated else foreground[3:]
-        cues, cues_present = self._cues(image, cue_rng)
+        scene = make_scene(scene_rng, self.config, self.split)
+        training = self.split == "train"
+        truncated = self.config.truncated_shapes and training
+        sample = build_sample(scene, masks=self.config.masks, rng=mask_rng, truncated=truncated)
+        dropout = self.config.cue_dropout if training else 0.0
         return {
-            "image": image,
-            "mask": _plane(imperfect_mask(visible[0].numpy(), mask_rng, self.config.masks)),
-            # Colour under alpha 0 is arbitrary, but it must not tell what the truncated object looked like.
-            "foreground": torch.cat([foreground[:3] * (alpha > 0), alpha]),
-            "background": over(occluder, background),
-            "occluder": occluder[3:],
-            "inpaint_mask": _plane(inpainting_mask(inpaint_rng, self.config.size)),
-            "cues": cues,
-            "cues_present": cues_present,
+            **sample,
+            **build_cues(sample["image"], cue_rng, dropout=dropout, enabled=self.with_cues),
+            "inpaint_mask": plane(inpainting_mask(inpaint_rng, self.config.size)),
             "index": index,
         }
-
-    def _cues(self, image: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        if not self.with_cues:
-            return torch.zeros(len(CUES), *image.shape), torch.zeros(len(CUES), dtype=torch.bool)
-        cues, present = compute_cues(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
-        if self.split == "train":
-            present &= rng.random(len(CUES)) >= self.config.cue_dropout
-            cues[~present] = 0
-        return torch.from_numpy(cues), torch.from_numpy(present)
 
 
 def make_scene(rng: np.random.Generator, config: SceneConfig, split: str) -> Scene:
@@ -173,13 +143,9 @@ def _blurred(matte: Matte, radius: float) -> Matte:
 
 
 def _layer(rgb: Picture, alpha: Matte) -> Tensor:
-    return torch.cat([_colour(rgb), _plane(alpha)])
+    return torch.cat([_colour(rgb), plane(alpha)])
 
 
 def _colour(picture: Picture) -> Tensor:
     """Map (H, W, 3) in [0, 1] to (3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))) * 2 - 1
-
-
-def _plane(values: NDArray[np.float32] | NDArray[np.bool_]) -> Tensor:
-    return torch.from_numpy(values[None].astype(np.float32))

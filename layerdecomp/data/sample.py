@@ -1,0 +1,82 @@
+"""What every data set gives for a sample, made in one place from the parts of a scene."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from layerdecomp.imaging.compositing import over
+from layerdecomp.imaging.cues import CUES, compute_cues
+from layerdecomp.imaging.masks import MaskConfig, imperfect_mask
+
+SPLITS = ("train", "test")
+
+
+class Scene(NamedTuple):
+    """The parts of a scene from back to front, in the ranges of a sample."""
+
+    background: Tensor  # (3, H, W)
+    foreground: Tensor  # (4, H, W), the whole object
+    occluder: Tensor  # (4, H, W), fully transparent where there is none
+
+    @property
+    def image(self) -> Tensor:
+        """(3, H, W), everything together."""
+        return over(self.occluder, over(self.foreground, self.background))
+
+    @property
+    def visible(self) -> Tensor:
+        """(1, H, W), alpha of what can be seen of the object."""
+        return self.foreground[3:] * (1 - self.occluder[3:])
+
+
+def build_sample(
+    scene: Scene, *, masks: MaskConfig, rng: np.random.Generator, image: Tensor | None = None, truncated: bool = False
+) -> dict[str, Any]:
+    """Make the tensors of a sample.
+
+    Args:
+        masks: what the imperfect mask, drawn from `rng`, may be like.
+        image: (3, H, W), what the camera made of the scene; the scene itself unless given.
+        truncated: the foreground ends where the occluder begins.
+
+    Returns:
+        image (3, H, W) in [-1, 1]; mask (1, H, W) in {0, 1}, imperfect, 1 = object; foreground (4, H, W), straight RGB
+        in [-1, 1] and alpha in [0, 1]; background (3, H, W), the scene without the object, occluder included; occluder
+        (1, H, W), alpha of what stands in front of the object.
+    """
+    foreground = scene.foreground
+    if truncated:  # colour under alpha 0 is arbitrary, but it must not tell what the hidden part looked like
+        foreground = torch.cat([foreground[:3] * (scene.visible > 0), scene.visible])
+    return {
+        "image": scene.image if image is None else image,
+        "mask": plane(imperfect_mask(scene.visible[0].numpy(), rng, masks)),
+        "foreground": foreground,
+        "background": over(scene.occluder, scene.background),
+        "occluder": scene.occluder[3:],
+    }
+
+
+def build_cues(image: Tensor, rng: np.random.Generator, *, dropout: float, enabled: bool = True) -> dict[str, Tensor]:
+    """Compute the cue maps of an image (3, H, W), each left out with the probability `dropout`.
+
+    Returns:
+        cues (M, 3, H, W) in [-1, 1], zeros where absent, and cues_present (M,) bool, in the order of `CUES`; all are
+        absent unless `enabled`.
+    """
+    if not enabled:
+        return {
+            "cues": torch.zeros(len(CUES), *image.shape),
+            "cues_present": torch.zeros(len(CUES), dtype=torch.bool),
+        }
+    cues, present = compute_cues(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+    present &= rng.random(len(CUES)) >= dropout
+    cues[~present] = 0
+    return {"cues": torch.from_numpy(cues), "cues_present": torch.from_numpy(present)}
+
+
+def plane(values: NDArray[np.float32] | NDArray[np.bool_]) -> Tensor:
+    """(H, W) -> (1, H, W) float32."""
+    return torch.from_numpy(values[None].astype(np.float32))
