@@ -1,0 +1,243 @@
+"""Folders of pictures: how every reader finds and opens files, plain backgrounds, and triplets in two layouts."""
+
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from layerdecomp.data.index import Item
+from layerdecomp.errors import InputError
+from layerdecomp.imaging.layers import Pixels, read_mask
+
+PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"})
+UNFINISHED = frozenset({".part", ".partial", ".tmp"})  # "a.partial.png": somebody is still writing it
+LICENCE = "not stated"
+
+
+def list_pictures(folder: Path, extensions: frozenset[str] = PICTURES) -> list[str]:
+    """Files at any depth below a folder, sorted, with forward slashes; hidden and unfinished ones are left out."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; expected one of pictures ({' '.join(sorted(extensions))})")
+    found = []
+    for place, below, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+        below[:] = [name for name in below if not name.startswith(".")]
+        inside = Path(place).relative_to(folder)
+        found += [(inside / name).as_posix() for name in names if _is_picture(name, extensions)]
+    if not found:
+        raise InputError(f"{folder} holds no pictures; expected files that end in {' '.join(sorted(extensions))}")
+    return sorted(found)
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise InputError(f"{error.filename} cannot be listed ({error.strerror}); change its permissions") from error
+
+
+def _is_picture(name: str, extensions: frozenset[str]) -> bool:
+    path = Path(name.lower())
+    return path.suffix in extensions and UNFINISHED.isdisjoint(path.suffixes) and not name.startswith(".")
+
+
+def by_stem(folder: Path, extensions: frozenset[str] = PICTURES) -> dict[str, str]:
+    """The pictures below a folder by their path without its extension; `InputError` where two share one."""
+    names: dict[str, str] = {}
+    for name in list_pictures(folder, extensions):
+        stem = name.rpartition(".")[0]
+        if stem in names:
+            raise InputError(f"{folder}: {names[stem]} and {name} differ in their extension alone; keep one")
+        names[stem] = name
+    return names
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture decoded to its last row, as it is stored: its EXIF has been read, but turns nothing.
+
+    Raises:
+        InputError: the file is missing, no picture or cut off, or has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+    """
+    try:
+        with Image.open(path) as picture:
+            if not _is_huge(picture):
+                picture.load()
+                picture.getexif()  # parsed while the file is open, where damage to it is caught
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} cannot be read as a picture ({error}); copy or download it again") from error
+    if _is_huge(picture):
+        size = f"{picture.width} x {picture.height}"
+        raise InputError(f"{path} has {size} pixels; expected at most {Image.MAX_IMAGE_PIXELS:,} in all: scale it down")
+    return picture
+
+
+def _is_huge(picture: Image.Image) -> bool:
+    """Pillow warns of such a picture, and refuses it from twice as many pixels on."""
+    return Image.MAX_IMAGE_PIXELS is not None and picture.width * picture.height > Image.MAX_IMAGE_PIXELS
+
+
+def orientation(picture: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) to 8."""
+    return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
+
+
+def upright_size(picture: Image.Image) -> tuple[int, int]:
+    """Width and height once the EXIF orientation has been applied, as `read_image` does."""
+    return picture.size if orientation(picture) < 5 else (picture.height, picture.width)
+
+
+def read_rgba(path: Path) -> Pixels:
+    """A foreground as (H, W, 4) uint8, its EXIF orientation applied, with an alpha channel that cuts something out.
+
+    Raises:
+        InputError: as for `open_picture`, or there is no alpha channel, or it is 0 or 255 everywhere.
+    """
+    picture = open_picture(path)
+    if not picture.has_transparency_data:
+        raise InputError(f"{path} has no alpha channel (its mode is {picture.mode}); expected a cut-out RGBA picture")
+    rgba = np.asarray(ImageOps.exif_transpose(picture).convert("RGBA"))
+    if not rgba[..., 3].any():
+        raise InputError(f"{path} is transparent everywhere; expected an object whose alpha is above 0")
+    if rgba[..., 3].min() == 255:
+        raise InputError(f"{path} is opaque everywhere; expected alpha 0 around the object: cut it out")
+    return rgba
+
+
+@dataclass(frozen=True)
+class BackgroundFolder:
+    """Pictures in a folder, at any depth, each of which is a background."""
+
+    root: Path
+    source: str = "backgrounds"
+    licence: str = LICENCE
+    kind: ClassVar[str] = "backgrounds"
+
+    def candidates(self) -> list[str]:
+        return sorted(by_stem(self.root).values())
+
+    def read(self, candidate: str) -> Item:
+        width, height = upright_size(open_picture(self.root / candidate))
+        return Item(candidate.rpartition(".")[0], candidate, width, height)
+
+
+# Triplets. The path of an item is a JSON object of its files by part, since the parts of one triplet differ in their
+# extensions, in RORem in their names as well, and may lack the foreground:
+# {"image": "image/a.jpg", "mask": "mask/a.png", "foreground": "foreground/a.png", "background": "background/a.jpg"}
+PARTS = ("image", "mask", "foreground", "background")
+
+
+def part_names(item: Item) -> dict[str, str]:
+    """The files of a triplet by part, relative to its root, in the order of `PARTS`; the foreground may be missing."""
+    names: dict[str, str] = json.loads(item.path)
+    return names
+
+
+def part_path(root: Path, item: Item, part: str) -> Path:
+    """Where a part of a triplet lies; `InputError` if it has none of that name."""
+    names = part_names(item)
+    if part not in names:
+        raise InputError(f"the triplet {item.id} of {root} has no {part}; it has {', '.join(names)}")
+    return root / names[part]
+
+
+@dataclass(frozen=True)
+class TripletFolder:
+    """Four folders, image, mask, foreground and background, that hold each triplet's parts under one stem."""
+
+    root: Path
+    source: str = "triplets"
+    licence: str = LICENCE
+    kind: ClassVar[str] = "triplets"
+
+    def candidates(self) -> list[str]:
+        """Paths of triplets; where one lacks a part, `read` says so."""
+        folders = {part: by_stem(self.root / part) for part in PARTS}
+        stems = sorted(set().union(*folders.values()))
+        triplets = [{part: names[stem] for part, names in folders.items() if stem in names} for stem in stems]
+        return [_joined({part: f"{part}/{name}" for part, name in triplet.items()}) for triplet in triplets]
+
+    def read(self, candidate: str) -> Item:
+        names: dict[str, str] = json.loads(candidate)
+        for part in PARTS:
+            if part not in names:
+                found = ", ".join(names.values())
+                raise InputError(f"{self.root}: {found} lacks its {part}; expected a file of that stem in {part}/")
+        return Item(_stem(names["image"]), candidate, *_checked_size(self.root, names))
+
+
+@dataclass(frozen=True)
+class RoremFolder:
+    """The layout of RORem's downloads: `meta.json` is a list of records {"source": ..., "mask": ..., "GT": ...}.
+
+    Their paths are relative to the folder of `meta.json`. The source is our image and the GT our background; there is
+    no foreground. Records may share a file. The id of an item is the stem of its files, or the stems, joined by a plus
+    sign, where they differ.
+    """
+
+    root: Path
+    licence: str = LICENCE
+    source: ClassVar[str] = "rorem"
+    kind: ClassVar[str] = "triplets"
+
+    def candidates(self) -> list[str]:
+        path = self.root / "meta.json"
+        try:
+            records = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read ({error}); expected RORem's list of records") from error
+        if not isinstance(records, list) or not records:
+            raise InputError(f"{path} holds no records; expected a list of {{source, mask, GT}}")
+        return sorted(_joined(_named(path, position, record)) for position, record in enumerate(records))
+
+    def read(self, candidate: str) -> Item:
+        names: dict[str, str] = json.loads(candidate)
+        stems = dict.fromkeys(_stem(name) for name in names.values())
+        return Item("+".join(stems), candidate, *_checked_size(self.root, names))
+
+
+def _joined(names: dict[str, str]) -> str:
+    return json.dumps(names, ensure_ascii=False)
+
+
+def _stem(name: str) -> str:
+    """ "image/a/b.png" -> "a/b"."""
+    return name.rpartition(".")[0].partition("/")[2]
+
+
+def _named(path: Path, position: int, record: Any) -> dict[str, str]:
+    """The files of a record by our names of the parts."""
+    keys = {"image": "source", "mask": "mask", "background": "GT"}
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in keys.values()):
+        raise InputError(f"{path}: record {position} is {record!r}; expected the paths source, mask and GT")
+    names = {part: PurePosixPath(record[key]) for part, key in keys.items()}
+    for name in names.values():
+        if name.is_absolute() or ".." in name.parts:
+            raise InputError(f"{path}: record {position} names {name}; expected a path below {path.parent}")
+    return {part: str(name) for part, name in names.items()}
+
+
+def _checked_size(root: Path, names: dict[str, str]) -> tuple[int, int]:
+    """Width and height of a triplet's parts, once all of them have been opened and found to fit each other."""
+    paths = {part: root / name for part, name in names.items()}
+    size = upright_size(open_picture(paths["image"]))
+    sizes = {"background": upright_size(open_picture(paths["background"]))}
+    if "foreground" in paths:
+        height, width = read_rgba(paths["foreground"]).shape[:2]
+        sizes["foreground"] = (width, height)
+    for part, found in sizes.items():
+        if found != size:
+            raise InputError(
+                f"{paths[part]} is {found[0]} x {found[1]} pixels, {paths['image']} {size[0]} x {size[1]}; "
+                "expected parts of one size"
+            )
+    _check_mask(paths["mask"], size)
+    return size
+
+
+def _check_mask(path: Path, size: tuple[int, int]) -> None:
+    mask = open_picture(path)
+    try:
+        read_mask(mask, size[::-1])
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error

@@ -1,0 +1,117 @@
+"""Cut-out foregrounds with straight alpha, such as those that LayerDiffuse generates."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from layerdecomp.data.folders import LICENCE, by_stem, read_rgba
+from layerdecomp.data.index import Item
+from layerdecomp.errors import InputError
+from layerdecomp.imaging.layers import Pixels
+
+CUT_OUTS = frozenset({".png", ".webp", ".tif", ".tiff"})
+Rgba = TypeVar("Rgba", NDArray[np.uint8], NDArray[np.float32], NDArray[np.float64])
+
+
+@dataclass(frozen=True)
+class ForegroundFolder:
+    """RGBA files in a folder, at any depth: complete objects, straight alpha, any colour under alpha 0."""
+
+    root: Path
+    source: str = "layerdiffuse"
+    licence: str = LICENCE
+    min_side: int = 256  # pixels that the shorter side must have
+    kind: ClassVar[str] = "foregrounds"
+
+    def candidates(self) -> list[str]:
+        return sorted(by_stem(self.root, CUT_OUTS).values())
+
+    def read(self, candidate: str) -> Item:
+        path = self.root / candidate
+        rgba = read_rgba(path)
+        height, width = rgba.shape[:2]
+        if min(width, height) < self.min_side:
+            raise InputError(f"{path} is {width} x {height} pixels; expected sides of {self.min_side} at least")
+        if looks_premultiplied(rgba):
+            raise InputError(
+                f"{path} looks premultiplied: where it is half transparent, its colours are dark in proportion to "
+                "alpha and never exceed it; expected straight alpha: divide the colours by alpha and save again"
+            )
+        return Item(candidate.rpartition(".")[0], candidate, width, height)
+
+
+def looks_premultiplied(rgba: Pixels) -> bool:
+    """Whether the colours of a picture have been multiplied by its alpha.
+
+    Looks at the brightest channel v of the half-transparent pixels; it says yes if all of this holds:
+
+    - v exceeds alpha nowhere, give or take what lossy files do to a few pixels. Straight colours know nothing of
+      alpha: unless they are black, they exceed it on the soft edge of a cut-out, where alpha falls to 0.
+    - The pixels would be clearly brighter if they were divided by alpha. This clears black objects and shadows.
+    - v follows alpha: from the fainter to the denser half of the pixels, it grows more like alpha does than like a
+      constant. This clears dark objects whose alpha nowhere falls below their colour. Under an even alpha, as of a
+      pane of glass, the two halves do not differ and nothing follows.
+
+    Args:
+        rgba: (H, W, 4) uint8.
+    """
+    alpha = rgba[..., 3]
+    half = (alpha > 0) & (alpha < 255)
+    if np.count_nonzero(half) < 64:  # too few to tell, and too few to matter
+        return False
+    density = alpha[half].astype(np.float64)
+    value = rgba[half][:, :3].max(axis=1).astype(np.float64)
+    exceeds = np.mean(value > density + 2) > 0.005
+    brighter = value.sum() / density.sum() * 255 - value.mean() >= 16
+    return not exceeds and bool(brighter) and _follows(value, density)
+
+
+def _follows(value: NDArray[np.float64], density: NDArray[np.float64]) -> bool:
+    dense = density > np.median(density)
+    if not dense.any() or density[dense].mean() < 1.1 * density[~dense].mean():
+        return True
+    growth = density[dense].mean() / density[~dense].mean()
+    return bool(value[dense].mean() >= np.sqrt(growth) * value[~dense].mean())
+
+
+def pad_colours(rgba: Rgba, factor: float = 1.2) -> Rgba:
+    """Gives pixels under alpha 0 the colours of the visible ones around them; visible pixels stay as they are.
+
+    As LayerDiffuse does it: alpha and the colours times alpha are shrunk by `factor` again and again, down to one
+    pixel; then each size, from the coarsest, takes from the one before it what it lacks in alpha.
+
+    Args:
+        rgba: (H, W, 4), uint8 or floats in [0, 1], straight alpha.
+
+    Returns:
+        a new array of the same shape and type; a copy where alpha is 0 everywhere.
+    """
+    hidden = rgba[..., 3] == 0
+    padded = rgba.copy()
+    if hidden.all() or not hidden.any():
+        return padded
+    scale = 255 if rgba.dtype == np.uint8 else 1
+    layer = torch.from_numpy(rgba.astype(np.float32) / scale).permute(2, 0, 1)[None]  # (1, 4, H, W)
+    layer[:, :3] *= layer[:, 3:]
+    colours = _filled(layer, factor)[0, :3].permute(1, 2, 0).numpy()[hidden] * scale
+    padded[hidden, :3] = colours.round() if scale == 255 else colours
+    return padded
+
+
+def _filled(layer: Tensor, factor: float) -> Tensor:
+    """(1, 4, H, W) premultiplied layer -> the same with every pixel full."""
+    sizes = [layer]
+    while max(sizes[-1].shape[-2:]) > 1:
+        smaller = [max(1, int(side / factor)) for side in sizes[-1].shape[-2:]]
+        # bilinear samples see 2 x 2 pixels: at steps of 1.2 none is passed over
+        sizes.append(F.interpolate(sizes[-1], smaller, mode="bilinear"))
+    full = sizes[-1] / sizes[-1][:, 3:]
+    for size in reversed(sizes[:-1]):
+        full = torch.addcmul(size, F.interpolate(full, size.shape[-2:], mode="bilinear"), 1 - size[:, 3:])
+    return full
