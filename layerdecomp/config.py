@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from layerdecomp.comparison import EvaluateConfig
 from layerdecomp.conditioning import ConditioningConfig
@@ -111,12 +111,27 @@ class AutoencoderJobConfig(RunConfig):
     foreground_anchor: float = 0.02  # and of the same with foregrounds, where alpha needs some room
     noise: float = 0.0  # typical deviation of noise on the scaled latents, since a transformer's are never exact
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.extend is None:
+            _check_holes(self)
+
 
 @dataclass
 class InpainterJobConfig(FlowJobConfig):
     """Train a small inpainting base from nothing."""
 
     model: MMDiTConfig = field(default_factory=MMDiTConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_holes(self)
+
+
+def _check_holes(config: RunConfig) -> None:
+    """The jobs that start from nothing cut holes of random shapes into pictures, which scenes alone come with."""
+    if config.data.source != "scenes":
+        raise InputError(f"data.source is {config.data.source}; expected scenes, for this job")
 
 
 JOBS: dict[str, type[Any]] = {
@@ -150,6 +165,7 @@ def merge_config(
 ) -> ConfigT:
     """A config dataclass: its defaults, then each named file's content, then each `key=value` over them."""
     merged = OmegaConf.structured(defaults)
+    OmegaConf.set_readonly(merged, False)  # as that of a frozen dataclass is
     sources = [*files, *((f"argument {text!r}", _parse_override(text)) for text in overrides)]
     flat = _dotted(OmegaConf.to_container(merged))
     known = sorted(flat)
@@ -164,6 +180,8 @@ def merge_config(
             raise InputError(f"{name}: {_first_line(error)}; expected the type of its default") from error
     try:
         return cast(ConfigT, OmegaConf.to_object(merged))
+    except MissingMandatoryValue as error:
+        raise InputError(f"{error.full_key or error.key}= is missing; expected a value for it") from error
     except OmegaConfBaseException as error:
         raise InputError(f"{', '.join(name for name, _ in sources)}: {_first_line(error)}") from error
 

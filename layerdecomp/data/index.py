@@ -42,10 +42,25 @@ class Item:
 class Reader(Protocol):
     """What turns a download into items. A dataclass of settings, so that worker processes can be given it."""
 
-    source: str  # "mulan", ...
-    kind: str  # one of KINDS
-    licence: str
-    root: Path  # what paths of items are relative to
+    @property
+    def source(self) -> str:
+        """Name of the data set."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """One of KINDS."""
+        ...
+
+    @property
+    def licence(self) -> str:
+        """Of the files."""
+        ...
+
+    @property
+    def root(self) -> Path:
+        """What paths of items are relative to."""
+        ...
 
     def candidates(self) -> list[str]:
         """Names of what might become items, sorted, found without opening the files themselves."""

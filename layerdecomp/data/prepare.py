@@ -2,20 +2,22 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from tqdm import tqdm
 
 from layerdecomp.data.index import TEST_SHARE, Item, Reader, write_index
 from layerdecomp.errors import InputError
 
+T = TypeVar("T")
+R = TypeVar("R")
 SHOWN = 10  # faults on the screen; all are in the file
-_CHUNK = 32  # candidates that a worker takes at a time
+_CHUNK = 32  # inputs that a worker takes at a time
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def prepare(reader: Reader, out: Path, workers: int = 1, test_share: float = TES
         with journal.open("a") as file, tqdm(total=len(candidates), initial=len(done), unit="item") as progress:
             if not done:
                 _note(file, _describe(reader))
-            for outcome in _read_all(reader, left, workers):
+            for outcome in parallel(partial(_read, reader), left, workers):
                 _note(file, asdict(outcome))
                 done[outcome.candidate] = outcome
                 progress.update()
@@ -75,10 +77,15 @@ def _finish(reader: Reader, out: Path, outcomes: list[Outcome], test_share: floa
         raise InputError(f"{reader.root}: none of {len(outcomes)} candidates can be used{first}")
     write_index(out, reader, items, test_share)
     print(f"{out}: {len(items)} items, {len(outcomes) - len(items) - len(faults)} left out, {len(faults)} faulty")
+    print_some(faults, f"all in {listing}")
+
+
+def print_some(faults: Sequence[str], rest: str) -> None:
+    """Prints the first faults, and where the rest is."""
     for fault in faults[:SHOWN]:
         print(f"  {fault}")
     if len(faults) > SHOWN:
-        print(f"  ... all in {listing}")
+        print(f"  ... {rest}")
 
 
 def _describe(reader: Reader) -> dict[str, Any]:
@@ -110,18 +117,6 @@ def _outcome(entry: dict[str, Any]) -> Outcome:
     return Outcome(entry["candidate"], entry["item"] and Item(**entry["item"]), entry["fault"])
 
 
-def _read_all(reader: Reader, candidates: list[str], workers: int) -> Iterator[Outcome]:
-    if workers <= 1:
-        yield from (_read(reader, candidate) for candidate in candidates)
-        return
-    with ProcessPoolExecutor(workers, initializer=_set_reader, initargs=(reader,)) as pool:
-        try:
-            yield from pool.map(_read_in_worker, candidates, chunksize=_CHUNK)
-        finally:
-            with suppress(Exception):
-                pool.shutdown(wait=False, cancel_futures=True)
-
-
 def _read(reader: Reader, candidate: str) -> Outcome:
     try:
         return Outcome(candidate, reader.read(candidate))
@@ -129,13 +124,25 @@ def _read(reader: Reader, candidate: str) -> Outcome:
         return Outcome(candidate, fault=str(error))
 
 
-_reader: Reader
+def parallel(function: Callable[[T], R], inputs: Sequence[T], workers: int) -> Iterator[R]:
+    """The results of a function in the order of its inputs, from worker processes, each of which is sent it once."""
+    if workers <= 1:
+        yield from map(function, inputs)
+        return
+    pool = ProcessPoolExecutor(workers, initializer=_set_function, initargs=(function,))
+    try:
+        yield from pool.map(_call, inputs, chunksize=_CHUNK)
+    finally:  # when interrupted, what has not begun is dropped
+        pool.shutdown(cancel_futures=True)
 
 
-def _set_reader(reader: Reader) -> None:
-    global _reader
-    _reader = reader
+_function: Callable[[Any], Any]
 
 
-def _read_in_worker(candidate: str) -> Outcome:
-    return _read(_reader, candidate)
+def _set_function(function: Callable[[Any], Any]) -> None:
+    global _function
+    _function = function
+
+
+def _call(argument: Any) -> Any:
+    return _function(argument)

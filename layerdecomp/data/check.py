@@ -1,0 +1,191 @@
+"""Checking what has been indexed: every file is read again, and faults that no single file shows are looked for."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from layerdecomp.data.folders import PARTS, open_picture, part_names, part_path, read_rgba, upright_size
+from layerdecomp.data.index import Index, Item
+from layerdecomp.data.layerdiffuse import looks_premultiplied
+from layerdecomp.data.loading import layer_paths
+from layerdecomp.data.prepare import parallel, print_some
+from layerdecomp.errors import InputError
+from layerdecomp.imaging.layers import Pixels, read_image, read_mask
+
+SHEET = (6, 4)  # columns and rows of the contact sheet
+TILE = 160  # pixels
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is known of an item once its files have been read."""
+
+    row: int
+    digest: bytes  # of its first file
+    fault: str | None = None
+
+
+def check_indexes(paths: Sequence[Path], workers: int = 1) -> list[str]:
+    """Reads every item of some indexes; prints a summary and writes a contact sheet beside each.
+
+    Returns:
+        a line per fault: files that are missing, cut off or of another size than when they were indexed, the wrong
+        mode, alpha that says nothing or looks premultiplied, an inverted mask; then ids and contents that occur
+        twice, within one split or, worse, in both.
+    """
+    faults: list[str] = []
+    seen: dict[bytes, tuple[str, str]] = {}  # content -> where, split
+    for path in paths:
+        index = Index(path)
+        test = set(index.rows("test").tolist())
+        findings = list(_examine_all(index, workers))
+        own = [f"{index[finding.row].id}: {finding.fault}" for finding in findings if finding.fault]
+        for finding in findings:
+            where = f"{path.name}: {index[finding.row].id}"
+            split = "test" if finding.row in test else "train"
+            if finding.digest in seen:
+                own.append(_twice(where, split, *seen[finding.digest]))
+            elif finding.digest:
+                seen[finding.digest] = (where, split)
+        sheet = path.with_suffix(".contact.jpg")
+        contact_sheet(index, [finding.row for finding in findings if not finding.fault]).save(sheet, quality=90)
+        _summarise(index, len(own), sheet)
+        print_some(own, f"{len(own)} in all")
+        faults += own
+    return faults
+
+
+def _examine_all(index: Index, workers: int) -> Iterator[Finding]:
+    findings = parallel(partial(examine, index), range(len(index)), workers)
+    yield from tqdm(findings, total=len(index), desc=index.path.name, unit="item")
+
+
+def examine(index: Index, row: int) -> Finding:
+    """Reads the files of an item."""
+    item = index[row]
+    check: Callable[[Path, Item], Path] = _CHECKS[index.kind]
+    try:
+        first = check(index.root, item)
+        return Finding(row, hashlib.sha256(first.read_bytes()).digest())
+    except (InputError, OSError) as error:
+        return Finding(row, b"", str(error))
+
+
+def _check_background(root: Path, item: Item) -> Path:
+    path = root / item.path
+    size = upright_size(open_picture(path))
+    _check_size(path, size[::-1] if item.rotation % 180 else size, item)
+    return path
+
+
+def _check_foreground(root: Path, item: Item) -> Path:
+    path = root / item.path
+    rgba = read_rgba(path)
+    _check_size(path, (rgba.shape[1], rgba.shape[0]), item)
+    if looks_premultiplied(rgba):
+        raise InputError(f"{path} looks premultiplied; expected straight alpha: divide its colours by alpha")
+    return path
+
+
+def _check_layers(root: Path, item: Item) -> Path:
+    for number, path in enumerate(layer_paths(root, item)):
+        if number == 0:
+            picture = open_picture(path)
+            _check_size(path, picture.size, item)
+            if picture.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+                raise InputError(f"{path} is transparent in places; expected an opaque background")
+        else:
+            rgba = read_rgba(path)
+            _check_size(path, (rgba.shape[1], rgba.shape[0]), item)
+    return next(layer_paths(root, item))
+
+
+def _check_triplet(root: Path, item: Item) -> Path:
+    paths = {part: part_path(root, item, part) for part in part_names(item)}
+    for path in paths.values():
+        _check_size(path, upright_size(open_picture(path)), item)
+    mask = read_mask(open_picture(paths["mask"]))
+    image, background = (read_image(paths[part]).astype(np.int16) for part in ("image", "background"))
+    if "foreground" in paths:
+        evidence = read_rgba(paths["foreground"])[..., 3] / 255
+    else:
+        evidence = np.abs(image - background).mean(axis=-1)
+    if evidence[mask].mean() < evidence[~mask].mean():
+        raise InputError(f"{paths['mask']} looks inverted; expected white on the object: invert it")
+    return paths["image"]
+
+
+def _check_size(path: Path, found: tuple[int, int], item: Item) -> None:
+    if found != (item.width, item.height):
+        raise InputError(
+            f"{path} is {found[0]} x {found[1]} pixels, {item.width} x {item.height} when it was indexed; "
+            "run tools/prepare_data.py again"
+        )
+
+
+_CHECKS = {
+    "backgrounds": _check_background,
+    "foregrounds": _check_foreground,
+    "layered": _check_layers,
+    "triplets": _check_triplet,
+}
+
+
+def _twice(where: str, split: str, before: str, before_split: str) -> str:
+    if split == before_split:
+        return f"{where} has the same content as {before}; keep one"
+    return f"{where} ({split}) has the same content as {before} ({before_split}): a leak between the splits; keep one"
+
+
+def _summarise(index: Index, faults: int, sheet: Path) -> None:
+    widths, heights = index.sizes.T
+    print(f"{index.path}: {len(index)} items of {index.source} ({index.kind}, {index.licence}) in {index.root}")
+    print(f"  {len(index.rows('train'))} for training, {len(index.rows('test'))} for testing")
+    for name, values in (("width", widths), ("height", heights)):
+        low, middle, high = np.percentile(values, (0, 50, 100)).astype(int).tolist()
+        print(f"  {name} {low} to {high}, median {middle}")
+    print(f"  contact sheet: {sheet}; {faults or 'no'} faults")
+
+
+def contact_sheet(index: Index, rows: Sequence[int]) -> Image.Image:
+    """Pictures from all over an index, cut-outs and layers on a checkerboard."""
+    columns, lines = SHEET
+    sheet = Image.new("RGB", (columns * TILE, lines * TILE), "white")
+    chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), columns * lines)).round().astype(int))
+    for place, number in enumerate(chosen.tolist()):
+        tile = _thumbnail(index, index[rows[number]])
+        sheet.paste(tile, (place % columns * TILE, place // columns * TILE))
+    return sheet
+
+
+def _thumbnail(index: Index, item: Item) -> Image.Image:
+    """What an item shows: of a layered picture its top layer, of a triplet all parts in a row."""
+    if index.kind == "triplets":
+        paths = [part_path(index.root, item, part) for part in PARTS if part in part_names(item)]
+    else:
+        paths = [list(layer_paths(index.root, item))[-1]]
+    side = TILE // len(paths)
+    tile = Image.new("RGB", (TILE, TILE), "white")
+    for place, path in enumerate(paths):
+        picture = open_picture(path).rotate(item.rotation, expand=True)
+        picture.thumbnail((side, TILE))
+        tile.paste(_on_board(picture), (place * side, 0))
+    return tile
+
+
+def _on_board(picture: Image.Image) -> Image.Image:
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    board = Image.fromarray(_board(picture.height, picture.width))
+    return Image.alpha_composite(board.convert("RGBA"), picture.convert("RGBA")).convert("RGB")
+
+
+def _board(height: int, width: int, cell: int = 8) -> Pixels:
+    rows, columns = np.indices((height, width)) // cell
+    return np.where((rows + columns) % 2, 200, 255).astype(np.uint8)
