@@ -14,6 +14,7 @@ from torch.utils.data import default_collate
 
 from layerdecomp import __version__
 from layerdecomp.baselines import base_foreground, classical, matting_library
+from layerdecomp.data.datamodule import Samples
 from layerdecomp.data.scenes import Scenes
 from layerdecomp.decomposer import Decomposer, inpaint, keep_pixels, latent_noise
 from layerdecomp.errors import InputError, check_at_least
@@ -79,7 +80,7 @@ def predictors(decomposer: Decomposer, base: MMDiT, config: EvaluateConfig) -> d
     return {"adapted": adapted, "base": frozen, "classical": without_learning}
 
 
-def compare(decomposer: Decomposer, base: MMDiT, data: Scenes, config: EvaluateConfig, out: Path) -> Evaluation:
+def compare(decomposer: Decomposer, base: MMDiT, data: Samples, config: EvaluateConfig, out: Path) -> Evaluation:
     """Measures every row, prints the table, and writes metrics.json and samples/comparison.png into `out`."""
     decomposer = decomposer.eval()
     rows = predictors(decomposer, base.to(decomposer.prompt.vec.device).eval(), config)
@@ -93,11 +94,11 @@ def compare(decomposer: Decomposer, base: MMDiT, data: Scenes, config: EvaluateC
     write_metrics(out / "metrics.json", evaluation.results, protocol(decomposer, data, config))
     Image.fromarray(case_grid(rows, data, evaluation, device)).save(picture)
     print(format_table(evaluation.results))
-    print(f"{len(data)} held-out scenes; figures in {out / 'metrics.json'}, pictures in {picture}")
+    print(f"{len(data)} held-out samples; figures in {out / 'metrics.json'}, pictures in {picture}")
     return evaluation
 
 
-def case_grid(rows: dict[str, Predictor], data: Scenes, evaluation: Evaluation, device: torch.device) -> np.ndarray:
+def case_grid(rows: dict[str, Predictor], data: Samples, evaluation: Evaluation, device: torch.device) -> np.ndarray:
     """A good, the median and the worst case of the adapted model, by rank: in the background, then in the matte."""
     indices, labels = [], []
     for name in RANKED_BY:
@@ -109,10 +110,10 @@ def case_grid(rows: dict[str, Predictor], data: Scenes, evaluation: Evaluation, 
         return comparison_grid(batch, {row: predict(batch) for row, predict in rows.items()}, labels)
 
 
-def protocol(decomposer: Decomposer, data: Scenes, config: EvaluateConfig) -> dict[str, Any]:
+def protocol(decomposer: Decomposer, data: Samples, config: EvaluateConfig) -> dict[str, Any]:
     """What someone needs to know to get the same figures again."""
     return {
-        "data": "scenes",
+        "data": "scenes" if isinstance(data, Scenes) else "triplets",
         "split": data.split,
         "count": len(data),
         "resolution": data.config.size,

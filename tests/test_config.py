@@ -61,7 +61,7 @@ def test_the_run_directory_follows_the_name() -> None:
         ("train.steps=0", "train.steps is 0; expected at least 1"),
         ("train.draws=-1", "train.draws is -1; expected at least 1"),
         ("lora.rank=0", "lora.rank = 0"),
-        ("data.source=mulan", "data.source is 'mulan'; expected 'scenes'"),
+        ("data.source=mulan", "data.source is 'mulan'; expected scenes or triplets"),
         ("data.validation=0", "data.validation is 0; expected at least 1"),
         ("data.workers=-1", "data.workers is -1; expected at least 0"),
         ("data.scenes.size=100", "data.scenes.size: found 100, expected a positive multiple of 16"),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from layerdecomp.data.datamodule import DataConfig, Positions, SampleData, StepSampler, collate, scene_data
+from layerdecomp.data.datamodule import DataConfig, Positions, SampleData, StepSampler, collate, open_samples
 from layerdecomp.data.scenes import SceneConfig
 
 CONFIG = DataConfig(samples=5, validation=3, workers=0, scenes=SceneConfig(size=32))
@@ -31,7 +31,7 @@ def test_a_restart_goes_on_with_the_next_step() -> None:
 
 
 def test_positions_go_round_and_round() -> None:
-    samples = scene_data(CONFIG, "train", seed=0, length=5)
+    samples = open_samples(CONFIG, "train", seed=0, length=5)
     positions = Positions(samples)
     for position in (3, 8, 103):
         sample = positions[position]
@@ -64,5 +64,5 @@ def test_loaders_follow_the_trainer() -> None:
 
 
 def test_cues_are_made_only_where_they_are_needed() -> None:
-    assert scene_data(CONFIG, "test", 0, 1)[0]["cues"].any()
-    assert not scene_data(CONFIG, "test", 0, 1, with_cues=False)[0]["cues"].any()
+    assert open_samples(CONFIG, "test", 0, 1)[0]["cues"].any()
+    assert not open_samples(CONFIG, "test", 0, 1, with_cues=False)[0]["cues"].any()

@@ -11,14 +11,18 @@ ORDER = [
     # floor 0: tensors and pictures
     *("__init__", "errors", "cli"),
     *("models.__init__", "models.attention", "models.blocks", "models.mmdit", "models.lora"),
-    *("models.context_fusion", "models.autoencoder"),
+    *("models.context_fusion", "models.autoencoder", "models.depth"),
     *("conditioning", "flow", "sampling"),
     *("imaging.__init__", "imaging.compositing", "imaging.masks", "imaging.cues", "imaging.layers", "imaging.geometry"),
     *("metrics.__init__", "metrics.region", "metrics.background", "metrics.foreground", "metrics.recomposition"),
     "metrics.layers",
     # floor 1: the parts composed, their files, their data, their figures
     *("weights", "decomposer", "export"),
-    *("data.__init__", "data.textures", "data.shapes", "data.scenes", "data.datamodule"),
+    *("data.__init__", "data.index", "data.prepare"),
+    *("data.folders", "data.layerdiffuse", "data.openimages", "data.mulan"),
+    *("data.sample", "data.textures", "data.shapes", "data.scenes"),
+    *("data.loading", "data.check", "data.blending", "data.triplets", "data.benchmark"),
+    "data.datamodule",
     *("baselines", "evaluation", "comparison"),
     # floor 2: everything that can be set
     "config",

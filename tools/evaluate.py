@@ -10,7 +10,7 @@ from pathlib import Path
 from layerdecomp.cli import device_name, frozen_dtype, run_command, take
 from layerdecomp.comparison import EvaluateConfig, compare
 from layerdecomp.config import merge_config
-from layerdecomp.data.datamodule import DataConfig, scene_data
+from layerdecomp.data.datamodule import DataConfig, open_samples
 from layerdecomp.decomposer import SampleConfig, build_decomposer, describe_adapter
 from layerdecomp.weights import config_from, load_mmdit
 
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
     decomposer = build_decomposer(described, dtype, device)
     decomposer.load_adapter(adapter, own["adapter"])
     base = load_mmdit(described.weights.transformer, dtype=dtype, device=device)
-    data = scene_data(config.data, "test", config.evaluate.seed, config.evaluate.samples)
+    data = open_samples(config.data, "test", config.evaluate.seed, config.evaluate.samples)
     compare(decomposer, base, data, config.evaluate, Path(own["out"]))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from layerdecomp.data.scenes import SceneConfig, Scenes
+from layerdecomp.data.triplets import TripletConfig, Triplets
 from layerdecomp.errors import InputError, check_at_least
 
 
@@ -17,27 +18,36 @@ from layerdecomp.errors import InputError, check_at_least
 class DataConfig:
     """Where samples come from."""
 
-    source: str = "scenes"
+    source: str = "scenes"  # scenes: made on the fly, no download; triplets: from data sets on disk
     samples: int = 10_000_000  # distinct training samples; after them the same ones come again, with other noise
     validation: int = 16  # samples that validation looks at
     workers: int = 1  # processes that make samples while the model trains; 0: the training process itself
     scenes: SceneConfig = field(default_factory=SceneConfig)
+    triplets: TripletConfig = field(default_factory=TripletConfig)
 
     def __post_init__(self) -> None:
-        if self.source != "scenes":
-            raise InputError(f"data.source is {self.source!r}; expected 'scenes'")
+        if self.source not in ("scenes", "triplets"):
+            raise InputError(f"data.source is {self.source!r}; expected scenes or triplets")
         check_at_least(1, self, "data.", "samples", "validation")
         check_at_least(0, self, "data.", "workers")
 
 
-def scene_data(config: DataConfig, split: str, seed: int, length: int, with_cues: bool = True) -> Scenes:
-    return Scenes(config.scenes, split, seed, length, with_cues)
+Samples = Scenes | Triplets
+
+
+def open_samples(
+    config: DataConfig, split: str, seed: int, length: int, with_cues: bool = True, group: int | None = None
+) -> Samples:
+    """The samples of a split; every `group` of consecutive ones (a batch) is of one size, or all of them are."""
+    if config.source == "scenes":
+        return Scenes(config.scenes, split, seed, length, with_cues)
+    return Triplets(config.triplets, split, seed, length, with_cues, group)
 
 
 class Positions(Dataset[dict[str, Any]]):
     """The samples of a data set over and over, each with its `position` in the whole of training."""
 
-    def __init__(self, samples: Scenes) -> None:
+    def __init__(self, samples: Samples) -> None:
         self.samples = samples
 
     def __getitem__(self, position: int) -> dict[str, Any]:
@@ -74,12 +84,14 @@ class SampleData(LightningDataModule):
 
     def __init__(self, config: DataConfig, *, seed: int, steps: int, batch_size: int, with_cues: bool) -> None:
         super().__init__()
-        self.config, self.seed, self.steps, self.batch_size = config, seed, steps, batch_size
-        self.with_cues = with_cues
+        if config.source == "triplets" and config.samples % batch_size:  # a batch is of one size
+            raise InputError(f"data.samples is {config.samples}; expected a multiple of the batch size, {batch_size}")
+        self.workers, self.steps, self.batch_size = config.workers, steps, batch_size
+        self.training = open_samples(config, "train", seed, config.samples, with_cues, group=batch_size)
+        self.held_out = open_samples(config, "test", seed + 1, config.validation, with_cues)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         assert self.trainer is not None
-        samples = scene_data(self.config, "train", self.seed, self.config.samples, self.with_cues)
         sampler = StepSampler(
             first=self.trainer.global_step,
             steps=self.steps,
@@ -88,14 +100,13 @@ class SampleData(LightningDataModule):
             world_size=self.trainer.world_size,
         )
         return DataLoader(
-            Positions(samples),
+            Positions(self.training),
             batch_sampler=sampler,
-            num_workers=self.config.workers,
+            num_workers=self.workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=False,
         )
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        samples = scene_data(self.config, "test", self.seed + 1, self.config.validation, self.with_cues)
-        return DataLoader(samples, batch_size=self.batch_size, num_workers=0, collate_fn=collate)
+        return DataLoader(self.held_out, batch_size=self.batch_size, num_workers=0, collate_fn=collate)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerdecomp.config import AutoencoderJobConfig
-from layerdecomp.data.datamodule import collate, scene_data
+from layerdecomp.data.datamodule import collate, open_samples
 from layerdecomp.flow import seeded_normal
 from layerdecomp.imaging.compositing import from_autoencoder, on_checkerboard, to_autoencoder
 from layerdecomp.imaging.geometry import to_pixels
@@ -105,7 +105,7 @@ class AutoencoderJob(Job):
             return BlockProjection.fit_alpha(pictures, self.teacher.posterior(pictures[:, :3])[0])
 
     def _training_scenes(self, count: int) -> dict[str, Any]:
-        data = scene_data(self.run.data, "train", self.run.seed, count, with_cues=False)
+        data = open_samples(self.run.data, "train", self.run.seed, count, with_cues=False)
         return self.on_device(collate([data[i] for i in range(count)]))
 
     def _anchor(self, pictures: Tensor, mean: Tensor, opaque: Tensor) -> Tensor:

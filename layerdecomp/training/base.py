@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from layerdecomp.config import FlowJobConfig, RunConfig
-from layerdecomp.data.datamodule import collate, scene_data
+from layerdecomp.data.datamodule import collate, open_samples
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import write_metrics
 from layerdecomp.flow import interpolate, sample_times, seeded_normal, velocity_target
@@ -169,7 +169,7 @@ class Job(LightningModule):
     def held_out(self) -> dict[str, Any]:
         """The scenes that `report` is about, as one batch without cues."""
         config = self.run.evaluate
-        data = scene_data(self.run.data, "test", config.seed, config.samples, with_cues=False)
+        data = open_samples(self.run.data, "test", config.seed, config.samples, with_cues=False)
         return self.on_device(collate([data[i] for i in range(len(data))]))
 
     def show(self, tag: str, grid: np.ndarray) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from layerdecomp.comparison import compare
 from layerdecomp.config import DecomposerJobConfig
-from layerdecomp.data.datamodule import scene_data
+from layerdecomp.data.datamodule import open_samples
 from layerdecomp.decomposer import build_decomposer, keep_pixels, latent_noise
 from layerdecomp.evaluation import comparison_grid
 from layerdecomp.flow import flow_loss
@@ -65,7 +65,7 @@ class DecomposerJob(Job):
         dtype = next(self.decomposer.autoencoder.parameters()).dtype
         base = load_mmdit(self.run.weights.transformer, dtype=dtype, device=str(self.device))
         config = self.run.evaluate
-        data = scene_data(self.run.data, "test", config.seed, config.samples)
+        data = open_samples(self.run.data, "test", config.seed, config.samples)
         self._save_adapter(run_dir, compare(self.decomposer, base, data, config, run_dir).results["adapted"])
 
     def _save_adapter(self, run_dir: Path, figures: Mapping[str, float]) -> None:

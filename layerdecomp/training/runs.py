@@ -42,11 +42,7 @@ def train(config: RunConfig) -> None:
     """Trains, or goes on training, and writes weights, metrics and pictures into the run's directory."""
     run_dir = Path(config.run_dir)
     quiet_lightning()
-    job = build_job(config)  # this and the trainer first, so that a missing file or device leaves no directory behind
-    trainer = build_trainer(config, run_dir)
-    checkpoint = open_run(run_dir, config)
-    if checkpoint is not None:
-        print(f"going on from {checkpoint}; a finished run is only evaluated again (resume=never starts anew)")
+    job = build_job(config)  # all this first, so that a missing file or device leaves no directory behind
     data = SampleData(
         config.data,
         seed=config.seed,
@@ -54,6 +50,10 @@ def train(config: RunConfig) -> None:
         batch_size=config.train.batch_size,
         with_cues=isinstance(config, DecomposerJobConfig) and config.fusion.enabled,
     )
+    trainer = build_trainer(config, run_dir)
+    checkpoint = open_run(run_dir, config)
+    if checkpoint is not None:
+        print(f"going on from {checkpoint}; a finished run is only evaluated again (resume=never starts anew)")
     trainer.fit(job, data, ckpt_path=checkpoint, weights_only=True)
     if trainer.global_step >= config.train.steps:  # not when it was interrupted
         trainer.save_checkpoint(run_dir / "last.ckpt", weights_only=False)  # the optimizer and loops as well

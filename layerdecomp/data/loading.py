@@ -1,0 +1,134 @@
+"""From an item of an index to its pictures, cropped and resized in the same step."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from layerdecomp.data.folders import open_picture, part_names, part_path
+from layerdecomp.data.index import Index, Item
+from layerdecomp.errors import InputError
+from layerdecomp.imaging.geometry import to_tensor
+from layerdecomp.imaging.layers import read_image, read_mask
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A crop of pictures of one size, and the size (height, width) that the crop is brought to."""
+
+    source: tuple[int, int]  # width, height that the pictures have
+    box: Box
+    size: tuple[int, int]
+
+    def apply(self, picture: Image.Image, path: Path) -> Image.Image:
+        """Crop and resize; an alpha channel weights the colours."""
+        if picture.size != self.source:
+            raise InputError(
+                f"{path} is {picture.width} x {picture.height} pixels, its index says {self.source[0]} x "
+                f"{self.source[1]}; run tools/prepare_data.py again"
+            )
+        return picture.resize(self.size[::-1], Image.Resampling.BICUBIC, self.box, reducing_gap=3)
+
+
+def fit(source: tuple[int, int], size: tuple[int, int], rng: np.random.Generator, around: Box | None = None) -> Fit:
+    """Place the largest crop of the aspect of `size` (height, width) in a picture of `source` (width, height).
+
+    Its place is random. A crop that is large enough holds the box `around`; one that is too small lies inside it.
+    """
+    scale = min(source[0] / size[1], source[1] / size[0])
+    width, height = scale * size[1], scale * size[0]
+    left = _place(source[0], width, around and (around[0], around[2]), rng)
+    top = _place(source[1], height, around and (around[1], around[3]), rng)
+    return Fit(source, (left, top, left + width, top + height), size)
+
+
+def _place(total: float, length: float, around: tuple[float, float] | None, rng: np.random.Generator) -> float:
+    low, high = 0.0, max(0.0, total - length)
+    if around is not None:
+        ends = sorted((around[0], around[1] - length))
+        low, high = np.clip(ends, low, high).tolist()
+    return float(rng.uniform(low, high))
+
+
+def load_background(index: Index, item: Item, size: tuple[int, int], rng: np.random.Generator) -> Tensor:
+    """A random crop of a background, turned upright: (3, *size) in [-1, 1]."""
+    path = index.root / item.path
+    picture = _draft(path, item, size)
+    place = fit((item.width, item.height), size, rng)
+    # what the decoder has shrunk already is cropped by the shrunk box
+    shrink = picture.width / item.width
+    left, top, right, bottom = (shrink * edge for edge in place.box)
+    box = (left, top, min(right, picture.width), min(bottom, picture.height))
+    resized = picture.resize(size[::-1], Image.Resampling.BICUBIC, box, reducing_gap=3)
+    return to_tensor(read_image(resized))[0]
+
+
+def _draft(path: Path, item: Item, size: tuple[int, int]) -> Image.Image:
+    """A picture, upright, that a JPEG decoder may have shrunk to a half, a quarter or an eighth, never below `size`."""
+    needed = max(size[1] / item.width, size[0] / item.height)
+    try:
+        with Image.open(path) as file:
+            file.draft("RGB", (int(np.ceil(needed * file.width)), int(np.ceil(needed * file.height))))
+            file.load()
+            picture = ImageOps.exif_transpose(file)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        open_picture(path)  # says what is wrong
+        raise
+    if item.rotation:
+        picture = picture.rotate(item.rotation, expand=True)
+    # a shrunk side may be a pixel longer than its share
+    if abs(picture.width / picture.height * item.height / item.width - 1) > 2 / min(picture.size):
+        raise InputError(
+            f"{path} has not the shape of the {item.width} x {item.height} pixels in its index; "
+            "run tools/prepare_data.py again"
+        )
+    return picture
+
+
+def load_foreground(path: Path, item: Item) -> Image.Image:
+    """A cut-out, upright, cropped to where its alpha is above 0; RGBA."""
+    picture = ImageOps.exif_transpose(open_picture(path)).convert("RGBA")
+    box = picture.getchannel("A").getbbox()
+    if box is None:
+        raise InputError(f"{path} is transparent everywhere; run tools/prepare_data.py again")
+    return picture.crop(box)
+
+
+def load_layers(index: Index, item: Item) -> list[Image.Image]:
+    """The layers of a layered picture as RGBA, back to front."""
+    return [open_picture(path).convert("RGBA") for path in layer_paths(index.root, item)]
+
+
+def layer_paths(root: Path, item: Item) -> Iterator[Path]:
+    """The files of a layered picture, back to front."""
+    return (root / item.path.format(layer=layer) for layer in range(item.layers))
+
+
+def load_parts(index: Index, item: Item, parts: Sequence[str]) -> list[Image.Image]:
+    """The named parts of a triplet, upright: the foreground RGBA, the mask L, the others RGB."""
+    pictures = []
+    for part in parts:
+        path = part_path(index.root, item, part)
+        picture = ImageOps.exif_transpose(open_picture(path))
+        if part == "mask":
+            pictures.append(Image.fromarray(read_mask(picture).astype(np.uint8) * 255))
+        else:
+            pictures.append(picture.convert("RGBA" if part == "foreground" else "RGB"))
+    return pictures
+
+
+def has_foreground(item: Item) -> bool:
+    """Whether a triplet has one: RORem's have not."""
+    return "foreground" in part_names(item)
+
+
+def layer(picture: Image.Image) -> Tensor:
+    """RGBA -> (4, H, W): colours in [-1, 1], alpha in [0, 1]."""
+    rgba = to_tensor(np.asarray(picture))[0]
+    return torch.cat([rgba[:3], (rgba[3:] + 1) / 2])

@@ -1,0 +1,268 @@
+"""Triplets made of small data sets on disk: layered pictures, cut-outs over backgrounds, ready triplets."""
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from layerdecomp.config import load_config
+from layerdecomp.data.blending import BlendingConfig
+from layerdecomp.data.datamodule import DataConfig, SampleData
+from layerdecomp.data.folders import BackgroundFolder, TripletFolder
+from layerdecomp.data.index import Index
+from layerdecomp.data.layerdiffuse import ForegroundFolder
+from layerdecomp.data.mulan import MulanLayers
+from layerdecomp.data.prepare import prepare
+from layerdecomp.data.triplets import TripletConfig, Triplets
+from layerdecomp.errors import InputError
+from layerdecomp.imaging.compositing import over
+from layerdecomp.imaging.masks import MaskConfig
+from layerdecomp.training.runs import train
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+NO_BLENDING = BlendingConfig(light=0, blur=0, grain=0, jpeg=0)
+EXACT = MaskConfig(**{name: float(name == "exact") for name in vars(MaskConfig())})
+
+
+def noise(rng: np.random.Generator, height: int, width: int, low: int = 0, high: int = 256) -> np.ndarray:
+    """Smooth random colours, (height, width, 3)."""
+    small = rng.integers(low, high, (4, 4, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def disc(height: int, width: int, centre: tuple[float, float], radius: float) -> np.ndarray:
+    rows, columns = np.mgrid[:height, :width]
+    distance = np.hypot(rows - centre[0], columns - centre[1])
+    return (np.clip(radius - distance + 0.5, 0, 1) * 255).astype(np.uint8)
+
+
+def rgba(rgb: np.ndarray, alpha: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.concatenate([rgb, alpha[..., None]], axis=-1))
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Indexes of a data set of every kind, one in three items for testing."""
+    root, rng = tmp_path_factory.mktemp("sets"), np.random.default_rng(0)
+    for name in ("layered", "cutouts", "backgrounds", *(f"triplets/{part}" for part in ("image", "mask"))):
+        (root / name).mkdir(parents=True)
+    for part in ("foreground", "background"):
+        (root / "triplets" / part).mkdir()
+    for i in range(12):
+        wide = i % 2 == 0
+        height, width = (80, 120) if wide else (120, 80)
+        Image.fromarray(noise(rng, height, width)).save(root / "backgrounds" / f"{i}.jpg", quality=95)
+        rgba(noise(rng, 70, 50), disc(70, 50, (30, 25), 20)).save(root / "cutouts" / f"{i}.png")
+        opaque = np.full((height, width), 255, np.uint8)
+        rgba(noise(rng, height, width), opaque).save(root / "layered" / f"{i}-layer_0.png")
+        for k, centre in enumerate([(40, 40), (50, 55)], start=1):
+            rgba(noise(rng, height, width), disc(height, width, centre, 18)).save(
+                root / "layered" / f"{i}-layer_{k}.png"
+            )
+        clean, alpha = noise(rng, height, width), disc(height, width, (40, 40), 25)
+        thing = noise(rng, height, width)
+        image = thing * (alpha[..., None] / 255) + clean * (1 - alpha[..., None] / 255)
+        Image.fromarray(image.round().astype(np.uint8)).save(root / "triplets/image" / f"{i}.png")
+        Image.fromarray(alpha).save(root / "triplets/mask" / f"{i}.png")
+        rgba(thing, alpha).save(root / "triplets/foreground" / f"{i}.png")
+        Image.fromarray(clean).save(root / "triplets/background" / f"{i}.png")
+    readers = {
+        "layered": MulanLayers(root / "layered"),
+        "foregrounds": ForegroundFolder(root / "cutouts", min_side=16),
+        "backgrounds": BackgroundFolder(root / "backgrounds"),
+        "folders": TripletFolder(root / "triplets"),
+    }
+    for name, reader in readers.items():
+        prepare(reader, root / f"{name}.safetensors", test_share=0.34)
+    return root
+
+
+def config(sets: Path, *kinds: str, **changes: Any) -> TripletConfig:
+    names = {"layered": ["layered"], "pasted": ["foregrounds", "backgrounds"], "folders": ["folders"]}
+    files = {name: [str(sets / f"{name}.safetensors")] for kind in kinds for name in names[kind]}
+    settings = {"size": 64, "masks": EXACT, "blending": NO_BLENDING, "flip": 0.0, **changes}
+    return TripletConfig(**files, **settings)
+
+
+def samples(settings: TripletConfig, count: int = 8, split: str = "train", **options: Any) -> list[dict[str, Any]]:
+    data = Triplets(settings, split, seed=3, length=count, with_cues=False, **options)
+    return [data[i] for i in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["layered", "pasted", "folders"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_parts_make_the_image(sets: Path, kind: str, split: str) -> None:
+    for sample in samples(config(sets, kind), split=split):
+        image, foreground, background = (sample[name] for name in ("image", "foreground", "background"))
+        assert image.shape == background.shape == (3, 64, 64) and foreground.shape == (4, 64, 64)
+        free = (sample["occluder"] == 0).expand_as(image)
+        composite = over(foreground, background)
+        assert (image - composite)[free].abs().max() < 1e-5
+        assert image.std() > 0.05 and not image.equal(background)
+        visible = foreground[3:] * (1 - sample["occluder"])
+        assert sample["mask"].bool().equal(visible > 0.5 * visible.max())
+
+
+def test_layers_above_the_chosen_one_cover_it_and_stay_in_the_background(sets: Path) -> None:
+    covered = [sample for sample in samples(config(sets, "layered"), 16) if sample["occluder"].any()]
+    assert 2 < len(covered) < 14
+    for sample in covered:
+        front = (sample["occluder"] == 1).expand_as(sample["image"])
+        assert front.any() and (sample["image"] - sample["background"])[front].abs().max() < 1e-5
+        hidden = sample["foreground"][3:] * sample["occluder"]
+        assert hidden.sum() > 0, "the foreground is whole"
+
+
+def test_cut_outs_are_whole_and_vary_in_place_and_size(sets: Path) -> None:
+    mattes = torch.stack([sample["foreground"][3] for sample in samples(config(sets, "pasted"), 16)])
+    assert (mattes.sum((1, 2)) > 0).all() and mattes.mean((1, 2)).std() > 0.02
+    ring = torch.cat([mattes[:, 0], mattes[:, -1], mattes[:, :, 0], mattes[:, :, -1]], dim=1)
+    assert ring.mean() < 0.05
+    assert len({tuple(matte.flatten().argmax().reshape(1).tolist()) for matte in mattes}) > 8
+
+
+def test_a_second_cut_out_sometimes_stands_in_front(sets: Path) -> None:
+    never, always = (config(sets, "pasted", occluder_probability=share) for share in (0.0, 1.0))
+    assert not any(sample["occluder"].any() for sample in samples(never))
+    assert any(sample["occluder"].any() for sample in samples(always, 16))
+
+
+def test_kinds_are_mixed_by_weight(sets: Path) -> None:
+    mixed = config(sets, "layered", "pasted", "folders", layered_weight=3, folders_weight=0, occluder_probability=0)
+    kinds = Triplets(mixed, "train", 0, 1).kinds
+    assert kinds == {"layered": 0.75, "pasted": 0.25}
+    layered = sum(bool(sample["occluder"].any()) for sample in samples(mixed, 24))
+    assert 3 < layered < 18  # about half of the layered ones
+
+
+def test_a_sample_depends_on_seed_split_and_index_alone(sets: Path) -> None:
+    settings = config(sets, "layered", "pasted", blending=BlendingConfig(1, 1, 1, 1))
+    data = Triplets(settings, "train", 5, 10, with_cues=True)
+    again = pickle.loads(pickle.dumps(data))[4]
+    assert all(torch.equal(again[name], value) for name, value in data[4].items() if name != "index")
+    for other in (Triplets(settings, "train", 6, 10)[4], Triplets(settings, "test", 5, 10)[4], data[3]):
+        assert not other["image"].equal(data[4]["image"])
+
+
+def test_the_splits_share_no_file(sets: Path) -> None:
+    for name in ("layered", "foregrounds", "backgrounds", "folders"):
+        index = Index(sets / f"{name}.safetensors")
+        assert len(index.rows("test")) > 0 and len(index.rows("train")) > 0
+
+
+@pytest.mark.parametrize("kind", ["layered", "pasted"])
+def test_a_group_is_of_one_bucket_which_varies(sets: Path, kind: str) -> None:
+    settings = config(sets, kind, aspects=[1.5, 0.6667])
+    assert settings.buckets() == [(48, 80), (80, 48)]
+    shapes = [tuple(sample["image"].shape[1:]) for sample in samples(settings, 24, group=4)]
+    groups = [set(shapes[start : start + 4]) for start in range(0, 24, 4)]
+    assert all(len(group) == 1 for group in groups)
+    assert set.union(*groups) == {(48, 80), (80, 48)}
+    assert {tuple(sample["image"].shape[1:]) for sample in samples(settings, 6)} == {(48, 80)}
+
+
+def test_loaders_give_batches_of_one_size(sets: Path) -> None:
+    triplets = config(sets, "pasted", aspects=[1.5, 0.6667])
+    data = DataConfig(source="triplets", samples=8, validation=2, workers=0, triplets=triplets)
+    module = SampleData(data, seed=0, steps=4, batch_size=4, with_cues=False)
+    module.trainer = type("Trainer", (), {"global_step": 0, "global_rank": 0, "world_size": 1})()
+    assert [len(batch["image"]) for batch in module.train_dataloader()] == [4] * 4
+    with pytest.raises(InputError, match=r"data\.samples is 9; expected a multiple of the batch size, 4"):
+        SampleData(replace(data, samples=9), seed=0, steps=4, batch_size=4, with_cues=False)
+
+
+@pytest.mark.parametrize("switch", ["light", "blur", "grain", "jpeg"])
+def test_every_switch_changes_something(sets: Path, switch: str) -> None:
+    plain = samples(config(sets, "pasted", occluder_probability=0))
+    blended = samples(config(sets, "pasted", occluder_probability=0, blending=replace(NO_BLENDING, **{switch: 1.0})))
+    for before, after in zip(plain, blended, strict=True):
+        changed = {name for name in ("image", "foreground", "background") if not after[name].equal(before[name])}
+        expected = {"grain": {"image", "foreground", "background"}, "jpeg": {"image"}}
+        assert changed == expected.get(switch, {"image", "foreground"})
+        assert 0.001 < (after["image"] - before["image"]).abs().mean() < 0.3
+
+
+def test_flipping_turns_everything(sets: Path) -> None:
+    plain, flipped = (samples(config(sets, "layered", flip=share)) for share in (0.0, 1.0))
+    for before, after in zip(plain, flipped, strict=True):
+        for name in ("image", "foreground", "background", "occluder"):
+            assert after[name].equal(before[name].flip(-1))
+
+
+def test_what_config_cannot_be() -> None:
+    for wrong, message in (
+        ({"aspects": []}, "aspects"),
+        ({"aspects": [1, -2]}, "aspects"),
+        ({"min_area": 0.9}, "min_area"),
+        ({"size": 8}, "size"),
+        ({"layered_weight": -1}, "layered_weight"),
+    ):
+        with pytest.raises(InputError, match=message):
+            TripletConfig(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"blending\.jpeg is 2"):
+        BlendingConfig(jpeg=2)
+    with pytest.raises(InputError, match="names no index"):
+        Triplets(TripletConfig(), "train", 0, 1)
+
+
+def test_indexes_of_the_wrong_kind_or_without_a_partner(sets: Path) -> None:
+    layered, cut_outs = str(sets / "layered.safetensors"), str(sets / "foregrounds.safetensors")
+    with pytest.raises(InputError, match="is an index of layered; expected one of backgrounds"):
+        Triplets(TripletConfig(foregrounds=[cut_outs], backgrounds=[layered]), "train", 0, 1)
+    with pytest.raises(InputError, match="need each other"):
+        Triplets(TripletConfig(foregrounds=[cut_outs]), "train", 0, 1)
+    with pytest.raises(InputError, match="does not exist"):
+        Triplets(TripletConfig(layered=[str(sets / "missing.safetensors")]), "train", 0, 1)
+
+
+def test_objects_that_are_too_small_are_passed_over(sets: Path) -> None:
+    with pytest.raises(InputError, match="16 pictures in a row have no object"):
+        samples(config(sets, "layered", min_area=0.7))
+
+
+def test_a_split_without_items_says_so(sets: Path, tmp_path: Path) -> None:
+    prepare(BackgroundFolder(sets / "backgrounds"), tmp_path / "all.safetensors", test_share=0)
+    settings = replace(config(sets, "pasted"), backgrounds=[str(tmp_path / "all.safetensors")])
+    assert len(samples(settings, 2)) == 2
+    with pytest.raises(InputError, match="no items of the test split"):
+        Triplets(settings, "test", 0, 1)
+
+
+def test_a_picture_that_has_changed_since_it_was_indexed(sets: Path, tmp_path: Path) -> None:
+    (tmp_path / "backgrounds").mkdir()
+    Image.fromarray(noise(np.random.default_rng(0), 80, 120)).save(tmp_path / "backgrounds" / "a.jpg")
+    prepare(BackgroundFolder(tmp_path / "backgrounds"), tmp_path / "index.safetensors", test_share=0)
+    settings = replace(config(sets, "pasted"), backgrounds=[str(tmp_path / "index.safetensors")])
+    assert samples(settings, 1)
+    Image.fromarray(noise(np.random.default_rng(0), 80, 80)).save(tmp_path / "backgrounds" / "a.jpg")
+    with pytest.raises(InputError, match="run tools/prepare_data.py again"):
+        samples(settings, 1)
+    whole = (tmp_path / "backgrounds" / "a.jpg").read_bytes()
+    (tmp_path / "backgrounds" / "a.jpg").write_bytes(whole[: len(whole) // 3])
+    with pytest.raises(InputError, match=r"a\.jpg cannot be read as a picture"):
+        samples(settings, 1)
+
+
+def test_an_adapter_is_trained_on_triplets(sets: Path, tmp_path: Path, tiny_overrides: list[str]) -> None:
+    files = {name: f"[{sets / name}.safetensors]" for name in ("layered", "foregrounds", "backgrounds", "folders")}
+    settings = [
+        *tiny_overrides,
+        "data.source=triplets",
+        *(f"data.triplets.{name}={value}" for name, value in files.items()),
+        "data.triplets.size=32",
+        "data.triplets.aspects=[1,1.5]",
+        "train.steps=2",
+        f"run_dir={tmp_path / 'run'}",
+    ]
+    config = load_config(CONFIGS / "tiny.yaml", settings)
+    train(config)
+    written = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert written["protocol"]["data"] == "triplets"
+    assert written["results"]["adapted"]["background/psnr"] > 0
