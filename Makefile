@@ -12,7 +12,7 @@ RUN := .venv/bin/python
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 
-.PHONY: train tiny decompose evaluate export ablation curves test lint clean
+.PHONY: train tiny decompose evaluate export ablation curves benchmark-data test lint clean
 .DEFAULT_GOAL := train
 
 .venv/installed: setup.cfg
@@ -81,6 +81,9 @@ ablation: .venv/installed-plots $(MASKLESS)  ## the paper's ablation: make ablat
 
 curves: .venv/installed-plots  ## quality against steps and against distinct training samples
 	$(RUN) tools/ablate.py config=configs/curves.yaml $(ARGS)
+
+benchmark-data: .venv/installed  ## triplets per second: make benchmark-data ARGS="layered=[data/mulan.safetensors]"
+	$(RUN) tools/benchmark_data.py $(ARGS)
 
 test: .venv/installed-dev
 	$(RUN) -m pytest $(ARGS)

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from layerdecomp.cli import run_command, take
+from layerdecomp.data.index import Index
 from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError
 from layerdecomp.weights import Adapter
@@ -31,7 +32,7 @@ def _tool(name: str) -> ModuleType:
     return module
 
 
-TOOLS = {name: _tool(name) for name in ("train", "decompose", "evaluate", "export")}
+TOOLS = {name: _tool(name) for name in ("train", "decompose", "evaluate", "export", "prepare_data", "benchmark_data")}
 Fails = Callable[..., str]
 
 
@@ -113,6 +114,33 @@ def test_evaluate_writes_figures_and_pictures(
     assert {path.name for path in tiny_weights.iterdir()} == {
         f"{name}.safetensors" for name in ("transformer", "autoencoder", "rgba_autoencoder", "adapter")
     }
+
+
+def test_prepare_data_makes_indexes_and_checks_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    for name in ("a.jpg", "b.png"):
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(tmp_path / "pictures" / name)
+    index = tmp_path / "index.safetensors"
+    where = [f"root={tmp_path / 'pictures'}", f"out={index}"]
+    run_command(TOOLS["prepare_data"].main, ["source=backgrounds", "licence=CC0", "workers=2", *where])
+    assert [(item.id, item.width, item.height) for item in Index(index)] == [("a", 30, 20), ("b", 30, 20)]
+    assert Index(index).licence == "CC0"
+    run_command(TOOLS["prepare_data"].main, [f"check={index}", "workers=1"])
+    assert "no faults" in capsys.readouterr().out
+    (tmp_path / "pictures" / "a.jpg").write_bytes(b"no picture")
+    with pytest.raises(SystemExit) as stopped:
+        run_command(TOOLS["prepare_data"].main, [f"check={index}", "workers=1"])
+    assert stopped.value.code == 1 and "a.jpg cannot be read" in capsys.readouterr().out
+
+
+def test_benchmark_data_tells_where_the_time_goes(capsys: pytest.CaptureFixture[str]) -> None:
+    run_command(TOOLS["benchmark_data"].main, ["count=2", "size=64"])
+    rate, *stages = capsys.readouterr().out.splitlines()[2:]
+    assert "triplets/s per worker at 64 x 64" in rate
+    shares = {line[:14].strip(): int(line.split("%")[0].split()[-1]) for line in stages}
+    assert list(shares) == ["decode", "resize", "pad colours", "blend", "mask", "cues", "the rest"]
+    assert 95 <= sum(shares.values()) <= 105 and shares["cues"] > 0 and shares["resize"] > 0
 
 
 def test_export_names_what_it_wrote(tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,6 +264,7 @@ def test_export(fails: Fails, tiny_weights: Path, tmp_path: Path, arguments: lis
         ("resume=absent.ckpt", "resume=absent.ckpt: no such checkpoint"),
         ("train.devices=0", "train.devices is 0; expected at least 1"),
         ("data.scenes.size=100", "data.scenes.size: found 100, expected a positive multiple of 16"),
+        ("data.source=triplets", "data.triplets names no index with a weight above 0"),
     ],
 )
 def test_train(
@@ -252,6 +281,24 @@ def test_gated_weights_are_not_there(fails: Fails) -> None:
     said = fails("train", f"config={CONFIGS / 'flux_fill.yaml'}", "train.devices=1")
     assert "checkpoints/flux1-fill-dev/flux1-fill-dev.safetensors does not exist" in said
     assert "checkpoints/README.md" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected check=FILES, or out=FILE and source= one of mulan, "),
+        (["source=mulam", "out=a.safetensors"], "source= one of mulan, "),
+        (["source=backgrounds", "out=a.safetensors"], "root= is missing"),
+        (["source=backgrounds", "out=a.safetensors", "rot=x"], "unknown key rot; the nearest known one is root"),
+        (["source=backgrounds", "out=a.safetensors", "root=absent"], "absent is no folder"),
+        (["source=backgrounds", "out=a.safetensors", "root=.", "workers=two"], "workers=two: expected a whole number"),
+        (["source=backgrounds", "out=a.safetensors", "root=.", "test_share=2"], "test_share=2; expected a number"),
+        (["check=absent.safetensors"], "absent.safetensors does not exist"),
+        (["check=absent.safetensors", "root=."], "unknown argument root=."),
+    ],
+)
+def test_prepare_data(fails: Fails, arguments: list[str], message: str) -> None:
+    assert message in fails("prepare_data", *arguments)
 
 
 # The command line itself
