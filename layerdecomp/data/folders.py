@@ -78,8 +78,9 @@ def _is_huge(picture: Image.Image) -> bool:
 
 
 def orientation(picture: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) to 8."""
-    return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    """The EXIF orientation, 1 (upright) to 8; 1 where there is none, or nonsense."""
+    value = picture.getexif().get(ExifTags.Base.Orientation)
+    return value if value in range(1, 9) else 1
 
 
 def upright_size(picture: Image.Image) -> tuple[int, int]:
@@ -176,7 +177,7 @@ class RoremFolder:
     """
 
     root: Path
-    licence: str = LICENCE
+    licence: str = "CC BY-NC-SA 4.0"  # of RORem's copy of MULAN
     source: ClassVar[str] = "rorem"
     kind: ClassVar[str] = "triplets"
 
