@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
@@ -189,7 +190,11 @@ class RoremFolder:
             raise InputError(f"{path} cannot be read ({error}); expected RORem's list of records") from error
         if not isinstance(records, list) or not records:
             raise InputError(f"{path} holds no records; expected a list of {{source, mask, GT}}")
-        return sorted(_joined(_named(path, position, record)) for position, record in enumerate(records))
+        triplets = Counter(_joined(_named(path, position, record)) for position, record in enumerate(records))
+        candidate, count = triplets.most_common(1)[0]
+        if count > 1:
+            raise InputError(f"{path}: {count} of its records are {candidate}; keep one")
+        return sorted(triplets)
 
     def read(self, candidate: str) -> Item:
         names: dict[str, str] = json.loads(candidate)

@@ -51,22 +51,29 @@ def looks_premultiplied(rgba: Pixels) -> bool:
 
     Looks at the brightest channel v of the half-transparent pixels; it says yes if all of this holds:
 
+    - Most of them are not black. Black is the same either way, and an object that fades into a black shadow all around
+      it darkens as if it were premultiplied.
     - v exceeds alpha nowhere, give or take what lossy files do to a few pixels. Straight colours know nothing of
-      alpha: unless they are black, they exceed it on the soft edge of a cut-out, where alpha falls to 0.
-    - The pixels would be clearly brighter if they were divided by alpha. This clears black objects and shadows.
+      alpha: unless they are dark, they exceed it on the soft edge of a cut-out, where alpha falls to 0.
+    - The pixels would be clearly brighter if they were divided by alpha. This clears dark objects.
     - v follows alpha: from the fainter to the denser half of the pixels, it grows more like alpha does than like a
-      constant. This clears dark objects whose alpha nowhere falls below their colour. Under an even alpha, as of a
-      pane of glass, the two halves do not differ and nothing follows.
+      constant. This clears objects whose alpha nowhere falls below their colour. Under an even alpha, as of a pane of
+      glass, the two halves do not differ and nothing follows.
+
+    It would rather miss one than refuse a sound one: dark premultiplied pictures pass, so do those with black shadows
+    and those with next to no half-transparent pixels.
 
     Args:
         rgba: (H, W, 4) uint8.
     """
-    alpha = rgba[..., 3]
-    half = (alpha > 0) & (alpha < 255)
-    if np.count_nonzero(half) < 64:  # too few to tell, and too few to matter
+    alpha, brightest = rgba[..., 3], rgba[..., :3].max(axis=2)
+    half = (alpha > 16) & (alpha < 255)  # in fainter ones v is black through rounding
+    if np.count_nonzero(half & (brightest <= 4)) * 2 > np.count_nonzero(half):
         return False
-    density = alpha[half].astype(np.float64)
-    value = rgba[half][:, :3].max(axis=1).astype(np.float64)
+    telling = (alpha > 0) & (alpha < 255) & (brightest > 4)
+    if np.count_nonzero(telling) < 64:
+        return False
+    density, value = alpha[telling].astype(np.float64), brightest[telling].astype(np.float64)
     exceeds = np.mean(value > density + 2) > 0.005
     brighter = value.sum() / density.sum() * 255 - value.mean() >= 16
     return not exceeds and bool(brighter) and _follows(value, density)
