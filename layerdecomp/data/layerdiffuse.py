@@ -87,10 +87,10 @@ def _follows(value: NDArray[np.float64], density: NDArray[np.float64]) -> bool:
     return bool(value[dense].mean() >= np.sqrt(growth) * value[~dense].mean())
 
 
-def pad_colours(rgba: Rgba, factor: float = 1.2) -> Rgba:
+def pad_colours(rgba: Rgba) -> Rgba:
     """Gives pixels under alpha 0 the colours of the visible ones around them; visible pixels stay as they are.
 
-    As LayerDiffuse does it: alpha and the colours times alpha are shrunk by `factor` again and again, down to one
+    As LayerDiffuse does it: alpha and the colours times alpha are shrunk by 1.2 again and again, down to one
     pixel; then each size, from the coarsest, takes from the one before it what it lacks in alpha.
 
     Args:
@@ -106,17 +106,17 @@ def pad_colours(rgba: Rgba, factor: float = 1.2) -> Rgba:
     scale = 255 if rgba.dtype == np.uint8 else 1
     layer = torch.from_numpy(rgba.astype(np.float32) / scale).permute(2, 0, 1)[None]  # (1, 4, H, W)
     layer[:, :3] *= layer[:, 3:]
-    colours = _filled(layer, factor)[0, :3].permute(1, 2, 0).numpy()[hidden] * scale
+    colours = _filled(layer)[0, :3].permute(1, 2, 0).numpy()[hidden] * scale
     padded[hidden, :3] = colours.round() if scale == 255 else colours
     return padded
 
 
-def _filled(layer: Tensor, factor: float) -> Tensor:
+def _filled(layer: Tensor) -> Tensor:
     """(1, 4, H, W) premultiplied layer -> the same with every pixel full."""
     sizes = [layer]
     while max(sizes[-1].shape[-2:]) > 1:
-        smaller = [max(1, int(side / factor)) for side in sizes[-1].shape[-2:]]
-        # bilinear samples see 2 x 2 pixels: at steps of 1.2 none is passed over
+        smaller = [max(1, int(side / 1.2)) for side in sizes[-1].shape[-2:]]
+        # a bilinear sample sees 2 x 2 pixels: at such steps none is passed over, so alpha never vanishes
         sizes.append(F.interpolate(sizes[-1], smaller, mode="bilinear"))
     full = sizes[-1] / sizes[-1][:, 3:]
     for size in reversed(sizes[:-1]):

@@ -1,0 +1,190 @@
+"""Cut-outs: what is refused, which are taken for premultiplied, and what colours the invisible pixels get."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from layerdecomp.data.index import Item
+from layerdecomp.data.layerdiffuse import ForegroundFolder, looks_premultiplied, pad_colours
+from layerdecomp.data.shapes import whole_shape
+from layerdecomp.data.textures import photograph_crop, procedural
+from layerdecomp.errors import InputError
+
+SIDE = 96
+
+
+def _blurred(alpha: np.ndarray, radius: float) -> np.ndarray:
+    return np.asarray(Image.fromarray(alpha).filter(ImageFilter.GaussianBlur(radius)))
+
+
+def _cut_out(seed: int, softness: float = 3.0, brightness: float = 1.0) -> np.ndarray:
+    """(SIDE, SIDE, 4) uint8, straight alpha: a random shape of a random texture."""
+    rng = np.random.default_rng(seed)
+    texture = (photograph_crop if seed % 2 else procedural)(rng, SIDE, "train")
+    alpha = (whole_shape(rng, SIDE, "train", 0.3) * 255).astype(np.uint8)
+    return np.dstack([(texture * 255 * brightness).round().astype(np.uint8), _blurred(alpha, softness)])
+
+
+def _premultiplied(rgba: np.ndarray) -> np.ndarray:
+    return np.dstack([(rgba[..., :3] * (rgba[..., 3:] / 255)).round().astype(np.uint8), rgba[..., 3]])
+
+
+def _save(array: np.ndarray, path: Path, **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+def test_cut_outs_at_any_depth(tmp_path: Path) -> None:
+    _save(_cut_out(0)[:80], tmp_path / "a.png")
+    _save(_cut_out(1), tmp_path / "deep" / "er" / "b.webp")
+    _save(_cut_out(2), tmp_path / "c.tif")
+    _save(_cut_out(3)[..., :3], tmp_path / "preview.jpg")
+    reader = ForegroundFolder(tmp_path, min_side=80)
+    assert (reader.source, reader.kind) == ("layerdiffuse", "foregrounds")
+    assert [reader.read(candidate) for candidate in reader.candidates()] == [
+        Item("a", "a.png", SIDE, 80),
+        Item("c", "c.tif", SIDE, SIDE),
+        Item("deep/er/b", "deep/er/b.webp", SIDE, SIDE),
+    ]
+
+
+OPAQUE = np.dstack([_cut_out(0)[..., :3], np.full((SIDE, SIDE), 255, np.uint8)])
+CLEAR = np.dstack([_cut_out(0)[..., :3], np.zeros((SIDE, SIDE), np.uint8)])
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (_cut_out(0)[..., :3], r"has no alpha channel \(its mode is RGB\)"),
+        (OPAQUE, "is opaque everywhere; expected alpha 0 around the object"),
+        (CLEAR, "is transparent everywhere; expected an object"),
+        (_cut_out(0)[:-1], "is 96 x 95 pixels; expected sides of 96 at least"),
+        (_premultiplied(_cut_out(0)), "looks premultiplied: .*divide the colours by alpha"),
+    ],
+    ids=["no alpha", "opaque", "clear", "small", "premultiplied"],
+)
+@pytest.mark.parametrize("format", ["png", "tif", "webp"])
+def test_files_that_are_no_cut_outs(tmp_path: Path, array: np.ndarray, message: str, format: str) -> None:
+    if array is OPAQUE and format == "webp":
+        message = "has no alpha channel"  # the encoder drops it
+    reader = ForegroundFolder(tmp_path, min_side=SIDE)
+    _save(array, tmp_path / f"a.{format}", **({"lossless": True} if format == "webp" else {}))
+    with pytest.raises(InputError, match=rf"a\.{format} {message}"):
+        reader.read(*reader.candidates())
+    content = _save(_cut_out(0), tmp_path / f"a.{format}").read_bytes()
+    assert reader.read(*reader.candidates()).width == SIDE
+    (tmp_path / f"a.{format}").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=rf"a\.{format} cannot be read"):
+        reader.read(*reader.candidates())
+
+
+@pytest.mark.parametrize("softness", [0.7, 3, 9])
+def test_premultiplied_colours_are_recognized(softness: float) -> None:
+    straight = [_cut_out(seed, softness) for seed in range(40)]
+    assert not any(looks_premultiplied(rgba) for rgba in straight)
+    found = [looks_premultiplied(_premultiplied(rgba)) for rgba in straight]
+    assert np.mean(found) > 0.85  # dark textures pass
+
+
+def test_noise_and_plain_white() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 4), dtype=np.uint8)
+    white = np.dstack([np.full((SIDE, SIDE, 3), 255, np.uint8), _cut_out(0)[..., 3]])
+    for rgba in (noise, white):
+        assert not looks_premultiplied(rgba)
+        assert looks_premultiplied(_premultiplied(rgba))
+
+
+@pytest.mark.parametrize("brightness", [0.0, 0.02, 0.1, 0.3])
+def test_dark_objects_are_not_premultiplied(brightness: float) -> None:
+    assert not any(looks_premultiplied(_cut_out(seed, 6, brightness)) for seed in range(20))
+
+
+def test_an_even_pane_of_glass() -> None:
+    glass = np.dstack([_cut_out(1)[..., :3] // 2 + 100, np.full((SIDE, SIDE), 120, np.uint8)])
+    glass[:9] = 0
+    assert not looks_premultiplied(glass) and looks_premultiplied(_premultiplied(glass))
+
+
+def test_an_object_of_dense_alpha_that_is_darker_than_that() -> None:
+    rgba = _cut_out(1, brightness=0.6)
+    rgba[..., 3] = np.random.default_rng(0).integers(160, 255, (SIDE, SIDE))  # never below the colours
+    assert not looks_premultiplied(rgba) and looks_premultiplied(_premultiplied(rgba))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_black_shadows_are_not_premultiplied(seed: int) -> None:
+    solid = _cut_out(seed, 1) / 255
+    shadow = 0.6 * _blurred(_cut_out(seed, 1)[..., 3], 8)[..., None] / 255
+    alpha = solid[..., 3:] + shadow * (1 - solid[..., 3:])
+    colours = solid[..., :3] * solid[..., 3:] / alpha.clip(1e-6)
+    assert not looks_premultiplied((np.dstack([colours, alpha]) * 255).round().astype(np.uint8))
+
+
+def test_a_few_pixels_tell_nothing() -> None:
+    rgba = _premultiplied(_cut_out(0))
+    half = np.flatnonzero((rgba[..., 3] > 0) & (rgba[..., 3] < 255))
+    rgba.reshape(-1, 4)[half[60:], 3] = 0
+    assert len(half) > 200 and not looks_premultiplied(rgba)
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (1, 40), (37, 2), (50, 91)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
+def test_visible_pixels_stay_as_they_are(shape: tuple[int, int], dtype: Any) -> None:
+    rng = np.random.default_rng(0)
+    rgba = rng.integers(0, 256, (*shape, 4), dtype=np.uint8).astype(dtype) / (1 if dtype == np.uint8 else 255)
+    rgba = rgba.astype(dtype)
+    rgba[rng.random(shape) < 0.7, 3] = 0
+    before = rgba.copy()
+    padded = pad_colours(rgba)
+    visible = rgba[..., 3] > 0
+    assert padded.dtype == dtype and 0 < visible.sum() < visible.size
+    np.testing.assert_array_equal(rgba, before)
+    np.testing.assert_array_equal(padded[visible], rgba[visible])
+    np.testing.assert_array_equal(padded[..., 3], rgba[..., 3])
+    assert (padded[~visible] != rgba[~visible]).any(axis=1).mean() > 0.9
+    low, high = (edge(rgba[visible, :3].astype(float), axis=0) for edge in (np.min, np.max))
+    slack = 1 if dtype == np.uint8 else 1e-5
+    assert (padded[..., :3] >= low - slack).all() and (padded[..., :3] <= high + slack).all()
+
+
+@pytest.mark.parametrize("shape", [(13, 27), (31, 1), (3, 5)])
+def test_one_faint_pixel_is_enough(shape: tuple[int, int]) -> None:
+    for place in range(shape[0] * shape[1]):
+        rgba = np.zeros((*shape, 4), np.uint8)
+        rgba.reshape(-1, 4)[place] = 10, 120, 250, 1
+        assert (abs(pad_colours(rgba)[..., :3].astype(int) - (10, 120, 250)) <= 1).all()
+
+
+def test_hidden_colours_do_not_matter_and_the_nearest_visible_ones_do() -> None:
+    rgba = np.zeros((64, 64, 4), np.uint8)
+    rgba[..., :3] = np.random.default_rng(0).integers(0, 256, (64, 64, 3))
+    rgba[20:44, 4:10] = 220, 30, 40, 255
+    rgba[20:44, 54:60] = 20, 30, 240, 255
+    padded = pad_colours(rgba)
+    other = rgba.copy()
+    other[rgba[..., 3] == 0, :3] = 255 - rgba[rgba[..., 3] == 0, :3]
+    np.testing.assert_array_equal(pad_colours(other), padded)
+    assert (abs(padded[20:44, 10:12, :3].astype(int) - (220, 30, 40)) < 40).all()
+    assert (abs(padded[20:44, 52:54, :3].astype(int) - (20, 30, 240)) < 40).all()
+    row = padded[32, 10:54, 0].astype(int)
+    assert (np.diff(row) <= 2).all() and row[0] - row[-1] > 120  # one colour fades into the other
+    assert (abs(padded[..., 1].astype(int) - 30) <= 1).all()  # what both have in common goes everywhere
+
+
+def test_a_constant_colour_is_spread_exactly() -> None:
+    rgba = _cut_out(0).astype(np.float32) / 255
+    rgba[..., :3] = rgba[..., 3:] * 0 + np.array([0.2, 0.5, 0.9])
+    rgba[rgba[..., 3] == 0, :3] = 0
+    padded = pad_colours(rgba)
+    np.testing.assert_allclose(padded[..., :3], np.broadcast_to([0.2, 0.5, 0.9], padded[..., :3].shape), atol=1e-5)
+
+
+def test_nothing_to_pad_from_or_to() -> None:
+    for rgba in (OPAQUE, CLEAR):
+        padded = pad_colours(rgba)
+        np.testing.assert_array_equal(padded, rgba)
+        assert padded is not rgba
