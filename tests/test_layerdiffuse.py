@@ -115,6 +115,12 @@ def test_an_object_of_dense_alpha_that_is_darker_than_that() -> None:
     assert not looks_premultiplied(rgba) and looks_premultiplied(_premultiplied(rgba))
 
 
+def test_a_dark_object_that_is_nearly_opaque() -> None:
+    rgba = _cut_out(1, brightness=0.5)
+    rgba[..., 3] = np.random.default_rng(0).integers(225, 250, (SIDE, SIDE))  # what is multiplied hardly shows
+    assert (rgba[..., :3].max(axis=2) < rgba[..., 3]).all() and not looks_premultiplied(rgba)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_black_shadows_are_not_premultiplied(seed: int) -> None:
     solid = _cut_out(seed, 1) / 255
@@ -181,6 +187,8 @@ def test_a_constant_colour_is_spread_exactly() -> None:
     rgba[rgba[..., 3] == 0, :3] = 0
     padded = pad_colours(rgba)
     np.testing.assert_allclose(padded[..., :3], np.broadcast_to([0.2, 0.5, 0.9], padded[..., :3].shape), atol=1e-5)
+    levels = (rgba * 255).round().astype(np.uint8)
+    assert (pad_colours(levels)[..., :3] == (51, 128, 230)).all()  # rounded, not cut off
 
 
 def test_nothing_to_pad_from_or_to() -> None:

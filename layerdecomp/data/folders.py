@@ -81,7 +81,7 @@ def _is_huge(picture: Image.Image) -> bool:
 def orientation(picture: Image.Image) -> int:
     """The EXIF orientation, 1 (upright) to 8; 1 where there is none, or nonsense."""
     value = picture.getexif().get(ExifTags.Base.Orientation)
-    return value if value in range(1, 9) else 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def upright_size(picture: Image.Image) -> tuple[int, int]:

@@ -32,7 +32,7 @@ class Item:
     """One row: a file (or the files of one layered picture or triplet) that has been opened and found sound."""
 
     id: str  # unique in its index
-    path: str  # below the index's root, with forward slashes; "{layer}" and "{part}" stand for what varies
+    path: str  # below the index's root, with forward slashes; "{layer}" stands for a number, a triplet has JSON by part
     width: int  # pixels, after rotation
     height: int
     layers: int = 1  # of a layered picture, the background included
