@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
+from scipy.ndimage import maximum_filter
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from layerdecomp.data.sample import SPLITS, Scene, build_cues, build_sample, plane
 from layerdecomp.data.shapes import Matte, draw_shape, inpainting_mask, placed, scaled, whole_shape
-from layerdecomp.data.textures import Picture, photograph_crop, procedural
+from layerdecomp.data.textures import Picture, material, photograph_crop, procedural
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.compositing import over
 from layerdecomp.imaging.masks import MaskConfig
@@ -83,46 +84,48 @@ class Scenes(Dataset[dict[str, Any]]):
 
 def make_scene(rng: np.random.Generator, config: SceneConfig, split: str) -> Scene:
     """Draw a scene, and everything in it, at random."""
-    background = _colour(_texture(rng, config.size, split, config.photograph_probability))
-    area = np.exp(rng.uniform(np.log(0.05), np.log(0.45)))  # log-uniform: as many small objects as large ones
-    foreground = _thing(rng, config.size, split, area)
+    size = config.size
+    photograph = rng.random() < config.photograph_probability
+    background = _colour(photograph_crop(rng, size, split) if photograph else procedural(rng, size, split))
+    area = np.exp(rng.uniform(np.log(0.08), np.log(0.45)))  # log-uniform: as many small objects as large ones
+    matte = whole_shape(rng, size, split, area)
     if rng.random() < config.bystander_probability:
-        bystander = _thing(rng, config.size, split, rng.uniform(0.03, 0.2))
-        if (bystander[3] * foreground[3]).sum() < 0.5 * bystander[3].sum():  # what is mostly hidden cannot be guessed
-            background = over(bystander, background)
+        bystander = whole_shape(rng, size, split, rng.uniform(0.03, 0.2))
+        if (bystander * matte).sum() < 0.5 * bystander.sum():  # what is mostly hidden cannot be guessed
+            background = over(_thing(rng, bystander, split, background), background)
+    foreground = _thing(rng, matte, split, background)
     occluder = torch.zeros_like(foreground)
     if rng.random() < config.occluder_probability:
-        occluder = _occluder(rng, config.size, split, foreground[3].numpy())
+        covering = _covering(rng, split, foreground[3].numpy())
+        if covering.any():
+            occluder = _thing(rng, covering, split, over(foreground, background), opaque=True)
     return Scene(background, foreground, occluder)
 
 
-def _texture(rng: np.random.Generator, size: int, split: str, photograph_probability: float) -> Picture:
-    return photograph_crop(rng, size, split) if rng.random() < photograph_probability else procedural(rng, size, split)
-
-
-def _thing(rng: np.random.Generator, size: int, split: str, area: float) -> Tensor:
-    """Make a thing (4, H, W) that lies inside the picture: two in three opaque, else soft-edged or half-transparent."""
-    matte = whole_shape(rng, size, split, area)
-    rgb = _lit(_texture(rng, size, split, photograph_probability=0.5), matte, rng)
+def _thing(rng: np.random.Generator, matte: Matte, split: str, behind: Tensor, opaque: bool = False) -> Tensor:
+    """Make a thing (4, H, W) of a shape, over a picture `behind` it: mostly opaque, else soft or half-transparent."""
+    edge = (maximum_filter(matte, 9) > 0.5) & (matte < 0.5)
+    surroundings = behind.permute(1, 2, 0).numpy()[edge] / 2 + 0.5
+    rgb = _lit(material(rng, len(matte), split, surroundings), matte, rng)
     kind = rng.random()
-    if kind < 0.18:
-        return _layer(rgb, _blurred(matte, rng.uniform(0.006, 0.025) * size))
-    if kind < 0.33:
+    if kind < 0.15 and not opaque:
+        return _layer(rgb, _blurred(matte, rng.uniform(0.006, 0.025) * len(matte)))
+    if kind < 0.25 and not opaque:
         return _layer(rgb, matte * np.float32(rng.uniform(0.4, 0.85)))
     return _layer(rgb, matte)
 
 
-def _occluder(rng: np.random.Generator, size: int, split: str, alpha: Matte) -> Tensor:
-    """Make an opaque thing (4, H, W) that covers 10 to 50 % of the object, or nothing where no tried place does."""
+def _covering(rng: np.random.Generator, split: str, alpha: Matte) -> Matte:
+    """Make a shape (H, W) that covers 10 to 50 % of an object, or nothing where no tried place does."""
+    size = len(alpha)
     stamp = scaled(draw_shape(rng, size, split), float(alpha.mean()) * rng.uniform(0.4, 1.2), rng, size)
-    rgb = _texture(rng, size, split, photograph_probability=0.5)
     for row, column in rng.choice(np.argwhere(alpha > 0.2), 12):
         # Any pixel of the stamp's box may lie on this pixel of the object.
         left, top = np.round((column, row) - rng.random(2) * stamp.size).astype(int).tolist()
         matte = placed(stamp, left, top, size)
         if 0.1 <= (alpha * matte).sum() / alpha.sum() <= 0.5:
-            return _layer(_lit(rgb, matte, rng), matte)
-    return torch.zeros(4, size, size)
+            return matte
+    return np.zeros_like(alpha)
 
 
 def _lit(rgb: Picture, matte: Matte, rng: np.random.Generator) -> Picture:

@@ -20,6 +20,8 @@ from layerdecomp.errors import InputError
 Picture = NDArray[np.float32]  # (H, W, 3) in [0, 1]
 Field = NDArray[np.float32]  # (H, W) in [0, 1]
 
+DISTINCT = 0.35  # mean distance of a thing's colour from those around it, of at most sqrt(3)
+
 # How often each is drawn: the richest photographs most, the mostly black sky and the near-uniform textures less.
 PHOTOGRAPHS: dict[str, dict[str, float]] = {
     "train": {
@@ -79,6 +81,30 @@ def procedural(rng: np.random.Generator, size: int, split: str) -> Picture:
     fields = _FIELDS[split]
     make = fields[rng.integers(len(fields))]
     return _coloured(make(rng, size), _palette(rng, int(rng.integers(2, 5))))
+
+
+def material(rng: np.random.Generator, size: int, split: str, surroundings: NDArray[np.float32]) -> Picture:
+    """Make what a thing is made of (size, size, 3): shades of one colour that its surroundings do not have.
+
+    Most things can be told from what they lie on, which is what makes them things; the pattern of the shades is a
+    procedural field or the brightness of a photograph.
+
+    Args:
+        surroundings: colours (N, 3) in [0, 1] around the thing.
+    """
+    if rng.random() < 0.5:
+        pattern = _normalized(photograph_crop(rng, size, split).mean(axis=-1))
+    else:
+        fields = _FIELDS[split]
+        pattern = fields[rng.integers(len(fields))](rng, size)
+    colours = rng.random((12, 3))
+    grey = colours.mean(axis=1, keepdims=True)
+    colours = grey + rng.uniform(0.2, 1) * (colours - grey)
+    distances = np.linalg.norm(colours[:, None] - surroundings, axis=-1).mean(axis=1)
+    distinct = distances > DISTINCT
+    colour = colours[distinct.argmax() if distinct.any() else distances.argmax()]
+    shades = rng.uniform(0.03, 0.35) * (pattern - pattern.mean())
+    return np.asarray(np.clip(colour + shades[..., None], 0, 1), np.float32)
 
 
 def noise(rng: np.random.Generator, size: int, cells: int = 3, persistence: float = 0.5) -> Field:
