@@ -50,9 +50,10 @@ class TrainConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW."""
+    """AdamW, or Muon for the matrices inside the blocks and Adam for the rest."""
 
     lr: float = 5e-5
+    muon: bool = False
     warmup: int = 0  # steps over which the rate rises from 0
     decay: bool = False  # cosine, to 2 % at the last step
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])

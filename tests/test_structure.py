@@ -29,6 +29,7 @@ ORDER = [
     # floor 3: training
     *(
         "training.__init__",
+        "training.muon",
         "training.base",
         "training.projection",
         "training.autoencoder",

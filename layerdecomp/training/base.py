@@ -17,12 +17,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim import AdamW, Optimizer
 
 from layerdecomp.config import FlowJobConfig, RunConfig
 from layerdecomp.data.datamodule import collate, open_samples
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import write_metrics
 from layerdecomp.flow import interpolate, sample_times, seeded_normal, velocity_target
+from layerdecomp.training.muon import Muon
 from layerdecomp.weights import Metadata, copy_tensors, file_sha256
 
 
@@ -133,9 +135,15 @@ class Job(LightningModule):
 
     def configure_optimizers(self) -> Any:
         config = self.run.optim
-        parameters = [parameter for _, parameter in self.trained()]
+        trained = dict(self.trained())
         betas = (config.betas[0], config.betas[1])
-        optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
+        optimizer: Optimizer
+        if config.muon:
+            matrices = [name for name, parameter in trained.items() if "blocks." in name and parameter.dim() == 2]
+            others = [name for name in trained if name not in matrices]
+            optimizer = Muon(*([trained[name] for name in names] for names in (matrices, others)), config.lr, betas)
+        else:
+            optimizer = AdamW(trained.values(), lr=config.lr, betas=betas, weight_decay=config.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
