@@ -12,6 +12,7 @@ from torch import Tensor
 from layerdecomp.data.folders import open_picture, part_names, part_path
 from layerdecomp.data.index import Index, Item
 from layerdecomp.errors import InputError
+from layerdecomp.imaging.cues import CUES
 from layerdecomp.imaging.geometry import to_tensor
 from layerdecomp.imaging.layers import read_image, read_mask
 
@@ -121,6 +122,35 @@ def load_parts(index: Index, item: Item, parts: Sequence[str]) -> list[Image.Ima
         else:
             pictures.append(picture.convert("RGBA" if part == "foreground" else "RGB"))
     return pictures
+
+
+def map_path(root: Path, item: Item, cue: str) -> Path:
+    """Where the map of a cue of a layered picture or a triplet lies, if there is one: beside `image/` and `mask/`."""
+    return root / cue / f"{item.id}.png"
+
+
+def read_map(root: Path, item: Item, cue: str) -> Image.Image | None:
+    """The map of a cue, RGB, if there is one; `InputError` if it is broken or not of the picture's size."""
+    path = map_path(root, item, cue)
+    if not path.is_file():
+        return None
+    picture = Image.fromarray(read_image(open_picture(path)))
+    if picture.size != (item.width, item.height):
+        raise InputError(
+            f"{path} is {picture.width} x {picture.height} pixels, its picture {item.width} x {item.height}; expected "
+            "equal sizes: make the map anew, or delete it"
+        )
+    return picture
+
+
+def load_maps(index: Index, item: Item, place: Fit) -> dict[str, Tensor]:
+    """The cue maps that there are of an item, cropped as its picture is: (3, *size) in [-1, 1], by name."""
+    found = {cue: read_map(index.root, item, cue) for cue in CUES}
+    return {
+        cue: to_tensor(np.asarray(place.apply(picture, map_path(index.root, item, cue))))[0]
+        for cue, picture in found.items()
+        if picture is not None
+    }
 
 
 def has_foreground(item: Item) -> bool:
