@@ -9,12 +9,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from layerdecomp.data.folders import open_picture, part_names, part_path
+from layerdecomp.data.folders import open_mask, open_picture, part_names, part_path
 from layerdecomp.data.index import Index, Item
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.cues import CUES
 from layerdecomp.imaging.geometry import to_tensor
-from layerdecomp.imaging.layers import read_image, read_mask
+from layerdecomp.imaging.layers import read_image
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -116,12 +116,15 @@ def load_parts(index: Index, item: Item, parts: Sequence[str]) -> list[Image.Ima
     pictures = []
     for part in parts:
         path = part_path(index.root, item, part)
-        picture = ImageOps.exif_transpose(open_picture(path))
         if part == "mask":
-            pictures.append(Image.fromarray(read_mask(picture).astype(np.uint8) * 255))
+            pictures.append(Image.fromarray(open_mask(path).astype(np.uint8) * 255))
         else:
+            picture = ImageOps.exif_transpose(open_picture(path))
             pictures.append(picture.convert("RGBA" if part == "foreground" else "RGB"))
     return pictures
+
+
+WITH_MAPS = ("layered", "triplets")  # kinds of indexes whose items are whole pictures, before anything is pasted
 
 
 def map_path(root: Path, item: Item, cue: str) -> Path:
