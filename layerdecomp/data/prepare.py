@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+import torch
 from tqdm import tqdm
 
 from layerdecomp.data.index import TEST_SHARE, Item, Reader, write_index
@@ -17,7 +18,7 @@ from layerdecomp.errors import InputError
 T = TypeVar("T")
 R = TypeVar("R")
 SHOWN = 10  # faults on the screen; all are in the file
-_CHUNK = 32  # inputs that a worker takes at a time
+CHUNK = 32  # inputs that a worker takes at a time
 
 
 @dataclass(frozen=True)
@@ -124,14 +125,17 @@ def _read(reader: Reader, candidate: str) -> Outcome:
         return Outcome(candidate, fault=str(error))
 
 
-def parallel(function: Callable[[T], R], inputs: Sequence[T], workers: int) -> Iterator[R]:
-    """The results of a function in the order of its inputs, from worker processes, each of which is sent it once."""
+def parallel(function: Callable[[T], R], inputs: Sequence[T], workers: int, chunk: int = CHUNK) -> Iterator[R]:
+    """The results of a function in the order of its inputs, from worker processes, each of which is sent it once.
+
+    A worker takes `chunk` inputs at a time: one, where they take seconds each, so that progress shows.
+    """
     if workers <= 1:
         yield from map(function, inputs)
         return
     pool = ProcessPoolExecutor(workers, initializer=_set_function, initargs=(function,))
     try:
-        yield from pool.map(_call, inputs, chunksize=_CHUNK)
+        yield from pool.map(_call, inputs, chunksize=chunk)
     finally:  # when interrupted, what has not begun is dropped
         pool.shutdown(cancel_futures=True)
 
@@ -142,6 +146,7 @@ _function: Callable[[Any], Any]
 def _set_function(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
+    torch.set_num_threads(1)  # the processes share the cores
 
 
 def _call(argument: Any) -> Any:
