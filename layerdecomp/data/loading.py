@@ -19,6 +19,11 @@ from layerdecomp.imaging.layers import read_image
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
+def resized(picture: Image.Image, size: tuple[int, int], box: Box | None = None) -> Image.Image:
+    """A picture, or a crop of it, brought to (height, width); an alpha channel weights the colours."""
+    return picture.resize(size[::-1], Image.Resampling.BICUBIC, box, reducing_gap=3)
+
+
 @dataclass(frozen=True)
 class Fit:
     """A crop of pictures of one size, and the size (height, width) that the crop is brought to."""
@@ -28,13 +33,13 @@ class Fit:
     size: tuple[int, int]
 
     def apply(self, picture: Image.Image, path: Path) -> Image.Image:
-        """Crop and resize; an alpha channel weights the colours."""
+        """Crop and resize."""
         if picture.size != self.source:
             raise InputError(
                 f"{path} is {picture.width} x {picture.height} pixels, its index says {self.source[0]} x "
                 f"{self.source[1]}; run tools/prepare_data.py again"
             )
-        return picture.resize(self.size[::-1], Image.Resampling.BICUBIC, self.box, reducing_gap=3)
+        return resized(picture, self.size, self.box)
 
 
 def fit(source: tuple[int, int], size: tuple[int, int], rng: np.random.Generator, around: Box | None = None) -> Fit:
@@ -60,17 +65,16 @@ def _place(total: float, length: float, around: tuple[float, float] | None, rng:
 def load_background(index: Index, item: Item, size: tuple[int, int], rng: np.random.Generator) -> Tensor:
     """A random crop of a background, turned upright: (3, *size) in [-1, 1]."""
     path = index.root / item.path
-    picture = _draft(path, item, size)
+    picture = open_shrunk(path, item, size)
     place = fit((item.width, item.height), size, rng)
     # what the decoder has shrunk already is cropped by the shrunk box
     shrink = picture.width / item.width
     left, top, right, bottom = (shrink * edge for edge in place.box)
     box = (left, top, min(right, picture.width), min(bottom, picture.height))
-    resized = picture.resize(size[::-1], Image.Resampling.BICUBIC, box, reducing_gap=3)
-    return to_tensor(read_image(resized))[0]
+    return to_tensor(read_image(resized(picture, size, box)))[0]
 
 
-def _draft(path: Path, item: Item, size: tuple[int, int]) -> Image.Image:
+def open_shrunk(path: Path, item: Item, size: tuple[int, int]) -> Image.Image:
     """A picture, upright, that a JPEG decoder may have shrunk to a half, a quarter or an eighth, never below `size`."""
     needed = max(size[1] / item.width, size[0] / item.height)
     try:

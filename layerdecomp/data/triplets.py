@@ -32,6 +32,7 @@ from layerdecomp.data.loading import (
     load_layers,
     load_maps,
     load_parts,
+    resized,
 )
 from layerdecomp.data.sample import SPLITS, Scene, build_cues, build_sample
 from layerdecomp.errors import InputError, check_at_least, check_probabilities
@@ -232,7 +233,7 @@ class Triplets(Dataset[dict[str, Any]]):
         scale = (area * size[0] * size[1] / (picture.width * picture.height)) ** 0.5
         scale = min(scale, size[1] / picture.width, size[0] / picture.height)
         width, height = (max(1, int(scale * side)) for side in picture.size)
-        stamp = np.asarray(picture.resize((width, height), reducing_gap=3))
+        stamp = np.asarray(resized(picture, (height, width)))
         left, top = int(rng.integers(0, size[1] - width + 1)), int(rng.integers(0, size[0] - height + 1))
         canvas = np.zeros((*size, 4), np.uint8)
         canvas[top : top + height, left : left + width] = stamp
