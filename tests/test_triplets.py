@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from layerdecomp.config import load_config
 from layerdecomp.data.blending import BlendingConfig
-from layerdecomp.data.datamodule import DataConfig, SampleData
+from layerdecomp.data.datamodule import DataConfig, Positions, SampleData, StepSampler, collate
 from layerdecomp.data.folders import PARTS, BackgroundFolder, TripletFolder
 from layerdecomp.data.index import Index
 from layerdecomp.data.layerdiffuse import ForegroundFolder, pad_colours
@@ -246,6 +247,22 @@ def test_a_sample_depends_on_seed_split_and_index_alone(sets: Path) -> None:
     assert all(torch.equal(again[name], value) for name, value in data[4].items() if name != "index")
     for other in (Triplets(settings, "train", 6, 10)[4], Triplets(settings, "test", 5, 10)[4], data[3]):
         assert not other["image"].equal(data[4]["image"])
+
+
+def test_workers_and_ranks_change_nothing(sets: Path) -> None:
+    settings = config(sets, "layered", "pasted", "folders", aspects=[1.0, 1.5], blending=BlendingConfig(1, 1, 1, 1))
+    positions = Positions(Triplets(settings, "train", 5, 1000, group=2))
+
+    def batches(workers: int, **place: int) -> list[dict[str, Any]]:
+        sampler = StepSampler(steps=4, batch_size=2, **place)
+        return list(DataLoader(positions, batch_sampler=sampler, num_workers=workers, collate_fn=collate))
+
+    alone = batches(0, first=0, rank=1, world_size=2)
+    assert [batch["position"] for batch in alone] == [[2, 3], [6, 7], [10, 11], [14, 15]]
+    for others in (batches(2, first=0, rank=1, world_size=2), batches(1, first=2, rank=1, world_size=2)):
+        for batch, other in zip(alone[-len(others) :], others, strict=True):
+            for name, values in batch.items():
+                assert values.equal(other[name]) if isinstance(values, torch.Tensor) else values == other[name]
 
 
 def test_the_splits_share_no_file(sets: Path) -> None:
