@@ -195,6 +195,7 @@ def test_export_names_what_it_wrote(tiny_weights: Path, tmp_path: Path, capsys: 
         ("seed=-1", "seed is -1; expected a number from 0"),
         (f"seed={10**30}", "expected a number from 0"),
         ("device=gpu", "device=gpu: Expected one of cpu, cuda"),
+        ("depth=absent.safetensors", "absent.safetensors does not exist; put the file there"),
         ("stpes=3", "unknown argument stpes=3; expected adapter= image= mask="),
         ("out=text.png", "text.png cannot be written"),
     ],
