@@ -164,9 +164,9 @@ def test_benchmark_data_tells_where_the_time_goes(capsys: pytest.CaptureFixture[
     assert "triplets/s per worker at 64 x 64" in rate
     shares = {line[:14].strip(): int(line.split("%")[0].split()[-1]) for line in stages}
     assert list(shares) == [
-        *("decode", "resize", "composite", "pad colours", "blend", "mask", "cues", "the rest"),
+        *("decode", "resize", "composite", "pad colours", "blend", "mask", "cue edges", "cue segments", "the rest"),
     ]
-    assert 95 <= sum(shares.values()) <= 105 and shares["cues"] > 0 and shares["resize"] > 0
+    assert 95 <= sum(shares.values()) <= 105 and shares["cue segments"] > 0 and shares["resize"] > 0
 
 
 def test_export_names_what_it_wrote(tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from layerdecomp.data.shapes import whole_shape
 from layerdecomp.data.textures import photograph_crop
 from layerdecomp.data.triplets import TripletConfig, Triplets, stack
 from layerdecomp.imaging.compositing import over
-from layerdecomp.imaging.cues import compute_cues
+from layerdecomp.imaging.cues import edge_map, segmentation_map
 from layerdecomp.imaging.masks import imperfect_mask
 
 # What the table tells apart. A stage's time is that of its functions with all that they call.
@@ -33,7 +33,8 @@ STAGES: dict[str, tuple[Callable[..., Any], ...]] = {
     "pad colours": (layerdiffuse.pad_colours,),
     "blend": (blending.match_light, blending.soften, blending.draw_grain, blending.through_jpeg),
     "mask": (imperfect_mask,),
-    "cues": (compute_cues,),
+    "cue edges": (edge_map,),
+    "cue segments": (segmentation_map,),
 }
 
 
