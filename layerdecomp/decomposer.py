@@ -39,6 +39,7 @@ from layerdecomp.imaging.geometry import (
 from layerdecomp.imaging.layers import Layers, Picture, read_image, read_mask
 from layerdecomp.models.autoencoder import Autoencoder
 from layerdecomp.models.context_fusion import ContextFusion, ContextFusionConfig
+from layerdecomp.models.depth import DepthEstimator
 from layerdecomp.models.lora import LoRAConfig, inject_lora
 from layerdecomp.models.mmdit import MMDiT
 from layerdecomp.sampling import euler, schedule
@@ -239,6 +240,7 @@ class Decomposer(nn.Module):
         steps: int | None = None,
         seed: int = 0,
         cues: NDArray[np.float32] | None = None,
+        depth: DepthEstimator | None = None,
     ) -> Layers:
         """Splits a picture of any size.
 
@@ -248,6 +250,7 @@ class Decomposer(nn.Module):
             steps: Euler steps; `sample.steps` unless given.
             seed: of the noise; the same seed gives the same layers.
             cues: maps (M, 3, H, W) in [-1, 1] in the order of `CUES`, all present, instead of those computed here.
+            depth: on the CPU; computes the depth cue, which is absent without it.
 
         Returns:
             `Layers` at the image's own size.
@@ -264,7 +267,7 @@ class Decomposer(nn.Module):
         size = fitted_size(pixels.shape[:2], self.sample.max_side)
         full = {"image": to_tensor(pixels), "mask": torch.from_numpy(marked).float()[None, None]}
         batch = {"image": resize(full["image"], size), "mask": shrink_mask(full["mask"], size)}
-        batch |= self._cues(batch["image"], cues)
+        batch |= self._cues(batch["image"], cues, depth)
         device = self.prompt.vec.device
         padded = {k: v if k == "cues_present" else pad_to_multiple(v, TOKEN_FACTOR) for k, v in batch.items()}
         rows, columns = (side // LATENT_FACTOR for side in padded["image"].shape[-2:])
@@ -278,11 +281,14 @@ class Decomposer(nn.Module):
         rgba = torch.cat([foreground[:, :3], 2 * foreground[:, 3:] - 1], dim=1)
         return Layers(pixels, marked, to_pixels(background[0]), to_pixels(rgba[0]))
 
-    def _cues(self, image: Tensor, given: NDArray[np.float32] | None) -> dict[str, Tensor]:
+    def _cues(
+        self, image: Tensor, given: NDArray[np.float32] | None, depth: DepthEstimator | None
+    ) -> dict[str, Tensor]:
         if self.context_fusion is None:
             return {}
         if given is None:
-            computed, present = compute_cues(to_pixels(image[0]))
+            estimated = {} if depth is None else {"depth": depth.estimate(image)[0].numpy()}
+            computed, present = compute_cues(to_pixels(image[0]), estimated)
             return {"cues": torch.from_numpy(computed)[None], "cues_present": torch.from_numpy(present)[None]}
         if given.ndim != 4 or given.shape[:2] != (len(CUES), 3):
             raise InputError(

@@ -14,3 +14,10 @@ def check_at_least(minimum: int, config: object, section: str, *names: str) -> N
     for name in names:
         if (value := getattr(config, name)) < minimum:
             raise InputError(f"{section}{name} is {value}; expected at least {minimum}")
+
+
+def check_probabilities(config: object, section: str, *names: str) -> None:
+    """Raises `InputError` for the first of the named numbers of a config's section that is not in [0, 1]."""
+    for name in names:
+        if not 0 <= (value := getattr(config, name)) <= 1:
+            raise InputError(f"{section}{name} is {value}; expected a probability, 0 to 1")

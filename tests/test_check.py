@@ -104,6 +104,13 @@ def pierce(path: Path) -> None:
     Image.fromarray(rgba).save(path)
 
 
+def clear(seed: int) -> Image.Image:
+    """Nothing can be seen of it."""
+    result = picture(seed).convert("RGBA")
+    result.putalpha(0)
+    return result
+
+
 FAULTS: list[tuple[Callable[[Path], Reader], str, Callable[[Path], object], str]] = [
     (backgrounds, "3.png", truncate, "cannot be read"),
     (backgrounds, "3.png", Path.unlink, "cannot be read"),
@@ -115,6 +122,12 @@ FAULTS: list[tuple[Callable[[Path], Reader], str, Callable[[Path], object], str]
     (layered, "3-layer_1.png", truncate, "cannot be read"),
     (triplets, "mask/3.png", invert, "looks inverted"),
     (triplets, "foreground/3.png", lambda path: cut_out(3, (41, 30)).save(path), "41 x 30 pixels"),
+    (triplets, "mask/3.png", lambda path: Image.new("L", (40, 30), 255).save(path), "it marks every pixel"),
+    (triplets, "mask/3.png", lambda path: picture(3).save(path), "in colour"),
+    (triplets, "depth/3.png", lambda path: path.write_bytes(b"no picture"), "cannot be read"),
+    (layered, "depth/3.png", lambda path: picture(3, (41, 30)).save(path), "its picture 40 x 30; expected equal sizes"),
+    (layered, "3-layer_1.png", lambda path: clear(3).save(path), "transparent everywhere"),
+    (foregrounds, "3.png", lambda path: clear(3).save(path), "transparent everywhere"),
 ]
 
 
@@ -123,6 +136,7 @@ def test_a_fault_is_found_and_named(
     make: Callable[[Path], Reader], name: str, damage: Callable[[Path], object], message: str, tmp_path: Path
 ) -> None:
     path = indexed(make, tmp_path)
+    (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
     damage(tmp_path / "data" / name)
     (fault,) = check_indexes([path])
     assert message in fault and name in fault
@@ -146,6 +160,29 @@ def test_contents_are_compared_across_indexes(tmp_path: Path) -> None:
     paths = [indexed(backgrounds, tmp_path / name) for name in ("a", "b")]
     assert check_indexes(paths[:1]) == []
     assert len(check_indexes(paths)) == 6
+
+
+def test_an_id_in_two_indexes_of_a_source(tmp_path: Path) -> None:
+    """A picture that was saved anew has another content, but is the same picture."""
+    paths = []
+    for name, share in (("a", 0.0), ("b", 1.0), ("c", 0.0)):
+        (tmp_path / name).mkdir()
+        picture(0).save(tmp_path / name / "0.jpg", quality=95 - len(paths))
+        reader = BackgroundFolder(tmp_path / name, source="other" if name == "c" else "backgrounds")
+        paths.append(tmp_path / f"{name}.safetensors")
+        prepare(reader, paths[-1], test_share=share)
+    (fault,) = check_indexes(paths)
+    assert "b.safetensors: 0 (test) has the same id as a.safetensors: 0 (train): a leak between the splits" in fault
+
+
+def test_maps_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = indexed(triplets, tmp_path)
+    for cue, count in (("depth", 4), ("edge", 1)):
+        (tmp_path / "data" / cue).mkdir()
+        for i in range(count):
+            picture(i).save(tmp_path / "data" / cue / f"{i}.png")
+    assert check_indexes([path]) == []
+    assert "cue maps: 1 edge, 0 segmentation, 4 depth" in capsys.readouterr().out
 
 
 def test_a_mask_without_a_foreground_is_judged_by_what_was_removed(tmp_path: Path) -> None:

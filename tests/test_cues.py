@@ -1,6 +1,7 @@
 """Cue maps of pictures whose edges and segments are known."""
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from layerdecomp.imaging.cues import CUES, compute_cues, edge_map, segmentation_map
@@ -43,14 +44,12 @@ def test_segments_have_the_mean_colour_of_what_they_cover() -> None:
         assert len(np.unique(painted[0])) <= 3
 
 
-def test_depth_is_present_when_it_can_be_computed() -> None:
-    image = _two_halves()
-
-    def brightness(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        assert pixels is image
-        return (pixels[None, ..., 0] / 127.5 - 1).astype(np.float32)
-
-    cues, present = compute_cues(image, brightness)
-    assert present.tolist() == [True, True, True]
-    assert (cues[2] == brightness(image)).all() and len(np.unique(cues[2])) > 2
-    assert (cues[:2] == compute_cues(image)[0][:2]).all()
+@pytest.mark.parametrize("given", [("depth",), ("edge", "depth"), ("segmentation",), CUES])
+def test_maps_that_are_there_are_taken_and_the_others_computed(given: tuple[str, ...]) -> None:
+    image, rng = _two_halves(), np.random.default_rng(1)
+    maps = {cue: rng.uniform(-1, 1, (1 if cue == "depth" else 3, 64, 96)).astype(np.float32) for cue in given}
+    computed = compute_cues(image)[0]
+    cues, present = compute_cues(image, maps)
+    assert present.tolist() == [True, True, "depth" in given]
+    for cue, found, otherwise in zip(CUES, cues, computed, strict=True):
+        assert (found == maps.get(cue, otherwise)).all()

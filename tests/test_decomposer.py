@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import fill
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,9 +23,11 @@ from layerdecomp.decomposer import (
     keep_pixels,
 )
 from layerdecomp.errors import InputError
-from layerdecomp.imaging.geometry import grow_and_feather
+from layerdecomp.imaging.cues import compute_cues
+from layerdecomp.imaging.geometry import grow_and_feather, to_tensor
 from layerdecomp.imaging.layers import Layers
 from layerdecomp.models.context_fusion import ContextFusionConfig
+from layerdecomp.models.depth import DepthConfig, DepthEstimator
 from layerdecomp.models.lora import LoRALinear
 from layerdecomp.weights import load_mmdit
 
@@ -148,6 +151,21 @@ def test_given_cues_replace_the_computed_ones(tiny_decomposer: Decomposer) -> No
     np.testing.assert_array_equal(
         given.foreground, tiny_decomposer.decompose(image, mask, steps=STEPS, cues=cues).foreground
     )
+
+
+def test_an_estimator_adds_the_depth_cue(tiny_decomposer: Decomposer) -> None:
+    config = DepthConfig(
+        image_size=28, embed_dim=24, depth=6, num_heads=3, feature_blocks=[0, 2, 3, 4], neck_widths=[6, 8, 10, 12]
+    )
+    estimator = DepthEstimator(config).eval()
+    fill(estimator, seed=0)
+    estimator.head.conv3.bias.data.fill_(5.0)  # a depth is never negative
+    image, mask = picture(64, 96), box(64, 96)
+    with_depth = tiny_decomposer.decompose(image, mask, steps=STEPS, depth=estimator)
+    assert differ(with_depth, tiny_decomposer.decompose(image, mask, steps=STEPS))
+    maps = compute_cues(image, {"depth": estimator.estimate(to_tensor(image))[0].numpy()})[0]
+    given = tiny_decomposer.decompose(image, mask, steps=STEPS, cues=maps)
+    np.testing.assert_array_equal(given.foreground, with_depth.foreground)
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 48), (2, 3, 32, 48), (3, 1, 32, 48)])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from layerdecomp.errors import InputError
 from layerdecomp.imaging.masks import MaskConfig, imperfect_mask
 
 KINDS = [field.name for field in fields(MaskConfig)]
@@ -28,6 +29,12 @@ def _masks(kind: str, alpha: NDArray[np.float32], count: int = 20) -> NDArray[np
 
 def _iou(masks: NDArray[np.bool_], truth: NDArray[np.bool_]) -> NDArray[np.float64]:
     return np.asarray((masks & truth).sum(axis=(1, 2)) / (masks | truth).sum(axis=(1, 2)))
+
+
+@pytest.mark.parametrize("weights", [dict.fromkeys(KINDS, 0.0), {"box": -1.0}, {"exact": float("inf")}])
+def test_weights_that_are_none(weights: dict[str, float]) -> None:
+    with pytest.raises(InputError, match="masks"):
+        MaskConfig(**weights)
 
 
 def test_exact_is_the_visible_part() -> None:

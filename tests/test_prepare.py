@@ -1,11 +1,17 @@
 """Making indexes: parallel equals serial, an interrupted run goes on, and faults are told without stopping the rest."""
 
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from layerdecomp.data.folders import BackgroundFolder
 from layerdecomp.data.index import Index, Item
 from layerdecomp.data.prepare import prepare
 from layerdecomp.errors import InputError
@@ -57,7 +63,7 @@ def test_sound_items_are_indexed_and_the_others_told(
     assert [outcome.candidate for outcome in outcomes] == [f"{number}.txt" for number in range(8)]
     assert [item.id for item in Index(out)] == ["2", "4", "5", "6", "7"]
     assert "5 items, 2 left out, 1 faulty" in capsys.readouterr().out
-    assert (folder / "out" / "index.faults.txt").read_text() == "3.txt: 3.txt says 'three'; expected a number\n"
+    assert (folder / "out" / "index.faults.txt").read_text() == "3.txt says 'three'; expected a number\n"
     assert sorted(path.name for path in out.parent.iterdir()) == ["index.faults.txt", "index.safetensors"]
 
 
@@ -74,6 +80,31 @@ def test_an_interrupted_run_goes_on_where_it_was(folder: Path) -> None:
     assert reads(folder) == {str(number): 2 if number == 5 else 1 for number in range(8)}
     assert [item.width for item in Index(out)] == [10 * number + 1 for number in range(8)]
     assert not journal.exists()
+
+
+def test_a_killed_run_leaves_no_workers_and_goes_on(tmp_path: Path) -> None:
+    Image.effect_noise((600, 600), 50).save(tmp_path / "0.png")
+    for i in range(1, 200):
+        (tmp_path / f"{i}.png").write_bytes((tmp_path / "0.png").read_bytes())
+    tool = Path(__file__).resolve().parent.parent / "tools" / "prepare_data.py"
+    out = tmp_path / "out" / "index.safetensors"
+    command = [sys.executable, tool, "source=backgrounds", f"root={tmp_path}", f"out={out}", "workers=2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
+        journal = out.with_name(f".{out.name}.journal")
+        wait_until(lambda: journal.is_file() and len(journal.read_text().splitlines()) > 1)
+        run.kill()
+        assert run.stdout is not None
+        run.stdout.read()  # to the end: nobody holds the pipe any more
+    assert not out.exists()
+    prepare(BackgroundFolder(tmp_path), out)
+    assert len(Index(out)) == 200
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.05)
 
 
 def test_other_settings_start_over(folder: Path) -> None:

@@ -21,7 +21,7 @@ ORDER = [
     *("data.__init__", "data.index", "data.prepare"),
     *("data.folders", "data.layerdiffuse", "data.openimages", "data.mulan"),
     *("data.sample", "data.textures", "data.shapes", "data.scenes"),
-    *("data.loading", "data.check", "data.blending", "data.triplets", "data.benchmark"),
+    *("data.loading", "data.check", "data.maps", "data.blending", "data.triplets", "data.benchmark"),
     "data.datamodule",
     *("baselines", "evaluation", "comparison"),
     # floor 2: everything that can be set

@@ -134,13 +134,39 @@ def test_prepare_data_makes_indexes_and_checks_them(tmp_path: Path, capsys: pyte
     assert stopped.value.code == 1 and "a.jpg cannot be read" in capsys.readouterr().out
 
 
+def test_prepare_data_makes_maps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "layers").mkdir()
+    for layer, alpha in enumerate((np.full((20, 30), 255), 255 * (rng.random((20, 30)) < 0.5))):
+        rgba = np.dstack([rng.integers(0, 256, (20, 30, 3)), alpha]).astype(np.uint8)
+        Image.fromarray(rgba).save(tmp_path / "layers" / f"a-layer_{layer}.png")
+    index = tmp_path / "index.safetensors"
+    run_command(
+        TOOLS["prepare_data"].main, ["source=mulan", f"root={tmp_path / 'layers'}", f"out={index}", "workers=1"]
+    )
+    maps = [f"maps={index}", "cues=edge,segmentation", "workers=1"]
+    run_command(TOOLS["prepare_data"].main, maps)
+    assert all(Image.open(tmp_path / "layers" / cue / "a.png").size == (30, 20) for cue in ("edge", "segmentation"))
+    with pytest.raises(SystemExit) as stopped:
+        run_command(TOOLS["prepare_data"].main, [f"maps={index}", f"depth={tmp_path}/model.safetensors"])
+    assert stopped.value.code == 2
+    assert f"{tmp_path}/model.safetensors does not exist; put model.safetensors of" in capsys.readouterr().err
+    (tmp_path / "layers" / "a-layer_0.png").write_bytes(b"no picture")
+    shutil.rmtree(tmp_path / "layers" / "edge")
+    with pytest.raises(SystemExit) as stopped:
+        run_command(TOOLS["prepare_data"].main, maps)
+    assert stopped.value.code == 1 and "a-layer_0.png cannot be read" in capsys.readouterr().out
+
+
 def test_benchmark_data_tells_where_the_time_goes(capsys: pytest.CaptureFixture[str]) -> None:
     run_command(TOOLS["benchmark_data"].main, ["count=2", "size=64"])
-    rate, *stages = capsys.readouterr().out.splitlines()[2:]
+    rate, *stages = capsys.readouterr().out.splitlines()[3:]
     assert "triplets/s per worker at 64 x 64" in rate
     shares = {line[:14].strip(): int(line.split("%")[0].split()[-1]) for line in stages}
-    assert list(shares) == ["decode", "resize", "pad colours", "blend", "mask", "cues", "the rest"]
-    assert 95 <= sum(shares.values()) <= 105 and shares["cues"] > 0 and shares["resize"] > 0
+    assert list(shares) == [
+        *("decode", "resize", "composite", "pad colours", "blend", "mask", "cue edges", "cue segments", "the rest"),
+    ]
+    assert 95 <= sum(shares.values()) <= 105 and shares["cue segments"] > 0 and shares["resize"] > 0
 
 
 def test_export_names_what_it_wrote(tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,6 +195,7 @@ def test_export_names_what_it_wrote(tiny_weights: Path, tmp_path: Path, capsys: 
         ("seed=-1", "seed is -1; expected a number from 0"),
         (f"seed={10**30}", "expected a number from 0"),
         ("device=gpu", "device=gpu: Expected one of cpu, cuda"),
+        ("depth=absent.safetensors", "absent.safetensors does not exist; put the file there"),
         ("stpes=3", "unknown argument stpes=3; expected adapter= image= mask="),
         ("out=text.png", "text.png cannot be written"),
     ],
@@ -286,7 +313,7 @@ def test_gated_weights_are_not_there(fails: Fails) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected check=FILES, or out=FILE and source= one of mulan, "),
+        ([], "expected check=FILES, or maps=FILES, or out=FILE and source= one of mulan, "),
         (["source=mulam", "out=a.safetensors"], "source= one of mulan, "),
         (["source=backgrounds", "out=a.safetensors"], "root= is missing"),
         (["source=backgrounds", "out=a.safetensors", "rot=x"], "unknown key rot; the nearest known one is root"),
@@ -295,6 +322,8 @@ def test_gated_weights_are_not_there(fails: Fails) -> None:
         (["source=backgrounds", "out=a.safetensors", "root=.", "test_share=2"], "test_share=2; expected a number"),
         (["check=absent.safetensors"], "absent.safetensors does not exist"),
         (["check=absent.safetensors", "root=."], "unknown argument root=."),
+        (["maps=absent.safetensors"], "absent.safetensors does not exist"),
+        (["maps=absent.safetensors", "out=maps", "cue=depth"], "unknown argument cue=depth; expected check= or maps="),
     ],
 )
 def test_prepare_data(fails: Fails, arguments: list[str], message: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from layerdecomp.config import load_config
 from layerdecomp.data.blending import BlendingConfig
-from layerdecomp.data.datamodule import DataConfig, SampleData
-from layerdecomp.data.folders import BackgroundFolder, TripletFolder
+from layerdecomp.data.datamodule import DataConfig, Positions, SampleData, StepSampler, collate
+from layerdecomp.data.folders import PARTS, BackgroundFolder, TripletFolder
 from layerdecomp.data.index import Index
-from layerdecomp.data.layerdiffuse import ForegroundFolder
+from layerdecomp.data.layerdiffuse import ForegroundFolder, pad_colours
+from layerdecomp.data.loading import Fit, load_maps, map_path
 from layerdecomp.data.mulan import MulanLayers
 from layerdecomp.data.prepare import prepare
 from layerdecomp.data.triplets import TripletConfig, Triplets
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.compositing import over
+from layerdecomp.imaging.geometry import to_tensor
 from layerdecomp.imaging.masks import MaskConfig
 from layerdecomp.training.runs import train
 
@@ -104,10 +108,104 @@ def test_the_parts_make_the_image(sets: Path, kind: str, split: str) -> None:
         assert image.shape == background.shape == (3, 64, 64) and foreground.shape == (4, 64, 64)
         free = (sample["occluder"] == 0).expand_as(image)
         composite = over(foreground, background)
-        assert (image - composite)[free].abs().max() < 1e-5
+        difference = (image - composite)[free].abs()
+        if kind == "folders":  # its image is a file, in 8 bits and resized by itself
+            assert difference.mean() < 0.005 and difference.max() < 0.2
+        else:
+            assert difference.max() < 1e-5
         assert image.std() > 0.05 and not image.equal(background)
         visible = foreground[3:] * (1 - sample["occluder"])
-        assert sample["mask"].bool().equal(visible > 0.5 * visible.max())
+        differ = sample["mask"].bool() != (visible > 0.5 * visible.max())
+        assert differ.float().mean() < (0.01 if kind == "folders" else 1e-9)
+        assert pad_colours(foreground).equal(foreground), "colours under alpha 0 are those of the visible ones"
+
+
+def test_ready_triplets_keep_their_image_and_mask(tmp_path: Path) -> None:
+    """The image shows a shadow that no layer has, and the mask leaves out what something covers."""
+    for part in PARTS:
+        (tmp_path / part).mkdir()
+    rng = np.random.default_rng(0)
+    clean, thing, alpha = noise(rng, 64, 64, 120), noise(rng, 64, 64), disc(64, 64, (32, 32), 14)
+    image = np.where(alpha[..., None] > 127, thing, clean)
+    image[50:, :32] //= 2
+    mask = np.where(np.arange(64) < 40, alpha, 0).astype(np.uint8)
+    for part, picture in zip(PARTS, (image, mask, None, clean), strict=True):
+        if picture is not None:
+            Image.fromarray(picture).save(tmp_path / part / "a.png")
+    rgba(thing, alpha).save(tmp_path / "foreground" / "a.png")
+    prepare(TripletFolder(tmp_path), tmp_path / "index.safetensors", test_share=0)
+    settings = TripletConfig(folders=[str(tmp_path / "index.safetensors")], size=64, masks=EXACT, flip=0)
+    plain = samples(replace(settings, blending=NO_BLENDING), 1)[0]
+    assert plain["image"].equal(to_tensor(image)[0]) and plain["background"].equal(to_tensor(clean)[0])
+    assert plain["mask"][0].numpy().astype(bool).tolist() == (mask >= 128).tolist()
+    grainy = samples(replace(settings, flip=1, blending=replace(NO_BLENDING, grain=1)), 1)[0]
+    for name in ("image", "background"):
+        assert 0.003 < (grainy[name].flip(-1) - plain[name]).abs().mean() < 0.1
+    assert grainy["mask"].flip(-1).equal(plain["mask"])
+
+
+def test_an_object_that_is_faint_everywhere_is_passed_over(tmp_path: Path) -> None:
+    """Its exact mask would be the whole picture, although its alpha covers less than `max_area`."""
+    rng = np.random.default_rng(0)
+    for k, alpha in enumerate((np.full((64, 64), 255, np.uint8), rng.integers(100, 160, (64, 64), dtype=np.uint8))):
+        rgba(noise(rng, 64, 64), alpha).save(tmp_path / f"a-layer_{k}.png")
+    prepare(MulanLayers(tmp_path), tmp_path / "index.safetensors", test_share=0)
+    with pytest.raises(InputError, match="16 pictures in a row"):
+        samples(TripletConfig(layered=[str(tmp_path / "index.safetensors")], size=64), 1)
+
+
+@pytest.mark.parametrize("kind", ["layered", "folders"])
+def test_cue_maps_in_folders_are_cropped_and_turned_like_the_picture(sets: Path, kind: str, tmp_path: Path) -> None:
+    shutil.copytree(sets, tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / ("layered" if kind == "layered" else "triplets")
+    reader = MulanLayers(folder) if kind == "layered" else TripletFolder(folder)
+    prepare(reader, tmp_path / f"{kind}.safetensors", test_share=0.34)
+    settings = config(tmp_path, kind, cue_dropout=0.0, flip=0.5)
+    before = [Triplets(settings, "train", 3, 4)[i] for i in range(4)]
+    assert not any(sample["cues_present"][2] or sample["cues"][2].any() for sample in before)
+    index = Index(tmp_path / f"{kind}.safetensors")
+    for item in index:  # the background as its own map: the crops must agree
+        part = item.path.format(layer=0) if kind == "layered" else json.loads(item.path)["background"]
+        for cue in ("depth", "edge"):
+            (folder / cue).mkdir(exist_ok=True)
+            Image.open(folder / part).convert("RGB").save(map_path(folder, item, cue))
+    data = Triplets(settings, "train", 3, 4)
+    for i in range(4):
+        sample = data[i]
+        assert sample["cues_present"].all()
+        for cue in (0, 2):  # other layers cover some of the background
+            assert (sample["cues"][cue] - sample["background"]).abs().median() < 0.01
+            assert (sample["cues"][cue].flip(-1) - sample["background"]).abs().median() > 0.05
+        assert sample["cues"][1].equal(before[i]["cues"][1]), "segments are computed"
+        assert sample["image"].equal(before[i]["image"])
+
+
+def test_a_map_of_sixteen_bits_and_one_that_does_not_fit(sets: Path, tmp_path: Path) -> None:
+    shutil.copytree(sets / "triplets", tmp_path / "triplets")
+    prepare(TripletFolder(tmp_path / "triplets"), tmp_path / "folders.safetensors", test_share=0)
+    index = Index(tmp_path / "folders.safetensors")
+    path = map_path(index.root, index[0], "depth")
+    path.parent.mkdir()
+    levels = np.random.default_rng(0).integers(0, 256, (index[0].height, index[0].width))
+    Image.fromarray((levels * 257).astype(np.uint16)).save(path)
+    place = Fit((index[0].width, index[0].height), (0, 0, 64, 64), (64, 64))
+    maps = load_maps(index, index[0], place)
+    assert maps.keys() == {"depth"}
+    expected = torch.from_numpy(levels[:64, :64] / 127.5 - 1).float().expand(3, 64, 64)
+    torch.testing.assert_close(maps["depth"], expected, atol=1e-6, rtol=0)
+    Image.fromarray(levels[:-1].astype(np.uint8)).save(path)
+    with pytest.raises(InputError, match=r"depth/.*its picture 120 x 80; expected equal sizes"):
+        load_maps(index, index[0], place)
+    path.write_bytes(b"no picture")
+    with pytest.raises(InputError, match="cannot be read as a picture"):
+        load_maps(index, index[0], place)
+
+
+def test_cues_are_dropped_in_training_alone(sets: Path) -> None:
+    settings = config(sets, "pasted", cue_dropout=0.5)
+    present = torch.stack([Triplets(settings, "train", 3, 32)[i]["cues_present"] for i in range(32)])
+    assert 8 < present[:, 0].sum() < 24 and 8 < present[:, 1].sum() < 24 and not present[:, 2].any()
+    assert Triplets(settings, "test", 3, 1)[0]["cues_present"].tolist() == [True, True, False]
 
 
 def test_layers_above_the_chosen_one_cover_it_and_stay_in_the_background(sets: Path) -> None:
@@ -149,6 +247,22 @@ def test_a_sample_depends_on_seed_split_and_index_alone(sets: Path) -> None:
     assert all(torch.equal(again[name], value) for name, value in data[4].items() if name != "index")
     for other in (Triplets(settings, "train", 6, 10)[4], Triplets(settings, "test", 5, 10)[4], data[3]):
         assert not other["image"].equal(data[4]["image"])
+
+
+def test_workers_and_ranks_change_nothing(sets: Path) -> None:
+    settings = config(sets, "layered", "pasted", "folders", aspects=[1.0, 1.5], blending=BlendingConfig(1, 1, 1, 1))
+    positions = Positions(Triplets(settings, "train", 5, 1000, group=2))
+
+    def batches(workers: int, **place: int) -> list[dict[str, Any]]:
+        sampler = StepSampler(steps=4, batch_size=2, **place)
+        return list(DataLoader(positions, batch_sampler=sampler, num_workers=workers, collate_fn=collate))
+
+    alone = batches(0, first=0, rank=1, world_size=2)
+    assert [batch["position"] for batch in alone] == [[2, 3], [6, 7], [10, 11], [14, 15]]
+    for others in (batches(2, first=0, rank=1, world_size=2), batches(1, first=2, rank=1, world_size=2)):
+        for batch, other in zip(alone[-len(others) :], others, strict=True):
+            for name, values in batch.items():
+                assert values.equal(other[name]) if isinstance(values, torch.Tensor) else values == other[name]
 
 
 def test_the_splits_share_no_file(sets: Path) -> None:
@@ -203,6 +317,9 @@ def test_what_config_cannot_be() -> None:
         ({"min_area": 0.9}, "min_area"),
         ({"size": 8}, "size"),
         ({"layered_weight": -1}, "layered_weight"),
+        ({"flip": 1.5}, r"data\.triplets\.flip is 1\.5; expected a probability"),
+        ({"cue_dropout": -0.1}, "cue_dropout"),
+        ({"occluder_probability": float("nan")}, "occluder_probability"),
     ):
         with pytest.raises(InputError, match=message):
             TripletConfig(**wrong)  # type: ignore[arg-type]

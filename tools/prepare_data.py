@@ -1,7 +1,8 @@
-"""Indexes a data set that has been downloaded, or checks indexes. docs/data.md lists the sources and their settings.
+"""Indexes a data set that has been downloaded, checks indexes, or makes their cue maps. docs/data.md has the settings.
 
 python tools/prepare_data.py source=openimages root=FOLDER out=data/openimages.safetensors [workers=8 test_share=0.02]
 python tools/prepare_data.py check=data/openimages.safetensors,data/mulan.safetensors [workers=8]
+python tools/prepare_data.py maps=data/mulan.safetensors [cues=depth,segmentation depth=WEIGHTS workers=8]
 """
 
 import os
@@ -13,11 +14,12 @@ from layerdecomp.cli import run_command, take, whole_number
 from layerdecomp.config import merge_config
 from layerdecomp.data.check import check_indexes
 from layerdecomp.data.folders import BackgroundFolder, RoremFolder, TripletFolder
-from layerdecomp.data.index import TEST_SHARE, Reader
+from layerdecomp.data.index import TEST_SHARE, Index, Reader
 from layerdecomp.data.layerdiffuse import ForegroundFolder
+from layerdecomp.data.maps import DEPTH_FILE, write_maps
 from layerdecomp.data.mulan import MulanAnnotations, MulanLayers
 from layerdecomp.data.openimages import OpenImages
-from layerdecomp.data.prepare import prepare
+from layerdecomp.data.prepare import prepare, print_some
 from layerdecomp.errors import InputError
 
 READERS: dict[str, Any] = {
@@ -32,19 +34,32 @@ READERS: dict[str, Any] = {
 
 
 def main(arguments: list[str]) -> None:
-    defaults = {"workers": str(os.cpu_count()), "test_share": str(TEST_SHARE)}
-    own, settings = take(arguments, check="", source="", out="", **defaults)
+    defaults = {"workers": str(os.cpu_count()), "test_share": str(TEST_SHARE), "depth": str(DEPTH_FILE)}
+    own, settings = take(arguments, check="", maps="", cues="depth", source="", out="", **defaults)
     workers = whole_number(own, "workers")
-    if own["check"]:
+    if own["check"] or own["maps"]:
         if settings:
-            raise InputError(f"unknown argument {settings[0]}; expected check= and workers=")
-        if check_indexes([Path(path) for path in own["check"].split(",")], workers):
+            raise InputError(f"unknown argument {settings[0]}; expected check= or maps=, cues=, depth= and workers=")
+        if check_indexes(_paths(own["check"]), workers) if own["check"] else _write_maps(own, workers):
             sys.exit(1)
         return
     if own["source"] not in READERS or not own["out"]:
-        raise InputError(f"expected check=FILES, or out=FILE and source= one of {', '.join(READERS)}")
+        sources = ", ".join(READERS)
+        raise InputError(f"expected check=FILES, or maps=FILES, or out=FILE and source= one of {sources}")
     reader: Reader = merge_config(READERS[own["source"]], [], settings)
     prepare(reader, Path(own["out"]), workers, _share(own["test_share"]))
+
+
+def _write_maps(own: dict[str, str], workers: int) -> list[str]:
+    indexes, cues, faults = [Index(path) for path in _paths(own["maps"])], own["cues"].split(","), []
+    for index in indexes:
+        faults += write_maps(index, cues, Path(own["depth"]), workers)
+    print_some(faults, f"{len(faults)} in all")
+    return faults
+
+
+def _paths(names: str) -> list[Path]:
+    return [Path(name) for name in names.split(",")]
 
 
 def _share(text: str) -> float:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
-from layerdecomp.errors import InputError
+from layerdecomp.errors import check_probabilities
 from layerdecomp.imaging.geometry import to_pixels, to_tensor
 
 
@@ -26,9 +26,7 @@ class BlendingConfig:
     jpeg: float = 0.5  # the image (not the layers) goes through JPEG
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not 0 <= value <= 1:
-                raise InputError(f"data.triplets.blending.{name} is {value}; expected a probability, 0 to 1")
+        check_probabilities(self, "data.triplets.blending.", *vars(self))
 
 
 def match_light(foreground: Tensor, background: Tensor, strength: float) -> Tensor:

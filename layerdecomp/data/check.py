@@ -5,18 +5,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from layerdecomp.data.folders import PARTS, open_picture, part_names, part_path, read_rgba, upright_size
+from layerdecomp.data.folders import PARTS, open_mask, open_picture, part_names, part_path, read_rgba, upright_size
 from layerdecomp.data.index import Index, Item
 from layerdecomp.data.layerdiffuse import looks_premultiplied
-from layerdecomp.data.loading import layer_paths
+from layerdecomp.data.loading import WITH_MAPS, layer_paths, read_map
 from layerdecomp.data.prepare import parallel, print_some
 from layerdecomp.errors import InputError
-from layerdecomp.imaging.layers import Pixels, read_image, read_mask
+from layerdecomp.imaging.cues import CUES
+from layerdecomp.imaging.layers import Pixels, read_image
 
 SHEET = (6, 4)  # columns and rows of the contact sheet
 TILE = 160  # pixels
@@ -27,8 +29,16 @@ class Finding:
     """What is known of an item once its files have been read."""
 
     row: int
-    digest: bytes  # of its first file
+    digest: bytes = b""  # of its first file, unless there is a fault
+    maps: tuple[str, ...] = ()  # the cues that it has maps of
     fault: str | None = None
+
+
+class Place(NamedTuple):
+    """Where an item is found."""
+
+    name: str
+    split: str
 
 
 def check_indexes(paths: Sequence[Path], workers: int = 1) -> list[str]:
@@ -36,26 +46,29 @@ def check_indexes(paths: Sequence[Path], workers: int = 1) -> list[str]:
 
     Returns:
         a line per fault: files that are missing, cut off or of another size than when they were indexed, the wrong
-        mode, alpha that says nothing or looks premultiplied, an inverted mask; then ids and contents that occur
-        twice, within one split or, worse, in both.
+        mode, alpha that says nothing or looks premultiplied, an inverted mask, a cue map that does not fit; then ids
+        (of one source) and contents that occur twice, within one split or, worse, in both.
     """
     faults: list[str] = []
-    seen: dict[bytes, tuple[str, str]] = {}  # content -> where, split
+    contents: dict[bytes, Place] = {}
+    ids: dict[tuple[str, str], Place] = {}
     for path in paths:
         index = Index(path)
         test = set(index.rows("test").tolist())
         findings = list(_examine_all(index, workers))
         own = [f"{index[finding.row].id}: {finding.fault}" for finding in findings if finding.fault]
         for finding in findings:
-            where = f"{path.name}: {index[finding.row].id}"
-            split = "test" if finding.row in test else "train"
-            if finding.digest in seen:
-                own.append(_twice(where, split, *seen[finding.digest]))
-            elif finding.digest:
-                seen[finding.digest] = (where, split)
+            id = index[finding.row].id
+            place = Place(f"{path.name}: {id}", "test" if finding.row in test else "train")
+            before = contents.setdefault(finding.digest, place) if finding.digest else place
+            namesake = ids.setdefault((index.source, id), place)
+            if before is not place:
+                own.append(_twice(place, before, "content", "keep one"))
+            elif namesake is not place:
+                own.append(_twice(place, namesake, "id", "keep one, or index one set under another source="))
         sheet = path.with_suffix(".contact.jpg")
         contact_sheet(index, [finding.row for finding in findings if not finding.fault]).save(sheet, quality=90)
-        _summarise(index, len(own), sheet)
+        _summarise(index, findings, len(own), sheet)
         print_some(own, f"{len(own)} in all")
         faults += own
     return faults
@@ -72,9 +85,10 @@ def examine(index: Index, row: int) -> Finding:
     check: Callable[[Path, Item], Path] = _CHECKS[index.kind]
     try:
         first = check(index.root, item)
-        return Finding(row, hashlib.sha256(first.read_bytes()).digest())
+        maps = tuple(cue for cue in CUES if read_map(index.root, item, cue)) if index.kind in WITH_MAPS else ()
+        return Finding(row, hashlib.sha256(first.read_bytes()).digest(), maps)
     except (InputError, OSError) as error:
-        return Finding(row, b"", str(error))
+        return Finding(row, fault=str(error))
 
 
 def _check_background(root: Path, item: Item) -> Path:
@@ -110,7 +124,7 @@ def _check_triplet(root: Path, item: Item) -> Path:
     paths = {part: part_path(root, item, part) for part in part_names(item)}
     for path in paths.values():
         _check_size(path, upright_size(open_picture(path)), item)
-    mask = read_mask(open_picture(paths["mask"]))
+    mask = open_mask(paths["mask"])
     image, background = (read_image(paths[part]).astype(np.int16) for part in ("image", "background"))
     if "foreground" in paths:
         evidence = read_rgba(paths["foreground"])[..., 3] / 255
@@ -137,19 +151,23 @@ _CHECKS = {
 }
 
 
-def _twice(where: str, split: str, before: str, before_split: str) -> str:
-    if split == before_split:
-        return f"{where} has the same content as {before}; keep one"
-    return f"{where} ({split}) has the same content as {before} ({before_split}): a leak between the splits; keep one"
+def _twice(place: Place, before: Place, what: str, remedy: str) -> str:
+    if place.split == before.split:
+        return f"{place.name} has the same {what} as {before.name}; {remedy}"
+    places = f"{place.name} ({place.split}) has the same {what} as {before.name} ({before.split})"
+    return f"{places}: a leak between the splits; {remedy}"
 
 
-def _summarise(index: Index, faults: int, sheet: Path) -> None:
+def _summarise(index: Index, findings: Sequence[Finding], faults: int, sheet: Path) -> None:
     widths, heights = index.sizes.T
     print(f"{index.path}: {len(index)} items of {index.source} ({index.kind}, {index.licence}) in {index.root}")
     print(f"  {len(index.rows('train'))} for training, {len(index.rows('test'))} for testing")
     for name, values in (("width", widths), ("height", heights)):
         low, middle, high = np.percentile(values, (0, 50, 100)).astype(int).tolist()
         print(f"  {name} {low} to {high}, median {middle}")
+    if index.kind in WITH_MAPS:
+        counts = [f"{sum(cue in finding.maps for finding in findings)} {cue}" for cue in CUES]
+        print(f"  cue maps: {', '.join(counts)}")
     print(f"  contact sheet: {sheet}; {faults or 'no'} faults")
 
 

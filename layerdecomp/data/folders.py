@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
 from layerdecomp.data.index import Item
@@ -237,13 +238,18 @@ def _checked_size(root: Path, names: dict[str, str]) -> tuple[int, int]:
                 f"{paths[part]} is {found[0]} x {found[1]} pixels, {paths['image']} {size[0]} x {size[1]}; "
                 "expected parts of one size"
             )
-    _check_mask(paths["mask"], size)
+    open_mask(paths["mask"], size)
     return size
 
 
-def _check_mask(path: Path, size: tuple[int, int]) -> None:
-    mask = open_picture(path)
+def open_mask(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.bool_]:
+    """A mask as (H, W) bool, True on the object; errors of `open_picture` and `read_mask`, which name the file.
+
+    Args:
+        size: (width, height) that it must have.
+    """
+    picture = open_picture(path)
     try:
-        read_mask(mask, size[::-1])
+        return read_mask(picture, size and size[::-1])
     except InputError as error:
         raise InputError(f"{path}: {error}") from error

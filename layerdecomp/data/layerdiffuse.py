@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from layerdecomp.errors import InputError
 from layerdecomp.imaging.layers import Pixels
 
 CUT_OUTS = frozenset({".png", ".webp", ".tif", ".tiff"})
-Rgba = TypeVar("Rgba", NDArray[np.uint8], NDArray[np.float32], NDArray[np.float64])
 
 
 @dataclass(frozen=True)
@@ -87,28 +86,24 @@ def _follows(value: NDArray[np.float64], density: NDArray[np.float64]) -> bool:
     return bool(value[dense].mean() >= np.sqrt(growth) * value[~dense].mean())
 
 
-def pad_colours(rgba: Rgba) -> Rgba:
+def pad_colours(foreground: Tensor) -> Tensor:
     """Gives pixels under alpha 0 the colours of the visible ones around them; visible pixels stay as they are.
 
     As LayerDiffuse does it: alpha and the colours times alpha are shrunk by 1.2 again and again, down to one
     pixel; then each size, from the coarsest, takes from the one before it what it lacks in alpha.
 
     Args:
-        rgba: (H, W, 4), uint8 or floats in [0, 1], straight alpha.
+        foreground: (4, H, W), straight colours on any scale, alpha in [0, 1].
 
     Returns:
-        a new array of the same shape and type; a copy where alpha is 0 everywhere.
+        (4, H, W); the foreground itself where alpha is 0 everywhere, or nowhere.
     """
-    hidden = rgba[..., 3] == 0
-    padded = rgba.copy()
+    rgb, alpha = foreground[:3], foreground[3:]
+    hidden = alpha == 0
     if hidden.all() or not hidden.any():
-        return padded
-    scale = 255 if rgba.dtype == np.uint8 else 1
-    layer = torch.from_numpy(rgba.astype(np.float32) / scale).permute(2, 0, 1)[None]  # (1, 4, H, W)
-    layer[:, :3] *= layer[:, 3:]
-    colours = _filled(layer)[0, :3].permute(1, 2, 0).numpy()[hidden] * scale
-    padded[hidden, :3] = colours.round() if scale == 255 else colours
-    return padded
+        return foreground
+    filled = _filled(torch.cat([rgb * alpha, alpha])[None])[0]
+    return torch.cat([torch.where(hidden, filled[:3], rgb), alpha])
 
 
 def _filled(layer: Tensor) -> Tensor:

@@ -9,13 +9,19 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from layerdecomp.data.folders import open_picture, part_names, part_path
+from layerdecomp.data.folders import open_mask, open_picture, part_names, part_path
 from layerdecomp.data.index import Index, Item
 from layerdecomp.errors import InputError
+from layerdecomp.imaging.cues import CUES
 from layerdecomp.imaging.geometry import to_tensor
-from layerdecomp.imaging.layers import read_image, read_mask
+from layerdecomp.imaging.layers import read_image
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def resized(picture: Image.Image, size: tuple[int, int], box: Box | None = None) -> Image.Image:
+    """A picture, or a crop of it, brought to (height, width); an alpha channel weights the colours."""
+    return picture.resize(size[::-1], Image.Resampling.BICUBIC, box, reducing_gap=3)
 
 
 @dataclass(frozen=True)
@@ -27,13 +33,13 @@ class Fit:
     size: tuple[int, int]
 
     def apply(self, picture: Image.Image, path: Path) -> Image.Image:
-        """Crop and resize; an alpha channel weights the colours."""
+        """Crop and resize."""
         if picture.size != self.source:
             raise InputError(
                 f"{path} is {picture.width} x {picture.height} pixels, its index says {self.source[0]} x "
                 f"{self.source[1]}; run tools/prepare_data.py again"
             )
-        return picture.resize(self.size[::-1], Image.Resampling.BICUBIC, self.box, reducing_gap=3)
+        return resized(picture, self.size, self.box)
 
 
 def fit(source: tuple[int, int], size: tuple[int, int], rng: np.random.Generator, around: Box | None = None) -> Fit:
@@ -59,17 +65,16 @@ def _place(total: float, length: float, around: tuple[float, float] | None, rng:
 def load_background(index: Index, item: Item, size: tuple[int, int], rng: np.random.Generator) -> Tensor:
     """A random crop of a background, turned upright: (3, *size) in [-1, 1]."""
     path = index.root / item.path
-    picture = _draft(path, item, size)
+    picture = open_shrunk(path, item, size)
     place = fit((item.width, item.height), size, rng)
     # what the decoder has shrunk already is cropped by the shrunk box
     shrink = picture.width / item.width
     left, top, right, bottom = (shrink * edge for edge in place.box)
     box = (left, top, min(right, picture.width), min(bottom, picture.height))
-    resized = picture.resize(size[::-1], Image.Resampling.BICUBIC, box, reducing_gap=3)
-    return to_tensor(read_image(resized))[0]
+    return to_tensor(read_image(resized(picture, size, box)))[0]
 
 
-def _draft(path: Path, item: Item, size: tuple[int, int]) -> Image.Image:
+def open_shrunk(path: Path, item: Item, size: tuple[int, int]) -> Image.Image:
     """A picture, upright, that a JPEG decoder may have shrunk to a half, a quarter or an eighth, never below `size`."""
     needed = max(size[1] / item.width, size[0] / item.height)
     try:
@@ -115,12 +120,44 @@ def load_parts(index: Index, item: Item, parts: Sequence[str]) -> list[Image.Ima
     pictures = []
     for part in parts:
         path = part_path(index.root, item, part)
-        picture = ImageOps.exif_transpose(open_picture(path))
         if part == "mask":
-            pictures.append(Image.fromarray(read_mask(picture).astype(np.uint8) * 255))
+            pictures.append(Image.fromarray(open_mask(path).astype(np.uint8) * 255))
         else:
+            picture = ImageOps.exif_transpose(open_picture(path))
             pictures.append(picture.convert("RGBA" if part == "foreground" else "RGB"))
     return pictures
+
+
+WITH_MAPS = ("layered", "triplets")  # kinds of indexes whose items are whole pictures, before anything is pasted
+
+
+def map_path(root: Path, item: Item, cue: str) -> Path:
+    """Where the map of a cue of a layered picture or a triplet lies, if there is one: beside `image/` and `mask/`."""
+    return root / cue / f"{item.id}.png"
+
+
+def read_map(root: Path, item: Item, cue: str) -> Image.Image | None:
+    """The map of a cue, RGB, if there is one; `InputError` if it is broken or not of the picture's size."""
+    path = map_path(root, item, cue)
+    if not path.is_file():
+        return None
+    picture = Image.fromarray(read_image(open_picture(path)))
+    if picture.size != (item.width, item.height):
+        raise InputError(
+            f"{path} is {picture.width} x {picture.height} pixels, its picture {item.width} x {item.height}; expected "
+            "equal sizes: make the map anew, or delete it"
+        )
+    return picture
+
+
+def load_maps(index: Index, item: Item, place: Fit) -> dict[str, Tensor]:
+    """The cue maps that there are of an item, cropped as its picture is: (3, *size) in [-1, 1], by name."""
+    found = {cue: read_map(index.root, item, cue) for cue in CUES}
+    return {
+        cue: to_tensor(np.asarray(place.apply(picture, map_path(index.root, item, cue))))[0]
+        for cue, picture in found.items()
+        if picture is not None
+    }
 
 
 def has_foreground(item: Item) -> bool:

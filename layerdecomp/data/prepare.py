@@ -1,7 +1,9 @@
 """Making an index: worker processes open and check every candidate; it can be stopped at any moment and goes on."""
 
 import json
+import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -9,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+import torch
 from tqdm import tqdm
 
 from layerdecomp.data.index import TEST_SHARE, Item, Reader, write_index
@@ -17,7 +20,7 @@ from layerdecomp.errors import InputError
 T = TypeVar("T")
 R = TypeVar("R")
 SHOWN = 10  # faults on the screen; all are in the file
-_CHUNK = 32  # inputs that a worker takes at a time
+CHUNK = 32  # inputs that a worker takes at a time
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Outcome:
 
     candidate: str
     item: Item | None = None
-    fault: str | None = None
+    fault: str | None = None  # names the file
 
 
 def prepare(reader: Reader, out: Path, workers: int = 1, test_share: float = TEST_SHARE) -> list[Outcome]:
@@ -66,7 +69,7 @@ def prepare(reader: Reader, out: Path, workers: int = 1, test_share: float = TES
 
 def _finish(reader: Reader, out: Path, outcomes: list[Outcome], test_share: float) -> None:
     items = [outcome.item for outcome in outcomes if outcome.item is not None]
-    faults = [f"{outcome.candidate}: {outcome.fault}" for outcome in outcomes if outcome.fault is not None]
+    faults = [outcome.fault for outcome in outcomes if outcome.fault is not None]
     listing = out.with_suffix(".faults.txt")
     if faults:
         listing.write_text("\n".join(faults) + "\n")
@@ -124,14 +127,17 @@ def _read(reader: Reader, candidate: str) -> Outcome:
         return Outcome(candidate, fault=str(error))
 
 
-def parallel(function: Callable[[T], R], inputs: Sequence[T], workers: int) -> Iterator[R]:
-    """The results of a function in the order of its inputs, from worker processes, each of which is sent it once."""
+def parallel(function: Callable[[T], R], inputs: Sequence[T], workers: int, chunk: int = CHUNK) -> Iterator[R]:
+    """The results of a function in the order of its inputs, from worker processes, each of which is sent it once.
+
+    A worker takes `chunk` inputs at a time: one, where they take seconds each, so that progress shows.
+    """
     if workers <= 1:
         yield from map(function, inputs)
         return
-    pool = ProcessPoolExecutor(workers, initializer=_set_function, initargs=(function,))
+    pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(function,))
     try:
-        yield from pool.map(_call, inputs, chunksize=_CHUNK)
+        yield from pool.map(_call, inputs, chunksize=chunk)
     finally:  # when interrupted, what has not begun is dropped
         pool.shutdown(cancel_futures=True)
 
@@ -139,9 +145,19 @@ def parallel(function: Callable[[T], R], inputs: Sequence[T], workers: int) -> I
 _function: Callable[[Any], Any]
 
 
-def _set_function(function: Callable[[Any], Any]) -> None:
+def _start_worker(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
+    torch.set_num_threads(1)  # the processes share the cores
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when the command that started it was killed; it would wait for more to do for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _call(argument: Any) -> Any:

@@ -1,5 +1,6 @@
 """What every data set gives for a sample, made in one place from the parts of a scene."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,13 +34,20 @@ class Scene(NamedTuple):
 
 
 def build_sample(
-    scene: Scene, *, masks: MaskConfig, rng: np.random.Generator, image: Tensor | None = None, truncated: bool = False
+    scene: Scene,
+    *,
+    masks: MaskConfig,
+    rng: np.random.Generator,
+    image: Tensor | None = None,
+    visible: Tensor | None = None,
+    truncated: bool = False,
 ) -> dict[str, Any]:
     """Make the tensors of a sample.
 
     Args:
         masks: what the imperfect mask, drawn from `rng`, may be like.
         image: (3, H, W), what the camera made of the scene; the scene itself unless given.
+        visible: (1, H, W) in [0, 1], what can be seen of the object; the scene's own unless given.
         truncated: the foreground ends where the occluder begins.
 
     Returns:
@@ -52,15 +60,24 @@ def build_sample(
         foreground = torch.cat([foreground[:3] * (scene.visible > 0), scene.visible])
     return {
         "image": scene.image if image is None else image,
-        "mask": plane(imperfect_mask(scene.visible[0].numpy(), rng, masks)),
+        "mask": plane(imperfect_mask((scene.visible if visible is None else visible)[0].numpy(), rng, masks)),
         "foreground": foreground,
         "background": over(scene.occluder, scene.background),
         "occluder": scene.occluder[3:],
     }
 
 
-def build_cues(image: Tensor, rng: np.random.Generator, *, dropout: float, enabled: bool = True) -> dict[str, Tensor]:
+def build_cues(
+    image: Tensor,
+    rng: np.random.Generator,
+    *,
+    dropout: float,
+    enabled: bool = True,
+    maps: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
     """Compute the cue maps of an image (3, H, W), each left out with the probability `dropout`.
+
+    `maps` has those that are there already, by name, each (3, H, W) in [-1, 1].
 
     Returns:
         cues (M, 3, H, W) in [-1, 1], zeros where absent, and cues_present (M,) bool, in the order of `CUES`; all are
@@ -71,7 +88,8 @@ def build_cues(image: Tensor, rng: np.random.Generator, *, dropout: float, enabl
             "cues": torch.zeros(len(CUES), *image.shape),
             "cues_present": torch.zeros(len(CUES), dtype=torch.bool),
         }
-    cues, present = compute_cues(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+    given = {name: values.numpy() for name, values in (maps or {}).items()}
+    cues, present = compute_cues(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy(), given)
     present &= rng.random(len(CUES)) >= dropout
     cues[~present] = 0
     return {"cues": torch.from_numpy(cues), "cues_present": torch.from_numpy(present)}

@@ -7,7 +7,7 @@ background, as in the embedded scenes, and covers part of the foreground, which 
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,10 +17,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from layerdecomp.data.blending import BlendingConfig, draw_grain, match_light, soften, through_jpeg
+from layerdecomp.data.folders import PARTS, part_path
 from layerdecomp.data.index import Index, Item
 from layerdecomp.data.layerdiffuse import pad_colours
 from layerdecomp.data.loading import (
     Box,
+    Fit,
     fit,
     has_foreground,
     layer,
@@ -28,10 +30,12 @@ from layerdecomp.data.loading import (
     load_background,
     load_foreground,
     load_layers,
+    load_maps,
     load_parts,
+    resized,
 )
 from layerdecomp.data.sample import SPLITS, Scene, build_cues, build_sample
-from layerdecomp.errors import InputError, check_at_least
+from layerdecomp.errors import InputError, check_at_least, check_probabilities
 from layerdecomp.imaging.compositing import over
 from layerdecomp.imaging.geometry import to_tensor
 from layerdecomp.imaging.masks import MaskConfig
@@ -66,6 +70,7 @@ class TripletConfig:
         check_at_least(0, self, "data.triplets.", "layered_weight", "pasted_weight", "folders_weight")
         if not self.aspects or min(self.aspects) <= 0:
             raise InputError(f"data.triplets.aspects is {self.aspects}; expected numbers above 0")
+        check_probabilities(self, "data.triplets.", "flip", "occluder_probability", "cue_dropout")
         if not 0 <= self.min_area < self.max_area <= 1:
             found = f"{self.min_area} and {self.max_area}"
             raise InputError(f"data.triplets.min_area and max_area are {found}; expected shares with min < max")
@@ -78,6 +83,21 @@ class TripletConfig:
 
 def _rounded(length: float) -> int:
     return max(MULTIPLE, round(length / MULTIPLE) * MULTIPLE)
+
+
+class Shot(NamedTuple):
+    """A scene as it was drawn, and what files say of it that its layers do not."""
+
+    scene: Scene
+    image: Tensor | None = None  # (3, H, W), where there is a file of it; else the scene is put together
+    visible: Tensor | None = None  # (1, H, W), what a file says can be seen of the object
+    maps: dict[str, Tensor] = {}  # cue maps (3, H, W) by name
+
+    @property
+    def area(self) -> float:
+        """The share of the picture that the exact mask of the object covers."""
+        visible = self.scene.visible if self.visible is None else self.visible
+        return float((visible > 0.5 * visible.max()).float().mean())
 
 
 class Triplets(Dataset[dict[str, Any]]):
@@ -135,11 +155,10 @@ class Triplets(Dataset[dict[str, Any]]):
             raise IndexError(f"triplet {index} of {self.length}")
         sequence = np.random.SeedSequence([self.seed, SPLITS.index(self.split), index])
         scene_rng, mask_rng, cue_rng, finish_rng = (np.random.default_rng(child) for child in sequence.spawn(4))
-        scene = self._draw(scene_rng, self._size(index))
-        scene, image = self._finish(scene, finish_rng)
-        sample = build_sample(scene, masks=self.config.masks, rng=mask_rng, image=image)
+        shot = self._finish(self._draw(scene_rng, self._size(index)), finish_rng)
+        sample = build_sample(shot.scene, masks=self.config.masks, rng=mask_rng, image=shot.image, visible=shot.visible)
         dropout = self.config.cue_dropout if self.split == "train" else 0.0
-        cues = build_cues(sample["image"], cue_rng, dropout=dropout, enabled=self.with_cues)
+        cues = build_cues(sample["image"], cue_rng, dropout=dropout, enabled=self.with_cues, maps=shot.maps)
         return {**sample, **cues, "index": index}
 
     def _size(self, index: int) -> tuple[int, int]:
@@ -158,13 +177,13 @@ class Triplets(Dataset[dict[str, Any]]):
         """What gives a picture of a kind its aspect."""
         return {"layered": self.layered, "pasted": self.backgrounds, "folders": self.folders}[kind]
 
-    def _draw(self, rng: np.random.Generator, size: tuple[int, int]) -> Scene:
+    def _draw(self, rng: np.random.Generator, size: tuple[int, int]) -> Shot:
         """Draws pictures until one has an object of a size that will do."""
         make = {"layered": self._layered, "pasted": self._pasted, "folders": self._folder}[self._kind(rng)]
         for _ in range(TRIES):
-            scene = make(rng, size)
-            if scene is not None and self.config.min_area <= float(scene.visible.mean()) <= self.config.max_area:
-                return scene
+            shot = make(rng, size)
+            if self.config.min_area <= shot.area <= self.config.max_area and 0 < shot.area < 1:
+                return shot
         raise InputError(
             f"{TRIES} pictures in a row have no object whose visible part covers {self.config.min_area} to "
             f"{self.config.max_area} of them; look at the data (tools/prepare_data.py check=...), or widen these limits"
@@ -178,7 +197,7 @@ class Triplets(Dataset[dict[str, Any]]):
                 break
         return index, item
 
-    def _layered(self, rng: np.random.Generator, size: tuple[int, int]) -> Scene | None:
+    def _layered(self, rng: np.random.Generator, size: tuple[int, int]) -> Shot:
         """One layer of a layered picture is the object: what lies below and above it is the background."""
         index, item = self._matching(self.layered, rng, size)
         pictures = load_layers(index, item)
@@ -192,10 +211,10 @@ class Triplets(Dataset[dict[str, Any]]):
         above = torch.zeros_like(layers[0])
         for front in layers[chosen + 1 :]:
             above = stack(front, above)
-        return Scene(below, layers[chosen], above)
+        return Shot(Scene(below, layers[chosen], above), maps=self._maps(index, item, place))
 
-    def _pasted(self, rng: np.random.Generator, size: tuple[int, int]) -> Scene | None:
-        """A cut-out somewhere over a background, and sometimes another one in front of it."""
+    def _pasted(self, rng: np.random.Generator, size: tuple[int, int]) -> Shot:
+        """A cut-out somewhere over a background, and sometimes another one in front of it; nobody has maps of that."""
         index, item = self._matching(self.backgrounds, rng, size)
         background = load_background(index, item, size, rng)
         foreground = self._placed(rng, size, float(np.exp(rng.uniform(np.log(0.05), np.log(0.5)))))
@@ -205,20 +224,20 @@ class Triplets(Dataset[dict[str, Any]]):
             covered = float((foreground[3] * tried[3]).sum() / foreground[3].sum().clamp(min=1))
             if 0.05 <= covered <= 0.5:
                 occluder = self._blended(tried, background, rng)
-        return Scene(background, self._blended(foreground, background, rng), occluder)
+        return Shot(Scene(background, self._blended(foreground, background, rng), occluder))
 
     def _placed(self, rng: np.random.Generator, size: tuple[int, int], area: float) -> Tensor:
-        """A whole cut-out (4, *size), its box covering about `area` of the picture, colours padded beyond its edge."""
+        """A whole cut-out (4, *size), its box covering about `area` of the picture."""
         index, item = self.foregrounds.draw(rng)
         picture = load_foreground(index.root / item.path, item)
         scale = (area * size[0] * size[1] / (picture.width * picture.height)) ** 0.5
         scale = min(scale, size[1] / picture.width, size[0] / picture.height)
         width, height = (max(1, int(scale * side)) for side in picture.size)
-        stamp = np.asarray(picture.resize((width, height), reducing_gap=3))
+        stamp = np.asarray(resized(picture, (height, width)))
         left, top = int(rng.integers(0, size[1] - width + 1)), int(rng.integers(0, size[0] - height + 1))
         canvas = np.zeros((*size, 4), np.uint8)
         canvas[top : top + height, left : left + width] = stamp
-        return layer(Image.fromarray(pad_colours(canvas)))
+        return layer(Image.fromarray(canvas))
 
     def _blended(self, foreground: Tensor, background: Tensor, rng: np.random.Generator) -> Tensor:
         config = self.config.blending
@@ -228,32 +247,37 @@ class Triplets(Dataset[dict[str, Any]]):
             foreground = soften(foreground, rng.uniform(0.3, 1.5))
         return foreground
 
-    def _folder(self, rng: np.random.Generator, size: tuple[int, int]) -> Scene | None:
-        """A ready triplet; what may stand in front of its object is not known."""
+    def _folder(self, rng: np.random.Generator, size: tuple[int, int]) -> Shot:
+        """A ready triplet, its image and its mask those of the files; what may stand in front is not known."""
         index, item = self._matching(self.folders, rng, size)
         if not has_foreground(item):
             raise InputError(f"{index.path}: {item.id} has no foreground; such a set is for evaluation, not training")
-        foreground, background = load_parts(index, item, ("foreground", "background"))
-        place = fit((item.width, item.height), size, rng, _bounds(foreground))
-        cut_out, clean = (place.apply(picture, index.root / item.path) for picture in (foreground, background))
-        return Scene(to_tensor(np.asarray(clean))[0], layer(cut_out), torch.zeros(4, *size))
+        parts = dict(zip(PARTS, load_parts(index, item, PARTS), strict=True))
+        place = fit((item.width, item.height), size, rng, parts["mask"].getbbox())
+        crops = {part: place.apply(picture, part_path(index.root, item, part)) for part, picture in parts.items()}
+        image, background = (to_tensor(np.asarray(crops[part]))[0] for part in ("image", "background"))
+        scene = Scene(background, layer(crops["foreground"]), torch.zeros(4, *size))
+        visible = torch.from_numpy(np.asarray(crops["mask"]) >= 128).float()[None]
+        return Shot(scene, image, visible, self._maps(index, item, place))
 
-    def _finish(self, scene: Scene, rng: np.random.Generator) -> tuple[Scene, Tensor]:
-        """What one camera does to all layers, and to the image alone."""
+    def _maps(self, index: Index, item: Item, place: Fit) -> dict[str, Tensor]:
+        return load_maps(index, item, place) if self.with_cues else {}
+
+    def _finish(self, shot: Shot, rng: np.random.Generator) -> Shot:
+        """What one camera does to all layers, and to the image alone; the object's colours padded beyond its edge."""
         config = self.config.blending
         flip, grain, jpeg = rng.random(3) < (self.config.flip, config.grain, config.jpeg)
+        shot = shot._replace(scene=shot.scene._replace(foreground=pad_colours(shot.scene.foreground)))
         if flip:
-            scene = Scene(*(part.flip(-1) for part in scene))
+            shot = _flipped(shot)
+        scene, image = shot.scene, shot.image
         if grain:
-            noise = draw_grain(self._shape(scene), rng.uniform(0.005, 0.04), rng)
-            scene = Scene(*(torch.cat([(part[:3] + noise).clamp(-1, 1), part[3:]]) for part in scene))
-        image = scene.image
-        return scene, through_jpeg(image, int(rng.integers(60, 96))) if jpeg else image
-
-    @staticmethod
-    def _shape(scene: Scene) -> tuple[int, int]:
-        height, width = scene.background.shape[-2:]
-        return height, width
+            height, width = scene.background.shape[-2:]
+            noise = draw_grain((height, width), rng.uniform(0.005, 0.04), rng)
+            scene = Scene(*(_grainy(part, noise) for part in scene))
+            image = None if image is None else _grainy(image, noise)
+        image = scene.image if image is None else image
+        return shot._replace(scene=scene, image=through_jpeg(image, int(rng.integers(60, 96))) if jpeg else image)
 
 
 class Rows:
@@ -288,6 +312,18 @@ def nearest_aspect(item: Item, aspects: list[float]) -> int:
     """Which of some aspects (width / height) an item is closest to."""
     distances = [abs(np.log(item.width / item.height / aspect)) for aspect in aspects]
     return int(np.argmin(distances))
+
+
+def _flipped(shot: Shot) -> Shot:
+    """The mirror image of everything."""
+    image, visible = (None if part is None else part.flip(-1) for part in (shot.image, shot.visible))
+    maps = {name: values.flip(-1) for name, values in shot.maps.items()}
+    return Shot(Scene(*(part.flip(-1) for part in shot.scene)), image, visible, maps)
+
+
+def _grainy(part: Tensor, noise: Tensor) -> Tensor:
+    """Colours (3, H, W) or a layer (4, H, W) with noise (3, H, W) over its colours."""
+    return torch.cat([(part[:3] + noise).clamp(-1, 1), part[3:]])
 
 
 def stack(front: Tensor, behind: Tensor) -> Tensor:

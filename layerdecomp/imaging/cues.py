@@ -1,6 +1,6 @@
 """Cue maps: hints about the whole picture that the context fusion condenses into a few tokens."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,19 +14,26 @@ CUES = ("edge", "segmentation", "depth")
 
 
 def compute_cues(
-    image: NDArray[np.uint8], depth: Callable[[NDArray[np.uint8]], NDArray[np.float32]] | None = None
+    image: NDArray[np.uint8], maps: Mapping[str, NDArray[np.float32]] | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Compute the cue maps of an RGB image (H, W, 3).
+    """Compute the cue maps of an RGB image.
 
-    Returns the maps (len(CUES), 3, H, W) in [-1, 1] and which of them are present (len(CUES),); an absent one is zeros.
-    Depth is absent unless `depth` computes it, image -> (1, H, W) in [-1, 1], because that takes weights.
+    Args:
+        image: (H, W, 3).
+        maps: those that are there already, by the names of `CUES`, (1 or 3, H, W) in [-1, 1]. Depth is taken from here
+            or absent, because it takes weights to compute it.
+
+    Returns:
+        the maps (len(CUES), 3, H, W) in [-1, 1], zeros where absent, and which of them are present (len(CUES),).
     """
+    found = dict(maps or {})
+    for cue, compute in (("edge", edge_map), ("segmentation", segmentation_map)):
+        if cue not in found:
+            found[cue] = compute(image)
     cues = np.zeros((len(CUES), 3, *image.shape[:2]), dtype=np.float32)
-    cues[CUES.index("edge")] = edge_map(image)
-    cues[CUES.index("segmentation")] = segmentation_map(image)
-    if depth is not None:
-        cues[CUES.index("depth")] = depth(image)
-    return cues, np.array([cue != "depth" or depth is not None for cue in CUES])
+    for cue, values in found.items():
+        cues[CUES.index(cue)] = values
+    return cues, np.array([cue in found for cue in CUES])
 
 
 def edge_map(image: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -1,5 +1,6 @@
 """Imperfect masks: what a person's brush or a segmentation network gives instead of the true matte of an object."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -9,6 +10,8 @@ from PIL import Image, ImageDraw
 from scipy.ndimage import distance_transform_edt
 from scipy.spatial import ConvexHull, QhullError
 from skimage.measure import approximate_polygon, find_contours
+
+from layerdecomp.errors import InputError, check_at_least
 
 Mask = NDArray[np.bool_]  # (H, W), True = object
 
@@ -30,6 +33,11 @@ class MaskConfig:
     spill: float = 1.5  # parts of the surroundings are included
     box: float = 1.0  # the bounding box, drawn by hand
     brush: float = 1.0  # a few strokes of a round brush over the object
+
+    def __post_init__(self) -> None:
+        check_at_least(0, self, "masks.", *vars(self))
+        if not 0 < sum(vars(self).values()) < math.inf:
+            raise InputError(f"masks: the weights are {vars(self)}; expected at least one above 0")
 
 
 def imperfect_mask(alpha: NDArray[np.floating], rng: np.random.Generator, config: MaskConfig | None = None) -> Mask:

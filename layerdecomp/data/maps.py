@@ -1,0 +1,112 @@
+"""Cue maps, made once for every item of an index and left where training finds them (`loading.map_path`)."""
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from layerdecomp.data.folders import open_picture, part_path
+from layerdecomp.data.index import Index, Item
+from layerdecomp.data.loading import WITH_MAPS, layer_paths, map_path
+from layerdecomp.data.mulan import read_layers, recompose
+from layerdecomp.data.prepare import parallel
+from layerdecomp.errors import InputError
+from layerdecomp.imaging.cues import CUES, edge_map, segmentation_map
+from layerdecomp.imaging.geometry import to_pixels, to_tensor
+from layerdecomp.imaging.layers import Pixels, read_image
+from layerdecomp.models.depth import DepthEstimator
+from layerdecomp.weights import load_depth
+
+DEPTH_FILE = Path("checkpoints/depth-anything-v2-small/model.safetensors")
+
+
+def write_maps(index: Index, cues: Sequence[str], depth_file: Path = DEPTH_FILE, workers: int = 1) -> list[str]:
+    """Computes the maps of some cues for every item, and writes each as a PNG file of the picture's size.
+
+    Maps that are there are kept, so that the user's own come first and an interrupted run goes on.
+
+    Args:
+        cues: some of `CUES`.
+        depth_file: Depth-Anything-V2-Small's weights, which depth takes.
+
+    Returns:
+        a line per item that cannot be read.
+
+    Raises:
+        InputError: a cue is unknown, the index is not of pictures or triplets, the weights are missing or do not fit,
+            or a map cannot be written.
+    """
+    if unknown := [cue for cue in cues if cue not in CUES]:
+        raise InputError(f"cues: found {unknown[0]!r}, expected some of {', '.join(CUES)}")
+    if index.kind not in WITH_MAPS:
+        raise InputError(
+            f"{index.path} is an index of {index.kind}; expected one of {' or '.join(WITH_MAPS)}: the picture that "
+            "a cut-out and a background make is not there before training makes it"
+        )
+    estimator = open_estimator(depth_file) if "depth" in cues else None
+    rows = [row for row, item in enumerate(index) if _missing(index, item, cues)]
+    results = parallel(partial(_write_item, index, cues, estimator), rows, workers, chunk=1)
+    progress = tqdm(results, total=len(index), initial=len(index) - len(rows), desc=index.path.name, unit="item")
+    return [fault for fault in progress if fault is not None]
+
+
+def open_estimator(path: Path) -> DepthEstimator:
+    """Depth-Anything-V2-Small; `InputError` says which file to get where it is missing."""
+    if not path.is_file():
+        raise InputError(
+            f"{path} does not exist; put model.safetensors of depth-anything/Depth-Anything-V2-Small-hf (99.2 MB, "
+            "Apache-2.0) there, or name it with depth="
+        )
+    return load_depth(path)
+
+
+def _missing(index: Index, item: Item, cues: Sequence[str]) -> list[str]:
+    return [cue for cue in cues if not map_path(index.root, item, cue).is_file()]
+
+
+def _write_item(index: Index, cues: Sequence[str], estimator: DepthEstimator | None, row: int) -> str | None:
+    item = index[row]
+    try:
+        pixels = _read_picture(index, item)
+    except InputError as error:
+        return f"{item.id}: {error}"
+    for cue in _missing(index, item, cues):
+        _save(_compute(cue, pixels, estimator), map_path(index.root, item, cue))
+    return None
+
+
+def _read_picture(index: Index, item: Item) -> Pixels:
+    """The picture (H, W, 3) that an item is of."""
+    if index.kind == "layered":
+        return recompose(read_layers(layer_paths(index.root, item)))
+    return read_image(open_picture(part_path(index.root, item, "image")))
+
+
+def _compute(cue: str, pixels: Pixels, estimator: DepthEstimator | None) -> Tensor:
+    """(1 or 3, H, W) in [-1, 1]."""
+    if cue == "depth":
+        assert estimator is not None
+        return estimator.estimate(to_tensor(pixels))[0]
+    return torch.from_numpy(edge_map(pixels) if cue == "edge" else segmentation_map(pixels))
+
+
+def _save(values: Tensor, path: Path) -> None:
+    levels = to_pixels(values)
+    partial_path = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(levels[..., 0] if levels.shape[2] == 1 else levels).save(partial_path, "PNG")
+        os.replace(partial_path, path)
+    except OSError as error:
+        raise InputError(
+            f"{path} could not be written ({error}); free some space, or make its folder writable"
+        ) from error
+    finally:
+        with suppress(OSError):  # the first error is the one to report
+            partial_path.unlink(missing_ok=True)
