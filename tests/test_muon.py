@@ -1,0 +1,86 @@
+"""Muon: orthogonal steps, Adam's for the rest, and nothing lost over a restart."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from layerdecomp.training.muon import Muon, orthogonalized
+
+RATE = 3e-3
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> None:
+    for seed in seeds:
+        optimizer.zero_grad()
+        mse_loss(model(normal(16, 6, seed=seed)), normal(16, 4, seed=seed + 1000)).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("shape", [(24, 64), (64, 24), (24, 24)])
+def test_singular_vectors_stay_and_values_become_about_1(shape: tuple[int, int]) -> None:
+    matrix = normal(*shape)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    result = left.T @ orthogonalized(matrix) @ right.T
+    assert values.max() / values.min() > 3
+    assert result.diag().min() > 0.6 and result.diag().max() < 1.25
+    torch.testing.assert_close(result, result.diag().diag(), atol=1e-4, rtol=0)
+
+
+def test_the_size_of_a_gradient_does_not_matter() -> None:
+    torch.testing.assert_close(orthogonalized(1e-4 * normal(8, 32)), orthogonalized(normal(8, 32)), atol=1e-3, rtol=0)
+    assert not orthogonalized(torch.zeros(4, 5)).any()
+
+
+def test_a_step_of_a_matrix_is_as_large_as_adams() -> None:
+    model = nn.Linear(512, 128, bias=False)
+    before = model.weight.detach().clone()
+    model.weight.grad = normal(128, 512)
+    Muon(model.parameters(), [], RATE).step()
+    step = (model.weight.detach() - before).square().mean().sqrt()
+    assert 0.1 < step / RATE < 0.3
+    assert ((before - model.weight) * model.weight.grad).sum() > 0  # downhill
+
+
+def test_others_are_stepped_as_by_torchs_adam() -> None:
+    ours = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    theirs = copy.deepcopy(ours)
+    steps(ours, Muon([], ours.parameters(), RATE, betas=(0.9, 0.99)), range(20))
+    steps(theirs, torch.optim.Adam(theirs.parameters(), RATE, betas=(0.9, 0.99)), range(20))
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_a_restart_from_a_saved_state_is_exact() -> None:
+    def made() -> tuple[nn.Module, Muon]:
+        torch.manual_seed(0)
+        model = nn.Linear(6, 4)
+        return model, Muon([model.weight], [model.bias], RATE)
+
+    straight, optimizer = made()
+    steps(straight, optimizer, range(8))
+    first, optimizer = made()
+    steps(first, optimizer, range(5))
+    second, resumed = made()
+    second.load_state_dict(first.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    steps(second, resumed, range(5, 8))
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), second.parameters(), strict=True))
+
+
+def test_the_loss_falls_below_that_of_the_mean() -> None:
+    torch.manual_seed(0)
+    model, teacher = (nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 4)) for _ in range(2))
+    optimizer = Muon([model[0].weight, model[2].weight], [model[0].bias, model[2].bias], 0.02)
+    x = normal(64, 6)
+    y = teacher(x).detach()
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = optimizer.step(lambda: (value := mse_loss(model(x), y)).backward() or value)
+    assert loss < 0.02 * y.var()
