@@ -139,9 +139,9 @@ class Job(LightningModule):
         betas = (config.betas[0], config.betas[1])
         optimizer: Optimizer
         if config.muon:
-            matrices = [name for name, parameter in trained.items() if "blocks." in name and parameter.dim() == 2]
-            others = [name for name in trained if name not in matrices]
-            optimizer = Muon(*([trained[name] for name in names] for names in (matrices, others)), config.lr, betas)
+            inside = {name: parameter.dim() == 2 and "blocks." in name for name, parameter in trained.items()}
+            matrices, others = ([p for name, p in trained.items() if inside[name] is kind] for kind in (True, False))
+            optimizer = Muon(matrices, others, config.lr, betas)
         else:
             optimizer = AdamW(trained.values(), lr=config.lr, betas=betas, weight_decay=config.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
