@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from layerdecomp.conditioning import ConditioningConfig
+from layerdecomp.data.datamodule import collate
+from layerdecomp.data.scenes import SceneConfig, Scenes
 from layerdecomp.decomposer import (
     Decomposer,
     DecomposerConfig,
@@ -26,6 +28,8 @@ from layerdecomp.errors import InputError
 from layerdecomp.imaging.cues import compute_cues
 from layerdecomp.imaging.geometry import grow_and_feather, to_tensor
 from layerdecomp.imaging.layers import Layers
+from layerdecomp.metrics.background import psnr
+from layerdecomp.metrics.foreground import alpha_iou
 from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.depth import DepthConfig, DepthEstimator
 from layerdecomp.models.lora import LoRALinear
@@ -305,3 +309,16 @@ def test_a_prompt_comes_from_its_file(tiny_config: DecomposerConfig, tmp_path: P
     with pytest.raises(InputError, match="does not fit a prompt embedding") as error:
         build_decomposer(config)
     assert "1 missing: vec" in str(error.value) and "txt [5, 9] for [5, 8]" in str(error.value)
+
+
+def test_the_weights_that_ship_belong_together_and_tell_an_object_from_its_mask() -> None:
+    decomposer = Decomposer.from_pretrained("checkpoints/tiny/adapter.safetensors")
+    data = Scenes(SceneConfig(), "test", seed=99, length=8)
+    batch = collate([data[index] for index in range(8)])
+    noise = torch.randn(8, 2, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    background, foreground = decomposer.draw(batch, noise, steps=10)
+    kept = keep_pixels(batch["image"], batch["mask"], background, decomposer.sample)
+    assert psnr(kept, batch["background"]).mean() > psnr(batch["image"], batch["background"]).mean() + 1
+    everything = torch.ones_like(foreground)
+    assert alpha_iou(foreground, batch["foreground"]).mean() > 0.4
+    assert alpha_iou(everything, batch["foreground"]).mean() < 0.3
