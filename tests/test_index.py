@@ -89,7 +89,7 @@ def test_data_that_have_moved_or_gone(tmp_path: Path) -> None:
 
 def test_other_files_are_no_indexes(tmp_path: Path) -> None:
     save_tensors(tmp_path / "weights.safetensors", {"a": torch.zeros(2)}, {})
-    with pytest.raises(InputError, match="index version none, expected 1"):
+    with pytest.raises(InputError, match="index version none, expected 2"):
         Index(tmp_path / "weights.safetensors")
     with pytest.raises(InputError, match="does not exist"):
         Index(tmp_path / "missing.safetensors")

@@ -22,7 +22,7 @@ from torch import Tensor
 from layerdecomp.errors import InputError
 from layerdecomp.weights import open_safetensors, read_metadata, save_tensors
 
-VERSION = "1"
+VERSION = "2"
 KINDS = ("layered", "foregrounds", "backgrounds", "triplets")
 TEST_SHARE = 0.02  # of the items, by a hash of their ids, unless another is asked for
 
@@ -89,8 +89,11 @@ def write_index(path: str | Path, reader: Reader, items: Iterable[Item], test_sh
         "size": torch.tensor([(row.width, row.height) for row in rows], dtype=torch.int32).reshape(-1, 2),
         "layers": torch.tensor([row.layers for row in rows], dtype=torch.int16),
         "rotation": torch.tensor([row.rotation for row in rows], dtype=torch.int16),
-        "test": torch.tensor([split_of(row.id, test_share) == "test" for row in rows], dtype=torch.bool),
     }
+    splits = [split_of(row.id, test_share) for row in rows]
+    for split in ("train", "test"):  # lists, so that nobody has to go through a million rows to find a split's
+        chosen = [row for row, found in enumerate(splits) if found == split]
+        columns[f"{split}.rows"] = torch.tensor(chosen, dtype=torch.int32)
     root = str(reader.root.resolve())
     described = {"source": reader.source, "kind": reader.kind, "licence": reader.licence, "root": root}
     save_tensors(path, columns, {"index_version": VERSION, **described})
@@ -158,9 +161,9 @@ class Index:
         """(N, 2), width and height."""
         return self._columns["size"]
 
-    def rows(self, split: str) -> NDArray[np.int64]:
-        """The rows of a split, "train" or "test"."""
-        return np.flatnonzero(self._columns["test"] == (split == "test"))
+    def rows(self, split: str) -> NDArray[np.int32]:
+        """The rows of a split, "train" or "test", in rising order."""
+        return self._columns[f"{split}.rows"]
 
 
 def map_columns(path: Path) -> dict[str, NDArray[Any]]:
@@ -174,7 +177,7 @@ def map_columns(path: Path) -> dict[str, NDArray[Any]]:
     return {name: _map_tensor(path, 8 + size, entry) for name, entry in header.items()}
 
 
-_DTYPES = {"U8": np.uint8, "I16": np.int16, "I32": np.int32, "I64": np.int64, "BOOL": np.bool_}
+_DTYPES = {"U8": np.uint8, "I16": np.int16, "I32": np.int32, "I64": np.int64}
 
 
 def _map_tensor(path: Path, start: int, entry: dict[str, Any]) -> NDArray[Any]:

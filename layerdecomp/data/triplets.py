@@ -293,7 +293,7 @@ class Rows:
             raise InputError(f"{names}: no items of the {split} split ({kind}); index more of them")
 
     @cached_property
-    def _rows(self) -> list[NDArray[np.int64]]:
+    def _rows(self) -> list[NDArray[np.int32]]:
         return [index.rows(self.split) for index in self.indexes]
 
     @cached_property
