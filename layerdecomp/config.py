@@ -63,6 +63,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if len(self.betas) != 2:
             raise InputError(f"optim.betas is {self.betas}; expected two numbers")
+        if self.muon and self.weight_decay:
+            raise InputError(f"optim.weight_decay is {self.weight_decay}, which optim.muon does not use; set it to 0")
 
 
 @dataclass

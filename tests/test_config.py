@@ -57,6 +57,7 @@ def test_the_run_directory_follows_the_name() -> None:
         ("=3", "argument '=3': expected key=value"),
         ("optim.betas[0]=0.5", "optim.betas"),
         ("optim.betas=[0.9]", "optim.betas is \\[0.9\\]; expected two"),
+        ("optim={muon: true, weight_decay: 0.1}", "optim.weight_decay is 0.1"),
         ("name=${nobody}", "nobody"),
         ("train.steps=0", "train.steps is 0; expected at least 1"),
         ("train.draws=-1", "train.draws is -1; expected at least 1"),

@@ -311,7 +311,7 @@ def test_a_prompt_comes_from_its_file(tiny_config: DecomposerConfig, tmp_path: P
     assert "1 missing: vec" in str(error.value) and "txt [5, 9] for [5, 8]" in str(error.value)
 
 
-def test_the_weights_that_ship_belong_together_and_tell_an_object_from_its_mask() -> None:
+def test_the_weights_that_ship_belong_together_and_find_the_objects() -> None:
     decomposer = Decomposer.from_pretrained("checkpoints/tiny/adapter.safetensors")
     data = Scenes(SceneConfig(), "test", seed=99, length=8)
     batch = collate([data[index] for index in range(8)])

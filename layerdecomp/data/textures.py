@@ -78,9 +78,7 @@ def photograph_crop(rng: np.random.Generator, size: int, split: str) -> Picture:
 
 def procedural(rng: np.random.Generator, size: int, split: str) -> Picture:
     """Make a texture (size, size, 3): a random scalar field of the split in a random palette of two to four colours."""
-    fields = _FIELDS[split]
-    make = fields[rng.integers(len(fields))]
-    return _coloured(make(rng, size), _palette(rng, int(rng.integers(2, 5))))
+    return _coloured(_field(rng, size, split), _palette(rng, int(rng.integers(2, 5))))
 
 
 def material(rng: np.random.Generator, size: int, split: str, surroundings: NDArray[np.float32]) -> Picture:
@@ -95,8 +93,7 @@ def material(rng: np.random.Generator, size: int, split: str, surroundings: NDAr
     if rng.random() < 0.5:
         pattern = _normalized(photograph_crop(rng, size, split).mean(axis=-1))
     else:
-        fields = _FIELDS[split]
-        pattern = fields[rng.integers(len(fields))](rng, size)
+        pattern = _field(rng, size, split)
     colours = rng.random((12, 3))
     grey = colours.mean(axis=1, keepdims=True)
     colours = grey + rng.uniform(0.2, 1) * (colours - grey)
@@ -105,6 +102,11 @@ def material(rng: np.random.Generator, size: int, split: str, surroundings: NDAr
     colour = colours[distinct.argmax() if distinct.any() else distances.argmax()]
     shades = rng.uniform(0.03, 0.35) * (pattern - pattern.mean())
     return np.asarray(np.clip(colour + shades[..., None], 0, 1), np.float32)
+
+
+def _field(rng: np.random.Generator, size: int, split: str) -> Field:
+    fields = _FIELDS[split]
+    return fields[rng.integers(len(fields))](rng, size)
 
 
 def noise(rng: np.random.Generator, size: int, cells: int = 3, persistence: float = 0.5) -> Field:

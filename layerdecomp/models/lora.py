@@ -72,8 +72,9 @@ class LoRALinear(nn.Linear):
 
         It does where the rank is no small part of the width, as in small models; there, B A is as costly as W.
         """
-        one = self.in_features * self.out_features * (tokens + 3 * self.lora_A.out_features)
-        return one < 3 * self.lora_A.out_features * (self.in_features + self.out_features) * tokens
+        rank = self.lora_A.out_features
+        as_one = self.in_features * self.out_features * (tokens + 3 * rank)
+        return as_one < 3 * rank * (self.in_features + self.out_features) * tokens
 
     def _sum(self) -> Tensor:
         """W + scale * B A in float32, (out_features, in_features)."""

@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 class Muon(Optimizer):
     """Momentum, made orthogonal before every step of a matrix (Jordan 2024, kellerjordan.github.io/posts/muon).
 
-    All directions of a matrix learn at the same speed, which a small transformer turns into about half the steps of
-    AdamW. `torch.optim.Muon` computes in bf16 alone, which a CPU without instructions for it does very slowly, and
-    takes nothing but matrices; this one computes in the parameters' own precision.
+    All directions of a matrix learn at the same speed. `torch.optim.Muon` computes in bf16 alone, which a CPU without
+    instructions for it does very slowly, and takes nothing but matrices; this one computes in the parameters' own
+    precision.
 
     Args:
         matrices: parameters (rows, columns). Their steps are scaled to the size of Adam's (Liu et al. 2025, arXiv
@@ -50,19 +50,23 @@ class Muon(Optimizer):
                     parameter.sub_(update(parameter, parameter.grad, group), alpha=group["lr"])
         return loss
 
+    def _state(self, parameter: Parameter, *averages: str) -> dict[str, Any]:
+        """What is kept of a parameter; the averages start at zero."""
+        state: dict[str, Any] = self.state[parameter]
+        if not state:
+            state |= {name: torch.zeros_like(parameter) for name in averages}
+        return state
+
     def _orthogonal(self, parameter: Parameter, gradient: Tensor, group: dict[str, Any]) -> Tensor:
-        state = self.state[parameter]
-        average: Tensor = state.setdefault("average", torch.zeros_like(parameter))
+        average = self._state(parameter, "average")["average"]
         average.lerp_(gradient, 1 - group["momentum"])
         direction = orthogonalized(gradient.lerp(average, group["momentum"]))  # Nesterov's look ahead
         return 0.2 * math.sqrt(max(parameter.shape)) * direction
 
     def _adam(self, parameter: Parameter, gradient: Tensor, group: dict[str, Any]) -> Tensor:
-        state = self.state[parameter]
-        average: Tensor = state.setdefault("average", torch.zeros_like(parameter))
-        squares: Tensor = state.setdefault("squares", torch.zeros_like(parameter))
+        state = self._state(parameter, "average", "squares")
         state["step"] = state.get("step", 0) + 1
-        beta1, beta2 = group["betas"]
+        average, squares, (beta1, beta2) = state["average"], state["squares"], group["betas"]
         average.lerp_(gradient, 1 - beta1)
         squares.lerp_(gradient.square(), 1 - beta2)
         deviation = (squares / (1 - beta2 ** state["step"])).sqrt() + 1e-8
