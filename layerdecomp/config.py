@@ -93,6 +93,7 @@ class FlowJobConfig(RunConfig):
     flow: FlowConfig = field(default_factory=FlowConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     weights: WeightFiles = field(default_factory=WeightFiles)
+    latent_cache: str | None = None  # a folder: each of `data.samples` is encoded once; null: each time that it comes
 
 
 @dataclass
