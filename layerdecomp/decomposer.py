@@ -92,11 +92,6 @@ class Context:
     ids: Tensor  # (layers * L, 3)
     fused: Tensor | None = None  # (B, N, D)
 
-    def repeat(self, count: int) -> "Context":
-        """The context of a batch in which every sample stands `count` times."""
-        fused = None if self.fused is None else self.fused.repeat_interleave(count, 0)
-        return Context(self.told.repeat_interleave(count, 0), self.ids, fused)
-
 
 @dataclass
 class WeightFiles:

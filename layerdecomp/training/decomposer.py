@@ -56,7 +56,7 @@ class DecomposerJob(FlowJob):
         z, mask = latents["z"], latents["mask"].float()
         context = self.decomposer.condition(latents["told"], mask, latents["cues_present"])
         x, t, target = self.noisy(z, z.shape[1] // 2, positions)
-        velocity = self.decomposer.velocity(x, context.repeat(self.run.train.draws), t, self.run.training_guidance)
+        velocity = self.decomposer.velocity(x, context, t, self.run.training_guidance)
         layers = zip(("background", "foreground"), velocity.chunk(2, 1), target.chunk(2, 1), strict=True)
         losses = {name: flow_loss(predicted, true) for name, predicted, true in layers}
         return {"loss": (losses["background"] + losses["foreground"]) / 2, **losses}

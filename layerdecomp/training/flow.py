@@ -49,29 +49,25 @@ class FlowJob(Job):
         return self.flow_losses(latents, batch["position"])
 
     def noisy(self, z: Tensor, tokens: int, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Draws times and noise for packed latents z (B, S, 64), `train.draws` of each per sample.
+        """Draws times and noise for packed latents z (B, S, 64), each a pure function of the seed and the position.
 
         Args:
             tokens: of one layer, which the shift of times goes by.
             positions: of the samples in the whole of training.
 
         Returns:
-            noisy latents (B * draws, S, 64), times (B * draws,) and the velocities to predict (B * draws, S, 64); every
-            draw is a pure function of the seed and the sample's position.
+            noisy latents (B, S, 64), times (B,) and the velocities to predict (B, S, 64).
         """
-        draws = self.run.train.draws
-        noise = seeded_normal(self.run.seed, positions, (draws, *z.shape[1:]), stream=0).to(z).flatten(0, 1)
-        normal = seeded_normal(self.run.seed, positions, (draws,), stream=1).to(z).flatten()
-        z, t = z.repeat_interleave(draws, 0), sample_times(normal, tokens, self.run.flow)
+        noise = seeded_normal(self.run.seed, positions, z.shape[1:], stream=0).to(z)
+        normal = seeded_normal(self.run.seed, positions, (1,), stream=1).to(z).flatten()
+        t = sample_times(normal, tokens, self.run.flow)
         return interpolate(z, noise, t), t, velocity_target(z, noise)
 
     def _description(self) -> dict[str, Any]:
         """What the latents of a sample depend on, but for the code that makes it."""
-        data = {name: value for name, value in asdict(self.run.data).items() if name not in ("workers", "validation")}
-        return {
-            "job": self.run.job,
-            "seed": self.run.seed,
-            "data": data,
-            "batch_size": self.run.train.batch_size,  # which samples of data sets on disk share a size goes by it
-            **self.encoding,
-        }
+        described = {"job": self.run.job, "seed": self.run.seed, **self.encoding}
+        data = asdict(self.run.data)
+        if self.run.data.source == "scenes":  # functions of the seed and the index alone
+            return {**described, "scenes": data["scenes"]}
+        names = ("source", "samples", "scenes", "triplets")  # a batch is of one size, which the samples go by
+        return {**described, **{name: data[name] for name in names}, "batch_size": self.run.train.batch_size}
