@@ -31,6 +31,7 @@ class DecomposerJob(FlowJob):
         mixed = torch.cuda.is_available() and resolve_precision(config.train.precision) == "bf16-mixed"
         dtype = torch.bfloat16 if mixed else torch.float32
         self.decomposer = build_decomposer(config, dtype)
+        self.decomposer.transformer.recompute = config.recompute
         self.metrics = LayerMetrics()
 
     @property
