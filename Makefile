@@ -12,7 +12,7 @@ RUN := .venv/bin/python
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 
-.PHONY: train tiny decompose evaluate export ablation curves benchmark-data test lint clean
+.PHONY: train tiny decompose evaluate export ablation curves benchmark benchmark-data test lint clean
 .DEFAULT_GOAL := train
 
 .venv/installed: setup.cfg
@@ -84,6 +84,9 @@ curves: .venv/installed-plots  ## quality against steps and against distinct tra
 
 benchmark-data: .venv/installed  ## triplets per second: make benchmark-data ARGS="layered=[data/mulan.safetensors]"
 	$(RUN) tools/benchmark_data.py $(ARGS)
+
+benchmark: .venv/installed  ## operations and speed: make benchmark ARGS="device=cuda recompute=1"
+	$(RUN) tools/benchmark.py $(ARGS)
 
 test: .venv/installed-dev
 	$(RUN) -m pytest $(ARGS)

@@ -415,7 +415,10 @@ def build_decomposer(config: DecomposerConfig, dtype: torch.dtype | None = None,
 def mixed_precision(frozen: nn.Module) -> torch.autocast:
     """Autocast where the frozen parts are in bf16, since what was trained beside them is in float32."""
     weight = next(frozen.parameters())
-    return torch.autocast(weight.device.type, torch.bfloat16, enabled=weight.dtype == torch.bfloat16)
+    place = (
+        "cpu" if weight.is_meta else weight.device.type
+    )  # there, operations are counted; autocast knows no meta device
+    return torch.autocast(place, torch.bfloat16, enabled=weight.dtype == torch.bfloat16)
 
 
 def token_ids(image: Tensor, layer: int) -> Tensor:

@@ -23,7 +23,7 @@ ORDER = [
     *("data.sample", "data.textures", "data.shapes", "data.scenes"),
     *("data.loading", "data.check", "data.maps", "data.blending", "data.triplets", "data.benchmark"),
     *("data.latents", "data.datamodule"),
-    *("baselines", "evaluation", "comparison"),
+    *("baselines", "evaluation", "comparison", "benchmark"),
     # floor 2: everything that can be set
     "config",
     # floor 3: training
