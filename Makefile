@@ -7,12 +7,13 @@ MASK ?= docs/coffee_cup_mask.png
 FORMAT ?= adapter
 ARGS ?=
 DEVICES ?=
+KILLS ?= 50
 RUN := .venv/bin/python
 # glibc gives every large buffer back to the system and takes the next one page by page: a quarter of a step on a CPU.
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 
-.PHONY: train tiny decompose evaluate export ablation curves benchmark-data test lint clean
+.PHONY: train tiny decompose evaluate export ablation curves benchmark-data test test-kill audit lint clean
 .DEFAULT_GOAL := train
 
 .venv/installed: setup.cfg
@@ -87,6 +88,12 @@ benchmark-data: .venv/installed  ## triplets per second: make benchmark-data ARG
 
 test: .venv/installed-dev
 	$(RUN) -m pytest $(ARGS)
+
+test-kill: .venv/installed-dev  ## a training killed fifty times ends with the weights of an undisturbed one
+	KILLS=$(KILLS) $(RUN) -m pytest -s tests/test_kill.py $(ARGS)
+
+audit: .venv/installed-dev  ## known vulnerabilities of what is installed
+	$(RUN) -m pip_audit --local --skip-editable $(ARGS)
 
 lint: .venv/installed-dev
 	$(RUN) -m ruff check layerdecomp tools tests

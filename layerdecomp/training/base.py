@@ -60,6 +60,7 @@ class Job(LightningModule):
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
         self.run = config
+        torch.manual_seed(config.seed)  # the first weights of whatever a job builds
         self._commit = source_commit()  # now: the files may move on while the run trains
         self._step_started: float | None = None
         self._losses: list[dict[str, Tensor]] = []  # of the batches of a step

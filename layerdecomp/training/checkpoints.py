@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning import LightningModule, Trainer
@@ -90,15 +90,12 @@ class CheckpointFiles(CheckpointIO):
         path = Path(path)
         partial = path.with_name(f".{path.name}.partial")
         try:
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
+            _write(partial, checkpoint)
             if path.exists():
                 os.replace(path, path.with_name(PREVIOUS))
             os.replace(partial, path)
             _sync_folder(path.parent)
-        except (OSError, RuntimeError) as error:  # torch may wrap what the file system says
+        except OSError as error:
             raise RunError(
                 f"step {checkpoint['global_step']} could not be saved ({error}); free some space in {path.parent}"
             ) from error
@@ -111,6 +108,36 @@ class CheckpointFiles(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
+
+
+def _write(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Writes a file that is on the disk when this returns; `OSError` if it cannot be."""
+    with path.open("wb") as file:
+        watched = _Watched(file)
+        try:
+            torch.save(checkpoint, watched)
+        except RuntimeError as error:
+            raise (watched.error or error) from None
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class _Watched:
+    """A file that remembers why writing failed, which `torch.save` replaces by an error of its own."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        try:
+            return self.file.write(content)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -26,7 +26,6 @@ class InpainterJob(Job):
         super().__init__(config)
         self.autoencoder = load_autoencoder(config.weights.autoencoder).to(memory_format=torch.channels_last)
         self.transformer = MMDiT(config.model)
-        torch.manual_seed(config.seed)
         self.transformer.init_weights()
         self.prompt = Prompt.load(config.weights.prompt, self.transformer)
 
