@@ -92,8 +92,9 @@ test: .venv/installed-dev
 test-kill: .venv/installed-dev  ## a training killed fifty times ends with the weights of an undisturbed one
 	KILLS=$(KILLS) $(RUN) -m pytest -s tests/test_kill.py $(ARGS)
 
-audit: .venv/installed-dev  ## known vulnerabilities of what is installed
-	$(RUN) -m pip_audit --local --skip-editable $(ARGS)
+audit: .venv/installed-dev  ## known vulnerabilities of what is installed; what cannot be looked up is an error
+	$(RUN) -m pip freeze --exclude-editable > .venv/audited.txt
+	$(RUN) -m pip_audit --strict --no-deps --disable-pip -r .venv/audited.txt $(ARGS)
 
 lint: .venv/installed-dev
 	$(RUN) -m ruff check layerdecomp tools tests
