@@ -7,12 +7,13 @@ MASK ?= docs/coffee_cup_mask.png
 FORMAT ?= adapter
 ARGS ?=
 DEVICES ?=
+KILLS ?= 50
 RUN := .venv/bin/python
 # glibc gives every large buffer back to the system and takes the next one page by page: a quarter of a step on a CPU.
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 
-.PHONY: train tiny decompose evaluate export ablation curves benchmark benchmark-data test lint clean
+.PHONY: train tiny decompose evaluate export ablation curves benchmark benchmark-data test test-kill audit lint clean
 .DEFAULT_GOAL := train
 
 .venv/installed: setup.cfg
@@ -90,6 +91,13 @@ benchmark: .venv/installed  ## operations and speed: make benchmark ARGS="device
 
 test: .venv/installed-dev
 	$(RUN) -m pytest $(ARGS)
+
+test-kill: .venv/installed-dev  ## a training killed fifty times ends with the weights of an undisturbed one
+	KILLS=$(KILLS) $(RUN) -m pytest -s tests/test_kill.py $(ARGS)
+
+audit: .venv/installed-dev  ## known vulnerabilities of what is installed; what cannot be looked up is an error
+	$(RUN) -m pip freeze --exclude-editable > .venv/audited.txt
+	$(RUN) -m pip_audit --strict --no-deps --disable-pip -r .venv/audited.txt $(ARGS)
 
 lint: .venv/installed-dev
 	$(RUN) -m ruff check layerdecomp tools tests

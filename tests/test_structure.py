@@ -30,6 +30,8 @@ ORDER = [
     *(
         "training.__init__",
         "training.muon",
+        "training.checkpoints",
+        "training.faults",
         "training.base",
         "training.projection",
         "training.autoencoder",
