@@ -143,7 +143,14 @@ def test_changed_keys_are_listed(tmp_path: Path, override: str, said: str) -> No
 def test_what_changes_no_result_may_change(tmp_path: Path) -> None:
     save_config(tmp_path / "config.yaml", load_config(TINY))
     values: dict[str, Any] = {
-        **{"resume": "x", "run_dir": "/y", "data.workers": 7, "data.validation": 3, "data.max_faulty": 0.5},
+        **{
+            "resume": "x",
+            "run_dir": "/y",
+            "recompute": 2,
+            "data.workers": 7,
+            "data.validation": 3,
+            "data.max_faulty": 0.5,
+        },
         **{"train.checkpoint_every": 3, "train.validate_every": 3, "train.max_skipped": 3, "train.strategy": "ddp"},
     }
     assert values.keys() == RESUMABLE
