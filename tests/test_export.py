@@ -1,20 +1,39 @@
-"""Adapters in other forms: the same tensors, or one transformer that does what base and adapter do together."""
+"""Adapters in other forms, loaded where they are meant to go: diffusers, ComfyUI's names, published files, and back."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import fill
-from safetensors.torch import load_file
-from torch import Tensor
+from diffusers import FluxFillPipeline
+from diffusers.utils import logging as diffusers_logging
+from reference import build_reference_transformer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
+from layerdecomp import modelcard
 from layerdecomp.decomposer import Decomposer, DecomposerConfig, build_decomposer
 from layerdecomp.errors import InputError
-from layerdecomp.export import export
+from layerdecomp.export import FORMATS, export, read_adapter
 from layerdecomp.models.context_fusion import ContextFusionConfig
-from layerdecomp.models.lora import merge_lora
+from layerdecomp.models.lora import LoRAConfig, merge_lora
 from layerdecomp.models.mmdit import MMDiT
 from layerdecomp.weights import Adapter, load_mmdit, read_metadata
+
+METADATA = (
+    "format_version",
+    "base_model",
+    "base_sha256",
+    "rank",
+    "alpha",
+    "targets",
+    "licence",
+    "date",
+    "tool_version",
+)
 
 
 def _inputs() -> dict[str, Tensor]:
@@ -23,62 +42,451 @@ def _inputs() -> dict[str, Tensor]:
         "img": torch.randn(2, 6, 384, generator=generator),
         "txt": torch.randn(2, 3, 8, generator=generator),
         "y": torch.randn(2, 8, generator=generator),
-        "fused": torch.randn(2, 4, 32, generator=generator),
     }
     ids = {"img_ids": torch.arange(18.0).view(6, 3), "txt_ids": torch.zeros(3, 3)}
     return {**drawn, **ids, "timesteps": torch.tensor([0.2, 0.9])}
 
 
-def _error(model: MMDiT, reference: MMDiT) -> float:
-    with torch.no_grad():
-        expected, actual = reference(**_inputs()), model(**_inputs())
+@torch.no_grad()
+def _theirs(model: nn.Module) -> Tensor:
+    """What diffusers' transformer makes of the inputs."""
+    x = _inputs()
+    return model(
+        hidden_states=x["img"], img_ids=x["img_ids"], encoder_hidden_states=x["txt"], txt_ids=x["txt_ids"],
+        timestep=x["timesteps"], pooled_projections=x["y"], guidance=None,
+    ).sample  # fmt: skip
+
+
+@torch.no_grad()
+def _error(model: MMDiT | Tensor, reference: MMDiT) -> float:
+    expected = reference(**_inputs())
+    actual = model if isinstance(model, Tensor) else model(**_inputs())
     return ((actual - expected).norm() / expected.norm()).item()
+
+
+EVERYTHING = ["txt_in", "*_blocks.*", "final_layer.*", "time_in.*", "vector_in.*"]
+
+
+@pytest.fixture(scope="module", params=["default", "everything"])
+def adapter_file(request: pytest.FixtureRequest, tiny_config: DecomposerConfig, tmp_path_factory: Any) -> Path:
+    """An adapter with every parameter random: of the default targets, and of all linear layers."""
+    lora = tiny_config.lora if request.param == "default" else LoRAConfig(3, 1.5, EVERYTHING)
+    config = replace(tiny_config, lora=lora)
+    decomposer = build_decomposer(config)
+    trained = nn.ParameterDict({n.replace(".", "/"): p for n, p in decomposer.adapter({}).tensors.items()})
+    fill(trained, seed=5)
+    path: Path = tmp_path_factory.mktemp("adapter") / "adapter.safetensors"
+    facts = {
+        "date": "2026-01-02T03:04:05+00:00",
+        "figures": '{"background/psnr": 20.5}',
+        "data": '{"source": "scenes"}',
+    }
+    decomposer.adapter({**config.to_metadata(), **facts}).save(path)
+    return path
+
+
+@pytest.fixture
+def ours(adapter_file: Path) -> MMDiT:
+    return Decomposer.from_pretrained(adapter_file).transformer
+
+
+@pytest.fixture
+def host(tiny_config: DecomposerConfig) -> nn.Module:
+    """The frozen base as diffusers has it."""
+    return build_reference_transformer(load_mmdit(tiny_config.weights.transformer))
+
+
+# diffusers
+
+
+def test_diffusers_loads_the_lora_with_equal_outputs(
+    adapter_file: Path, ours: MMDiT, host: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "lora.safetensors"
+    written = export(adapter_file, "diffusers", out)
+    assert [path.name for path in written] == ["lora.safetensors", "lora.NOTICE.txt", "lora.extras.safetensors"]
+    assert _error(_theirs(host), ours) > 0.1  # the base alone is something else
+    diffusers_logging.enable_propagation()
+    host.load_lora_adapter(load_file(out))  # type: ignore[operator]
+    assert not caplog.messages  # nothing missing, nothing unexpected
+    assert _error(_theirs(host), ours) < 1e-5
+    stray = {"transformer.x_embedder.lora_C.weight": torch.zeros(1)}
+    host.load_lora_adapter({**load_file(out), **stray}, adapter_name="stray")  # type: ignore[operator]
+    assert "unexpected keys" in caplog.text  # which is how it would have said so
+
+
+def test_the_fill_pipeline_loads_the_lora(adapter_file: Path, ours: MMDiT, host: nn.Module, tmp_path: Path) -> None:
+    export(adapter_file, "diffusers", tmp_path / "lora.safetensors")
+    parts = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipeline = FluxFillPipeline(transformer=host, **parts)
+    pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    assert _error(_theirs(pipeline.transformer), ours) < 1e-5
+
+
+def test_diffusers_reads_kohya_files_but_for_the_input_projection(
+    tiny_config: DecomposerConfig, host: nn.Module, tmp_path: Path
+) -> None:
+    """Its converter knows single_blocks.*.linear1 in full size only (see test_adapters.py), so they are left out."""
+    targets = ["double_blocks.*_attn.*", "double_blocks.*_mlp.*", "single_blocks.*.linear2"]
+    config = replace(tiny_config, lora=LoRAConfig(4, 6.0, targets))
+    decomposer = build_decomposer(config)
+    for name, parameter in decomposer.transformer.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) / 4
+    decomposer.adapter(config.to_metadata()).save(tmp_path / "adapter.safetensors")
+    export(tmp_path / "adapter.safetensors", "kohya", tmp_path / "lora.safetensors")
+    parts = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipeline = FluxFillPipeline(transformer=host, **parts)
+    assert _error(_theirs(host), decomposer.transformer) > 0.03
+    pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    assert _error(_theirs(pipeline.transformer), decomposer.transformer) < 1e-5
+
+
+# ComfyUI
+
+
+def _comfy_patches(model: MMDiT, lora: dict[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
+    """What ComfyUI adds to each parameter (`comfy/lora.py`: model_lora_keys_unet, load_lora), and the keys it uses."""
+    patches, used = {}, set()
+    for parameter in [name for name in model.state_dict() if name.endswith(".weight")]:
+        key = f"lora_unet_{parameter.removesuffix('.weight').replace('.', '_')}"
+        up, down = lora.get(f"{key}.lora_up.weight"), lora.get(f"{key}.lora_down.weight")
+        if up is not None and down is not None:
+            alpha = lora.get(f"{key}.alpha")
+            patches[parameter] = (1.0 if alpha is None else alpha.item() / down.shape[0]) * (up @ down)
+        if (diff := lora.get(f"{key}.diff_b")) is not None:
+            patches[f"{parameter.removesuffix('.weight')}.bias"] = diff
+        used |= {f"{key}.{kind}" for kind in ("lora_up.weight", "lora_down.weight", "alpha", "diff_b")}
+    return patches, used
+
+
+def test_comfyui_uses_every_key_with_equal_outputs(
+    adapter_file: Path, ours: MMDiT, tiny_config: DecomposerConfig, tmp_path: Path
+) -> None:
+    out = tmp_path / "lora.safetensors"
+    export(adapter_file, "kohya", out)
+    model, lora = load_mmdit(tiny_config.weights.transformer), load_file(out)
+    patches, used = _comfy_patches(model, lora)
+    assert not lora.keys() - used
+    for name, patch in patches.items():
+        model.get_parameter(name).data += patch
+    assert _error(model, ours) < 1e-5
+
+
+# merged
+
+
+def test_merged_weights_do_what_the_adapted_model_does(
+    adapter_file: Path, ours: MMDiT, tiny_config: DecomposerConfig, tmp_path: Path
+) -> None:
+    base = load_mmdit(tiny_config.weights.transformer)
+    for dtype, error in (("float32", 1e-5), ("bfloat16", 0.03), ("fp8", 0.15)):
+        out = tmp_path / f"{dtype}.safetensors"
+        written = export(adapter_file, "merged", out, dtype=dtype)
+        assert [path.name for path in written] == [
+            f"{dtype}{end}" for end in (".safetensors", ".NOTICE.txt", ".extras.safetensors")
+        ]
+        merged = load_mmdit(out)
+        assert merged.state_dict().keys() == base.state_dict().keys() and merged.config == base.config
+        assert _error(merged, ours) < error < 0.5 * _error(base, ours)
+        assert read_metadata(out)["merged"] == "yes" and read_metadata(out)["format_version"] == "1"
+    sizes = [(tmp_path / f"{dtype}.safetensors").stat().st_size for dtype in ("float32", "bfloat16", "fp8")]
+    assert sizes[0] > 1.8 * sizes[1] and sizes[1] > 1.4 * sizes[2]
+
+    folded = merge_lora(ours)
+    merged = load_mmdit(tmp_path / "bfloat16.safetensors")
+    for name, tensor in folded.state_dict().items():
+        assert merged.state_dict()[name].equal(tensor.bfloat16().float()), name
+    fusion = Adapter.load(adapter_file).tensors
+    extras = load_file(tmp_path / "fp8.extras.safetensors")
+    assert extras.keys() == {name for name in fusion if name.startswith("context_fusion.")}
+    assert all(extras[name].equal(fusion[name]) for name in extras)
+
+
+def test_fp8_files_are_laid_out_as_comfyui_expects(adapter_file: Path, tmp_path: Path) -> None:
+    export(adapter_file, "merged", tmp_path / "fp8.safetensors", dtype="fp8")
+    tensors = load_file(tmp_path / "fp8.safetensors")
+    scales = {name for name in tensors if name.endswith(".scale_weight")}
+    small = {name for name, tensor in tensors.items() if tensor.dtype == torch.float8_e4m3fn}
+    assert small - {"scaled_fp8"} == {name.replace(".scale_weight", ".weight") for name in scales}
+    assert tensors["scaled_fp8"].shape == (2,)  # two elements: not to be multiplied in fp8
+    assert all(tensors[name].dtype == torch.float32 and tensors[name].shape == () for name in scales)
+    assert all(tensors[name].float().abs().max() == 448 for name in small - {"scaled_fp8"})  # the whole range is used
+    assert "single_blocks.0.linear1.weight" in small and "img_in.weight" not in small
+
+
+def test_without_fusion_nothing_lies_beside(tiny_config: DecomposerConfig, tiny_weights: Path, tmp_path: Path) -> None:
+    config = replace(tiny_config, fusion=ContextFusionConfig(enabled=False))
+    decomposer = build_decomposer(config)
+    fill(decomposer.transformer.img_in, seed=1)
+    decomposer.adapter(config.to_metadata()).save(tmp_path / "adapter.safetensors")
+    out = tmp_path / "merged.safetensors"
+    assert export(tmp_path / "adapter.safetensors", "merged", out) == [out, tmp_path / "merged.NOTICE.txt"]
+    assert load_mmdit(out).img_in.weight.equal(decomposer.transformer.img_in.weight.bfloat16().float())
+
+
+# a folder to publish
+
+
+def test_a_published_folder_is_all_that_decomposition_needs(
+    adapter_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "published"
+    written = export(adapter_file, "decomposer", out, with_base=True)
+    names = {path.name for path in written}
+    parts = {f"{part}.safetensors" for part in ("adapter", "transformer", "autoencoder", "rgba_autoencoder")}
+    assert names == parts | {"README.md", "NOTICE", "LICENSE", "config.yaml"}
+    expected = Decomposer.from_pretrained(adapter_file)
+    (moved := tmp_path / "elsewhere").mkdir()
+    out.rename(moved / "downloaded")
+    monkeypatch.chdir(moved)
+    for path in ("downloaded", "downloaded/adapter.safetensors"):
+        decomposer = Decomposer.from_pretrained(path)
+        assert _same(dict(decomposer.named_parameters()), dict(expected.named_parameters()))
+    card = (moved / "downloaded" / "README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\n") and "| background/psnr | 20.5 |" in card
+    assert read_metadata(adapter_file)["base_sha256"] in card and "2026-01-02" in card and '"source": "scenes"' in card
+    assert "modified" in (moved / "downloaded" / "NOTICE").read_text()
+
+
+def test_the_base_stays_where_it_is_unless_asked_for(adapter_file: Path, tmp_path: Path) -> None:
+    names = {path.name for path in export(adapter_file, "decomposer", tmp_path / "published")}
+    assert "rgba_autoencoder.safetensors" in names and "transformer.safetensors" not in names
+    weights = json.loads(read_metadata(tmp_path / "published" / "adapter.safetensors")["weights"])
+    assert weights["rgba_autoencoder"] == "rgba_autoencoder.safetensors"
+    assert weights["transformer"] == json.loads(read_metadata(adapter_file)["weights"])["transformer"]
+    assert Decomposer.from_pretrained(tmp_path / "published").context_fusion is not None
+
+
+def test_a_folder_is_written_whole_or_not_at_all(
+    adapter_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "a").write_text("mine")
+    with pytest.raises(InputError, match="taken exists and is not empty"):
+        export(adapter_file, "decomposer", tmp_path / "taken")
+
+    def full_disk(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", full_disk)
+    with pytest.raises(InputError, match="new could not be written .*No space left"):
+        export(adapter_file, "decomposer", tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_an_adapter_of_flux_goes_with_its_licence(
+    adapter_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layerdecomp.export._is_flux", lambda model: True)
+    with pytest.raises(InputError, match=r"LICENSE.md does not exist; .* published with its licence"):
+        export(adapter_file, "decomposer", tmp_path / "published")
+    base = tmp_path / "base" / "transformer.safetensors"
+    base.parent.mkdir()
+    source = json.loads(read_metadata(adapter_file)["weights"])["transformer"]
+    base.write_bytes(Path(source).read_bytes())
+    (base.parent / "LICENSE.md").write_text("the licence")
+    export(adapter_file, "decomposer", tmp_path / "published", transformer=str(base))
+    assert (tmp_path / "published" / "LICENSE.md").read_text() == "the licence"
+    assert "license_name: flux-1-dev-non-commercial-license" in (tmp_path / "published" / "README.md").read_text()
+    notice = (tmp_path / "published" / "NOTICE").read_text()
+    assert modelcard.FLUX in notice and "modified: LoRA and input projection added" in notice
+    assert read_metadata(adapter_file)["base_sha256"] in notice
+
+
+# and back
+
+
+def _same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+def test_what_was_exported_comes_back_bit_for_bit(
+    tiny_config: DecomposerConfig, adapter_file: Path, tmp_path: Path, layout: str
+) -> None:
+    adapter = Adapter.load(adapter_file)
+    if layout == "diffusers":  # bakes the scale into B: with alpha = rank, which training has, it is 1
+        config = replace(tiny_config, lora=replace(LoRAConfig(**json.loads(adapter.metadata["lora"])), alpha=None))
+        adapter = Adapter(adapter.tensors, {**adapter.metadata, **config.lora_metadata()})
+        adapter_file = tmp_path / "adapter.safetensors"
+        adapter.save(adapter_file)
+    export(adapter_file, layout, tmp_path / "lora.safetensors")
+    export(tmp_path / "lora.safetensors", "import", tmp_path / "back.safetensors")
+    back = Adapter.load(tmp_path / "back.safetensors")
+    assert _same(back.tensors, adapter.tensors)
+    assert back.metadata == {**adapter.metadata, "tool_version": back.metadata["tool_version"]}
+    export(tmp_path / "back.safetensors", layout, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "lora.safetensors").read_bytes()
+
+
+def test_a_baked_scale_comes_back_as_what_it_does(adapter_file: Path, ours: MMDiT, tmp_path: Path) -> None:
+    export(adapter_file, "diffusers", tmp_path / "lora.safetensors")
+    export(tmp_path / "lora.safetensors", "import", tmp_path / "back.safetensors")
+    back = Decomposer.from_pretrained(tmp_path / "back.safetensors")
+    assert json.loads(read_metadata(tmp_path / "back.safetensors")["lora"])["alpha"] is None
+    assert _error(back.transformer, ours) < 1e-6
+
+
+def test_a_lora_from_elsewhere(adapter_file: Path, ours: MMDiT, tiny_config: DecomposerConfig, tmp_path: Path) -> None:
+    export(adapter_file, "diffusers", tmp_path / "exported.safetensors")
+    path = tmp_path / "lora.safetensors"
+    save_file(load_file(tmp_path / "exported.safetensors"), path)  # without metadata, and nothing beside it
+    with pytest.raises(InputError, match="does not say what it belongs to; expected transformer=FILE autoencoder=FILE"):
+        export(path, "import", tmp_path / "back.safetensors")
+    weights = tiny_config.weights
+    files = {name: getattr(weights, name) for name in ("transformer", "autoencoder", "rgba_autoencoder")}
+    export(path, "import", tmp_path / "back.safetensors", **files)
+    decomposer = Decomposer.from_pretrained(tmp_path / "back.safetensors")
+    assert decomposer.context_fusion is None and _error(decomposer.transformer, ours) < 1e-5
+    assert read_metadata(tmp_path / "back.safetensors")["origin"] == "imported from lora.safetensors"
+
+
+def test_an_input_projection_that_was_changed_elsewhere_counts(adapter_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    export(adapter_file, "kohya", path)
+    tensors, metadata = load_file(path), read_metadata(path)
+    tensors["lora_unet_img_in.lora_up.weight"] *= 0.5
+    save_file(tensors, path, metadata)
+    adapter, config = read_adapter(path, {})
+    base = load_mmdit(config.weights.transformer).img_in.weight
+    trained = Adapter.load(adapter_file).tensors["img_in.weight"]
+    assert torch.allclose(adapter.tensors["img_in.weight"], (base + trained) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("lora_unet_double_blocks_7_img_attn_qkv.lora_up.weight", (96, 2), "1 of .* no linear layer .*_7_img"),
+        ("lora_te1_text_model.lora_down.weight", (2, 8), "belong to no linear layer .*lora_te1"),
+        ("lora_unet_single_blocks_0_linear2.lora_down.weight", (3, 160), "single_blocks.0.linear2 is changed by"),
+        ("lora_unet_single_blocks_0_linear2.lora_up.weight", (64, 2), "linear2 is changed by .64, 160."),
+    ],
+)  # fmt: skip
+def test_loras_that_do_not_fit(
+    tiny_weights: Path, tmp_path: Path, name: str, shape: tuple[int, ...], message: str
+) -> None:
+    path = tmp_path / "lora.safetensors"
+    export(tiny_weights / "adapter.safetensors", "kohya", path)
+    save_file({**load_file(path), name: torch.zeros(shape)}, path, read_metadata(path))
+    with pytest.raises(InputError, match=message):
+        export(path, "import", tmp_path / "back.safetensors")
+    assert not (tmp_path / "back.safetensors").exists()
+
+
+def test_lora_files_are_not_taken_for_adapters(tiny_weights: Path, tmp_path: Path) -> None:
+    export(tiny_weights / "adapter.safetensors", "kohya", tmp_path / "lora.safetensors")
+    with pytest.raises(InputError, match="is an adapter in kohya layout; tools/export.py format=import"):
+        Decomposer.from_pretrained(tmp_path / "lora.safetensors")
+    with pytest.raises(InputError, match="extras.safetensors is not an adapter"):
+        Decomposer.from_pretrained(tmp_path / "lora.extras.safetensors")
+
+
+# Sums and ranks
+
+
+def test_the_weighted_sum_of_adapters(adapter_file: Path, ours: MMDiT, tmp_path: Path) -> None:
+    first = Adapter.load(adapter_file)
+    other = {name: tensor.flip(0) for name, tensor in first.tensors.items()}
+    Adapter(other, first.metadata).save(tmp_path / "other.safetensors")
+    files = [adapter_file, tmp_path / "other.safetensors"]
+    export(files, "import", tmp_path / "sum.safetensors", weights=[0.75, 0.5])
+    total = Decomposer.from_pretrained(tmp_path / "sum.safetensors")
+    assert read_metadata(tmp_path / "sum.safetensors")["merged_from"] == (
+        "0.75 x adapter.safetensors + 0.5 x other.safetensors"
+    )
+    assert json.loads(read_metadata(tmp_path / "sum.safetensors")["lora"])["targets"] == first_targets(first)
+    parts = [merge_lora(Decomposer.from_pretrained(file).transformer).state_dict() for file in files]
+    base = load_mmdit(json.loads(first.metadata["weights"])["transformer"]).state_dict()
+    for name, tensor in merge_lora(total.transformer).state_dict().items():
+        expected = base[name] + 0.75 * (parts[0][name] - base[name]) + 0.5 * (parts[1][name] - base[name])
+        assert torch.allclose(tensor, expected, atol=1e-5), name
+    name = "context_fusion.queries"
+    assert total.context_fusion is not None
+    assert torch.allclose(total.context_fusion.queries, 0.6 * first.tensors[name] + 0.4 * other[name], atol=1e-6)
+
+    export(adapter_file, "import", tmp_path / "half.safetensors", weights=[0.5])
+    half = merge_lora(Decomposer.from_pretrained(tmp_path / "half.safetensors").transformer).state_dict()
+    assert all(torch.allclose(half[name], (base[name] + parts[0][name]) / 2, atol=1e-5) for name in half)
+
+
+def first_targets(adapter: Adapter) -> list[str]:
+    targets: list[str] = json.loads(adapter.metadata["lora"])["targets"]
+    return targets
+
+
+def test_ranks_are_cut_down_and_the_error_is_printed(
+    adapter_file: Path, ours: MMDiT, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rank = json.loads(read_metadata(adapter_file)["lora"])["rank"]
+    export(adapter_file, "import", tmp_path / "same.safetensors", rank=rank)
+    assert f"rank {rank} to {rank}: relative error 0.00%" in capsys.readouterr().out
+    assert _error(Decomposer.from_pretrained(tmp_path / "same.safetensors").transformer, ours) < 1e-5
+    export(adapter_file, "diffusers", tmp_path / "small.safetensors", rank=1)
+    printed = capsys.readouterr().out
+    assert f"rank {rank} to 1: relative error" in printed and "worst: " in printed
+    assert read_metadata(tmp_path / "small.safetensors")["reduced"] in printed
+    tensors = load_file(tmp_path / "small.safetensors")
+    assert {t.shape[0] for name, t in tensors.items() if "lora_A" in name and "x_embedder" not in name} == {1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": [1.0, 2.0]}, "weights= has 2 numbers for 1 adapters"),
+        ({"rank": 0}, "rank is 0; expected at least 1"),
+        ({"dtype": "fp8"}, "dtype=fp8: expected one of float32, bfloat16, float16 for format=diffusers"),
+        ({"transformers": "x"}, "transformers= names no weight file"),
+    ],
+)
+def test_options_that_do_not_fit(tiny_weights: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        export(tiny_weights / "adapter.safetensors", "diffusers", tmp_path / "a.safetensors", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_adapters_of_different_kinds_are_not_summed(
+    tiny_config: DecomposerConfig, tiny_weights: Path, tmp_path: Path
+) -> None:
+    config = replace(tiny_config, fusion=ContextFusionConfig(enabled=False))
+    build_decomposer(config).adapter(config.to_metadata()).save(tmp_path / "other.safetensors")
+    files = [tiny_weights / "adapter.safetensors", tmp_path / "other.safetensors"]
+    with pytest.raises(InputError, match="other.safetensors has another base or fusion"):
+        export(files, "import", tmp_path / "sum.safetensors")
+
+
+# All formats
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_file_says_what_it_is_and_the_same_input_gives_the_same_bytes(
+    adapter_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    first = export(adapter_file, format, tmp_path / "a")
+    second = export(adapter_file, format, tmp_path / "b")
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    for path in (path for path in first if path.name in ("a", "a.extras.safetensors", "adapter.safetensors")):
+        metadata = read_metadata(path)
+        assert all(metadata.get(key) for key in (*METADATA, "data")), path
+        assert metadata["date"] == "2026-01-02T03:04:05+00:00" and metadata["modified"].startswith("yes: ")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    path = export(adapter_file, format, tmp_path / "c")[0]
+    path = path if path.is_file() and path.name == "c" else tmp_path / "c" / "adapter.safetensors"
+    assert read_metadata(path)["date"] == "1970-01-01T00:00:00+00:00"
 
 
 def test_the_adapter_is_saved_again_in_bf16(tiny_weights: Path, tmp_path: Path) -> None:
     source, out = tiny_weights / "adapter.safetensors", tmp_path / "new" / "adapter.safetensors"
     assert export(source, "adapter", out) == [out]
     before, after = Adapter.load(source), Adapter.load(out)
-    assert after.metadata == before.metadata and after.tensors.keys() == before.tensors.keys()
+    assert after.metadata == {**before.metadata, "date": "unknown"} and after.tensors.keys() == before.tensors.keys()
     assert all(after.tensors[name].equal(tensor.bfloat16()) for name, tensor in before.tensors.items())
     assert out.stat().st_size < 0.7 * source.stat().st_size
     loaded = Decomposer.from_pretrained(out)
     assert loaded.transformer.img_in.weight.dtype == torch.float32
 
 
-def test_merged_weights_do_what_the_adapted_model_does(
-    tiny_weights: Path, tiny_config: DecomposerConfig, tiny_decomposer: Decomposer, tmp_path: Path
-) -> None:
-    source, out = tiny_weights / "adapter.safetensors", tmp_path / "merged.safetensors"
-    beside = tmp_path / "merged.context_fusion.safetensors"
-    assert export(source, "merged", out) == [out, beside]
-    base, merged = load_mmdit(tiny_config.weights.transformer), load_mmdit(out)
-    assert merged.state_dict().keys() == base.state_dict().keys() and merged.config == base.config
-    assert read_metadata(out)["merged"] == "yes" and read_metadata(out)["format_version"] == "1"
-
-    folded = Decomposer.from_pretrained(source).transformer
-    merge_lora(folded)
-    assert _error(folded, tiny_decomposer.transformer) < 1e-5
-    for name, tensor in folded.state_dict().items():
-        assert merged.state_dict()[name].equal(tensor.bfloat16().float()), name
-    assert _error(merged, tiny_decomposer.transformer) < 0.03 < 10 * 0.03 < _error(base, tiny_decomposer.transformer)
-
-    assert tiny_decomposer.context_fusion is not None
-    fusion, expected = load_file(beside), tiny_decomposer.context_fusion.state_dict()
-    assert fusion.keys() == expected.keys() and all(fusion[name].equal(expected[name]) for name in expected)
-
-
-def test_without_fusion_there_is_one_file(tiny_config: DecomposerConfig, tiny_weights: Path, tmp_path: Path) -> None:
-    config = DecomposerConfig(tiny_config.weights, tiny_config.lora, ContextFusionConfig(enabled=False))
-    decomposer = build_decomposer(config)
-    fill(decomposer.transformer.img_in, seed=1)
-    decomposer.adapter(config.to_metadata()).save(tmp_path / "adapter.safetensors")
-    out = tmp_path / "merged.safetensors"
-    assert export(tmp_path / "adapter.safetensors", "merged", out) == [out]
-    assert load_mmdit(out).img_in.weight.equal(decomposer.transformer.img_in.weight.bfloat16().float())
-
-
-@pytest.mark.parametrize("format", ["adapter", "merged"])
+@pytest.mark.parametrize("format", ["adapter", "merged", "diffusers"])
 def test_an_adapter_can_replace_itself(tiny_weights: Path, tmp_path: Path, format: str) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes((tiny_weights / "adapter.safetensors").read_bytes())
@@ -89,7 +497,7 @@ def test_an_adapter_can_replace_itself(tiny_weights: Path, tmp_path: Path, forma
 @pytest.mark.parametrize(
     ("source", "format", "message"),
     [
-        ("adapter", "kohya2", "format=kohya2: expected one of adapter, merged"),
+        ("adapter", "kohya2", "format=kohya2: expected one of adapter, import, diffusers, kohya, merged, decomposer"),
         ("absent", "adapter", "absent.safetensors does not exist"),
         ("autoencoder", "merged", "autoencoder.safetensors is not an adapter"),
     ],

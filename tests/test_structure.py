@@ -17,7 +17,7 @@ ORDER = [
     *("metrics.__init__", "metrics.region", "metrics.background", "metrics.foreground", "metrics.recomposition"),
     "metrics.layers",
     # floor 1: the parts composed, their files, their data, their figures
-    *("weights", "decomposer", "export"),
+    *("layouts", "weights", "decomposer", "adapters", "modelcard", "export"),
     *("data.__init__", "data.index", "data.prepare"),
     *("data.folders", "data.layerdiffuse", "data.openimages", "data.mulan"),
     *("data.sample", "data.textures", "data.shapes", "data.scenes"),
