@@ -211,11 +211,11 @@ class TensorFile:
             file = open_safetensors(part, device, backend="pread")
             self._files |= {name: file for name in file.keys()}  # noqa: SIM118
         slices = {name: file.get_slice(name) for name, file in self._files.items()}
-        in_fp8 = any(piece.get_dtype() in FP8 for piece in slices.values())
+        self.in_fp8 = any(piece.get_dtype() in FP8 for piece in slices.values())
         self.shapes = {
             name: tuple(piece.get_shape())
             for name, piece in slices.items()
-            if not (in_fp8 and name.endswith(FP8_COMPANIONS))
+            if not (self.in_fp8 and name.endswith(FP8_COMPANIONS))
         }
 
     def read(self, name: str) -> Tensor:
@@ -279,7 +279,8 @@ def open_state(
     sources = {name: layout(name, shape) for name, shape in shapes.items()}
     file = TensorFile(path, device)
     expected = {part: shape for source in sources.values() for part, shape in source.shapes.items()}
-    check_keys(path, file.shapes, expected, f"this {type(module).__name__}")
+    shown = f"{path} (in fp8)" if file.in_fp8 else path
+    check_keys(shown, file.shapes, expected, f"this {type(module).__name__}")
     yield lambda name: sources[name].join([file.read(part) for part in sources[name].shapes], shapes[name])
 
 

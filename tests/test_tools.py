@@ -173,7 +173,7 @@ def test_export_names_what_it_wrote(tiny_weights: Path, tmp_path: Path, capsys: 
     source, out = tiny_weights / "adapter.safetensors", tmp_path / "merged.safetensors"
     run_command(TOOLS["export"].main, [f"adapter={source}", "format=merged", f"out={out}"])
     said = capsys.readouterr().out
-    assert f"wrote {out}" in said and "context_fusion" in said
+    assert f"wrote {out}" in said and "merged.extras.safetensors" in said and "merged.NOTICE.txt" in said
     assert load_file(out).keys() == load_file(tiny_weights / "transformer.safetensors").keys()
 
 
@@ -261,8 +261,10 @@ def test_evaluate_without_the_matting_library(
     ("arguments", "message"),
     [
         (["format=merged"], "out= is missing; expected out=..."),
-        (["out=a.safetensors", "format=onnx"], "format=onnx: expected one of adapter, merged"),
+        (["out=a.safetensors", "format=onnx"], "format=onnx: expected one of adapter, import"),
         (["out=a.safetensors", "fromat=merged"], "unknown argument fromat=merged; expected adapter= format= out="),
+        (["out=a.safetensors", "weights=1,x"], "weights=1,x: expected numbers with commas between them"),
+        (["out=a.safetensors", "base=maybe"], "base=maybe: expected true or false"),
         (["out=taken/a.safetensors"], "taken/a.safetensors could not be written"),
     ],
 )

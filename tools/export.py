@@ -18,7 +18,8 @@ def main(arguments: list[str]) -> None:
     optional = dict.fromkeys(("dtype", "weights", "rank", "base", *PARTS), "")
     own, rest = take(arguments, adapter=None, format="adapter", out=None, **optional)
     if rest:
-        raise InputError(f"unknown argument {rest[0]}; expected {' '.join(f'{key}=' for key in own)}")
+        known = ("adapter", "format", "out", *optional)
+        raise InputError(f"unknown argument {rest[0]}; expected {' '.join(f'{key}=' for key in known)}")
     if own["base"] not in ("", "true", "false"):
         raise InputError(f"base={own['base']}: expected true or false")
     written = export(
