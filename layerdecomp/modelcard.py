@@ -57,7 +57,7 @@ Splits a picture and a mask of one object into a clean background (RGB) and the 
 
     from layerdecomp.decomposer import Decomposer
     decomposer = Decomposer.from_pretrained("this folder"{where})
-    decomposer.decompose("photo.jpg", "mask.png").save("layers", "png", "ora", "psd")
+    decomposer.decompose("photo.jpg", "mask.png").save("layers", ["png", "ora"])
 
 The frozen base is not part of an adapter: its files are looked for in this folder, then where layerdecomp is installed,
 and must have the checksums below. A LoRA that is made of this adapter for a stock inpainting pipeline inpaints, but

@@ -55,7 +55,9 @@ def _encode(root: Path, encoder: str, tokenizer: str, prompt: str, tokens: int, 
     try:
         import transformers
     except ImportError as error:
-        raise InputError("transformers is not installed; expected the extra: pip install -e '.[text]'") from error
+        raise InputError(
+            "transformers is not installed; expected the extra: pip install 'layerdecomp[text]'"
+        ) from error
     try:
         words = getattr(transformers, TOKENIZERS[tokenizer]).from_pretrained(root / tokenizer, local_files_only=True)
         model = getattr(transformers, ENCODERS[encoder]).from_pretrained(

@@ -13,7 +13,15 @@ ORDER = [
     *("models.__init__", "models.attention", "models.blocks", "models.mmdit", "models.lora"),
     *("models.context_fusion", "models.autoencoder", "models.depth"),
     *("conditioning", "flow", "sampling"),
-    *("imaging.__init__", "imaging.compositing", "imaging.masks", "imaging.cues", "imaging.layers", "imaging.geometry"),
+    *(
+        "imaging.__init__",
+        "imaging.compositing",
+        "imaging.masks",
+        "imaging.cues",
+        "imaging.layered",
+        "imaging.layers",
+        "imaging.geometry",
+    ),
     *("metrics.__init__", "metrics.region", "metrics.background", "metrics.foreground", "metrics.recomposition"),
     "metrics.layers",
     # floor 1: the parts composed, their files, their data, their figures

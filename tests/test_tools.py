@@ -32,7 +32,8 @@ def _tool(name: str) -> ModuleType:
     return module
 
 
-TOOLS = {name: _tool(name) for name in ("train", "decompose", "evaluate", "export", "prepare_data", "benchmark_data")}
+NAMES = ("train", "decompose", "evaluate", "export", "embed_prompt", "prepare_data", "benchmark_data")
+TOOLS = {name: _tool(name) for name in NAMES}
 Fails = Callable[..., str]
 
 
@@ -94,6 +95,19 @@ def test_decompose_writes_layers(
     )
     np.testing.assert_array_equal(np.asarray(Image.open(out / "foreground.png")), layers.foreground)
     np.testing.assert_array_equal(np.asarray(Image.open(out / "background.png")), layers.background)
+
+
+def test_decompose_takes_a_published_folder_and_writes_layered_files(
+    tiny_weights: Path, tmp_path: Path, pictures: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, folder, out = tiny_weights / "adapter.safetensors", tmp_path / "published", tmp_path / "layers"
+    run_command(TOOLS["export"].main, [f"adapter={source}", "format=decomposer", f"out={folder}"])
+    base = f"transformer={tiny_weights / 'transformer.safetensors'}"
+    run_command(
+        TOOLS["decompose"].main, [f"adapter={folder}", base, *pictures, f"out={out}", "format=ora,psd", "steps=1"]
+    )
+    assert {path.name for path in out.iterdir()} == {"layers.ora", "layers.psd"}
+    assert "wrote layers.ora, layers.psd into" in capsys.readouterr().out
 
 
 def test_evaluate_writes_figures_and_pictures(
@@ -197,6 +211,8 @@ def test_export_names_what_it_wrote(tiny_weights: Path, tmp_path: Path, capsys: 
         ("device=gpu", "device=gpu: Expected one of cpu, cuda"),
         ("depth=absent.safetensors", "absent.safetensors does not exist; put the file there"),
         ("stpes=3", "unknown argument stpes=3; expected adapter= image= mask="),
+        ("format=xcf", "format=xcf: expected some of png, ora, psd"),
+        ("transformer=absent", "absent does not exist"),
         ("out=text.png", "text.png cannot be written"),
     ],
 )
@@ -330,6 +346,19 @@ def test_gated_weights_are_not_there(fails: Fails) -> None:
 )
 def test_prepare_data(fails: Fails, arguments: list[str], message: str) -> None:
     assert message in fails("prepare_data", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "checkpoints/flux1-fill-dev has no folder text_encoder, text_encoder_2, tokenizer, tokenizer_2"),
+        (["tokens=0"], "tokens=0: expected at least 1"),
+        (["dtype=int8"], "dtype=int8: expected one of float32, bfloat16"),
+        (["promt=x"], "unknown argument promt=x; expected root= out= prompt="),
+    ],
+)
+def test_embed_prompt(fails: Fails, arguments: list[str], message: str) -> None:
+    assert message in fails("embed_prompt", *arguments)
 
 
 # The command line itself
