@@ -18,7 +18,7 @@ from layerdecomp.comparison import EvaluateConfig
 from layerdecomp.conditioning import ConditioningConfig
 from layerdecomp.data.datamodule import DataConfig
 from layerdecomp.decomposer import DecomposerConfig, SampleConfig, WeightFiles
-from layerdecomp.errors import InputError, check_at_least
+from layerdecomp.errors import InputError, check_at_least, check_probabilities
 from layerdecomp.evaluation import write_atomically
 from layerdecomp.flow import FlowConfig
 from layerdecomp.models.autoencoder import AutoencoderConfig
@@ -40,10 +40,14 @@ class TrainConfig:
     precision: str = "auto"  # auto: bf16-mixed where the device computes in it, else 32-true
     checkpoint_every: int = 500  # steps
     validate_every: int = 500  # steps
+    ema: float = 0.0  # decay of a running average of what is trained, which is validated and written; 0: none
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "draws", "devices", "nodes", "checkpoint_every", "validate_every")
         check_at_least(1, self, "train.", *counts)
+        check_probabilities(self, "train.", "ema")
+        if self.ema == 1:
+            raise InputError("train.ema is 1, which keeps the first weights for ever; expected less, such as 0.999")
         if self.precision not in ("auto", "32-true", "bf16-mixed"):  # trained tensors are float32, always
             raise InputError(f"train.precision is {self.precision!r}; expected auto, 32-true or bf16-mixed")
 

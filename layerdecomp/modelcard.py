@@ -85,7 +85,20 @@ does not decompose.
 
 PROVENANCE = (
     *("base_model", "base_sha256", "autoencoder_sha256", "rgba_autoencoder_sha256"),
-    *("rank", "alpha", "targets", "steps", "seed", "data", "merged_from", "reduced", "commit", "date", "tool_version"),
+    *(
+        "rank",
+        "alpha",
+        "targets",
+        "steps",
+        "seed",
+        "ema",
+        "data",
+        "merged_from",
+        "reduced",
+        "commit",
+        "date",
+        "tool_version",
+    ),
 )
 
 

@@ -39,6 +39,7 @@ ORDER = [
         "training.__init__",
         "training.muon",
         "training.base",
+        "training.average",
         "training.projection",
         "training.autoencoder",
         "training.inpainter",

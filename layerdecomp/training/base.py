@@ -2,11 +2,13 @@
 
 import json
 import math
+import os
 import subprocess
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,12 @@ def source_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def date_of_writing() -> str:
+    """Now, or what SOURCE_DATE_EPOCH says, in UTC."""
+    seconds = float(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 class Job(LightningModule):
@@ -162,6 +170,8 @@ class Job(LightningModule):
             "seed": str(self.run.seed),
             "data": json.dumps(asdict(self.run.data)),
             "commit": self._commit,
+            "ema": str(self.run.train.ema),
+            "date": date_of_writing(),
             "figures": json.dumps({name: value for name, value in figures.items() if math.isfinite(value)}),
         }
 

@@ -3,6 +3,7 @@
 import logging
 import sys
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from layerdecomp.config import (
 from layerdecomp.data.datamodule import SampleData
 from layerdecomp.errors import InputError
 from layerdecomp.training.autoencoder import AutoencoderJob
+from layerdecomp.training.average import RunningAverage
 from layerdecomp.training.base import Job, resolve_precision
 from layerdecomp.training.decomposer import DecomposerJob
 from layerdecomp.training.inpainter import InpainterJob
@@ -59,7 +61,14 @@ def train(config: RunConfig) -> None:
         trainer.save_checkpoint(run_dir / "last.ckpt", weights_only=False)  # the optimizer and loops as well
         if trainer.is_global_zero:
             job.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
-            job.finish(run_dir)
+            with averaged(trainer, job):
+                job.finish(run_dir)
+
+
+def averaged(trainer: Trainer, job: Job) -> AbstractContextManager[None]:
+    """The running average stands in for what was trained, if there is one."""
+    averages = [callback for callback in trainer.callbacks if isinstance(callback, RunningAverage)]  # type: ignore[attr-defined]
+    return averages[0].applied(job) if averages else nullcontext()
 
 
 def open_run(run_dir: Path, config: RunConfig) -> Path | None:
@@ -164,6 +173,6 @@ def build_trainer(config: RunConfig, run_dir: Path) -> Trainer:
         log_every_n_steps=1,
         use_distributed_sampler=False,  # StepSampler shares the batches out
         logger=TensorBoardLogger(run_dir.parent, name=run_dir.name, version=""),
-        callbacks=[checkpoints, StepBar(refresh_rate=5)],
+        callbacks=[checkpoints, StepBar(refresh_rate=5), *([RunningAverage(train.ema)] if train.ema else [])],
         enable_model_summary=False,
     )
