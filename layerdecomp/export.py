@@ -267,15 +267,15 @@ def _write_lora(layout: str) -> Callable[[Outgoing], list[Path]]:
         save_tensors(parcel.out, parcel.cast(tensors), _metadata(parcel, layout))
         if INPUT in changes:
             rest |= {name: parcel.adapter.tensors[name] for name in base}
-        return [parcel.out, *_write_beside(parcel, model, rest)]
+        return [parcel.out, *_write_beside(parcel, layout, model, rest)]
 
     return write
 
 
-def _write_beside(parcel: Outgoing, model: MMDiT, rest: Tensors) -> list[Path]:
+def _write_beside(parcel: Outgoing, format: str, model: MMDiT, rest: Tensors) -> list[Path]:
     """The trained tensors for which a host's file has no room, and the notice."""
     files = [beside(parcel.out, "NOTICE.txt")]
-    files[0].write_text(notice(_is_flux(model), _metadata(parcel, "extras")))
+    files[0].write_text(notice(_is_flux(model), _metadata(parcel, format)))
     if rest:
         files.append(beside(parcel.out, EXTRAS))
         save_tensors(files[-1], rest, _metadata(parcel, "extras"))
@@ -317,7 +317,7 @@ def _write_merged(parcel: Outgoing) -> list[Path]:
             return tensor + changes[layer].weight if kind == "weight" and layer in changes else tensor
 
         write_tensors(parcel.out, like, merged, facts)
-    return [parcel.out, *_write_beside(parcel, model, rest)]
+    return [parcel.out, *_write_beside(parcel, "merged", model, rest)]
 
 
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max

@@ -106,8 +106,10 @@ def _figures(metadata: Mapping[str, str]) -> str:
     figures = json.loads(metadata.get("figures", "{}"))
     if not figures:
         return "None were measured."
-    rows = _rows({name: f"{value:.4g}" for name, value in figures.items()})
-    return f"On held-out samples, at the end of training.\n\n| metric | |\n|---|---|\n{rows}"
+    errors = {name: f" \u00b1 {figures[key]:.2g}" for name in figures if (key := f"{name}_stderr") in figures}
+    shown = {name: f"{value:.4g}{errors.get(name, '')}" for name, value in figures.items()}
+    rows = _rows({name: text for name, text in shown.items() if not name.endswith("_stderr")})
+    return f"On held-out samples at the end of training, \u00b1 standard error.\n\n| metric | |\n|---|---|\n{rows}"
 
 
 def _rows(cells: Mapping[str, str]) -> str:

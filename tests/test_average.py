@@ -8,15 +8,16 @@ import pytest
 import torch
 from conftest import fill
 from safetensors.torch import load_file
-from test_train import REPOSITORY, PowerCutError, run
 from torch import Tensor
 
 from layerdecomp.config import load_config
 from layerdecomp.errors import InputError
 from layerdecomp.training.average import RunningAverage
 from layerdecomp.training.decomposer import DecomposerJob
+from layerdecomp.training.runs import train
 from layerdecomp.weights import read_metadata
 
+CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml"
 DECAY = 0.25  # above 2 / 11, so that the first two steps average less
 
 
@@ -27,6 +28,16 @@ def settings(tiny_overrides: list[str]) -> list[str]:
 
 
 Tensors = dict[str, Tensor]
+
+
+class PowerCutError(Exception):
+    pass
+
+
+def run(*overrides: str) -> Path:
+    config = load_config(CONFIG, overrides)
+    train(config)
+    return Path(config.run_dir)
 
 
 def _trained(job: DecomposerJob) -> Tensors:
@@ -67,7 +78,7 @@ def test_the_average_is_validated_and_written(
         original(self, batch, batch_idx)
 
     monkeypatch.setattr(DecomposerJob, "validation_step", spy)
-    run_dir = run("tiny", *settings, f"run_dir={tmp_path}/run")
+    run_dir = run(*settings, f"run_dir={tmp_path}/run")
     assert len(steps) == 6
     averages = [steps[0]]
     for n, trained in enumerate(steps[1:]):
@@ -89,7 +100,7 @@ def test_the_average_is_validated_and_written(
 def test_a_resumed_run_has_the_same_average(
     tmp_path: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    straight = run("tiny", *settings, f"run_dir={tmp_path}/straight")
+    straight = run(*settings, f"run_dir={tmp_path}/straight")
     original = DecomposerJob.loss
 
     def failing(self: DecomposerJob, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -100,11 +111,11 @@ def test_a_resumed_run_has_the_same_average(
     with monkeypatch.context() as patch:
         patch.setattr(DecomposerJob, "loss", failing)
         with pytest.raises(PowerCutError):
-            run("tiny", *settings, f"run_dir={tmp_path}/resumed")
-    resumed = run("tiny", *settings, f"run_dir={tmp_path}/resumed")
+            run(*settings, f"run_dir={tmp_path}/resumed")
+    resumed = run(*settings, f"run_dir={tmp_path}/resumed")
     one, other = (load_file(path / "adapter.safetensors") for path in (straight, resumed))
     assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
-    again = run("tiny", *settings, f"run_dir={tmp_path}/resumed")  # a finished run is only evaluated again
+    again = run(*settings, f"run_dir={tmp_path}/resumed")  # a finished run is only evaluated again
     assert all(one[name].equal(tensor) for name, tensor in load_file(again / "adapter.safetensors").items())
 
 
@@ -112,7 +123,7 @@ def test_batches_of_one_step_count_once(tiny_overrides: list[str]) -> None:
     class Clock:
         global_step = 0
 
-    job = DecomposerJob(load_config(REPOSITORY / "configs" / "tiny.yaml", tiny_overrides))
+    job = DecomposerJob(load_config(CONFIG, tiny_overrides))
     average, clock = RunningAverage(0.5), Clock()
     average.on_train_start(clock, job)  # type: ignore[arg-type]
     fill(job.decomposer.transformer.img_in, seed=8)
@@ -127,7 +138,7 @@ def test_batches_of_one_step_count_once(tiny_overrides: list[str]) -> None:
 
 
 def test_an_interrupted_validation_leaves_what_was_trained(tiny_overrides: list[str]) -> None:
-    job = DecomposerJob(load_config(REPOSITORY / "configs" / "tiny.yaml", tiny_overrides))
+    job = DecomposerJob(load_config(CONFIG, tiny_overrides))
     average, trained = RunningAverage(0.5), _trained(job)
     average.tensors = {name: tensor + 1 for name, tensor in trained.items()}
     average.on_validation_start(None, job)  # type: ignore[arg-type]
@@ -142,4 +153,4 @@ def test_an_interrupted_validation_leaves_what_was_trained(tiny_overrides: list[
 )
 def test_decays_that_make_no_sense(tiny_overrides: list[str], decay: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        load_config(REPOSITORY / "configs" / "tiny.yaml", [*tiny_overrides, f"train.ema={decay}"])
+        load_config(CONFIG, [*tiny_overrides, f"train.ema={decay}"])

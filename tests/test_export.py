@@ -78,7 +78,7 @@ def adapter_file(request: pytest.FixtureRequest, tiny_config: DecomposerConfig, 
     path: Path = tmp_path_factory.mktemp("adapter") / "adapter.safetensors"
     facts = {
         "date": "2026-01-02T03:04:05+00:00",
-        "figures": '{"background/psnr": 20.5}',
+        "figures": '{"background/psnr": 20.5, "background/psnr_stderr": 0.25}',
         "data": '{"source": "scenes"}',
     }
     decomposer.adapter({**config.to_metadata(), **facts}).save(path)
@@ -244,7 +244,7 @@ def test_a_published_folder_is_all_that_decomposition_needs(
         decomposer = Decomposer.from_pretrained(path)
         assert _same(dict(decomposer.named_parameters()), dict(expected.named_parameters()))
     card = (moved / "downloaded" / "README.md").read_text()
-    assert card.startswith("---\nlicense: apache-2.0\n") and "| background/psnr | 20.5 |" in card
+    assert card.startswith("---\nlicense: apache-2.0\n") and "| background/psnr | 20.5 \u00b1 0.25 |" in card
     assert read_metadata(adapter_file)["base_sha256"] in card and "2026-01-02" in card and '"source": "scenes"' in card
     assert "modified" in (moved / "downloaded" / "NOTICE").read_text()
 

@@ -83,7 +83,12 @@ def test_photoshop(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read[0][..., :3], layers.background)
     recomposed = _placed([(read[0], 0, 0), (read[1], LEFT, TOP)], HEIGHT, WIDTH)
     np.testing.assert_array_equal(recomposed, _last_panel(layers.preview()))
-    stored = np.asarray(document.topil()).astype(int)  # what viewers that know no layers show
+    with Image.open(tmp_path / "layers.psd") as picture:  # Pillow's reader: what viewers that know no layers show
+        assert [layer[:1] + layer[2:3] for layer in picture.layers] == [  # type: ignore[attr-defined]
+            ("background", (0, 0, WIDTH, HEIGHT)),
+            ("foreground", (LEFT, TOP, LEFT + 18, TOP + 16)),
+        ]
+        stored = np.asarray(picture.convert("RGB")).astype(int)
     assert np.abs(stored - recomposed).max() <= 1
 
 
