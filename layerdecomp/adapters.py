@@ -3,6 +3,8 @@
 Everything here is exact but `reduce_rank`, which says what it costs.
 """
 
+import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -117,6 +119,31 @@ def to_diffusers(changes: Changes, hidden_size: int) -> Tensors:
             if with_bias:
                 tensors[f"transformer.{part}.lora_B.bias"] = bias_part
     return tensors
+
+
+def peft_settings(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """What PEFT is to make of the tensors of `to_diffusers`, as metadata that diffusers looks for.
+
+    The input projection's rank differs from the others'. Without being told, diffusers before 0.40 takes the others'
+    rank for its alpha, and scales it wrongly.
+    """
+    ends = (".lora_A.weight", "transformer.")
+    ranks = {
+        name.removesuffix(ends[0]).removeprefix(ends[1]): tensor.shape[0]
+        for name, tensor in tensors.items()
+        if name.endswith(ends[0])
+    }
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    others = {f"^{name}": own for name, own in ranks.items() if own != rank}
+    settings = {
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(ranks),
+        "lora_bias": any(name.endswith(".bias") for name in tensors),
+    }
+    return {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in settings.items()})}
 
 
 def _halves(tensor: Tensor) -> Tensor:

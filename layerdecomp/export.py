@@ -21,6 +21,7 @@ from layerdecomp.adapters import (
     add_changes,
     average,
     give_tensors,
+    peft_settings,
     reduce_rank,
     take_changes,
 )
@@ -205,7 +206,7 @@ def read_adapter(path: Path, files: dict[str, str]) -> tuple[Adapter, Decomposer
         )
     _check_widths(path, changes, model)
     rest = _read_extras(path, changes, base, config.fusion.enabled)
-    metadata = {key: text for key, text in metadata.items() if key != "format"}
+    metadata = {key: text for key, text in metadata.items() if key not in ("format", "lora_adapter_metadata")}
     return _adapter(changes, rest, base, config, metadata), config
 
 
@@ -264,7 +265,8 @@ def _write_lora(layout: str) -> Callable[[Outgoing], list[Path]]:
         model, base = _base(parcel.config)
         changes, rest = take_changes(parcel.adapter.tensors, parcel.config.lora, base)
         tensors = LAYOUTS[layout][1](changes, model.config.hidden_size)
-        save_tensors(parcel.out, parcel.cast(tensors), _metadata(parcel, layout))
+        told = peft_settings(tensors) if layout == "diffusers" else {}
+        save_tensors(parcel.out, parcel.cast(tensors), {**_metadata(parcel, layout), **told})
         if INPUT in changes:
             rest |= {name: parcel.adapter.tensors[name] for name in base}
         return [parcel.out, *_write_beside(parcel, layout, model, rest)]
