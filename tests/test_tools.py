@@ -32,7 +32,10 @@ def _tool(name: str) -> ModuleType:
     return module
 
 
-NAMES = ("train", "decompose", "evaluate", "export", "embed_prompt", "prepare_data", "benchmark_data")
+NAMES = (
+    *("train", "decompose", "evaluate", "export", "embed_prompt"),
+    *("prepare_data", "benchmark_data", "benchmark_load"),
+)
 TOOLS = {name: _tool(name) for name in NAMES}
 Fails = Callable[..., str]
 
@@ -189,6 +192,14 @@ def test_export_names_what_it_wrote(tiny_weights: Path, tmp_path: Path, capsys: 
     said = capsys.readouterr().out
     assert f"wrote {out}" in said and "merged.extras.safetensors" in said and "merged.NOTICE.txt" in said
     assert load_file(out).keys() == load_file(tiny_weights / "transformer.safetensors").keys()
+
+
+def test_benchmark_load_tells_rate_and_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["hidden_size=64", "num_heads=4", "axes_dim=[4,6,6]", "depth=1"]
+    run_command(TOOLS["benchmark_load"].main, [f"folder={tmp_path}", "dtype=float32", *small])
+    said = capsys.readouterr().out
+    assert "GB/s, the disk alone" in said and "above the model's" in said
+    assert not list(tmp_path.iterdir())  # the generated file is gone
 
 
 # What users get wrong
