@@ -173,6 +173,14 @@ def test_comfyui_uses_every_key_with_equal_outputs(
     assert _error(model, ours) < 1e-5
 
 
+def test_comfyui_leaves_only_biases_of_files_for_diffusers(adapter_file: Path, host: nn.Module, tmp_path: Path) -> None:
+    export(adapter_file, "diffusers", tmp_path / "lora.safetensors")
+    layers = [name.removesuffix(".weight") for name in host.state_dict() if name.endswith(".weight")]
+    used = {f"transformer.{layer}.{part}.weight" for layer in layers for part in ("lora_A", "lora_B")}
+    left = load_file(tmp_path / "lora.safetensors").keys() - used
+    assert left and all(name.endswith(".lora_B.bias") for name in left)
+
+
 # merged
 
 
