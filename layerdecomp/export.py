@@ -1,53 +1,41 @@
 """An adapter in the forms that others take: LoRA files, one merged checkpoint, a folder to publish; and back."""
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 
 from layerdecomp import __version__
 from layerdecomp.adapters import (
     INPUT,
     LAYOUTS,
-    Changes,
     Tensors,
-    add_changes,
-    average,
-    give_tensors,
     peft_settings,
-    reduce_rank,
     take_changes,
 )
 from layerdecomp.decomposer import (
     ADAPTER,
     REPOSITORY,
     DecomposerConfig,
-    WeightFiles,
-    describe_adapter,
-    described_config,
 )
 from layerdecomp.errors import InputError
+from layerdecomp.incoming import extras_beside, frozen_input, read_adapters
 from layerdecomp.modelcard import model_card, notice
-from layerdecomp.models.context_fusion import ContextFusionConfig
-from layerdecomp.models.lora import LoRAConfig
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.weights import (
     Adapter,
     Metadata,
+    date_of_writing,
     empty_mmdit,
-    find_weights,
-    open_safetensors,
     open_state,
-    read_metadata,
     save_tensors,
     write_tensors,
+    written_whole,
 )
 
 
@@ -68,14 +56,8 @@ class Outgoing:
         return {name: tensor.to(FLOATS[self.dtype]) if tensor.dim() else tensor for name, tensor in tensors.items()}
 
 
-def beside(path: Path, ending: str) -> Path:
-    """The file with another ending beside a .safetensors file."""
-    return path.with_name(f"{path.name.removesuffix('.safetensors')}.{ending}")
-
-
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FP8 = "fp8"
-EXTRAS = "extras.safetensors"
 
 
 def export(
@@ -118,143 +100,6 @@ def export(
     return write(Outgoing(adapter, config, Path(out), dtype or default, with_base))
 
 
-# In
-
-
-def read_adapters(
-    paths: Sequence[Path], weights: Sequence[float] | None, rank: int | None, files: dict[str, str]
-) -> tuple[Adapter, DecomposerConfig]:
-    """One adapter from one or several, in whatever layout, and the decomposer that it belongs to."""
-    weights = [1.0] * len(paths) if weights is None else weights
-    if not paths or len(weights) != len(paths):
-        raise InputError(f"weights= has {len(weights)} numbers for {len(paths)} adapters; expected one for each")
-    read = [read_adapter(path, files) for path in paths]
-    adapter, config = read[0]
-    untouched = len(paths) == 1 and weights[0] == 1 and rank is None
-    if untouched:
-        return adapter, config
-    _, base = _base(config)
-    taken = []
-    for path, (other, other_config) in zip(paths, read, strict=True):
-        if other.metadata["base_sha256"] != adapter.metadata["base_sha256"] or other_config.fusion != config.fusion:
-            raise InputError(f"{path} has another base or fusion than {paths[0]}; expected adapters of one kind")
-        taken.append(take_changes(other.tensors, other_config.lora, base))
-    changes = add_changes([(changes, share) for (changes, _), share in zip(taken, weights, strict=True)])
-    rest = average([(rest, share) for (_, rest), share in zip(taken, weights, strict=True)]) if taken[0][1] else {}
-    notes = {}
-    if len(paths) > 1 or weights[0] != 1:
-        shares = (f"{share:g} x {path.name}" for path, share in zip(paths, weights, strict=True))
-        notes["merged_from"] = " + ".join(shares)
-    if rank is not None:
-        changes, notes["reduced"] = _reduce(changes, rank)
-    figures = {"figures": "{}"}  # they were another adapter's
-    return _adapter(changes, rest, base, config, {**adapter.metadata, **notes, **figures}), config
-
-
-def _reduce(changes: Changes, rank: int) -> tuple[Changes, str]:
-    if rank < 1:
-        raise InputError(f"rank is {rank}; expected at least 1")
-    before = max(change.rank for layer, change in changes.items() if layer != INPUT)
-    reduced, errors = reduce_rank(changes, rank)
-    worst = max(errors, key=lambda layer: errors[layer])
-    text = f"rank {before} to {rank}: relative error {errors['all']:.2%} (worst: {worst} {errors[worst]:.2%})"
-    print(text)
-    return reduced, text
-
-
-def _adapter(changes: Changes, rest: Tensors, base: Tensors, config: DecomposerConfig, metadata: Metadata) -> Adapter:
-    """An adapter of these changes, whose `config` and metadata tell its LoRA settings."""
-    lora, tensors = give_tensors(changes, base)
-    model, _ = empty_mmdit(config.weights.transformer)
-    if set(lora.targets) == set(_targeted(model, config.lora)):
-        lora.targets = config.lora.targets
-    config.lora = lora
-    return Adapter({**tensors, **rest}, {**metadata, **config.lora_metadata()})
-
-
-def _targeted(model: MMDiT, lora: LoRAConfig) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and lora.adapts(name)]
-
-
-def read_adapter(path: Path, files: dict[str, str]) -> tuple[Adapter, DecomposerConfig]:
-    """An adapter of this package, or a LoRA file in one of the `LAYOUTS`, and the decomposer that it belongs to.
-
-    A LoRA file that was exported from here carries its description, and finds beside it what it had no room for; of
-    one from elsewhere, `files` must name the frozen parts, and there is no fusion module.
-    """
-    if path.is_dir():
-        return describe_adapter(path, **files)
-    with open_safetensors(path) as file:
-        names = set(file.keys())
-        layout = next((n for n, (start, *_) in LAYOUTS.items() if any(name.startswith(start) for name in names)), None)
-        if layout is None:
-            return describe_adapter(path, **files)
-        tensors = {name: file.get_tensor(name) for name in names}
-    metadata = read_metadata(path)
-    if "lora" in metadata and "weights" in metadata:
-        config = described_config(metadata, path, **files)
-    else:
-        config = _undescribed(path, files)
-        metadata = {**config.to_metadata(), "origin": f"imported from {path.name}"}
-    model, base = _base(config)
-    layers = {name: module.out_features for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    changes = LAYOUTS[layout][2](tensors, layers, model.config.hidden_size)
-    if tensors:
-        raise InputError(
-            f"{path}: {len(tensors)} of {len(names)} tensors belong to no linear layer of the transformer: "
-            f"{', '.join(sorted(tensors)[:10])}; expected LoRA pairs in {layout} layout"
-        )
-    _check_widths(path, changes, model)
-    rest = _read_extras(path, changes, base, config.fusion.enabled)
-    metadata = {key: text for key, text in metadata.items() if key not in ("format", "lora_adapter_metadata")}
-    return _adapter(changes, rest, base, config, metadata), config
-
-
-def _undescribed(path: Path, files: dict[str, str]) -> DecomposerConfig:
-    needed = ("transformer", "autoencoder", "rgba_autoencoder")
-    if unknown := [name for name in files if name not in asdict(WeightFiles())]:
-        raise InputError(f"{unknown[0]}= names no weight file; expected some of {', '.join(asdict(WeightFiles()))}")
-    if missing := [name for name in needed if name not in files]:
-        raise InputError(
-            f"{path} does not say what it belongs to; expected {' '.join(f'{name}=FILE' for name in missing)}"
-        )
-    found = {name: str(find_weights(file, [path.parent, REPOSITORY])) for name, file in files.items()}
-    return DecomposerConfig(weights=WeightFiles(**found), fusion=ContextFusionConfig(enabled=False))
-
-
-def _check_widths(path: Path, changes: Changes, model: MMDiT) -> None:
-    for layer, change in changes.items():
-        expected = tuple(model.get_parameter(f"{layer}.weight").shape)
-        if (found := (change.b.shape[0], change.a.shape[1])) != expected or change.a.shape[0] != change.b.shape[1]:
-            raise InputError(f"{path}: {layer} is changed by {found}, but has {expected}; the LoRA is for another base")
-
-
-def _read_extras(path: Path, changes: Changes, base: Tensors, needed: bool) -> Tensors:
-    """The tensors that an exported LoRA file had no room for, from the file beside it."""
-    file = beside(path, EXTRAS)
-    if not needed and not file.is_file():
-        return {}
-    with open_safetensors(file) as opened:
-        extras: Tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    exact = {name: extras.pop(name) for name in base if name in extras}
-    _, computed = give_tensors({**changes}, base)
-    # A difference cannot give every last bit back; where the pair was changed elsewhere, it counts.
-    if all(torch.allclose(exact[name], computed[name], rtol=1e-5, atol=1e-6) for name in exact):
-        extras |= exact
-    return extras
-
-
-def _base(config: DecomposerConfig) -> tuple[MMDiT, Tensors]:
-    """The frozen transformer on the meta device, and its input projection, float32."""
-    path = config.weights.transformer
-    model, layout = empty_mmdit(path)
-    with open_state(model, path, layout=layout) as read:
-        return model, {f"{INPUT}.{kind}": read(f"{INPUT}.{kind}").float() for kind in ("weight", "bias")}
-
-
-# Out
-
-
 def _write_adapter(parcel: Outgoing) -> list[Path]:
     save_tensors(parcel.out, parcel.cast(parcel.adapter.tensors), _metadata(parcel, "adapter"))
     return [parcel.out]
@@ -262,76 +107,88 @@ def _write_adapter(parcel: Outgoing) -> list[Path]:
 
 def _write_lora(layout: str) -> Callable[[Outgoing], list[Path]]:
     def write(parcel: Outgoing) -> list[Path]:
-        model, base = _base(parcel.config)
+        model, base = frozen_input(parcel.config)
         changes, rest = take_changes(parcel.adapter.tensors, parcel.config.lora, base)
         tensors = LAYOUTS[layout][1](changes, model.config.hidden_size)
-        told = peft_settings(tensors) if layout == "diffusers" else {}
-        save_tensors(parcel.out, parcel.cast(tensors), {**_metadata(parcel, layout), **told})
         if INPUT in changes:
             rest |= {name: parcel.adapter.tensors[name] for name in base}
-        return [parcel.out, *_write_beside(parcel, layout, model, rest)]
+        others = _write_beside(parcel, layout, model, rest)
+        told = peft_settings(tensors) if layout == "diffusers" else {}
+        save_tensors(parcel.out, parcel.cast(tensors), {**_metadata(parcel, layout), **told})
+        return [parcel.out, *others]
 
     return write
 
 
 def _write_beside(parcel: Outgoing, format: str, model: MMDiT, rest: Tensors) -> list[Path]:
-    """The trained tensors for which a host's file has no room, and the notice."""
-    files = [beside(parcel.out, "NOTICE.txt")]
-    files[0].write_text(notice(_is_flux(model), _metadata(parcel, format)))
+    """The trained tensors for which a host's file has no room, and the notice; before the file itself."""
+    extras = extras_beside(parcel.out)
+    text = extras.with_name(extras.name.replace(".extras.safetensors", ".NOTICE.txt"))
+    with written_whole(text) as partial:
+        partial.write_text(notice(_is_flux(model), _metadata(parcel, format)))
     if rest:
-        files.append(beside(parcel.out, EXTRAS))
-        save_tensors(files[-1], rest, _metadata(parcel, "extras"))
-    return files
+        save_tensors(extras, rest, _metadata(parcel, "extras"))
+    return [text, extras] if rest else [text]
 
 
-@torch.no_grad()
 def _write_merged(parcel: Outgoing) -> list[Path]:
-    """One tensor in memory at a time, beside the adapter."""
+    """The base with the adapter folded in: one tensor in memory at a time, beside the adapter."""
     path, adapted = parcel.config.weights.transformer, parcel.adapter.tensors
     model, layout = empty_mmdit(path)
-    changes, rest = take_changes(adapted, parcel.config.lora, {name: adapted[name] for name in _input_names()})
-    dtype = FLOATS.get(parcel.dtype or "", torch.bfloat16)
-    like = {name: torch.empty_like(tensor, dtype=dtype) for name, tensor in model.state_dict().items()}
-    scales: dict[str, str] = {}
-    if parcel.dtype == FP8:
-        scales = {f"{name.removesuffix('weight')}scale_weight": name for name in like if _is_matrix(name, like[name])}
-        like |= {name: like[name].to(torch.float8_e4m3fn) for name in scales.values()}
-        like |= {scale: torch.empty((), device="meta") for scale in scales}
-        like["scaled_fp8"] = torch.empty(2, dtype=torch.float8_e4m3fn, device="meta")  # how ComfyUI tells such a file
+    trained = {name: adapted[name].float() for name in (f"{INPUT}.weight", f"{INPUT}.bias")}
+    changes, rest = take_changes(adapted, parcel.config.lora, trained)
+    others = _write_beside(parcel, "merged", model, rest)
     facts = {**_metadata(parcel, "merged"), "merged": "yes", "config": json.dumps(asdict(model.config))}
     with open_state(model, path, layout=layout) as read:
 
         def merged(name: str) -> Tensor:
+            if name in trained:
+                return trained[name]
             layer, _, kind = name.rpartition(".")
-            if name == "scaled_fp8":
-                return torch.zeros(2).to(torch.float8_e4m3fn)
-            if name in scales:
-                return merged_float(scales[name]).abs().max().clamp(min=1e-12) / FP8_MAX
-            if like[name].dtype == torch.float8_e4m3fn:
-                return (merged_float(name) / merged(f"{layer}.scale_weight")).to(torch.float8_e4m3fn)
-            return merged_float(name).to(like[name].dtype)
+            changed = kind == "weight" and layer in changes
+            return read(name).float() + changes[layer].weight if changed else read(name).float()
 
-        def merged_float(name: str) -> Tensor:
-            if name in _input_names():
-                return adapted[name].float()
-            layer, _, kind = name.rpartition(".")
-            tensor = read(name).float()
-            return tensor + changes[layer].weight if kind == "weight" and layer in changes else tensor
-
-        write_tensors(parcel.out, like, merged, facts)
-    return [parcel.out, *_write_beside(parcel, "merged", model, rest)]
+        like, give = _in_dtype(model.state_dict(), merged, parcel.dtype or "bfloat16")
+        write_tensors(parcel.out, like, give, facts)
+    return [parcel.out, *others]
 
 
-FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+Read = Callable[[str], Tensor]
 
 
-def _is_matrix(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor is one of the many large matrices, and not of the few sensitive ones at both ends."""
-    return "blocks." in name and tensor.dim() == 2
+def _in_dtype(like: Mapping[str, Tensor], read: Read, dtype: str) -> tuple[dict[str, Tensor], Read]:
+    """What `write_tensors` needs to write the tensors that `read` gives in a dtype."""
+    if dtype == FP8:
+        return _in_fp8(like, read)
+    return {n: t.to(FLOATS[dtype]) for n, t in like.items()}, lambda name: read(name).to(FLOATS[dtype])
 
 
-def _input_names() -> list[str]:
-    return [f"{INPUT}.weight", f"{INPUT}.bias"]
+def _in_fp8(like: Mapping[str, Tensor], read: Read) -> tuple[dict[str, Tensor], Read]:
+    """The blocks' matrices in e4m3 with a scale each, laid out as ComfyUI expects; the rest in bf16.
+
+    What lies outside the blocks is little, and sensitive.
+    """
+    small = torch.float8_e4m3fn
+    matrices = {
+        f"{n.removesuffix('weight')}scale_weight": n for n, t in like.items() if "blocks." in n and t.dim() == 2
+    }
+    mark = torch.zeros(2).to(small)  # of two elements: multiply in full precision
+
+    def scale(name: str) -> Tensor:
+        return read(name).abs().max().clamp(min=1e-12) / torch.finfo(small).max
+
+    def give(name: str) -> Tensor:
+        if name == "scaled_fp8":
+            return mark
+        if name in matrices:
+            return scale(matrices[name])
+        if name in matrices.values():
+            return (read(name) / scale(name)).to(small)
+        return read(name).bfloat16()
+
+    written = {name: tensor.to(small if name in matrices.values() else torch.bfloat16) for name, tensor in like.items()}
+    scales = {name: torch.empty((), device="meta") for name in matrices}
+    return {**written, **scales, "scaled_fp8": mark}, give
 
 
 def _write_folder(parcel: Outgoing) -> list[Path]:
@@ -340,10 +197,9 @@ def _write_folder(parcel: Outgoing) -> list[Path]:
         raise InputError(f"{parcel.out} exists and is not empty; choose another out= or remove it")
     model, _ = empty_mmdit(parcel.config.weights.transformer)
     licence = _licence(_is_flux(model), Path(parcel.config.weights.transformer))
-    partial = parcel.out.with_name(f".{parcel.out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with written_whole(parcel.out) as partial:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
         names = _copy_parts(parcel, partial)
         metadata = {**_metadata(parcel, "adapter"), "weights": json.dumps(names)}
         save_tensors(partial / ADAPTER, parcel.cast(parcel.adapter.tensors), metadata)
@@ -353,13 +209,6 @@ def _write_folder(parcel: Outgoing) -> list[Path]:
         shutil.copyfile(licence, partial / licence.name)
         files = {name: what for name, what in FOLDER_FILES.items() if (partial / name).exists()}
         (partial / "README.md").write_text(model_card(_is_flux(model), metadata, files))
-        os.replace(partial, parcel.out)
-    except OSError as error:
-        raise InputError(
-            f"{parcel.out} could not be written ({error}); free some space or choose another out="
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return sorted(parcel.out.iterdir())
 
 
@@ -410,19 +259,13 @@ MODIFIED = {
 def _metadata(parcel: Outgoing, format: str) -> Metadata:
     """The adapter's metadata, and whatever an older one may lack of what every file tells."""
     metadata = {**parcel.config.lora_metadata(), **parcel.adapter.metadata}
-    metadata["date"] = _date(metadata.get("date", "unknown"))
+    metadata["date"] = date_of_writing(metadata.get("date", "unknown"))  # so that a file depends on its input alone
     metadata["tool_version"] = f"layerdecomp {__version__}"
     metadata["modified"] = MODIFIED.get(format, metadata.get("modified", "yes"))
     if format in LAYOUTS:
         return {**metadata, "format": format}
     adapter_only = () if format == "adapter" else ("lora", "weights")  # what only an adapter's file may have
     return {key: text for key, text in metadata.items() if key not in adapter_only}
-
-
-def _date(of_adapter: str) -> str:
-    """The adapter's own date, so that a file depends on its input alone, unless SOURCE_DATE_EPOCH says another."""
-    epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    return datetime.fromtimestamp(int(epoch), UTC).isoformat() if epoch else of_adapter
 
 
 # What is written, and in which dtype unless another is asked for (None: the adapter's own).

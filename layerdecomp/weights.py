@@ -6,10 +6,13 @@ Every name and shape must fit; what does not is listed in one `InputError`. Noth
 import hashlib
 import json
 import os
+import shutil
 import struct
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -105,30 +108,46 @@ def write_tensors(
 ) -> None:
     """Writes a safetensors file one tensor at a time, so that no more than one need be in memory.
 
-    (`safetensors.save_file` takes all tensors at once, and orders metadata at random.) The file is written beside its
-    final name and then renamed, so that no half-written one is ever seen.
+    (`safetensors.save_file` takes all tensors at once, and orders metadata at random.)
 
     Args:
         like: shapes and dtypes of the tensors by name; they may be on the meta device.
         read: gives a tensor by its name, once.
     """
+    names = sorted(like, key=lambda name: (-like[name].element_size(), name))  # so that every tensor is aligned
+    with written_whole(path) as partial, partial.open("wb") as file:
+        file.write(_header({name: like[name] for name in names}, metadata))
+        for name in names:
+            tensor = read(name).detach().cpu().contiguous()
+            assert (tensor.dtype, tensor.shape) == (like[name].dtype, like[name].shape), name
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """Gives a name to write to, beside `path`, and renames that file or folder to `path` when it is complete."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
-    names = sorted(like, key=lambda name: (-like[name].element_size(), name))  # so that every tensor is aligned
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(_header({name: like[name] for name in names}, metadata))
-            for name in names:
-                tensor = read(name).detach().cpu().contiguous()
-                assert (tensor.dtype, tensor.shape) == (like[name].dtype, like[name].shape), name
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        yield partial
         os.replace(partial, path)
     except OSError as error:
-        raise InputError(f"{path} could not be written ({error}); free some space or choose another folder") from error
+        raise InputError(f"{path} could not be written ({error}); free some space or choose another place") from error
     finally:
         with suppress(OSError):  # the first error is the one to report
-            partial.unlink(missing_ok=True)
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+
+
+def date_of_writing(otherwise: str | None = None) -> str:
+    """What SOURCE_DATE_EPOCH says, if it is set (https://reproducible-builds.org); else `otherwise`, or now; UTC."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    if epoch is None and otherwise is not None:
+        return otherwise
+    try:
+        return datetime.fromtimestamp(int(epoch or time.time()), UTC).isoformat()
+    except ValueError as error:
+        raise InputError(f"SOURCE_DATE_EPOCH={epoch}: expected seconds since 1970") from error
 
 
 DTYPES = {
@@ -309,11 +328,6 @@ def config_from(kind: type[ConfigT], text: str | None, where: str) -> ConfigT:
     return config
 
 
-def _inside(path: str | Path, part: str) -> Path:
-    """The folder of a part of a diffusers pipeline, if that is what `path` is; else `path`."""
-    return Path(path) / part if (Path(path) / part).is_dir() else Path(path)
-
-
 def load_mmdit(
     path: str | Path, config: MMDiTConfig | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> MMDiT:
@@ -323,14 +337,13 @@ def load_mmdit(
     FLUX.1-Fill-dev.
     """
     model, layout = empty_mmdit(path, config)
-    load_state(model, _inside(path, "transformer"), dtype, device, layout)
+    load_state(model, path, dtype, device, layout)
     return model.requires_grad_(False).eval()
 
 
 def empty_mmdit(path: str | Path, config: MMDiTConfig | None = None) -> tuple[MMDiT, Layout]:
     """The transformer that a file or folder holds, on the meta device, and the layout it is kept in there."""
-    path = _inside(path, "transformer")
-    config = config or _described(path, MMDiTConfig, mmdit_config)
+    config = config or _described(Path(path), MMDiTConfig, mmdit_config)
     with torch.device("meta"):
         model = MMDiT(config)
     elsewhere = "x_embedder.weight" in TensorFile(path).shapes
@@ -345,8 +358,7 @@ def load_autoencoder(
     Without a `config`, the file's metadata or the folder's config.json say what model it is; a file without any is
     FLUX's.
     """
-    path = _inside(path, "vae")
-    config = config or _described(path, AutoencoderConfig, autoencoder_config)
+    config = config or _described(Path(path), AutoencoderConfig, autoencoder_config)
     with torch.device("meta"):
         model = Autoencoder(config)
     elsewhere = "encoder.conv_norm_out.weight" in TensorFile(path).shapes

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from layerdecomp import modelcard
 from layerdecomp.decomposer import Decomposer, DecomposerConfig, build_decomposer
 from layerdecomp.errors import InputError
-from layerdecomp.export import FORMATS, export, read_adapter
+from layerdecomp.export import FORMATS, export
+from layerdecomp.incoming import read_adapter
 from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig, merge_lora
 from layerdecomp.models.mmdit import MMDiT

@@ -169,11 +169,13 @@ def diffusers_folder(tmp_path: Path) -> tuple[Path, MMDiT, Autoencoder]:
 
 def test_diffusers_folders_are_read(diffusers_folder: tuple[Path, MMDiT, Autoencoder]) -> None:
     folder, mmdit, autoencoder = diffusers_folder
-    for path in (folder, folder / "transformer"):
-        loaded = load_mmdit(path)
-        assert loaded.config == mmdit.config and _same(loaded.state_dict(), mmdit.state_dict())
-    assert {t.dtype for t in load_mmdit(folder, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
-    for path in (folder, folder / "vae", folder / "vae" / "diffusion_pytorch_model.safetensors"):
+    loaded = load_mmdit(folder / "transformer")
+    assert loaded.config == mmdit.config and _same(loaded.state_dict(), mmdit.state_dict())
+    half = load_mmdit(folder / "transformer", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    with pytest.raises(InputError, match="holds 0 .safetensors files .* such as transformer/ or vae/"):
+        load_mmdit(folder)
+    for path in (folder / "vae", folder / "vae" / "diffusion_pytorch_model.safetensors"):
         read = load_autoencoder(path, None if path.is_dir() else RGB)
         assert read.config == RGB and _same(read.state_dict(), autoencoder.state_dict())
 

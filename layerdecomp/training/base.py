@@ -2,13 +2,11 @@
 
 import json
 import math
-import os
 import subprocess
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from layerdecomp.errors import InputError
 from layerdecomp.evaluation import write_metrics
 from layerdecomp.flow import interpolate, sample_times, seeded_normal, velocity_target
 from layerdecomp.training.muon import Muon
-from layerdecomp.weights import Metadata, copy_tensors, file_sha256
+from layerdecomp.weights import Metadata, copy_tensors, date_of_writing, file_sha256
 
 
 def resolve_precision(setting: str) -> str:
@@ -52,12 +50,6 @@ def source_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def date_of_writing() -> str:
-    """Now, or what SOURCE_DATE_EPOCH says, in UTC."""
-    seconds = float(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 class Job(LightningModule):
