@@ -10,15 +10,14 @@ import torch
 from conftest import fill
 from diffusers import FluxFillPipeline
 from diffusers.utils import logging as diffusers_logging
-from reference import build_reference_transformer
-from safetensors.torch import load_file, save_file
+from reference import build_reference_transformer, diffusers_output, output_error, same_tensors
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from layerdecomp import modelcard
 from layerdecomp.decomposer import Decomposer, DecomposerConfig, build_decomposer
 from layerdecomp.errors import InputError
 from layerdecomp.export import FORMATS, export
-from layerdecomp.incoming import read_adapter
 from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig, merge_lora
 from layerdecomp.models.mmdit import MMDiT
@@ -37,60 +36,6 @@ METADATA = (
 )
 
 
-def _inputs() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    drawn = {
-        "img": torch.randn(2, 6, 384, generator=generator),
-        "txt": torch.randn(2, 3, 8, generator=generator),
-        "y": torch.randn(2, 8, generator=generator),
-    }
-    ids = {"img_ids": torch.arange(18.0).view(6, 3), "txt_ids": torch.zeros(3, 3)}
-    return {**drawn, **ids, "timesteps": torch.tensor([0.2, 0.9])}
-
-
-@torch.no_grad()
-def _theirs(model: nn.Module) -> Tensor:
-    """What diffusers' transformer makes of the inputs."""
-    x = _inputs()
-    return model(
-        hidden_states=x["img"], img_ids=x["img_ids"], encoder_hidden_states=x["txt"], txt_ids=x["txt_ids"],
-        timestep=x["timesteps"], pooled_projections=x["y"], guidance=None,
-    ).sample  # fmt: skip
-
-
-@torch.no_grad()
-def _error(model: MMDiT | Tensor, reference: MMDiT) -> float:
-    expected = reference(**_inputs())
-    actual = model if isinstance(model, Tensor) else model(**_inputs())
-    return ((actual - expected).norm() / expected.norm()).item()
-
-
-EVERYTHING = ["txt_in", "*_blocks.*", "final_layer.*", "time_in.*", "vector_in.*"]
-
-
-@pytest.fixture(scope="module", params=["default", "everything"])
-def adapter_file(request: pytest.FixtureRequest, tiny_config: DecomposerConfig, tmp_path_factory: Any) -> Path:
-    """An adapter with every parameter random: of the default targets, and of all linear layers."""
-    lora = tiny_config.lora if request.param == "default" else LoRAConfig(3, 1.5, EVERYTHING)
-    config = replace(tiny_config, lora=lora)
-    decomposer = build_decomposer(config)
-    trained = nn.ParameterDict({n.replace(".", "/"): p for n, p in decomposer.adapter({}).tensors.items()})
-    fill(trained, seed=5)
-    path: Path = tmp_path_factory.mktemp("adapter") / "adapter.safetensors"
-    facts = {
-        "date": "2026-01-02T03:04:05+00:00",
-        "figures": '{"background/psnr": 20.5, "background/psnr_stderr": 0.25}',
-        "data": '{"source": "scenes"}',
-    }
-    decomposer.adapter({**config.to_metadata(), **facts}).save(path)
-    return path
-
-
-@pytest.fixture
-def ours(adapter_file: Path) -> MMDiT:
-    return Decomposer.from_pretrained(adapter_file).transformer
-
-
 @pytest.fixture
 def host(tiny_config: DecomposerConfig) -> nn.Module:
     """The frozen base as diffusers has it."""
@@ -106,11 +51,11 @@ def test_diffusers_loads_the_lora_with_equal_outputs(
     out = tmp_path / "lora.safetensors"
     written = export(adapter_file, "diffusers", out)
     assert [path.name for path in written] == ["lora.safetensors", "lora.NOTICE.txt", "lora.extras.safetensors"]
-    assert _error(_theirs(host), ours) > 0.1  # the base alone is something else
+    assert output_error(diffusers_output(host), ours) > 0.1  # the base alone is something else
     diffusers_logging.enable_propagation()
     host.load_lora_adapter(load_file(out))  # type: ignore[operator]
     assert not caplog.messages  # nothing missing, nothing unexpected
-    assert _error(_theirs(host), ours) < 1e-5
+    assert output_error(diffusers_output(host), ours) < 1e-5
     stray = {"transformer.x_embedder.lora_C.weight": torch.zeros(1)}
     host.load_lora_adapter({**load_file(out), **stray}, adapter_name="stray")  # type: ignore[operator]
     assert "unexpected keys" in caplog.text  # which is how it would have said so
@@ -121,7 +66,7 @@ def test_the_fill_pipeline_loads_the_lora(adapter_file: Path, ours: MMDiT, host:
     parts = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     pipeline = FluxFillPipeline(transformer=host, **parts)
     pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
-    assert _error(_theirs(pipeline.transformer), ours) < 1e-5
+    assert output_error(diffusers_output(pipeline.transformer), ours) < 1e-5
 
 
 def test_diffusers_reads_kohya_files_but_for_the_input_projection(
@@ -138,9 +83,9 @@ def test_diffusers_reads_kohya_files_but_for_the_input_projection(
     export(tmp_path / "adapter.safetensors", "kohya", tmp_path / "lora.safetensors")
     parts = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     pipeline = FluxFillPipeline(transformer=host, **parts)
-    assert _error(_theirs(host), decomposer.transformer) > 0.03
+    assert output_error(diffusers_output(host), decomposer.transformer) > 0.03
     pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
-    assert _error(_theirs(pipeline.transformer), decomposer.transformer) < 1e-5
+    assert output_error(diffusers_output(pipeline.transformer), decomposer.transformer) < 1e-5
 
 
 # ComfyUI
@@ -171,7 +116,7 @@ def test_comfyui_uses_every_key_with_equal_outputs(
     assert not lora.keys() - used
     for name, patch in patches.items():
         model.get_parameter(name).data += patch
-    assert _error(model, ours) < 1e-5
+    assert output_error(model, ours) < 1e-5
 
 
 def test_comfyui_leaves_only_biases_of_files_for_diffusers(adapter_file: Path, host: nn.Module, tmp_path: Path) -> None:
@@ -197,7 +142,7 @@ def test_merged_weights_do_what_the_adapted_model_does(
         ]
         merged = load_mmdit(out)
         assert merged.state_dict().keys() == base.state_dict().keys() and merged.config == base.config
-        assert _error(merged, ours) < error < 0.5 * _error(base, ours)
+        assert output_error(merged, ours) < error < 0.5 * output_error(base, ours)
         assert read_metadata(out)["merged"] == "yes" and read_metadata(out)["format_version"] == "1"
     sizes = [(tmp_path / f"{dtype}.safetensors").stat().st_size for dtype in ("float32", "bfloat16", "fp8")]
     assert sizes[0] > 1.8 * sizes[1] and sizes[1] > 1.4 * sizes[2]
@@ -251,7 +196,7 @@ def test_a_published_folder_is_all_that_decomposition_needs(
     monkeypatch.chdir(moved)
     for path in ("downloaded", "downloaded/adapter.safetensors"):
         decomposer = Decomposer.from_pretrained(path)
-        assert _same(dict(decomposer.named_parameters()), dict(expected.named_parameters()))
+        assert same_tensors(dict(decomposer.named_parameters()), dict(expected.named_parameters()))
     card = (moved / "downloaded" / "README.md").read_text()
     assert card.startswith("---\nlicense: apache-2.0\n") and "| background/psnr | 20.5 \u00b1 0.25 |" in card
     assert read_metadata(adapter_file)["base_sha256"] in card and "2026-01-02" in card and '"source": "scenes"' in card
@@ -301,167 +246,6 @@ def test_an_adapter_of_flux_goes_with_its_licence(
     notice = (tmp_path / "published" / "NOTICE").read_text()
     assert modelcard.FLUX in notice and "modified: LoRA and input projection added" in notice
     assert read_metadata(adapter_file)["base_sha256"] in notice
-
-
-# and back
-
-
-def _same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
-
-
-@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
-def test_what_was_exported_comes_back_bit_for_bit(
-    tiny_config: DecomposerConfig, adapter_file: Path, tmp_path: Path, layout: str
-) -> None:
-    adapter = Adapter.load(adapter_file)
-    if layout == "diffusers":  # bakes the scale into B: with alpha = rank, which training has, it is 1
-        config = replace(tiny_config, lora=replace(LoRAConfig(**json.loads(adapter.metadata["lora"])), alpha=None))
-        adapter = Adapter(adapter.tensors, {**adapter.metadata, **config.lora_metadata()})
-        adapter_file = tmp_path / "adapter.safetensors"
-        adapter.save(adapter_file)
-    export(adapter_file, layout, tmp_path / "lora.safetensors")
-    export(tmp_path / "lora.safetensors", "import", tmp_path / "back.safetensors")
-    back = Adapter.load(tmp_path / "back.safetensors")
-    assert _same(back.tensors, adapter.tensors)
-    assert back.metadata == {**adapter.metadata, "tool_version": back.metadata["tool_version"]}
-    export(tmp_path / "back.safetensors", layout, tmp_path / "again.safetensors")
-    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "lora.safetensors").read_bytes()
-
-
-def test_a_baked_scale_comes_back_as_what_it_does(adapter_file: Path, ours: MMDiT, tmp_path: Path) -> None:
-    export(adapter_file, "diffusers", tmp_path / "lora.safetensors")
-    export(tmp_path / "lora.safetensors", "import", tmp_path / "back.safetensors")
-    back = Decomposer.from_pretrained(tmp_path / "back.safetensors")
-    assert json.loads(read_metadata(tmp_path / "back.safetensors")["lora"])["alpha"] is None
-    assert _error(back.transformer, ours) < 1e-6
-
-
-def test_a_lora_from_elsewhere(adapter_file: Path, ours: MMDiT, tiny_config: DecomposerConfig, tmp_path: Path) -> None:
-    export(adapter_file, "diffusers", tmp_path / "exported.safetensors")
-    path = tmp_path / "lora.safetensors"
-    save_file(load_file(tmp_path / "exported.safetensors"), path)  # without metadata, and nothing beside it
-    with pytest.raises(InputError, match="does not say what it belongs to; expected transformer=FILE autoencoder=FILE"):
-        export(path, "import", tmp_path / "back.safetensors")
-    weights = tiny_config.weights
-    files = {name: getattr(weights, name) for name in ("transformer", "autoencoder", "rgba_autoencoder")}
-    export(path, "import", tmp_path / "back.safetensors", **files)
-    decomposer = Decomposer.from_pretrained(tmp_path / "back.safetensors")
-    assert decomposer.context_fusion is None and _error(decomposer.transformer, ours) < 1e-5
-    assert read_metadata(tmp_path / "back.safetensors")["origin"] == "imported from lora.safetensors"
-
-
-def test_an_input_projection_that_was_changed_elsewhere_counts(adapter_file: Path, tmp_path: Path) -> None:
-    path = tmp_path / "lora.safetensors"
-    export(adapter_file, "kohya", path)
-    tensors, metadata = load_file(path), read_metadata(path)
-    tensors["lora_unet_img_in.lora_up.weight"] *= 0.5
-    save_file(tensors, path, metadata)
-    adapter, config = read_adapter(path, {})
-    base = load_mmdit(config.weights.transformer).img_in.weight
-    trained = Adapter.load(adapter_file).tensors["img_in.weight"]
-    assert torch.allclose(adapter.tensors["img_in.weight"], (base + trained) / 2, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "message"),
-    [
-        ("lora_unet_double_blocks_7_img_attn_qkv.lora_up.weight", (96, 2), "1 of .* no linear layer .*_7_img"),
-        ("lora_te1_text_model.lora_down.weight", (2, 8), "belong to no linear layer .*lora_te1"),
-        ("lora_unet_single_blocks_0_linear2.lora_down.weight", (3, 160), "single_blocks.0.linear2 is changed by"),
-        ("lora_unet_single_blocks_0_linear2.lora_up.weight", (64, 2), "linear2 is changed by .64, 160."),
-    ],
-)  # fmt: skip
-def test_loras_that_do_not_fit(
-    tiny_weights: Path, tmp_path: Path, name: str, shape: tuple[int, ...], message: str
-) -> None:
-    path = tmp_path / "lora.safetensors"
-    export(tiny_weights / "adapter.safetensors", "kohya", path)
-    save_file({**load_file(path), name: torch.zeros(shape)}, path, read_metadata(path))
-    with pytest.raises(InputError, match=message):
-        export(path, "import", tmp_path / "back.safetensors")
-    assert not (tmp_path / "back.safetensors").exists()
-
-
-def test_lora_files_are_not_taken_for_adapters(tiny_weights: Path, tmp_path: Path) -> None:
-    export(tiny_weights / "adapter.safetensors", "kohya", tmp_path / "lora.safetensors")
-    with pytest.raises(InputError, match="is an adapter in kohya layout; tools/export.py format=import"):
-        Decomposer.from_pretrained(tmp_path / "lora.safetensors")
-    with pytest.raises(InputError, match="extras.safetensors is not an adapter"):
-        Decomposer.from_pretrained(tmp_path / "lora.extras.safetensors")
-
-
-# Sums and ranks
-
-
-def test_the_weighted_sum_of_adapters(adapter_file: Path, ours: MMDiT, tmp_path: Path) -> None:
-    first = Adapter.load(adapter_file)
-    other = {name: tensor.flip(0) for name, tensor in first.tensors.items()}
-    Adapter(other, first.metadata).save(tmp_path / "other.safetensors")
-    files = [adapter_file, tmp_path / "other.safetensors"]
-    export(files, "import", tmp_path / "sum.safetensors", weights=[0.75, 0.5])
-    total = Decomposer.from_pretrained(tmp_path / "sum.safetensors")
-    assert read_metadata(tmp_path / "sum.safetensors")["merged_from"] == (
-        "0.75 x adapter.safetensors + 0.5 x other.safetensors"
-    )
-    assert json.loads(read_metadata(tmp_path / "sum.safetensors")["lora"])["targets"] == first_targets(first)
-    parts = [merge_lora(Decomposer.from_pretrained(file).transformer).state_dict() for file in files]
-    base = load_mmdit(json.loads(first.metadata["weights"])["transformer"]).state_dict()
-    for name, tensor in merge_lora(total.transformer).state_dict().items():
-        expected = base[name] + 0.75 * (parts[0][name] - base[name]) + 0.5 * (parts[1][name] - base[name])
-        assert torch.allclose(tensor, expected, atol=1e-5), name
-    name = "context_fusion.queries"
-    assert total.context_fusion is not None
-    assert torch.allclose(total.context_fusion.queries, 0.6 * first.tensors[name] + 0.4 * other[name], atol=1e-6)
-
-    export(adapter_file, "import", tmp_path / "half.safetensors", weights=[0.5])
-    half = merge_lora(Decomposer.from_pretrained(tmp_path / "half.safetensors").transformer).state_dict()
-    assert all(torch.allclose(half[name], (base[name] + parts[0][name]) / 2, atol=1e-5) for name in half)
-
-
-def first_targets(adapter: Adapter) -> list[str]:
-    targets: list[str] = json.loads(adapter.metadata["lora"])["targets"]
-    return targets
-
-
-def test_ranks_are_cut_down_and_the_error_is_printed(
-    adapter_file: Path, ours: MMDiT, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rank = json.loads(read_metadata(adapter_file)["lora"])["rank"]
-    export(adapter_file, "import", tmp_path / "same.safetensors", rank=rank)
-    assert f"rank {rank} to {rank}: relative error 0.00%" in capsys.readouterr().out
-    assert _error(Decomposer.from_pretrained(tmp_path / "same.safetensors").transformer, ours) < 1e-5
-    export(adapter_file, "diffusers", tmp_path / "small.safetensors", rank=1)
-    printed = capsys.readouterr().out
-    assert f"rank {rank} to 1: relative error" in printed and "worst: " in printed
-    assert read_metadata(tmp_path / "small.safetensors")["reduced"] in printed
-    tensors = load_file(tmp_path / "small.safetensors")
-    assert {t.shape[0] for name, t in tensors.items() if "lora_A" in name and "x_embedder" not in name} == {1}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"weights": [1.0, 2.0]}, "weights= has 2 numbers for 1 adapters"),
-        ({"rank": 0}, "rank is 0; expected at least 1"),
-        ({"dtype": "fp8"}, "dtype=fp8: expected one of float32, bfloat16, float16 for format=diffusers"),
-        ({"transformers": "x"}, "transformers= names no weight file"),
-    ],
-)
-def test_options_that_do_not_fit(tiny_weights: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        export(tiny_weights / "adapter.safetensors", "diffusers", tmp_path / "a.safetensors", **options)
-    assert not list(tmp_path.iterdir())
-
-
-def test_adapters_of_different_kinds_are_not_summed(
-    tiny_config: DecomposerConfig, tiny_weights: Path, tmp_path: Path
-) -> None:
-    config = replace(tiny_config, fusion=ContextFusionConfig(enabled=False))
-    build_decomposer(config).adapter(config.to_metadata()).save(tmp_path / "other.safetensors")
-    files = [tiny_weights / "adapter.safetensors", tmp_path / "other.safetensors"]
-    with pytest.raises(InputError, match="other.safetensors has another base or fusion"):
-        export(files, "import", tmp_path / "sum.safetensors")
 
 
 # All formats
