@@ -12,9 +12,9 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from layerdecomp import __version__
 from layerdecomp.conditioning import (
     LATENT_FACTOR,
+    PATCH,
     TOKEN_FACTOR,
     ConditioningConfig,
     context,
@@ -47,6 +47,7 @@ from layerdecomp.sampling import euler, schedule
 from layerdecomp.weights import (
     FORMAT_VERSION,
     LICENCE,
+    TOOL_VERSION,
     Adapter,
     Metadata,
     check_keys,
@@ -347,7 +348,7 @@ class DecomposerConfig:
         base = Path(self.weights.transformer).name
         return {
             "format_version": FORMAT_VERSION,
-            "tool_version": f"layerdecomp {__version__}",
+            "tool_version": TOOL_VERSION,
             "base_model": BASES.get(facts["base_sha256"], base),
             **facts,
             **described,
@@ -410,9 +411,11 @@ def build_decomposer(config: DecomposerConfig, dtype: torch.dtype | None = None,
     if unknown := [name for name in config.fusion.cues if name not in CUES]:
         raise InputError(f"fusion.cues names {unknown[0]!r}; expected some of {', '.join(CUES)}")
     fusion = ContextFusion(config.fusion, transformer.config.hidden_size) if config.fusion.enabled else None
+    autoencoder = _load_autoencoder(config.weights.autoencoder, 3, dtype, device)
+    _check_channels(config.weights.transformer, transformer, autoencoder)
     return Decomposer(
         transformer=transformer,
-        autoencoder=_load_autoencoder(config.weights.autoencoder, 3, dtype, device),
+        autoencoder=autoencoder,
         rgba_autoencoder=_load_autoencoder(config.weights.rgba_autoencoder, 4, dtype, device),
         context_fusion=fusion,
         prompt=Prompt.load(config.weights.prompt, transformer),
@@ -493,6 +496,17 @@ def keep_pixels(image: Tensor, mask: Tensor, painted: Tensor, sample: SampleConf
         return painted
     share = grow_and_feather(mask, sample.grow, sample.feather)
     return share * painted + (1 - share) * image
+
+
+def _check_channels(path: str, transformer: MMDiT, autoencoder: Autoencoder) -> None:
+    """A file or folder that describes itself may well be another model than an inpainting one."""
+    found, expected = transformer.config.in_channels, 2 * PATCH**2 * autoencoder.config.z_channels + TOKEN_FACTOR**2
+    if found != expected:
+        what = "this is FLUX.1-dev (or -schnell or -Kontext), not Fill; " if found == 64 else ""
+        raise InputError(
+            f"{path} takes {found} input channels; {what}expected {expected}: noise, the masked image's latents and "
+            "the mask"
+        )
 
 
 def _load_autoencoder(path: str, channels: int, dtype: torch.dtype | None, device: str) -> Autoencoder:

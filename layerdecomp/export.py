@@ -10,24 +10,14 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from layerdecomp import __version__
-from layerdecomp.adapters import (
-    INPUT,
-    LAYOUTS,
-    Tensors,
-    peft_settings,
-    take_changes,
-)
-from layerdecomp.decomposer import (
-    ADAPTER,
-    REPOSITORY,
-    DecomposerConfig,
-)
+from layerdecomp.adapters import INPUT, LAYOUTS, Tensors, peft_settings, take_changes
+from layerdecomp.decomposer import ADAPTER, REPOSITORY, DecomposerConfig
 from layerdecomp.errors import InputError
 from layerdecomp.incoming import extras_beside, frozen_input, read_adapters
 from layerdecomp.modelcard import model_card, notice
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.weights import (
+    TOOL_VERSION,
     Adapter,
     Metadata,
     date_of_writing,
@@ -139,17 +129,17 @@ def _write_merged(parcel: Outgoing) -> list[Path]:
     changes, rest = take_changes(adapted, parcel.config.lora, trained)
     others = _write_beside(parcel, "merged", model, rest)
     facts = {**_metadata(parcel, "merged"), "merged": "yes", "config": json.dumps(asdict(model.config))}
-    with open_state(model, path, layout=layout) as read:
+    read = open_state(model, path, layout=layout)
 
-        def merged(name: str) -> Tensor:
-            if name in trained:
-                return trained[name]
-            layer, _, kind = name.rpartition(".")
-            changed = kind == "weight" and layer in changes
-            return read(name).float() + changes[layer].weight if changed else read(name).float()
+    def merged(name: str) -> Tensor:
+        if name in trained:
+            return trained[name]
+        layer, _, kind = name.rpartition(".")
+        changed = kind == "weight" and layer in changes
+        return read(name).float() + changes[layer].weight if changed else read(name).float()
 
-        like, give = _in_dtype(model.state_dict(), merged, parcel.dtype or "bfloat16")
-        write_tensors(parcel.out, like, give, facts)
+    like, give = _in_dtype(model.state_dict(), merged, parcel.dtype or "bfloat16")
+    write_tensors(parcel.out, like, give, facts)
     return [parcel.out, *others]
 
 
@@ -260,7 +250,7 @@ def _metadata(parcel: Outgoing, format: str) -> Metadata:
     """The adapter's metadata, and whatever an older one may lack of what every file tells."""
     metadata = {**parcel.config.lora_metadata(), **parcel.adapter.metadata}
     metadata["date"] = date_of_writing(metadata.get("date", "unknown"))  # so that a file depends on its input alone
-    metadata["tool_version"] = f"layerdecomp {__version__}"
+    metadata["tool_version"] = TOOL_VERSION
     metadata["modified"] = MODIFIED.get(format, metadata.get("modified", "yes"))
     if format in LAYOUTS:
         return {**metadata, "format": format}

@@ -161,8 +161,8 @@ def frozen_input(config: DecomposerConfig) -> tuple[MMDiT, Tensors]:
     """The frozen transformer on the meta device, and its input projection, float32."""
     path = config.weights.transformer
     model, layout = empty_mmdit(path)
-    with open_state(model, path, layout=layout) as read:
-        return model, {f"{INPUT}.{kind}": read(f"{INPUT}.{kind}").float() for kind in ("weight", "bias")}
+    read = open_state(model, path, layout=layout)
+    return model, {f"{INPUT}.{kind}": read(f"{INPUT}.{kind}").float() for kind in ("weight", "bias")}
 
 
 def extras_beside(path: Path) -> Path:

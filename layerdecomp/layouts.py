@@ -194,7 +194,7 @@ def _instead(pattern: str) -> Test:
 
 LOOKS: list[tuple[Test, str]] = [
     (
-        _named(r"\.(lora_(A|B|down|up)|lokr_\w+|hada_\w+)(\.|$)"),
+        _instead(r"\.(lora_(A|B|down|up)|lokr_\w+|hada_\w+)(\.|$)"),
         "this is a LoRA, not a model; tools/export.py format=import makes an adapter of it",
     ),
     (

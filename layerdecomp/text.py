@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerdecomp import __version__
 from layerdecomp.errors import InputError
-from layerdecomp.weights import Metadata, file_sha256, save_tensors
+from layerdecomp.weights import TOOL_VERSION, Metadata, file_sha256, save_tensors
 
 CLIP_TOKENS = 77
 ENCODERS = {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"}
@@ -71,6 +70,6 @@ def _encode(root: Path, encoder: str, tokenizer: str, prompt: str, tokens: int, 
 
 def save_prompt(path: Path, embedding: dict[str, Tensor], prompt: str, root: Path) -> None:
     """Writes what `embed_prompt` returns, and what it was made of, for `weights.prompt`."""
-    metadata: Metadata = {"prompt": prompt, "tool_version": f"layerdecomp {__version__}"}
+    metadata: Metadata = {"prompt": prompt, "tool_version": TOOL_VERSION}
     metadata |= {f"{name}_sha256": file_sha256(root / name) for name in ENCODERS}
     save_tensors(path, embedding, metadata)

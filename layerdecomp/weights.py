@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from layerdecomp import __version__
 from layerdecomp.errors import InputError
 from layerdecomp.layouts import (
     Layout,
@@ -40,6 +41,7 @@ from layerdecomp.models.depth import DepthConfig, DepthEstimator, published_name
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 
 FORMAT_VERSION = "1"
+TOOL_VERSION = f"layerdecomp {__version__}"
 LICENCE = (
     "Weights derived from FLUX.1-Fill-dev are governed by the FLUX.1 [dev] Non-Commercial License and are marked as "
     "modified; weights of the tiny track were trained from nothing and are Apache-2.0."
@@ -269,7 +271,7 @@ def weight_files(path: Path) -> list[Path]:
                 "folder such as transformer/ or vae/, with one file or with shards and their index"
             )
         return files
-    files = sorted({path / str(name) for name in _read_json(index).get("weight_map", {}).values()})
+    files = sorted({path / Path(str(name)).name for name in dict(_read_json(index).get("weight_map", {})).values()})
     if absent := [file.name for file in files if not file.is_file()]:
         raise InputError(f"{path}: {index.name} lists {_first(absent)}, not in the folder; download what is missing")
     return files
@@ -277,18 +279,15 @@ def weight_files(path: Path) -> list[Path]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-        assert isinstance(content, dict)
-    except (OSError, ValueError, AssertionError) as error:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path} is missing or no JSON object ({error}); download it again") from error
-    return content
 
 
-@contextmanager
 def open_state(
     module: nn.Module, path: str | Path, device: str = "cpu", layout: Layout = published
-) -> Iterator[Callable[[str], Tensor]]:
-    """Gives a function that reads a tensor of `module`, by its name there, from files that hold exactly its tensors.
+) -> Callable[[str], Tensor]:
+    """A function that reads a tensor of `module`, by its name there, from files that hold exactly its tensors.
 
     Args:
         module: may be on the meta device.
@@ -300,7 +299,7 @@ def open_state(
     expected = {part: shape for source in sources.values() for part, shape in source.shapes.items()}
     shown = f"{path} (in fp8)" if file.in_fp8 else path
     check_keys(shown, file.shapes, expected, f"this {type(module).__name__}")
-    yield lambda name: sources[name].join([file.read(part) for part in sources[name].shapes], shapes[name])
+    return lambda name: sources[name].join([file.read(part) for part in sources[name].shapes], shapes[name])
 
 
 def load_state(
@@ -311,8 +310,8 @@ def load_state(
     layout: Layout = published,
 ) -> None:
     """Materialises `module`, built on the meta device, tensor by tensor; see `open_state`."""
-    with open_state(module, path, device, layout) as read:
-        state = {name: read(name).to(dtype or torch.float32) for name in module.state_dict()}
+    read = open_state(module, path, device, layout)
+    state = {name: read(name).to(dtype or torch.float32) for name in module.state_dict()}
     module.load_state_dict(state, assign=True)
 
 
@@ -400,8 +399,8 @@ def save_model(
 ) -> None:
     """Writes a single-file checkpoint under the published names, its config in the metadata."""
     tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
-    common = {"format_version": FORMAT_VERSION, "config": json.dumps(asdict(model.config)), "licence": LICENCE}
-    save_tensors(path, tensors, {**common, **metadata})
+    common = {"format_version": FORMAT_VERSION, "tool_version": TOOL_VERSION, "licence": LICENCE}
+    save_tensors(path, tensors, {**common, "config": json.dumps(asdict(model.config)), **metadata})
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """Adapters in other forms, loaded where they are meant to go: diffusers, ComfyUI's names, published files, and back."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,8 @@ from layerdecomp.errors import InputError
 from layerdecomp.export import FORMATS, export
 from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig, merge_lora
-from layerdecomp.models.mmdit import MMDiT
-from layerdecomp.weights import Adapter, load_mmdit, read_metadata
+from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
+from layerdecomp.weights import Adapter, load_mmdit, read_metadata, save_model
 
 METADATA = (
     "format_version",
@@ -167,6 +169,34 @@ def test_fp8_files_are_laid_out_as_comfyui_expects(adapter_file: Path, tmp_path:
     assert all(tensors[name].dtype == torch.float32 and tensors[name].shape == () for name in scales)
     assert all(tensors[name].float().abs().max() == 448 for name in small - {"scaled_fp8"})  # the whole range is used
     assert "single_blocks.0.linear1.weight" in small and "img_in.weight" not in small
+
+
+def test_merging_holds_no_copy_of_the_model(tiny_config: DecomposerConfig, tmp_path: Path) -> None:
+    """In a process of its own: a file of 184 MB, whose largest tensor is 7 MB."""
+    base = tmp_path / "base.safetensors"
+    size = MMDiTConfig(hidden_size=512, num_heads=8, axes_dim=[16, 24, 24], depth=3, depth_single_blocks=4)
+    save_model(base, MMDiT(size), {})
+    weights = replace(tiny_config.weights, transformer=str(base))
+    config = DecomposerConfig(weights, LoRAConfig(rank=2), ContextFusionConfig(enabled=False))
+    build_decomposer(config).adapter(config.to_metadata()).save(tmp_path / "adapter.safetensors")
+    (tmp_path / "merge.py").write_text(
+        """
+import sys
+from pathlib import Path
+from layerdecomp.export import export
+
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+
+before = peak()
+export(sys.argv[1], "merged", sys.argv[2], dtype="float32")
+print(peak() - before)
+"""
+    )
+    out = tmp_path / "merged.safetensors"
+    command = [sys.executable, str(tmp_path / "merge.py"), str(tmp_path / "adapter.safetensors"), str(out)]
+    taken = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert taken < 90 < out.stat().st_size / 2**20 / 1.8
 
 
 def test_without_fusion_nothing_lies_beside(tiny_config: DecomposerConfig, tiny_weights: Path, tmp_path: Path) -> None:

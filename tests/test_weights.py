@@ -196,6 +196,13 @@ def test_an_adapter_on_a_diffusers_folder(
         Decomposer.from_pretrained(folder / "adapter.safetensors")
 
 
+def test_folders_of_another_flux(tiny_config: DecomposerConfig, tmp_path: Path) -> None:
+    build_reference_transformer(MMDiT(replace(TRANSFORMER, in_channels=64))).save_pretrained(tmp_path)
+    weights = replace(tiny_config.weights, transformer=str(tmp_path))
+    with pytest.raises(InputError, match="takes 64 input channels; this is FLUX.1-dev .* not Fill; expected 384"):
+        build_decomposer(replace(tiny_config, weights=weights))
+
+
 def test_folders_that_are_not_whole(diffusers_folder: tuple[Path, MMDiT, Autoencoder]) -> None:
     folder = diffusers_folder[0] / "transformer"
     shard = max(folder.glob("*.safetensors"))
@@ -213,7 +220,7 @@ def test_folders_that_are_not_whole(diffusers_folder: tuple[Path, MMDiT, Autoenc
         load_mmdit(folder)
     assert str(error.value).count("transformer_blocks.1") == 10  # the first ten, and how many
     assert "24 unexpected" not in str(error.value) and "unexpected: transformer_blocks.1" in str(error.value)
-    for text in ("{", "[]", '{"num_layers": 1}'):
+    for text in ("{", "[1]", "7", '{"num_layers": 1}'):
         (folder / "config.json").write_text(text)
         with pytest.raises(InputError, match="config.json"):
             load_mmdit(folder)
@@ -386,6 +393,7 @@ def test_adapters_that_do_not_fit(tiny_weights: Path, tmp_path: Path) -> None:
         Decomposer.from_pretrained(path)
     assert "1 missing: img_in.bias" in str(error.value)
     assert "single_blocks.0.linear2.lora_A.weight [3, 160] for [2, 160]" in str(error.value)
+    assert "this is a LoRA" not in str(error.value)  # which is what it ought to be
 
 
 def test_another_base_is_noticed(tiny_weights: Path, tmp_path: Path) -> None:
