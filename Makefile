@@ -5,6 +5,7 @@ ADAPTER ?= checkpoints/tiny/adapter.safetensors
 IMAGE ?= $(shell ls .venv/lib/python3*/site-packages/skimage/data/coffee.png)
 MASK ?= docs/coffee_cup_mask.png
 FORMAT ?= adapter
+LAYERS ?= png
 ARGS ?=
 DEVICES ?=
 KILLS ?= 50
@@ -13,7 +14,7 @@ RUN := .venv/bin/python
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 
-.PHONY: train tiny decompose evaluate export ablation curves benchmark benchmark-data test test-kill audit lint clean
+.PHONY: train tiny decompose embed-prompt evaluate export ablation curves benchmark benchmark-data test test-kill audit lint clean
 .DEFAULT_GOAL := train
 
 .venv/installed: setup.cfg
@@ -27,6 +28,14 @@ export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 # The library of the matting baseline; it compiles itself when it is first used, which takes a minute.
 .venv/installed-matting: .venv/installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[matting]'
+	touch $@
+
+.venv/installed-text: .venv/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[text]'
+	touch $@
+
+.venv/installed-psd: .venv/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[psd]'
 	touch $@
 
 .venv/installed-dev: .venv/installed
@@ -62,8 +71,12 @@ $(TINY)/adapter.safetensors: | $(TINY)/transformer.safetensors $(TINY)/rgba_auto
 	$(RUN) tools/export.py adapter=runs/tiny/adapter.safetensors format=adapter out=$@
 
 decompose: OUT ?= layers
-decompose: .venv/installed  ## make decompose IMAGE=a.jpg MASK=a.png OUT=layers
-	$(RUN) tools/decompose.py adapter=$(ADAPTER) image=$(IMAGE) mask=$(MASK) out=$(OUT) $(ARGS)
+decompose: .venv/installed $(if $(findstring psd,$(LAYERS)),.venv/installed-psd)  ## make decompose IMAGE=a.jpg MASK=a.png OUT=layers LAYERS=png,ora,psd
+	$(RUN) tools/decompose.py adapter=$(ADAPTER) image=$(IMAGE) mask=$(MASK) out=$(OUT) format=$(LAYERS) $(ARGS)
+
+embed-prompt: ROOT ?= checkpoints/flux1-fill-dev
+embed-prompt: .venv/installed-text  ## the empty prompt's embedding, once, from FLUX's text encoders in ROOT
+	$(RUN) tools/embed_prompt.py root=$(ROOT) $(ARGS)
 
 evaluate: .venv/installed-matting
 	$(RUN) tools/evaluate.py adapter=$(ADAPTER) out=runs/evaluate evaluate.samples=256 evaluate.matting=true $(ARGS)

@@ -19,7 +19,7 @@ from layerdecomp.comparison import EvaluateConfig
 from layerdecomp.conditioning import ConditioningConfig
 from layerdecomp.data.datamodule import DataConfig
 from layerdecomp.decomposer import DecomposerConfig, SampleConfig, WeightFiles
-from layerdecomp.errors import InputError, check_at_least
+from layerdecomp.errors import InputError, check_at_least, check_probabilities
 from layerdecomp.evaluation import write_atomically
 from layerdecomp.flow import FlowConfig
 from layerdecomp.models.autoencoder import AutoencoderConfig
@@ -42,6 +42,7 @@ class TrainConfig:
     checkpoint_every: int = 500  # steps
     validate_every: int = 500  # steps
     max_skipped: int = 5  # steps in a row whose gradient is not finite: after them, training stops
+    ema: float = 0.0  # decay of a running average of what is trained, which is validated and written; 0: none
     deterministic: bool = False  # the same bits on the same machine, on a GPU as well, for some speed
 
     @property
@@ -53,6 +54,9 @@ class TrainConfig:
         spread = ("batch_size", "accumulate", "devices", "nodes")
         check_at_least(1, self, "train.", *spread, "steps", "checkpoint_every", "validate_every")
         check_at_least(1, self, "train.", "max_skipped")
+        check_probabilities(self, "train.", "ema")
+        if self.ema == 1:
+            raise InputError("train.ema is 1, which keeps the first weights for ever; expected less, such as 0.999")
         if self.precision not in ("auto", "32-true", "bf16-mixed"):  # trained tensors are float32, always
             raise InputError(f"train.precision is {self.precision!r}; expected auto, 32-true or bf16-mixed")
 

@@ -26,7 +26,7 @@ from layerdecomp.evaluation import write_metrics
 from layerdecomp.training.checkpoints import loops_at
 from layerdecomp.training.faults import FaultCount, StepGuard, fitting_settings, poisoned
 from layerdecomp.training.muon import Muon
-from layerdecomp.weights import Metadata, copy_tensors, file_sha256
+from layerdecomp.weights import Metadata, copy_tensors, date_of_writing, file_sha256
 
 
 def resolve_precision(setting: str) -> str:
@@ -202,6 +202,8 @@ class Job(LightningModule):
             "seed": str(self.run.seed),
             "data": json.dumps(asdict(self.run.data)),
             "commit": self._commit,
+            "ema": str(self.run.train.ema),
+            "date": date_of_writing(),
             "figures": json.dumps({name: value for name, value in figures.items() if math.isfinite(value)}),
         }
 

@@ -4,6 +4,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from layerdecomp.config import (
 from layerdecomp.data.datamodule import SampleData
 from layerdecomp.errors import InputError
 from layerdecomp.training.autoencoder import AutoencoderJob
+from layerdecomp.training.average import RunningAverage
 from layerdecomp.training.base import Job, resolve_precision
 from layerdecomp.training.checkpoints import CheckpointFiles, Checkpoints, newest_checkpoint, read_checkpoint
 from layerdecomp.training.decomposer import DecomposerJob
@@ -72,7 +74,14 @@ def train(config: RunConfig) -> None:
         trainer.fit(job, data, ckpt_path=checkpoint, weights_only=True)
         if trainer.is_global_zero:
             job.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
-            job.finish(run_dir)
+            with averaged(trainer, job):
+                job.finish(run_dir)
+
+
+def averaged(trainer: Trainer, job: Job) -> AbstractContextManager[None]:
+    """The running average stands in for what was trained, if there is one."""
+    averages = [callback for callback in trainer.callbacks if isinstance(callback, RunningAverage)]  # type: ignore[attr-defined]
+    return averages[0].applied(job) if averages else nullcontext()
 
 
 def open_run(run_dir: Path, config: RunConfig) -> Path | None:
@@ -176,6 +185,6 @@ def build_trainer(config: RunConfig, run_dir: Path, job: Job) -> Trainer:
         use_distributed_sampler=False,  # StepSampler shares the batches out
         logger=TensorBoardLogger(run_dir.parent, name=run_dir.name, version=""),
         plugins=[CheckpointFiles()],
-        callbacks=[checkpoints, StepBar(refresh_rate=5)],
+        callbacks=[checkpoints, StepBar(refresh_rate=5), *([RunningAverage(train.ema)] if train.ema else [])],
         enable_model_summary=False,
     )
