@@ -1,7 +1,7 @@
 """The networks of LPIPS, FID and KID, from files that the user puts into a folder. Nothing is downloaded.
 
-The files are pickles. They are opened with `weights_only`, which runs nothing in them, and must hold exactly the tensors
-of their network.
+The files are pickles. They are opened with `weights_only`, which runs nothing in them, and must hold exactly the
+tensors of their network.
 """
 
 import importlib.resources
@@ -35,7 +35,7 @@ FILES = {
 class MeasureConfig:
     """What is measured, and where its networks lie."""
 
-    region: str = "full"  # of the background metrics: full, mask (what was painted) or outside (what should have stayed)
+    region: str = "full"  # of the background metrics: full, mask (what was painted) or outside (what had to stay)
     resolution: int | None = None  # pixels of the longer side that everything is brought to before; null: as it is
     lpips: str = "alex"  # or vgg, squeeze: the network of LPIPS
     weights: str = FOLDER  # the folder of the metrics' networks; checkpoints/README.md lists the files
@@ -52,7 +52,7 @@ class MeasureConfig:
 class Networks:
     """The measures that a config asks for, and what became of their networks."""
 
-    measures: Measures
+    measures: Measures = field(default_factory=Measures)
     files: dict[str, str] = field(default_factory=dict)  # file -> sha256
     missing: dict[str, str] = field(default_factory=dict)  # metric -> why it has no figures
 

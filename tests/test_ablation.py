@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from layerdecomp import ablation
 from layerdecomp.ablation import AblationConfig, ablate, format_rows, plan, same_order, with_progress
-from layerdecomp.comparison import EvaluateConfig, predictors
+from layerdecomp.comparison import EvaluateConfig, Models, methods
 from layerdecomp.conditioning import ConditioningConfig
 from layerdecomp.config import changed_keys, load_config, merge_config, read_yaml, save_config
 from layerdecomp.decomposer import Decomposer, DecomposerConfig, build_decomposer
@@ -239,7 +239,7 @@ def test_the_frozen_base_is_evaluated_as_it_is_adapted(tiny_config: DecomposerCo
 
     def painted(mask: bool) -> torch.Tensor:
         config = replace(tiny_config, conditioning=ConditioningConfig(mask=mask))
-        return predictors(build_decomposer(config), base, EvaluateConfig())["base"](batch)[0]
+        return methods(Models(build_decomposer(config), base), EvaluateConfig())["base"].draw(batch)[0]
 
     told, maskless = painted(True), painted(False)
     base.img_in.weight[:, MASK_CHANNELS] = 0

@@ -148,4 +148,3 @@ def test_settings_that_nobody_knows() -> None:
     for key, value in {"region": "hole", "lpips": "resnet", "resolution": 8}.items():
         with pytest.raises(InputError, match=f"evaluate.measure.{key} is .*{value}"):
             MeasureConfig(**{key: value})
-

@@ -14,16 +14,16 @@ ORDER = [
     *("models.context_fusion", "models.autoencoder", "models.depth"),
     *("conditioning", "flow", "sampling"),
     *("imaging.__init__", "imaging.compositing", "imaging.masks", "imaging.cues", "imaging.layers", "imaging.geometry"),
-    *("metrics.__init__", "metrics.region", "metrics.background", "metrics.foreground", "metrics.recomposition"),
-    "metrics.layers",
+    *("metrics.__init__", "metrics.region", "metrics.background", "metrics.foreground", "metrics.perceptual"),
+    *("metrics.distribution", "metrics.recomposition", "metrics.layers"),
     # floor 1: the parts composed, their files, their data, their figures
     *("weights", "decomposer", "export"),
     *("data.__init__", "data.index", "data.prepare"),
     *("data.folders", "data.layerdiffuse", "data.openimages", "data.mulan"),
     *("data.sample", "data.textures", "data.shapes", "data.scenes"),
     *("data.loading", "data.check", "data.maps", "data.blending", "data.triplets", "data.benchmark"),
-    "data.datamodule",
-    *("baselines", "evaluation", "comparison"),
+    *("data.datamodule", "data.testset"),
+    *("baselines", "metric_networks", "predictions", "pictures", "evaluation", "report", "comparison"),
     # floor 2: everything that can be set
     "config",
     # floor 3: training

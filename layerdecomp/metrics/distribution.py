@@ -75,5 +75,5 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 
 def _kernel_sum(x: Tensor, y: Tensor) -> Tensor:
     """The sum of the kernel over all pairs of rows of x (N, D) and y (M, D)."""
-    columns = y.double().T
-    return torch.stack([((part.double() @ columns / x.shape[1] + 1) ** 3).sum() for part in x.split(_BLOCK)]).sum()
+    blocks = [x[start : start + _BLOCK].double() for start in range(0, len(x), _BLOCK)]
+    return torch.stack([((block @ y.double().T / x.shape[1] + 1) ** 3).sum() for block in blocks]).sum()

@@ -132,9 +132,7 @@ def _foreground(rgba: Tensor, truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _recomposition(
-    rgb: Tensor, rgba: Tensor, truth: Mapping[str, Tensor], measures: Measures
-) -> dict[str, Tensor]:
+def _recomposition(rgb: Tensor, rgba: Tensor, truth: Mapping[str, Tensor], measures: Measures) -> dict[str, Tensor]:
     image, occluder = truth["image"], truth["occluder"]
     found = {"recomposition/psnr": recomposition.psnr(rgba, rgb, image, occluder=occluder)}
     if measures.lpips is not None:
@@ -183,7 +181,8 @@ def _brought_to(
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
     scaled = {name: _scaled(layer, size) for name, layer in truth.items()}
     scaled["mask"] = (scaled["mask"] >= 0.5).float()
-    return *(None if layer is None else _scaled(layer, size) for layer in (rgb, rgba)), scaled
+    rgb, rgba = (None if layer is None else _scaled(layer, size) for layer in (rgb, rgba))
+    return rgb, rgba, scaled
 
 
 def _scaled(layer: Tensor, size: tuple[int, int]) -> Tensor:

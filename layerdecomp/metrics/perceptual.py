@@ -92,5 +92,5 @@ def _mean(values: Tensor, region: Tensor | None) -> Tensor:
     """Mean (B,) of a map (B, 1, h, w), weighted by the share of each cell that lies in a region (B, 1, H, W)."""
     if region is None:
         return values.mean(dim=(1, 2, 3))
-    weights = F.adaptive_avg_pool2d(region.float(), values.shape[-2:])
+    weights = F.adaptive_avg_pool2d(region.float(), (values.shape[-2], values.shape[-1]))
     return (weights * values).sum(dim=(1, 2, 3)) / weights.sum(dim=(1, 2, 3))

@@ -8,7 +8,7 @@ REGIONS = ("full", "mask", "outside")
 
 
 def select(region: str, mask: Tensor) -> Tensor | None:
-    """The pixels that one of REGIONS means for masks (B, 1, H, W) in {0, 1}: (B, 1, H, W) bool, None for all of them."""
+    """The pixels that one of REGIONS means for masks (B, 1, H, W) in {0, 1}: (B, 1, H, W) bool, None for all."""
     assert region in REGIONS
     inside = mask > 0.5
     return None if region == "full" else inside if region == "mask" else ~inside

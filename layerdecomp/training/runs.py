@@ -54,6 +54,8 @@ def train(config: RunConfig) -> None:
     checkpoint = open_run(run_dir, config)
     if checkpoint is not None:
         print(f"going on from {checkpoint}; a finished run is only evaluated again (resume=never starts anew)")
+    else:
+        trainer.validate(job, data, verbose=False)  # where training starts from
     trainer.fit(job, data, ckpt_path=checkpoint, weights_only=True)
     if trainer.global_step >= config.train.steps:  # not when it was interrupted
         trainer.save_checkpoint(run_dir / "last.ckpt", weights_only=False)  # the optimizer and loops as well
@@ -161,6 +163,7 @@ def build_trainer(config: RunConfig, run_dir: Path) -> Trainer:
         gradient_clip_val=config.optim.clip,
         val_check_interval=min(train.validate_every, train.steps),
         num_sanity_val_steps=0,
+        inference_mode=False,  # what is validated before the first step is trained afterwards
         log_every_n_steps=1,
         use_distributed_sampler=False,  # StepSampler shares the batches out
         logger=TensorBoardLogger(run_dir.parent, name=run_dir.name, version=""),
