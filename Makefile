@@ -65,7 +65,8 @@ decompose: .venv/installed  ## make decompose IMAGE=a.jpg MASK=a.png OUT=layers
 	$(RUN) tools/decompose.py adapter=$(ADAPTER) image=$(IMAGE) mask=$(MASK) out=$(OUT) $(ARGS)
 
 evaluate: .venv/installed-matting
-	$(RUN) tools/evaluate.py adapter=$(ADAPTER) out=runs/evaluate evaluate.samples=256 evaluate.matting=true $(ARGS)
+	$(RUN) tools/evaluate.py adapter=$(ADAPTER) out=runs/evaluate evaluate.samples=256 \
+		"evaluate.rows=[adapted,base,classical,matting]" $(ARGS)
 
 export: OUT ?= runs/exported.safetensors
 export: .venv/installed  ## make export ADAPTER=runs/tiny/adapter.safetensors FORMAT=merged OUT=merged.safetensors

@@ -101,19 +101,47 @@ def test_evaluate_writes_figures_and_pictures(
 ) -> None:
     small = ["data.scenes.size=32", "evaluate.samples=3", "evaluate.batch_size=2", "sample.steps=2"]
     adapter = f"adapter={tiny_weights / 'adapter.safetensors'}"
-    run_command(TOOLS["evaluate"].main, [adapter, f"out={tmp_path / 'new'}", *small, "evaluate.matting=true"])
+    rows = "evaluate.rows=[adapted,base,classical,matting]"
+    run_command(TOOLS["evaluate"].main, [adapter, f"out={tmp_path / 'new'}", *small, rows])
     document = json.loads((tmp_path / "new" / "metrics.json").read_text())
-    assert document["results"].keys() == {"adapted", "base", "classical"}
+    assert list(document["results"]) == ["adapted", "base", "classical", "matting"]
     assert document["results"]["adapted"]["background/psnr"] > 0
     assert document["protocol"]["count"] == 3 and document["protocol"]["steps"] == 2
-    assert document["protocol"]["classical_foreground"] == "matting" and document["protocol"]["versions"]["pymatting"]
+    assert document["protocol"]["versions"]["pymatting"] and len(document["protocol"]["weights"]) == 4
     sad = {row: values["foreground/alpha_sad"] for row, values in document["results"].items()}
-    assert sad["classical"] != sad["base"]  # which has the mask's
+    assert sad["matting"] != sad["base"] == sad["classical"]  # which have the mask's
     assert Image.open(tmp_path / "new" / "samples" / "comparison.png").size[0] > 32
     assert "adapted" in capsys.readouterr().out
     assert {path.name for path in tiny_weights.iterdir()} == {
         f"{name}.safetensors" for name in ("transformer", "autoencoder", "rgba_autoencoder", "adapter")
     }
+
+
+def test_evaluate_exports_inputs_and_scores_what_another_method_made_of_them(
+    tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, inputs = f"adapter={tiny_weights / 'adapter.safetensors'}", tmp_path / "inputs"
+    small = ["data.scenes.size=32", "evaluate.samples=3"]
+    run_command(TOOLS["evaluate"].main, [f"export={inputs}", *small])
+    assert capsys.readouterr().out == f"3 samples in {inputs}\n"
+    parts = ("image", "mask", "foreground", "background", "occluder")
+    assert {path.name for path in inputs.iterdir()} == set(parts)
+    for name in ("00000", "00002"):  # a method that leaves everything as it is, and fails once
+        for part in ("background", "foreground"):
+            (tmp_path / "other" / part).mkdir(parents=True, exist_ok=True)
+        shutil.copy(inputs / "image" / f"{name}.png", tmp_path / "other" / "background")
+        shutil.copy(inputs / "mask" / f"{name}.png", tmp_path / "other" / "foreground")
+    others = [f"predictions={tmp_path / 'other'}", f"data={inputs}", f"out={tmp_path / 'out'}"]
+    run_command(TOOLS["evaluate"].main, others)
+    said = capsys.readouterr().out
+    assert "other: 1 missing backgrounds: 00001" in said
+    assert list(json.loads((tmp_path / "out" / "metrics.json").read_text())["results"]) == ["classical", "other"]
+    (tmp_path / "protocol.yaml").write_text("sample: {steps: 2}\nevaluate: {rows: [adapted], measure: {region: mask}}")
+    both = [adapter, f"config={tmp_path / 'protocol.yaml'}", *others]
+    run_command(TOOLS["evaluate"].main, both)
+    document = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert list(document["results"]) == ["adapted", "other"] and document["protocol"]["region"] == "mask"
+    assert document["protocol"]["steps"] == 2 and document["protocol"]["data"] == str(inputs)
 
 
 def test_prepare_data_makes_indexes_and_checks_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,6 +269,13 @@ def test_missing_and_truncated_weights(
         (["32"], "argument '32': expected key=value"),
         (["device=tpu"], "device=tpu: "),
         (["evaluate.samples=1", "data.scenes.size=32", "sample.steps=1", "out=taken"], "taken"),
+        (["data=absent"], "data=absent is no folder; expected one with image/, mask/"),
+        (["config=absent.yaml"], "config absent.yaml does not exist"),
+        (["predictions=taken"], "taken has neither background/ nor foreground/"),
+        (["evaluate.rows=[frozen]"], "evaluate.rows has 'frozen'; expected some of adapted, base"),
+        (["evaluate.measure.region=hole"], "evaluate.measure.region is 'hole'; expected one of full, mask, outside"),
+        (["evaluate.objects=one"], "export=FOLDER first"),
+        (["export=inputs", "evaluate.objects=one"], "data.triplets.layered names no index"),
     ],
 )
 def test_evaluate(fails: Fails, tiny_weights: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -252,9 +287,9 @@ def test_evaluate_without_the_matting_library(
     fails: Fails, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pymatting", None)
-    small = ["evaluate.samples=1", "data.scenes.size=32", "sample.steps=1", "evaluate.matting=true"]
+    small = ["evaluate.samples=1", "data.scenes.size=32", "sample.steps=1", "evaluate.rows=[matting]"]
     said = fails("evaluate", f"adapter={tiny_weights / 'adapter.safetensors'}", *small)
-    assert "evaluate.matting=true" in said and "pip install 'layerdecomp[matting]'" in said
+    assert "evaluate.rows" in said and "pip install 'layerdecomp[matting]'" in said
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ foreground/ where the truth is not known, and with occluder/ where it is known w
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +132,12 @@ def test_objects(config: TripletConfig, objects: str, stretch: bool) -> Iterator
     """
     if not config.layered:
         raise InputError("data.triplets.layered names no index; expected files that tools/prepare_data.py wrote")
-    for path in config.layered:
-        index = Index(path)
+    indexes = [Index(path) for path in config.layered]
+    for index in indexes:
         if index.kind != "layered":
-            raise InputError(f"{path} is an index of {index.kind}; expected one of layered")
-        for row in index.rows("test"):
-            item = index[int(row)]
-            found = _objects_of(index, item, config, stretch)
-            yield from islice(found, 1) if objects == "one" else found
+            raise InputError(f"{index.path} is an index of {index.kind}; expected one of layered")
+    every = (_objects_of(index, index[int(row)], config, stretch) for index in indexes for row in index.rows("test"))
+    return chain.from_iterable(islice(found, 1) if objects == "one" else found for found in every)
 
 
 test_objects.__test__ = False  # type: ignore[attr-defined]
