@@ -33,7 +33,6 @@ class TrainConfig:
 
     steps: int = 7200
     batch_size: int = 8  # per process
-    draws: int = 1  # of time and noise per sample: more where encoding a sample costs more than the transformer
     devices: int = 1
     nodes: int = 1
     strategy: str = "auto"  # as Lightning names them: auto, ddp, ...
@@ -42,7 +41,7 @@ class TrainConfig:
     validate_every: int = 500  # steps
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "draws", "devices", "nodes", "checkpoint_every", "validate_every")
+        counts = ("steps", "batch_size", "devices", "nodes", "checkpoint_every", "validate_every")
         check_at_least(1, self, "train.", *counts)
         if self.precision not in ("auto", "32-true", "bf16-mixed"):  # trained tensors are float32, always
             raise InputError(f"train.precision is {self.precision!r}; expected auto, 32-true or bf16-mixed")
@@ -93,6 +92,7 @@ class FlowJobConfig(RunConfig):
     flow: FlowConfig = field(default_factory=FlowConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     weights: WeightFiles = field(default_factory=WeightFiles)
+    latent_cache: str | None = None  # a folder: each of `data.samples` is encoded once; null: each time that it comes
 
 
 @dataclass

@@ -92,11 +92,6 @@ class Context:
     ids: Tensor  # (layers * L, 3)
     fused: Tensor | None = None  # (B, N, D)
 
-    def repeat(self, count: int) -> "Context":
-        """The context of a batch in which every sample stands `count` times."""
-        fused = None if self.fused is None else self.fused.repeat_interleave(count, 0)
-        return Context(self.told.repeat_interleave(count, 0), self.ids, fused)
-
 
 @dataclass
 class WeightFiles:
@@ -185,21 +180,36 @@ class Decomposer(nn.Module):
             cues: maps of all `CUES`, (B, len(CUES), 3, H, W) in [-1, 1]; not needed without context fusion.
             cues_present: which of them are there, (B, len(CUES)) bool.
         """
+        return self.condition(self.encode_pictures(image, mask, cues), mask, cues_present)
+
+    @torch.no_grad()
+    def encode_pictures(self, image: Tensor, mask: Tensor, cues: Tensor | None = None) -> Tensor:
+        """Latents of the two masked images, then of the cues that the fusion uses: (B, 2 + M, 16, H/8, W/8).
+
+        Arguments as in `encode`.
+        """
         pictures = torch.stack(masked_images(image, mask), dim=1)
         if self.context_fusion is not None:
-            assert cues is not None and cues_present is not None
-            used = [CUES.index(name) for name in self.context_fusion.config.cues]
-            pictures = torch.cat([pictures, cues[:, used]], dim=1)
-        with torch.no_grad():  # all pictures of a batch at once
-            latents = self.autoencoder.encode(pictures.flatten(0, 1))
-        latents = rearrange(latents, "(B M) C h w -> B M C h w", B=len(image))
+            assert cues is not None
+            pictures = torch.cat([pictures, cues[:, self._used_cues]], dim=1)
+        latents = self.autoencoder.encode(pictures.flatten(0, 1))  # all pictures of a batch at once
+        return rearrange(latents, "(B M) C h w -> B M C h w", B=len(image))
+
+    @property
+    def _used_cues(self) -> list[int]:
+        assert self.context_fusion is not None
+        return [CUES.index(name) for name in self.context_fusion.config.cues]
+
+    def condition(self, latents: Tensor, mask: Tensor, cues_present: Tensor | None = None) -> Context:
+        """The context that `latents` from `encode_pictures` make; the other arguments as in `encode`."""
         told = contexts(latents[:, 0], latents[:, 1], mask, self.conditioning)
-        ids = torch.cat([token_ids(image, layer) for layer in (0, 1)])
+        ids = torch.cat([token_ids(mask, layer) for layer in (0, 1)])
         if self.context_fusion is None:
             return Context(told, ids)
         assert cues_present is not None
         tokens = torch.stack([pack(cue) for cue in latents[:, 2:].unbind(1)], dim=1)  # (B, M, L, 64)
-        return Context(told, ids, self.context_fusion(tokens, cues_present[:, used], token_ids(image, layer=0)))
+        present = cues_present[:, self._used_cues]
+        return Context(told, ids, self.context_fusion(tokens, present, token_ids(mask, layer=0)))
 
     def velocity(self, x: Tensor, context: Context, timesteps: Tensor, guidance: float | None = None) -> Tensor:
         """Velocity (B, 2L, 64) of both layers' tokens.

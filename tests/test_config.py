@@ -60,7 +60,7 @@ def test_the_run_directory_follows_the_name() -> None:
         ("optim={muon: true, weight_decay: 0.1}", "optim.weight_decay is 0.1"),
         ("name=${nobody}", "nobody"),
         ("train.steps=0", "train.steps is 0; expected at least 1"),
-        ("train.draws=-1", "train.draws is -1; expected at least 1"),
+        ("train.devices=-1", "train.devices is -1; expected at least 1"),
         ("lora.rank=0", "lora.rank = 0"),
         ("data.source=mulan", "data.source is 'mulan'; expected scenes or triplets"),
         ("data.validation=0", "data.validation is 0; expected at least 1"),

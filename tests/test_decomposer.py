@@ -203,8 +203,6 @@ def test_shapes_of_the_parts(tiny_decomposer: Decomposer) -> None:
     z = tiny_decomposer.encode_targets(batch["image"], torch.cat([batch["image"], batch["mask"]], 1))
     assert z.shape == (3, 8, 64)
     assert tiny_decomposer.velocity(z, context, torch.full((3,), 0.5)).shape == z.shape
-    twice = context.repeat(2)
-    assert twice.told[1].equal(context.told[0]) and twice.fused is not None and len(twice.fused) == 6
     background, foreground = tiny_decomposer.draw(batch, noise_of(3), steps=1)
     assert background.shape == (3, 3, 32, 32) and foreground.shape == (3, 4, 32, 32)
     assert background.abs().max() <= 1 and foreground[:, 3].min() >= 0 and foreground[:, 3].max() <= 1

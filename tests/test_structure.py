@@ -22,7 +22,7 @@ ORDER = [
     *("data.folders", "data.layerdiffuse", "data.openimages", "data.mulan"),
     *("data.sample", "data.textures", "data.shapes", "data.scenes"),
     *("data.loading", "data.check", "data.maps", "data.blending", "data.triplets", "data.benchmark"),
-    *("data.datamodule", "data.testset"),
+    *("data.latents", "data.datamodule", "data.testset"),
     *("baselines", "metric_networks", "predictions", "pictures", "evaluation", "report", "comparison"),
     # floor 2: everything that can be set
     "config",
@@ -33,6 +33,7 @@ ORDER = [
         "training.base",
         "training.projection",
         "training.autoencoder",
+        "training.flow",
         "training.inpainter",
         "training.decomposer",
     ),

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from layerdecomp.metric_networks import open_networks
 from layerdecomp.metrics.layers import METRICS, LayerMetrics
 from layerdecomp.training.autoencoder import BACKGROUND_MEAN, BACKGROUND_SQUARE, composite_error
 from layerdecomp.training.decomposer import DecomposerJob
+from layerdecomp.training.inpainter import InpainterJob
 from layerdecomp.training.runs import train
 from layerdecomp.weights import load_autoencoder, load_mmdit, read_metadata
 
@@ -208,9 +210,37 @@ def test_settings_that_cannot_work_leave_nothing_behind(tmp_path: Path, override
 
 
 def test_training_fits_one_scene(tmp_path: Path, overrides: list[str]) -> None:
-    settings = ["data.samples=1", "train.draws=8", "train.steps=60", "optim.lr=1e-2", "train.validate_every=60"]
+    settings = ["data.samples=1", "train.batch_size=8", "train.steps=60", "optim.lr=1e-2", "train.validate_every=60"]
     found = losses(run("tiny", *overrides, *settings, f"run_dir={tmp_path}/run", "evaluate.samples=1"))
     assert sum(found[-10:]) < 0.8 * sum(found[:10])
+
+
+@pytest.mark.parametrize("job", ["tiny", "tiny_inpainter"])
+def test_a_latent_cache_changes_rounding_and_nothing_else(
+    job: str, tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if job == "tiny_inpainter":
+        overrides = [*SMALL, *INPAINTER, overrides[1], "sample.steps=2"]
+    settings = [*overrides, "data.samples=4", "train.steps=6", "train.batch_size=2"]
+    without = losses(run(job, *settings, "latent_cache=null", f"run_dir={tmp_path}/without"))
+    encoded: list[int] = []
+    kind = DecomposerJob if job == "tiny" else InpainterJob
+    encode = kind.encode
+
+    def counted(self: Any, batch: dict) -> dict:
+        encoded.extend(batch["index"])
+        return encode(self, batch)
+
+    monkeypatch.setattr(kind, "encode", counted)
+    settings.append(f"latent_cache={tmp_path}/latents")
+    first = losses(run(job, *settings, f"run_dir={tmp_path}/first"))
+    assert encoded == [0, 1, 2, 3]
+    again = losses(run(job, *settings, f"run_dir={tmp_path}/again"))
+    assert encoded == [0, 1, 2, 3], "a second run finds all of them there"
+    assert first == again
+    torch.testing.assert_close(first, without, rtol=2e-3, atol=0)
+    other = run(job, *settings, "seed=1", f"run_dir={tmp_path}/other")
+    assert encoded[4:] == [0, 1, 2, 3] and losses(other) != first, "other scenes have other latents"
 
 
 def test_autoencoder_chain(tmp_path: Path) -> None:
@@ -241,8 +271,10 @@ def test_composite_error_is_the_mean_over_backgrounds() -> None:
 
 def test_inpainter(tmp_path: Path, tiny_weights: Path) -> None:
     weights = f"weights.autoencoder={tiny_weights}/autoencoder.safetensors"
-    settings = [*SMALL, *INPAINTER, weights, "sample.steps=2", f"run_dir={tmp_path}/base"]
-    run_dir = run("tiny_inpainter", *settings, "train.steps=60", "optim.lr=1e-2", "optim.warmup=0")
+    settings = [*SMALL, *INPAINTER, weights, "sample.steps=2", "latent_cache=null", f"run_dir={tmp_path}/base"]
+    run_dir = run(
+        "tiny_inpainter", *settings, "train.batch_size=8", "train.steps=60", "optim.lr=1e-2", "optim.warmup=0"
+    )
     assert load_mmdit(run_dir / "transformer.safetensors").config.hidden_size == 32
     found = losses(run_dir)
     assert sum(found[-20:]) < 0.9 * sum(found[:20])

@@ -9,6 +9,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 
+from layerdecomp.data.latents import LatentCache
 from layerdecomp.data.scenes import SceneConfig, Scenes
 from layerdecomp.data.triplets import TripletConfig, Triplets
 from layerdecomp.errors import InputError, check_at_least
@@ -45,13 +46,23 @@ def open_samples(
 
 
 class Positions(Dataset[dict[str, Any]]):
-    """The samples of a data set over and over, each with its `position` in the whole of training."""
+    """The samples of a data set over and over, each with its `position` in the whole of training.
 
-    def __init__(self, samples: Samples) -> None:
-        self.samples = samples
+    A batch whose samples a cache has comes from there, as latents.
+    """
+
+    def __init__(self, samples: Samples, cache: LatentCache | None = None) -> None:
+        self.samples, self.cache = samples, cache
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         return {**self.samples[position % len(self.samples)], "position": position}
+
+    def __getitems__(self, positions: list[int]) -> list[dict[str, Any]]:
+        indices = [position % len(self.samples) for position in positions]
+        if self.cache is None or not self.cache.has(indices):
+            return [self[position] for position in positions]
+        places = zip(positions, indices, strict=True)
+        return [{**self.cache.load(index), "index": index, "position": position} for position, index in places]
 
 
 class StepSampler(Sampler[list[int]]):
@@ -82,11 +93,20 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 class SampleData(LightningDataModule):
     """Training batches by step, validation batches from the held-out split (with a seed that no evaluation uses)."""
 
-    def __init__(self, config: DataConfig, *, seed: int, steps: int, batch_size: int, with_cues: bool) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        seed: int,
+        steps: int,
+        batch_size: int,
+        with_cues: bool,
+        cache: LatentCache | None = None,
+    ) -> None:
         super().__init__()
         if config.source == "triplets" and config.samples % batch_size:  # a batch is of one size
             raise InputError(f"data.samples is {config.samples}; expected a multiple of the batch size, {batch_size}")
-        self.workers, self.steps, self.batch_size = config.workers, steps, batch_size
+        self.workers, self.steps, self.batch_size, self.cache = config.workers, steps, batch_size, cache
         self.training = open_samples(config, "train", seed, config.samples, with_cues, group=batch_size)
         self.held_out = open_samples(config, "test", seed + 1, config.validation, with_cues)
 
@@ -100,7 +120,7 @@ class SampleData(LightningDataModule):
             world_size=self.trainer.world_size,
         )
         return DataLoader(
-            Positions(self.training),
+            Positions(self.training, self.cache),
             batch_sampler=sampler,
             num_workers=self.workers,
             collate_fn=collate,

@@ -62,13 +62,17 @@ class AutoencoderJob(Job):
 
     def pictures(self, batch: dict[str, Tensor]) -> Tensor:
         """What an autoencoder of this kind has to reproduce, (B, 3 or 4, H, W) in [-1, 1]."""
-        rare = every_fourth(batch)
+        rare = self._rare(batch)
         if self.teacher is None:  # some with a hole, as the transformer's context has
             pictures = batch["image"] * (1 - batch["inpaint_mask"] * rare)
         else:  # some opaque
             opaque = F.pad(batch["image"], (0, 0, 0, 0, 0, 1), value=1.0)
             pictures = torch.where(rare, opaque, to_autoencoder(batch["foreground"]))
         return pictures.contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def _rare(batch: dict[str, Any]) -> Tensor:
+        return every_fourth(batch.get("position", batch["index"]), batch["image"])
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         pictures = self.pictures(batch)
@@ -85,7 +89,7 @@ class AutoencoderJob(Job):
         losses["composite"] = composite_error(decoded, pictures)
         losses["alpha"] = F.l1_loss(decoded[:, 3], pictures[:, 3])
         if self.projection is None:
-            losses["anchor"] = self._anchor(pictures, mean, every_fourth(batch).flatten())
+            losses["anchor"] = self._anchor(pictures, mean, self._rare(batch).flatten())
             loss = loss + losses["anchor"]
         return {"loss": loss + losses["composite"] + 0.5 * losses["alpha"], **losses}
 

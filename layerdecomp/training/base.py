@@ -19,11 +19,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 
-from layerdecomp.config import FlowJobConfig, RunConfig
+from layerdecomp.config import RunConfig
 from layerdecomp.data.datamodule import collate, open_samples
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import write_metrics
-from layerdecomp.flow import interpolate, sample_times, seeded_normal, velocity_target
 from layerdecomp.training.muon import Muon
 from layerdecomp.weights import Metadata, copy_tensors, file_sha256
 
@@ -37,10 +36,9 @@ def resolve_precision(setting: str) -> str:
     return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() else "32-true"
 
 
-def every_fourth(batch: Mapping[str, Any]) -> Tensor:
-    """Which samples of a batch get a rarer treatment, (B, 1, 1, 1) bool: a quarter, whatever the batch and the rank."""
-    places = torch.tensor(batch.get("position", batch["index"]), device=batch["image"].device)
-    return (places % 4 == 3).view(-1, 1, 1, 1)
+def every_fourth(places: Sequence[int], like: Tensor) -> Tensor:
+    """Which samples of a batch get a rarer treatment: a quarter of all places, (B, 1, 1, 1) bool, where `like` is."""
+    return (torch.tensor(places, device=like.device) % 4 == 3).view(-1, 1, 1, 1)
 
 
 def source_commit() -> str:
@@ -72,24 +70,6 @@ class Job(LightningModule):
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch with its tensors where the model is."""
         return {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-
-    def noisy(self, z: Tensor, tokens: int, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Draws times and noise for packed latents z (B, S, 64), `train.draws` of each per sample.
-
-        Args:
-            tokens: of one layer, which the shift of times goes by.
-            positions: of the samples in the whole of training.
-
-        Returns:
-            noisy latents (B * draws, S, 64), times (B * draws,) and the velocities to predict (B * draws, S, 64); every
-            draw is a pure function of the seed and the sample's position.
-        """
-        assert isinstance(self.run, FlowJobConfig)
-        draws = self.run.train.draws
-        noise = seeded_normal(self.run.seed, positions, (draws, *z.shape[1:]), stream=0).to(z).flatten(0, 1)
-        normal = seeded_normal(self.run.seed, positions, (draws,), stream=1).to(z).flatten()
-        z, t = z.repeat_interleave(draws, 0), sample_times(normal, tokens, self.run.flow)
-        return interpolate(z, noise, t), t, velocity_target(z, noise)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         losses = self.loss(batch)

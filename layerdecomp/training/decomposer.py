@@ -1,6 +1,6 @@
 """Adapting the frozen inpainting base to layer decomposition: LoRA, input projection and context fusion."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from layerdecomp.flow import flow_loss
 from layerdecomp.metric_networks import open_networks
 from layerdecomp.metrics.layers import LayerMetrics
 from layerdecomp.pictures import comparison_grid
-from layerdecomp.training.base import Job, resolve_precision
+from layerdecomp.training.base import resolve_precision
+from layerdecomp.training.flow import FlowJob
 from layerdecomp.weights import file_sha256, load_mmdit
 
 
-class DecomposerJob(Job):
+class DecomposerJob(FlowJob):
     """Mean squared error to the velocity of both layers, which share the time."""
 
     run: DecomposerJobConfig
@@ -39,11 +40,25 @@ class DecomposerJob(Job):
         weights = self.run.weights
         return [weights.transformer, weights.autoencoder, weights.rgba_autoencoder]
 
-    def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        context = self.decomposer.encode(batch["image"], batch["mask"], batch["cues"], batch["cues_present"])
-        z = self.decomposer.encode_targets(batch["background"], batch["foreground"]).float()  # (B, 2L, 64)
-        x, t, target = self.noisy(z, z.shape[1] // 2, batch["position"])
-        velocity = self.decomposer.velocity(x, context.repeat(self.run.train.draws), t, self.run.training_guidance)
+    @property
+    def encoding(self) -> dict[str, Any]:
+        weights, fusion = self.run.weights, self.run.fusion
+        files = (weights.autoencoder, weights.rgba_autoencoder)
+        return {"autoencoders": [file_sha256(Path(file)) for file in files], "cues": fusion.cues * fusion.enabled}
+
+    def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        return {
+            "told": self.decomposer.encode_pictures(batch["image"], batch["mask"], batch["cues"]),
+            "z": self.decomposer.encode_targets(batch["background"], batch["foreground"]).float(),  # (B, 2L, 64)
+            "mask": batch["mask"].bool(),
+            "cues_present": batch["cues_present"],
+        }
+
+    def flow_losses(self, latents: dict[str, Tensor], positions: Sequence[int]) -> dict[str, Tensor]:
+        z, mask = latents["z"], latents["mask"].float()
+        context = self.decomposer.condition(latents["told"], mask, latents["cues_present"])
+        x, t, target = self.noisy(z, z.shape[1] // 2, positions)
+        velocity = self.decomposer.velocity(x, context, t, self.run.training_guidance)
         layers = zip(("background", "foreground"), velocity.chunk(2, 1), target.chunk(2, 1), strict=True)
         losses = {name: flow_loss(predicted, true) for name, predicted, true in layers}
         return {"loss": (losses["background"] + losses["foreground"]) / 2, **losses}

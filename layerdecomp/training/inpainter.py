@@ -1,5 +1,6 @@
 """Pre-training a small inpainting base from nothing: what FLUX.1-Fill-dev is to the full-size track."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from layerdecomp.flow import flow_loss
 from layerdecomp.imaging.geometry import to_pixels
 from layerdecomp.metrics.background import psnr
 from layerdecomp.models.mmdit import MMDiT
-from layerdecomp.training.base import Job, every_fourth
-from layerdecomp.weights import load_autoencoder, save_model
+from layerdecomp.training.base import every_fourth
+from layerdecomp.training.flow import FlowJob
+from layerdecomp.weights import file_sha256, load_autoencoder, save_model
 
 
-class InpainterJob(Job):
+class InpainterJob(FlowJob):
     """Flow matching on whole scenes with random holes."""
 
     run: InpainterJobConfig
@@ -34,22 +36,28 @@ class InpainterJob(Job):
     def frozen_files(self) -> list[str]:
         return [self.run.weights.autoencoder]
 
-    def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        image, mask = batch["image"], self.holes(batch)
-        with torch.no_grad():
-            z, hole = self.autoencoder.encode(torch.cat([image, masked_images(image, mask)[0]])).float().chunk(2)
-        z, told = pack(z), Context(context(hole, mask, self.run.conditioning.mask), token_ids(image, layer=0))
-        x, t, target = self.noisy(z, z.shape[1], batch["position"])
-        velocity = predict_velocity(
-            self.transformer, self.prompt, x, told.repeat(self.run.train.draws), t, guidance=1.0
-        )
+    @property
+    def encoding(self) -> dict[str, Any]:
+        return {"autoencoder": file_sha256(Path(self.run.weights.autoencoder))}
+
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        image, hole = batch["image"], self.holes(batch)
+        z, told = self.autoencoder.encode(torch.cat([image, masked_images(image, hole)[0]])).float().chunk(2)
+        return {"z": z, "told": told, "hole": hole.bool()}
+
+    def flow_losses(self, latents: dict[str, Tensor], positions: Sequence[int]) -> dict[str, Tensor]:
+        z, hole = pack(latents["z"]), latents["hole"].float()
+        told = Context(context(latents["told"], hole, self.run.conditioning.mask), token_ids(hole, layer=0))
+        x, t, target = self.noisy(z, z.shape[1], positions)
+        velocity = predict_velocity(self.transformer, self.prompt, x, told, t, guidance=1.0)
         return {"loss": flow_loss(velocity, target)}
 
     @staticmethod
     def holes(batch: dict[str, Any]) -> Tensor:
         """The masks (B, 1, H, W) of a batch, some inverted: a decomposer's foreground is outpainted from little."""
         masks: Tensor = batch["inpaint_mask"]
-        return torch.where(every_fourth(batch), 1 - masks, masks)
+        return torch.where(every_fourth(batch["index"], masks), 1 - masks, masks)
 
     def fill(self, batch: dict[str, Any]) -> Tensor:
         """The pictures of a batch with their holes filled, (B, 3, H, W)."""

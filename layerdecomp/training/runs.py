@@ -25,6 +25,7 @@ from layerdecomp.errors import InputError
 from layerdecomp.training.autoencoder import AutoencoderJob
 from layerdecomp.training.base import Job, resolve_precision
 from layerdecomp.training.decomposer import DecomposerJob
+from layerdecomp.training.flow import FlowJob
 from layerdecomp.training.inpainter import InpainterJob
 
 
@@ -49,6 +50,7 @@ def train(config: RunConfig) -> None:
         steps=config.train.steps,
         batch_size=config.train.batch_size,
         with_cues=isinstance(config, DecomposerJobConfig) and config.fusion.enabled,
+        cache=job.cache if isinstance(job, FlowJob) else None,
     )
     trainer = build_trainer(config, run_dir)
     checkpoint = open_run(run_dir, config)

@@ -1,0 +1,68 @@
+"""What the frozen autoencoders make of training samples, kept on disk: encoding is most of what a small model costs."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from layerdecomp.errors import InputError
+from layerdecomp.weights import open_safetensors, save_tensors
+
+
+class LatentCache:
+    """A folder with a file for every encoded sample: half precision there, float32 for whoever reads.
+
+    Runs, and the ranks of one, may share it.
+
+    Args:
+        folder: holds one folder for every description.
+        described: everything that the latents depend on, as JSON would have it; the code that makes samples is added.
+    """
+
+    def __init__(self, folder: str | Path, described: Mapping[str, Any]) -> None:
+        text = json.dumps([described, _source_sha256()], sort_keys=True)
+        self.folder = Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
+        self._known: set[int] = set()
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"{index:09d}.safetensors"
+
+    def has(self, indices: Sequence[int]) -> bool:
+        """Whether every one of these samples is there."""
+        self._known |= {index for index in indices if index not in self._known and self._path(index).is_file()}
+        return self._known.issuperset(indices)
+
+    def load(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a sample; `InputError` if its file is damaged."""
+        with open_safetensors(self._path(index)) as file:
+            return {name: _widened(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+
+    def add(self, indices: Sequence[int], encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Writes the samples of a batch, one row each, and returns it as reading it back would.
+
+        Raises `InputError` where the disk is full or may not be written.
+        """
+        kept = {name: rows.half() if rows.is_floating_point() else rows for name, rows in encoded.items()}
+        on_cpu = {name: rows.cpu() for name, rows in kept.items()}
+        for row, index in enumerate(indices):
+            try:
+                save_tensors(self._path(index), {name: rows[row] for name, rows in on_cpu.items()}, {})
+            except InputError as error:
+                raise InputError(f"latent_cache: {error}, or train without one: latent_cache=null") from error
+        return {name: _widened(rows) for name, rows in kept.items()}
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+@cache
+def _source_sha256() -> str:
+    """Of the code that makes samples, so that nobody who changes it trains on what it made before."""
+    package = Path(__file__).parent.parent
+    files = sorted(path for folder in ("data", "imaging") for path in (package / folder).glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
