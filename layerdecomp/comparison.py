@@ -28,6 +28,7 @@ from layerdecomp.evaluation import (
     Method,
     Share,
     draw_layers,
+    format_published,
     ranked_cases,
     score,
     to_batch,
@@ -43,7 +44,7 @@ from layerdecomp.models.mmdit import MMDiT
 from layerdecomp.pictures import comparison_grid
 from layerdecomp.predictions import Prediction, PredictionFolder, describe
 from layerdecomp.report import RANKED_BY, format_report
-from layerdecomp.weights import Adapter, file_sha256, load_mmdit
+from layerdecomp.weights import Adapter, file_sha256, load_mmdit, read_metadata
 
 ROWS = ("adapted", "base", "classical", "matting", "maskless")
 WITH_MODEL = ("adapted", "base", "maskless")
@@ -63,6 +64,7 @@ class EvaluateConfig:
     objects: str = "drawn"  # of layered pictures: drawn as in training, or of the test split one or all of each picture
     stretch: bool = False  # whole pictures brought to the size, rather than a crop that holds the object
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    published: dict[str, dict[str, float]] = field(default_factory=dict)  # row -> metric -> figure to stand beside ours
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "evaluate.", "samples", "batch_size")
@@ -71,6 +73,8 @@ class EvaluateConfig:
             raise InputError(f"evaluate.rows has {unknown[0]!r}; expected some of {', '.join(ROWS)}")
         if "maskless" in self.rows and self.maskless is None:
             raise InputError("evaluate.rows has maskless; name its weights with evaluate.maskless=FILE")
+        if unknown := [name for figures in self.published.values() for name in figures if name not in METRICS]:
+            raise InputError(f"evaluate.published has {unknown[0]!r}; expected some of {', '.join(METRICS)}")
         if self.objects not in OBJECTS:
             raise InputError(f"evaluate.objects is {self.objects!r}; expected one of {', '.join(OBJECTS)}")
 
@@ -102,6 +106,8 @@ def methods(models: Models | None, config: EvaluateConfig) -> dict[str, Method]:
     Raises:
         InputError: matting is asked for and its library is missing, or the weights of the maskless base are.
     """
+    if config.maskless is not None:
+        read_metadata(config.maskless)  # now, not when the other rows are drawn
     found = {row: method for row, method in _plain_methods(config).items() if row in config.rows}
     if models is not None:
         found |= _model_methods(models, config)
@@ -207,6 +213,8 @@ def compare(
     folders = {row: PredictionFolder(out / "layers" / row, names) for row in rows} | others
     evaluation = score(folders, data, names, networks, device=device, share=share)
     if evaluation is not None:
+        if config.published:
+            write_atomically(out / "published.md", format_published(evaluation.results, config.published) + "\n")
         described = {row: found for row, folder in folders.items() if (found := describe(folder))}
         told = {**drawn, **measured_by(config.measure, networks), **({"predictions": described} if described else {})}
         _write(out, evaluation, folders, data, told)

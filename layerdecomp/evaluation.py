@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
+from layerdecomp.errors import InputError
 from layerdecomp.metric_networks import Networks
 from layerdecomp.metrics.layers import METRICS, PER_IMAGE, STDERR_SUFFIX, per_image, set_features, summarize, sums
 from layerdecomp.predictions import LAYERS, Prediction, PredictionFolder, is_drawn, write_prediction
@@ -297,6 +298,37 @@ def format_table(results: Results) -> str:
     table = [["metric", *results]]
     table += [[metric_title(name), *(_cell(name, values) for values in results.values())] for name in names]
     return markdown_table(table)
+
+
+def format_published(results: Results, published: Results) -> str:
+    """One line per row and metric of the published figures, ours beside them as far as there are any: Markdown."""
+    table = [["row", "metric", "published", "ours"]]
+    for row, figures in published.items():
+        for name, value in figures.items():
+            ours = _cell(name, results[row]) if row in results else ""
+            table.append([row, metric_title(name), f"{value:.2f}", ours])
+    return markdown_table(table)
+
+
+def fill(path: Path, name: str, content: str) -> None:
+    """Replaces what stands between the lines ``<!-- name -->`` and ``<!-- /name -->`` of a Markdown file."""
+    before, after = marked(path, name)
+    write_atomically(path, f"{before}\n{content}\n\n{after}")
+
+
+def marked(path: Path, name: str) -> tuple[str, str]:
+    """What stands up to the first of the lines that ``fill`` looks for, and from the second on.
+
+    Raises:
+        InputError: the file does not exist or has no such lines.
+    """
+    first, last = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    text = path.read_text() if path.is_file() else ""
+    before, begun, rest = text.partition(first)
+    _, ended, after = rest.partition(last)
+    if not begun or not ended:
+        raise InputError(f"{path} has no lines {first.strip()} and {last}; expected them around what is to be replaced")
+    return before + begun, ended + after
 
 
 def markdown_table(table: Sequence[Sequence[str]]) -> str:

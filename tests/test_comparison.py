@@ -1,6 +1,7 @@
 """The rows of a comparison, and what it leaves in its folder."""
 
 import json
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,8 +73,17 @@ def test_pictures_of_any_size_come_back_at_their_own(models: Models) -> None:
 
 
 def test_a_comparison_leaves_figures_layers_and_a_report(
-    models: Models, tmp_path: Path, metric_weights: Path, capsys: pytest.CaptureFixture[str]
+    models: Models,
+    tmp_path: Path,
+    metric_weights: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
     squeeze = MeasureConfig(weights=str(tmp_path / "metrics"), lpips="squeeze", region="mask")
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics" / FILES["squeeze"]).symlink_to(metric_weights / FILES["squeeze"])
@@ -189,6 +199,8 @@ def test_settings_that_cannot_work(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(InputError, match=message):
             EvaluateConfig(**{change[0]: list(change[1]) if isinstance(change[1], tuple) else change[1]})
+    with pytest.raises(InputError, match=r"absent.safetensors does not exist"):
+        methods(None, config(maskless="absent.safetensors"))
     with pytest.raises(InputError, match="there is nothing to compare"):
         compare(None, SCENES, config(rows=[]), tmp_path / "out")
     assert not (tmp_path / "out").exists()

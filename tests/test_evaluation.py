@@ -16,13 +16,16 @@ import torch
 from squares import SIZE, Squares, collate, do_nothing, noisy_truth
 from torch import Tensor
 
+from layerdecomp.errors import InputError
 from layerdecomp.evaluation import (
     Batch,
     Evaluation,
     Method,
     Share,
     draw_layers,
+    fill,
     format_csv,
+    format_published,
     format_table,
     ranked_cases,
     score,
@@ -275,6 +278,24 @@ def test_format_table_is_aligned_markdown():
         "| background/sharpness →1 |       0.7500 |            - |",
         "| foreground/rgb_l1 ↓     |       0.0500 |       0.2500 |",
     ]
+
+
+def test_published_figures_stand_beside_ours(tmp_path: Path):
+    published = {"base": {"background/psnr": 25.59, "background/fid": 35.96}, "adapted": {"background/psnr": 27.3}}
+    results = {"base": {"background/psnr": 25.5, "background/psnr_stderr": 0.125, "background/fid": math.nan}}
+    table = format_published(results, published)
+    assert table.splitlines()[2:] == [
+        "| base    | background/psnr dB ↑ |     25.59 | 25.50 ± 0.12 |",
+        "| base    |     background/fid ↓ |     35.96 |            - |",
+        "| adapted | background/psnr dB ↑ |     27.30 |              |",
+    ]
+    path = tmp_path / "results.md"
+    path.write_text("before\n<!-- published -->\nold\n<!-- /published -->\nafter\n")
+    for _ in range(2):
+        fill(path, "published", table)
+        assert path.read_text() == f"before\n<!-- published -->\n\n{table}\n\n<!-- /published -->\nafter\n"
+    with pytest.raises(InputError, match="results.md has no lines <!-- other --> and <!-- /other -->"):
+        fill(path, "other", table)
 
 
 def test_per_image_csv_has_a_line_per_image_and_row(tmp_path: Path):

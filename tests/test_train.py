@@ -199,7 +199,12 @@ def test_a_run_does_not_go_on_with_another_base(tmp_path: Path, overrides: list[
 
 
 def test_settings_that_cannot_work_leave_nothing_behind(tmp_path: Path, overrides: list[str]) -> None:
-    for setting in ("train.precision=bf61", "weights.transformer=nowhere.safetensors", "resume=nowhere.ckpt"):
+    for setting in (
+        "train.precision=bf61",
+        "weights.transformer=nowhere.safetensors",
+        "evaluate.maskless=nowhere.safetensors",
+        "resume=nowhere.ckpt",
+    ):
         with pytest.raises(InputError):
             run("tiny", *overrides, f"run_dir={tmp_path}/run", setting)
         assert not (tmp_path / "run").exists()

@@ -3,7 +3,8 @@
 python tools/evaluate.py [adapter=FILE predictions=FOLDER,FOLDER data=FOLDER config=FILE out=FOLDER device=cpu ...]
 python tools/evaluate.py export=FOLDER [the same settings]    # inputs and truth as files, for other methods to run on
 
-data= names a folder of triplets; without it samples are drawn as the adapter's training drew them (docs/evaluation.md).
+data= names a folder of triplets; without it samples are drawn as the adapter's training drew them. fill= names a
+Markdown file whose table of published figures gets ours beside them (docs/evaluation.md).
 """
 
 import os
@@ -18,11 +19,12 @@ from layerdecomp.data.datamodule import DataConfig, open_samples
 from layerdecomp.data.testset import TestFolder
 from layerdecomp.decomposer import SampleConfig, describe_adapter
 from layerdecomp.errors import InputError
-from layerdecomp.evaluation import Share
+from layerdecomp.evaluation import Share, fill, format_published, marked
 from layerdecomp.weights import config_from
 
-PATHS = dict.fromkeys(("adapter", "predictions", "data", "config", "export"), "")
+PATHS = dict.fromkeys(("adapter", "predictions", "data", "config", "export", "fill"), "")
 SHIPPED = "checkpoints/tiny/adapter.safetensors"
+PUBLISHED = "published"  # between the lines of that name stands the table that fill= replaces
 
 
 @dataclass
@@ -49,6 +51,8 @@ def main(arguments: list[str]) -> None:
         return
     if config.evaluate.objects != "drawn" and not own["data"]:
         raise InputError("evaluate.objects is for making a test set: export=FOLDER first, then evaluate data=FOLDER")
+    if own["fill"]:
+        marked(Path(own["fill"]), PUBLISHED)  # now, not when all is measured
     share = Share.join()
     if own["device"] == "cuda" and share.world > 1:
         own["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -64,7 +68,10 @@ def main(arguments: list[str]) -> None:
     else:
         data = open_samples(config.data, "test", settings.seed, settings.samples, fused)
     predictions = [Path(folder) for folder in own["predictions"].split(",") if folder]
-    compare(models, data, settings, Path(own["out"]), predictions=predictions, device=device, share=share)
+    out = Path(own["out"])
+    evaluation = compare(models, data, settings, out, predictions=predictions, device=device, share=share)
+    if own["fill"] and evaluation is not None:
+        fill(Path(own["fill"]), PUBLISHED, format_published(evaluation.results, settings.published))
 
 
 if __name__ == "__main__":

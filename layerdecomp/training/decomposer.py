@@ -33,6 +33,7 @@ class DecomposerJob(FlowJob):
         mixed = torch.cuda.is_available() and resolve_precision(config.train.precision) == "bf16-mixed"
         dtype = torch.bfloat16 if mixed else torch.float32
         self.decomposer = build_decomposer(config, dtype)
+        methods(None, config.evaluate)  # so that a row which cannot be drawn is an error now
         self.metrics = LayerMetrics(open_networks(config.evaluate.measure).measures)
 
     @property
