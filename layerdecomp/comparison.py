@@ -1,7 +1,6 @@
 """Whether adapting helped: the adapted model, its frozen base, classical methods and any others on the same samples."""
 
 import json
-import math
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,21 +28,18 @@ from layerdecomp.evaluation import (
     Share,
     draw_layers,
     format_published,
-    ranked_cases,
     score,
-    to_batch,
     write_atomically,
     write_figures,
 )
 from layerdecomp.imaging.compositing import from_autoencoder, to_autoencoder
 from layerdecomp.imaging.geometry import fitted_size, pad_to_multiple, resize, shrink_mask
-from layerdecomp.imaging.layers import Pixels, write_picture
+from layerdecomp.imaging.layers import write_picture
 from layerdecomp.metric_networks import MeasureConfig, Networks, open_networks
 from layerdecomp.metrics.layers import METRICS
 from layerdecomp.models.mmdit import MMDiT
-from layerdecomp.pictures import comparison_grid
 from layerdecomp.predictions import Prediction, PredictionFolder, describe
-from layerdecomp.report import RANKED_BY, format_report
+from layerdecomp.report import case_grid, format_report
 from layerdecomp.weights import Adapter, file_sha256, load_mmdit, read_metadata
 
 ROWS = ("adapted", "base", "classical", "matting", "maskless")
@@ -202,6 +198,10 @@ def compare(
     share = share or Share()
     rows, names = methods(models, config), sample_names(data)
     others = {row: PredictionFolder(path, names) for row, path in row_names(predictions, rows)}
+    if drawn_over := [
+        row for row, folder in others.items() if folder.root.resolve().parent == (out / "layers").resolve()
+    ]:
+        raise InputError(f"predictions={drawn_over[0]} lies in out={out}, where layers are drawn; choose another out=")
     if not rows and not others:
         raise InputError("there is nothing to compare; name an adapter=, predictions= or evaluate.rows")
     networks, drawn = open_networks(config.measure), drawn_by(models, data, config)
@@ -265,10 +265,10 @@ def _write(
     data: TestData,
     told: Mapping[str, Any],
 ) -> None:
-    table = write_figures(out, evaluation, told)
     write_atomically(out / "report.html", format_report(evaluation, folders, data, told))
     if (grid := case_grid(evaluation, folders, data)) is not None:
         write_picture(out / "samples" / "comparison.png", grid)
+    table = write_figures(out, evaluation, told)  # last, since metrics.json says that all is there
     (out / SETTINGS).unlink(missing_ok=True)
     print(table)
     for reason in dict.fromkeys(told["not_measured"].values()):
@@ -279,44 +279,6 @@ def _write(
             some = ", ".join(which[:5]) + (", ..." if len(which) > 5 else "")
             print(f"{row}: {len(which)} {what.replace('_', ' ')}: {some}")
     print(f"{len(data)} samples; figures in {out / 'metrics.json'}, pictures of all kinds in {out / 'report.html'}")
-
-
-def case_grid(evaluation: Evaluation, folders: Mapping[str, PredictionFolder], data: TestData) -> Pixels | None:
-    """A good, the median and the worst case of the first row, by rank: in the background, then in the matte.
-
-    None where it has neither. Pictures of different sizes are brought to that of the first.
-    """
-    places, labels = [], []
-    for metric in RANKED_BY:
-        values = next(iter(evaluation.per_image.values()))[metric]
-        if any(not math.isnan(value) for value in values):
-            cases = ranked_cases(values, higher_is_better=METRICS[metric].better == "↑")
-            places += list(cases.values())
-            labels += [f"{case}\n{metric.split('/')[1]}" for case in cases]
-    if not places:
-        return None
-    batches = [to_batch([data[place]], "cpu") for place in places]
-    size = (batches[0]["image"].shape[-2], batches[0]["image"].shape[-1])
-    parts = [part for part in ("image", "mask", "background", "foreground") if part in batches[0]]
-    layers = {
-        row: [
-            folder.read(evaluation.names[place], batch["image"]) for place, batch in zip(places, batches, strict=True)
-        ]
-        for row, folder in folders.items()
-    }
-    predictions = {
-        row: (_joined([pair[0] for pair in pairs], 3, size), _joined([pair[1] for pair in pairs], 4, size))
-        for row, pairs in layers.items()
-    }
-    batch = {str(part): torch.cat([resize(found[part], size) for found in batches]) for part in parts}
-    return comparison_grid(batch, predictions, labels)
-
-
-def _joined(layers: Sequence[Tensor | None], channels: int, size: tuple[int, int]) -> Tensor | None:
-    """Layers of one image each, as a batch of one size, grey or transparent where there is none."""
-    if all(layer is None for layer in layers):
-        return None
-    return torch.cat([torch.zeros(1, channels, *size) if layer is None else resize(layer, size) for layer in layers])
 
 
 def drawn_by(models: Models | None, data: TestData, config: EvaluateConfig) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The report of an evaluation: one HTML file with its pictures inside, which opens without a network.
+"""What an evaluation shows: a few cases side by side, and a report, one HTML file that opens without a network.
 
-A table of all figures, the ten best and worst images with every row's layers and errors, and the figures of every
-image. Tables are sorted by a click on a column's head.
+In the report: a table of all figures, the ten best and worst images with every row's layers and errors, and the figures
+of every image. Tables are sorted by a click on a column's head.
 """
 
 import base64
@@ -16,10 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from layerdecomp.evaluation import Evaluation, Samples, metric_title, metric_value, to_batch
+from layerdecomp.evaluation import Evaluation, Samples, metric_title, metric_value, ranked_cases, to_batch
 from layerdecomp.imaging.compositing import on_checkerboard
+from layerdecomp.imaging.geometry import resize
+from layerdecomp.imaging.layers import Pixels
 from layerdecomp.metrics.layers import METRICS, PER_IMAGE, STDERR_SUFFIX
-from layerdecomp.pictures import error_map, outlined, tiles_of
+from layerdecomp.pictures import comparison_grid, error_map, outlined, tiles_of
 from layerdecomp.predictions import PredictionFolder
 
 RANKED_BY = ("background/psnr", "foreground/alpha_iou")
@@ -95,6 +97,44 @@ def extremes(evaluation: Evaluation, count: int = EXTREMES) -> dict[int, list[st
             for rank, place in enumerate(places, start=1):
                 found.setdefault(place, []).append(f"{kind} {rank} by {metric}")
     return found
+
+
+def case_grid(evaluation: Evaluation, folders: Mapping[str, PredictionFolder], data: Samples) -> Pixels | None:
+    """A good, the median and the worst case of the first row, by rank: in the background, then in the matte.
+
+    None where it has neither. Pictures of different sizes are brought to that of the first.
+    """
+    places, labels = [], []
+    for metric in RANKED_BY:
+        values = next(iter(evaluation.per_image.values()))[metric]
+        if any(not math.isnan(value) for value in values):
+            cases = ranked_cases(values, higher_is_better=METRICS[metric].better == "↑")
+            places += list(cases.values())
+            labels += [f"{case}\n{metric.split('/')[1]}" for case in cases]
+    if not places:
+        return None
+    batches = [to_batch([data[place]], "cpu") for place in places]
+    size = (batches[0]["image"].shape[-2], batches[0]["image"].shape[-1])
+    parts = [part for part in ("image", "mask", "background", "foreground") if part in batches[0]]
+    layers = {
+        row: [
+            folder.read(evaluation.names[place], batch["image"]) for place, batch in zip(places, batches, strict=True)
+        ]
+        for row, folder in folders.items()
+    }
+    predictions = {
+        row: (_joined([pair[0] for pair in pairs], 3, size), _joined([pair[1] for pair in pairs], 4, size))
+        for row, pairs in layers.items()
+    }
+    batch = {str(part): torch.cat([resize(found[part], size) for found in batches]) for part in parts}
+    return comparison_grid(batch, predictions, labels)
+
+
+def _joined(layers: Sequence[Tensor | None], channels: int, size: tuple[int, int]) -> Tensor | None:
+    """Layers of one image each, as a batch of one size, grey or transparent where there is none."""
+    if all(layer is None for layer in layers):
+        return None
+    return torch.cat([torch.zeros(1, channels, *size) if layer is None else resize(layer, size) for layer in layers])
 
 
 Cell = tuple[str, float | str]  # what is shown, what it is sorted by

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import default_collate
 
 from layerdecomp.baselines import base_foreground, classical, matted_foreground
@@ -115,6 +116,9 @@ def test_what_others_predict_is_measured_as_what_is_drawn(models: Models, tmp_pa
     assert all(str(again.results[row]) == str(first.results[row]) for row in again.results)
     told = json.loads((tmp_path / "second" / "metrics.json").read_text())["protocol"]
     assert "weights" not in told and "steps" not in told
+    with pytest.raises(InputError, match="layers/adapted is where layers are to be drawn"):
+        compare(models, SCENES, config(), tmp_path / "first", predictions=[layers / "adapted"])
+    assert (layers / "adapted" / "background" / "00000.png").is_file()
     mixed = compare(models, SCENES, config(rows=["base"]), tmp_path / "third", predictions=[layers / "classical"])
     assert mixed is not None and list(mixed.results) == ["base", "classical"]
 
@@ -183,6 +187,16 @@ def test_scenes_as_a_folder_are_measured_as_they_are_drawn(models: Models, tmp_p
             assert exported.results[row][name] == pytest.approx(figures[name], rel=2e-2, nan_ok=True), (row, name)
     told = json.loads((tmp_path / "exported" / "metrics.json").read_text())["protocol"]
     assert told["data"] == str(tmp_path / "inputs")
+
+
+def test_pictures_of_several_sizes_in_one_folder(models: Models, tmp_path: Path) -> None:
+    export(DATA, config(), tmp_path / "inputs")
+    for path in (tmp_path / "inputs").glob("*/00001.png"):
+        Image.open(path).crop((0, 0, 32, 20)).save(path)
+    found = compare(models, TestFolder(tmp_path / "inputs"), config(), tmp_path / "out")
+    assert found is not None and not any(value != value for value in found.per_image["adapted"]["background/psnr"])
+    assert Image.open(tmp_path / "out" / "layers" / "base" / "foreground" / "00001.png").size == (32, 20)
+    assert (tmp_path / "out" / "samples" / "comparison.png").is_file()
 
 
 def test_folders_are_told_apart() -> None:
