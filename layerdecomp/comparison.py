@@ -198,10 +198,9 @@ def compare(
     share = share or Share()
     rows, names = methods(models, config), sample_names(data)
     others = {row: PredictionFolder(path, names) for row, path in row_names(predictions, rows)}
-    if drawn_over := [
-        row for row, folder in others.items() if folder.root.resolve().parent == (out / "layers").resolve()
-    ]:
-        raise InputError(f"predictions={drawn_over[0]} lies in out={out}, where layers are drawn; choose another out=")
+    own = {(out / "layers" / row).resolve() for row in rows}
+    if overlapping := [path for path in predictions if path.resolve() in own]:
+        raise InputError(f"predictions={overlapping[0]} is where layers are to be drawn; choose another out=")
     if not rows and not others:
         raise InputError("there is nothing to compare; name an adapter=, predictions= or evaluate.rows")
     networks, drawn = open_networks(config.measure), drawn_by(models, data, config)

@@ -92,7 +92,12 @@ class FlowJobConfig(RunConfig):
     flow: FlowConfig = field(default_factory=FlowConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     weights: WeightFiles = field(default_factory=WeightFiles)
+    recompute: int = 0  # every how many transformer blocks activations are computed again, to save memory; 0: none
     latent_cache: str | None = None  # a folder: each of `data.samples` is encoded once; null: each time that it comes
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(0, self, "", "recompute")
 
 
 @dataclass

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from layerdecomp.conditioning import position_ids
 from layerdecomp.errors import InputError
+from layerdecomp.models.lora import LoRAConfig, inject_lora
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 
 TINY = MMDiTConfig(
@@ -144,3 +145,38 @@ def test_sizes_that_do_not_fit_are_told(wrong: dict[str, Any]) -> None:
     (key,) = wrong
     with pytest.raises(InputError, match=key):
         replace(TINY, **wrong)
+
+
+@pytest.mark.parametrize(("recompute", "share"), [(1, 0.25), (2, 0.75)])
+def test_recomputing_saves_memory_and_changes_nothing(recompute: int, share: float) -> None:
+    def gradients(every: int) -> tuple[list[Tensor], int]:
+        """Of the input and of a LoRA weight, and the bytes that the forward pass keeps for the backward pass."""
+        model, x = build().requires_grad_(False), inputs()
+        inject_lora(model, LoRAConfig(rank=2))
+        randomize(model)
+        model.recompute = every
+        x["img"].requires_grad_(True)
+        kept: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = model(**x).square().sum()
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        saved = sum(size for place, size in kept.items() if place not in weights)
+        return list(torch.autograd.grad(loss, [x["img"], model.double_blocks[0].img_mlp[0].lora_A.weight])), saved
+
+    straight, kept = gradients(0)
+    recomputed, kept_less = gradients(recompute)
+    assert all(a.equal(b) and a.any() for a, b in zip(straight, recomputed, strict=True))
+    assert kept_less < share * kept
+
+
+def test_nothing_is_recomputed_while_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerdecomp.models.mmdit.checkpoint", None)
+    model = build()
+    model.recompute = 1
+    with torch.no_grad():
+        assert model(**inputs()).any()

@@ -4,10 +4,12 @@ Architecture: https://github.com/black-forest-labs/flux and Esser et al. 2024 (a
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from layerdecomp.errors import InputError
 from layerdecomp.models.attention import rope
@@ -61,6 +63,7 @@ class MMDiT(nn.Module):
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = 0  # every how many blocks activations are recomputed in training: 1 all, 0 none
         size = config.hidden_size
         self.img_in = nn.Linear(config.in_channels, size)
         self.txt_in = nn.Linear(config.context_in_dim, size)
@@ -115,12 +118,18 @@ class MMDiT(nn.Module):
         ids = torch.cat([txt_ids, img_ids], dim=-2)
         pe = rope(ids, self.config.axes_dim, self.config.theta)
 
-        for block in self.double_blocks:
-            img, txt = block(img, txt, vec, pe)
+        for number, block in enumerate(self.double_blocks):
+            img, txt = self._run(number, block, img, txt, vec, pe)
         x = torch.cat([txt, img], dim=1)  # (B, T + N + L, D)
-        for block in self.single_blocks:
-            x = block(x, vec, pe)
+        for number, block in enumerate(self.single_blocks):
+            x = self._run(number, block, x, vec, pe)
         return self.final_layer(x[:, txt.shape[1] :], vec)
+
+    def _run(self, number: int, block: nn.Module, *inputs: Tensor) -> Any:
+        """A block's output; where it is one of those, the backward pass will compute it again instead of keeping it."""
+        if self.recompute and number % self.recompute == 0 and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def embed_condition(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
         """Sum of the embeddings of time (B,), pooled text (B, vec_in_dim) and guidance (B,): (B, D)."""

@@ -35,6 +35,7 @@ class DecomposerJob(FlowJob):
         self.decomposer = build_decomposer(config, dtype)
         methods(None, config.evaluate)  # so that a row which cannot be drawn is an error now
         self.metrics = LayerMetrics(open_networks(config.evaluate.measure).measures)
+        self.decomposer.transformer.recompute = config.recompute
 
     @property
     def frozen_files(self) -> list[str]:

@@ -30,6 +30,7 @@ class InpainterJob(FlowJob):
         self.transformer = MMDiT(config.model)
         torch.manual_seed(config.seed)
         self.transformer.init_weights()
+        self.transformer.recompute = config.recompute
         self.prompt = Prompt.load(config.weights.prompt, self.transformer)
 
     @property

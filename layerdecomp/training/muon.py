@@ -76,11 +76,15 @@ class Muon(Optimizer):
 def orthogonalized(matrix: Tensor, steps: int = 5) -> Tensor:
     """A matrix (rows, columns) with the singular vectors of the given one and all singular values near 1.
 
-    A quintic Newton-Schulz iteration with Jordan's coefficients: values end between about 0.7 and 1.2.
+    A quintic Newton-Schulz iteration with Jordan's coefficients: values end between about 0.7 and 1.2. Every step
+    multiplies by a polynomial of x x^T, so that all but the first and the last product are of the smaller side only.
     """
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / (x.norm() + 1e-7)
+    gram = x @ x.T
+    product = identity = torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
     for _ in range(steps):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+        factor = 3.4445 * identity - 4.775 * gram + 2.0315 * gram @ gram
+        product, gram = factor @ product, factor @ gram @ factor
+    x = product @ x
     return x.T if matrix.shape[0] > matrix.shape[1] else x
