@@ -64,7 +64,7 @@ decompose: OUT ?= layers
 decompose: .venv/installed  ## make decompose IMAGE=a.jpg MASK=a.png OUT=layers
 	$(RUN) tools/decompose.py adapter=$(ADAPTER) image=$(IMAGE) mask=$(MASK) out=$(OUT) $(ARGS)
 
-evaluate: .venv/installed-matting
+evaluate: .venv/installed-matting  ## and any other method: make evaluate ARGS="predictions=FOLDER data=FOLDER"
 	$(RUN) tools/evaluate.py adapter=$(ADAPTER) out=runs/evaluate evaluate.samples=256 \
 		"evaluate.rows=[adapted,base,classical,matting]" $(ARGS)
 
