@@ -78,8 +78,9 @@ embed-prompt: ROOT ?= checkpoints/flux1-fill-dev
 embed-prompt: .venv/installed-text  ## the empty prompt's embedding, once, from FLUX's text encoders in ROOT
 	$(RUN) tools/embed_prompt.py root=$(ROOT) $(ARGS)
 
-evaluate: .venv/installed-matting
-	$(RUN) tools/evaluate.py adapter=$(ADAPTER) out=runs/evaluate evaluate.samples=256 evaluate.matting=true $(ARGS)
+evaluate: .venv/installed-matting  ## and any other method: make evaluate ARGS="predictions=FOLDER data=FOLDER"
+	$(RUN) tools/evaluate.py adapter=$(ADAPTER) out=runs/evaluate evaluate.samples=256 \
+		"evaluate.rows=[adapted,base,classical,matting]" $(ARGS)
 
 export: OUT ?= runs/exported.safetensors
 export: .venv/installed  ## make export ADAPTER=runs/tiny/adapter.safetensors FORMAT=merged OUT=merged.safetensors

@@ -113,6 +113,8 @@ def _run(config: AblationConfig, row: str, seed: int, folder: Path, overrides: S
             raise InputError(f"{config.base} describes a {described.job} job; expected a decomposer job")
         if described.train.devices * described.train.nodes > 1:
             raise InputError("an ablation trains in one process; leave train.devices and train.nodes at 1")
+        if "adapted" not in described.evaluate.rows:
+            raise InputError(f"evaluate.rows is {described.evaluate.rows}; expected adapted among them")
         for key in config.curves:
             number(described, key)
         run = Run(row, described)

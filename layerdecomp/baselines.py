@@ -17,22 +17,21 @@ TRIMAP_BAND = 0.05  # width of what matting decides, around the mask's outline: 
 RIM = 1  # pixels around the mask that are filled too: the object's antialiased edge lies there
 
 
-def classical(image: Tensor, mask: Tensor, matting: bool = False) -> tuple[Tensor, Tensor]:
-    """Biharmonic inpainting for the background; for the foreground the mask as alpha, or closed-form matting.
+def classical(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Biharmonic inpainting for the background; for the foreground the mask as alpha.
 
     Runs on the CPU; a mask over a quarter of the image takes 0.1 s at 128 x 128 and 20 s at 1024 x 1024.
 
     Args:
         image: (B, 3, H, W) in [-1, 1].
         mask: (B, 1, H, W) in {0, 1}, 1 = object.
-        matting: take the foreground from ``matted_foreground`` instead of ``base_foreground``.
 
     Returns:
         background (B, 3, H, W) in [-1, 1], the image's own pixels outside the mask grown by 1 pixel, and foreground
         (B, 4, H, W); both on the image's device.
 
     Raises:
-        InputError: a mask leaves no pixel to inpaint from, or matting's library is missing.
+        InputError: a mask leaves no pixel to inpaint from.
     """
     hole = dilate(mask > 0.5, RIM)
     full = hole.flatten(1).all(dim=1)
@@ -42,8 +41,7 @@ def classical(image: Tensor, mask: Tensor, matting: bool = False) -> tuple[Tenso
             "object to inpaint from; use a smaller mask."
         )
     filled = [_inpaint(picture, region) for picture, region in zip(image, hole, strict=True)]
-    foreground = matted_foreground if matting else base_foreground
-    return torch.stack(filled).to(image), foreground(image, mask)
+    return torch.stack(filled).to(image), base_foreground(image, mask)
 
 
 def base_foreground(image: Tensor, mask: Tensor) -> Tensor:
@@ -102,8 +100,8 @@ def matting_library() -> ModuleType:
         import pymatting
     except ImportError as error:
         raise InputError(
-            f"matting (evaluate.matting=true) needs pymatting, which cannot be imported ({error}); "
-            "pip install 'layerdecomp[matting]', or leave it out with evaluate.matting=false"
+            f"the row matting needs pymatting, which cannot be imported ({error}); pip install 'layerdecomp[matting]', "
+            "or leave it out of evaluate.rows"
         ) from error
     return pymatting
 

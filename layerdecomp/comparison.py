@@ -1,134 +1,322 @@
-"""Whether adapting helped: adapted model, frozen base and classical inpainting on the same held-out scenes."""
+"""Whether adapting helped: the adapted model, its frozen base, classical methods and any others on the same samples."""
 
+import json
 import platform
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning
-import numpy as np
 import torch
-from PIL import Image
-from torch.utils.data import default_collate
+from torch import Tensor
 
 from layerdecomp import __version__
-from layerdecomp.baselines import base_foreground, classical, matting_library
-from layerdecomp.data.datamodule import Samples
+from layerdecomp.baselines import base_foreground, classical, matted_foreground, matting_library
+from layerdecomp.conditioning import TOKEN_FACTOR, ConditioningConfig
+from layerdecomp.data.datamodule import DataConfig, Samples, open_samples
 from layerdecomp.data.scenes import Scenes
-from layerdecomp.decomposer import Decomposer, inpaint, keep_pixels, latent_noise
+from layerdecomp.data.testset import OBJECTS, TestFolder, drawn_samples, export_samples, name_of, test_objects
+from layerdecomp.decomposer import Decomposer, DecomposerConfig, build_decomposer, inpaint, keep_pixels, latent_noise
 from layerdecomp.errors import InputError, check_at_least
 from layerdecomp.evaluation import (
     Batch,
     Evaluation,
-    Prediction,
-    Predictor,
-    comparison_grid,
-    evaluate,
-    format_table,
-    ranked_cases,
-    write_metrics,
+    Method,
+    Share,
+    draw_layers,
+    format_published,
+    score,
+    write_atomically,
+    write_figures,
 )
+from layerdecomp.imaging.compositing import from_autoencoder, to_autoencoder
+from layerdecomp.imaging.geometry import fitted_size, pad_to_multiple, resize, shrink_mask
+from layerdecomp.imaging.layers import write_picture
+from layerdecomp.metric_networks import MeasureConfig, Networks, open_networks
 from layerdecomp.metrics.layers import METRICS
 from layerdecomp.models.mmdit import MMDiT
+from layerdecomp.predictions import Prediction, PredictionFolder, describe
+from layerdecomp.report import case_grid, format_report
+from layerdecomp.weights import Adapter, file_sha256, load_mmdit, read_metadata
 
-RANKED_BY = ("background/psnr", "foreground/alpha_iou")
+ROWS = ("adapted", "base", "classical", "matting", "maskless")
+WITH_MODEL = ("adapted", "base", "maskless")
+SETTINGS = ".settings.json"  # of an evaluation that is not finished: what its layers are drawn by
+TestData = Samples | TestFolder
 
 
 @dataclass
 class EvaluateConfig:
-    """How models are compared."""
+    """What is compared, on what, and how it is measured."""
 
-    samples: int = 64
+    samples: int = 64  # that are drawn, unless a folder of triplets is named
     batch_size: int = 16
     seed: int = 1234  # of the scenes and of the noise
-    matting: bool = False  # the classical foreground by closed-form matting, which needs the extra of that name
+    rows: list[str] = field(default_factory=lambda: ["adapted", "base", "classical"])  # of ROWS
+    maskless: str | None = None  # weights of an image-to-image base, which takes no mask, for the row of that name
+    objects: str = "drawn"  # of layered pictures: drawn as in training, or of the test split one or all of each picture
+    stretch: bool = False  # whole pictures brought to the size, rather than a crop that holds the object
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    published: dict[str, dict[str, float]] = field(default_factory=dict)  # row -> metric -> figure to stand beside ours
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "evaluate.", "samples", "batch_size")
         check_at_least(0, self, "evaluate.", "seed")
+        if unknown := [row for row in self.rows if row not in ROWS]:
+            raise InputError(f"evaluate.rows has {unknown[0]!r}; expected some of {', '.join(ROWS)}")
+        if "maskless" in self.rows and self.maskless is None:
+            raise InputError("evaluate.rows has maskless; name its weights with evaluate.maskless=FILE")
+        if unknown := [name for figures in self.published.values() for name in figures if name not in METRICS]:
+            raise InputError(f"evaluate.published has {unknown[0]!r}; expected some of {', '.join(METRICS)}")
+        if self.objects not in OBJECTS:
+            raise InputError(f"evaluate.objects is {self.objects!r}; expected one of {', '.join(OBJECTS)}")
 
 
-def predictors(decomposer: Decomposer, base: MMDiT, config: EvaluateConfig) -> dict[str, Predictor]:
-    """The rows of the comparison; every one draws the noise of a sample from (seed, its index).
+@dataclass(frozen=True)
+class Models:
+    """What the rows with a model need."""
+
+    decomposer: Decomposer
+    base: MMDiT
+    files: Mapping[str, str] = field(default_factory=dict)  # what they come from: name -> sha256
+
+
+def load_models(adapter: Adapter, path: str, config: DecomposerConfig, dtype: torch.dtype, device: str) -> Models:
+    """The models of an adapter that was read from `path`; `config` is its own."""
+    weights = config.weights
+    decomposer = build_decomposer(config, dtype, device)
+    decomposer.load_adapter(adapter, path)
+    files = (path, weights.transformer, weights.autoencoder, weights.rgba_autoencoder)
+    base = load_mmdit(weights.transformer, dtype=dtype, device=device)
+    return Models(decomposer, base, {file: file_sha256(Path(file)) for file in files})
+
+
+def methods(models: Models | None, config: EvaluateConfig) -> dict[str, Method]:
+    """The rows of a comparison; those that need models are left out where there are none.
 
     The frozen base is used as in the paper: it inpaints the background; its foreground is the image inside the mask.
 
     Raises:
-        InputError: matting is asked for and its library is missing.
+        InputError: matting is asked for and its library is missing, or the weights of the maskless base are.
     """
-    if config.matting:
-        matting_library()  # now, not after the first batch of the other rows
+    if config.maskless is not None:
+        read_metadata(config.maskless)  # now, not when the other rows are drawn
+    found = {row: method for row, method in _plain_methods(config).items() if row in config.rows}
+    if models is not None:
+        found |= _model_methods(models, config)
+    return {row: found[row] for row in config.rows if row in found}
 
-    def noise(batch: Batch, layers: int) -> torch.Tensor:
+
+def _plain_methods(config: EvaluateConfig) -> dict[str, Method]:
+    if "matting" in config.rows:
+        matting_library()  # now, not after the first batch of the other rows
+    return {
+        "classical": Method(lambda batch: classical(batch["image"], batch["mask"])),
+        "matting": Method(lambda batch: (None, matted_foreground(batch["image"], batch["mask"])), ("foreground",)),
+    }
+
+
+def _model_methods(models: Models, config: EvaluateConfig) -> dict[str, Method]:
+    decomposer = models.decomposer.eval()
+    device = decomposer.prompt.vec.device
+
+    def noise(batch: Batch, layers: int) -> Tensor:
         return latent_noise(decomposer.autoencoder, batch["image"], config.seed, batch["index"].tolist(), layers)
 
-    def adapted(batch: Batch) -> Prediction:
-        background, foreground = decomposer.draw(batch, noise(batch, layers=2))
+    def inpainting(base: MMDiT, conditioning: ConditioningConfig) -> Method:
+        base = base.to(device).eval()
+
+        def draw(batch: Batch) -> Prediction:
+            parts = (base, decomposer.autoencoder, decomposer.prompt)
+            settings = (conditioning, decomposer.flow, decomposer.sample)
+            painted = inpaint(*parts, batch["image"], batch["mask"], noise(batch, layers=1)[:, 0], *settings)
+            return painted, base_foreground(batch["image"], batch["mask"])
+
+        return Method(at_its_size(draw, decomposer))
+
+    found = {"adapted": Method(at_its_size(lambda b: decomposer.draw(b, noise(b, layers=2)), decomposer))}
+    found["base"] = inpainting(models.base, decomposer.conditioning)
+    if "maskless" in config.rows:
+        assert config.maskless is not None
+        dtype = next(models.base.parameters()).dtype
+        maskless = load_mmdit(config.maskless, dtype=dtype, device=str(device))
+        found["maskless"] = inpainting(maskless, ConditioningConfig(mask=False))
+    return found
+
+
+def at_its_size(draw: Callable[[Batch], Prediction], decomposer: Decomposer) -> Callable[[Batch], Prediction]:
+    """Lets a model draw pictures of any size, as `Decomposer.decompose` does: shrunk to `sample.max_side`, padded.
+
+    The layers come back at the pictures' own size, outside the mask with their own pixels if `sample.keep_pixels`.
+    """
+
+    def drawn(batch: Batch) -> Prediction:
+        full = (batch["image"].shape[-2], batch["image"].shape[-1])
+        size = fitted_size(full, decomposer.sample.max_side)
+        pictures = {str(key): resize(batch[key], size) for key in ("image", "cues") if key in batch}
+        pictures |= {"mask": shrink_mask(batch["mask"], size)}
+        padded = {key: pad_to_multiple(value, TOKEN_FACTOR) for key, value in pictures.items()}
+        background, foreground = draw({**batch, **padded})
+        assert background is not None and foreground is not None
+        background = resize(background[..., : size[0], : size[1]], full).clamp(-1, 1)
+        foreground = foreground[..., : size[0], : size[1]]
+        if size != full:  # premultiplied, or the grey under alpha 0 would bleed into the edges
+            foreground = from_autoencoder(resize(to_autoencoder(foreground), full))
         return keep_pixels(batch["image"], batch["mask"], background, decomposer.sample), foreground
 
-    def frozen(batch: Batch) -> Prediction:
-        image, mask = batch["image"], batch["mask"]
-        parts = (base, decomposer.autoencoder, decomposer.prompt)
-        settings = (decomposer.conditioning, decomposer.flow, decomposer.sample)
-        painted = inpaint(*parts, image, mask, noise(batch, layers=1)[:, 0], *settings)
-        return keep_pixels(image, mask, painted, decomposer.sample), base_foreground(image, mask)
-
-    def without_learning(batch: Batch) -> Prediction:
-        return classical(batch["image"], batch["mask"], config.matting)
-
-    return {"adapted": adapted, "base": frozen, "classical": without_learning}
+    return drawn
 
 
-def compare(decomposer: Decomposer, base: MMDiT, data: Samples, config: EvaluateConfig, out: Path) -> Evaluation:
-    """Measures every row, prints the table, and writes metrics.json and samples/comparison.png into `out`."""
-    decomposer = decomposer.eval()
-    rows = predictors(decomposer, base.to(decomposer.prompt.vec.device).eval(), config)
-    picture = out / "samples" / "comparison.png"
-    try:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out} cannot be written ({error}); choose another folder") from error
-    device = decomposer.prompt.vec.device
-    evaluation = evaluate(rows, data, batch_size=config.batch_size, device=device)
-    write_metrics(out / "metrics.json", evaluation.results, protocol(decomposer, data, config))
-    Image.fromarray(case_grid(rows, data, evaluation, device)).save(picture)
-    print(format_table(evaluation.results))
-    print(f"{len(data)} held-out samples; figures in {out / 'metrics.json'}, pictures in {picture}")
+def compare(
+    models: Models | None,
+    data: TestData,
+    config: EvaluateConfig,
+    out: Path,
+    *,
+    predictions: Sequence[Path] = (),
+    device: torch.device | str = "cpu",
+    share: Share | None = None,
+) -> Evaluation | None:
+    """Measures every row, prints the table, and writes figures, pictures and a report into `out`.
+
+    An evaluation that was cut off goes on with the layers that are there in ``out / "layers"``; a finished one is made
+    anew.
+
+    Args:
+        predictions: folders with the layers of other methods, a row each.
+        share: of the samples that this process draws and measures.
+
+    Returns:
+        The figures, in the first process; None in the others.
+
+    Raises:
+        InputError: a file or folder is missing or does not fit, or `out` cannot be written.
+    """
+    share = share or Share()
+    rows, names = methods(models, config), sample_names(data)
+    others = {row: PredictionFolder(path, names) for row, path in row_names(predictions, rows)}
+    own = {(out / "layers" / row).resolve() for row in rows}
+    if overlapping := [path for path in predictions if path.resolve() in own]:
+        raise InputError(f"predictions={overlapping[0]} is where layers are to be drawn; choose another out=")
+    if not rows and not others:
+        raise InputError("there is nothing to compare; name an adapter=, predictions= or evaluate.rows")
+    networks, drawn = open_networks(config.measure), drawn_by(models, data, config)
+    if share.rank == 0:
+        open_folder(out, rows, drawn)
+    share.wait()
+    draw_layers(rows, data, names, out / "layers", batch_size=config.batch_size, device=device, share=share)
+    share.wait()
+    folders = {row: PredictionFolder(out / "layers" / row, names) for row in rows} | others
+    evaluation = score(folders, data, names, networks, device=device, share=share)
+    if evaluation is not None:
+        if config.published:
+            write_atomically(out / "published.md", format_published(evaluation.results, config.published) + "\n")
+        described = {row: found for row, folder in folders.items() if (found := describe(folder))}
+        told = {**drawn, **measured_by(config.measure, networks), **({"predictions": described} if described else {})}
+        _write(out, evaluation, folders, data, told)
     return evaluation
 
 
-def case_grid(rows: dict[str, Predictor], data: Samples, evaluation: Evaluation, device: torch.device) -> np.ndarray:
-    """A good, the median and the worst case of the adapted model, by rank: in the background, then in the matte."""
-    indices, labels = [], []
-    for name in RANKED_BY:
-        cases = ranked_cases(evaluation.per_image["adapted"][name], higher_is_better=METRICS[name].better == "↑")
-        indices += list(cases.values())
-        labels += [f"{case}\n{name.split('/')[1]}" for case in cases]
-    batch = {k: v.to(device) for k, v in default_collate([data[i] for i in indices]).items()}
-    with torch.inference_mode():
-        return comparison_grid(batch, {row: predict(batch) for row, predict in rows.items()}, labels)
+def export(data: DataConfig, config: EvaluateConfig, folder: Path) -> int:
+    """Writes the samples that a comparison is on into a folder, as a test set, and returns how many there are.
+
+    Stopped at any point, the same call goes on.
+    """
+    if config.objects == "drawn":
+        samples = drawn_samples(open_samples(data, "test", config.seed, config.samples, with_cues=False))
+    else:
+        samples = test_objects(data.triplets, config.objects, config.stretch)
+    return export_samples(samples, folder)
 
 
-def protocol(decomposer: Decomposer, data: Samples, config: EvaluateConfig) -> dict[str, Any]:
-    """What someone needs to know to get the same figures again."""
+def sample_names(data: TestData) -> list[str]:
+    """What the files of each sample's layers are called."""
+    return data.names if isinstance(data, TestFolder) else [name_of(position) for position in range(len(data))]
+
+
+def row_names(folders: Sequence[Path], taken: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
+    """The rows of prediction folders: each folder's name, or as much of its path as tells it from the others."""
+    for path in folders:
+        rivals = [other for other in folders if other.name == path.name and other != path]
+        yield (str(path) if rivals or path.name in taken else path.name), path
+
+
+def open_folder(out: Path, rows: Mapping[str, Method], told: Mapping[str, Any]) -> None:
+    """Makes `out`, and removes these rows' layers in it, unless they are those of the same, cut-off evaluation."""
+    settings, content = out / SETTINGS, json.dumps(told, indent=2)
+    try:
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        if not settings.is_file() or settings.read_text() != content:
+            for row in rows:
+                shutil.rmtree(out / "layers" / row, ignore_errors=True)
+            write_atomically(settings, content)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written ({error}); choose another folder") from error
+
+
+def _write(
+    out: Path,
+    evaluation: Evaluation,
+    folders: Mapping[str, PredictionFolder],
+    data: TestData,
+    told: Mapping[str, Any],
+) -> None:
+    write_atomically(out / "report.html", format_report(evaluation, folders, data, told))
+    if (grid := case_grid(evaluation, folders, data)) is not None:
+        write_picture(out / "samples" / "comparison.png", grid)
+    table = write_figures(out, evaluation, told)  # last, since metrics.json says that all is there
+    (out / SETTINGS).unlink(missing_ok=True)
+    print(table)
+    for reason in dict.fromkeys(told["not_measured"].values()):
+        metrics = [metric for metric, why in told["not_measured"].items() if why == reason]
+        print(f"not measured: {', '.join(metrics)}: {reason}")
+    for row, found in told.get("predictions", {}).items():
+        for what, which in found.items():
+            some = ", ".join(which[:5]) + (", ..." if len(which) > 5 else "")
+            print(f"{row}: {len(which)} {what.replace('_', ' ')}: {some}")
+    print(f"{len(data)} samples; figures in {out / 'metrics.json'}, pictures of all kinds in {out / 'report.html'}")
+
+
+def drawn_by(models: Models | None, data: TestData, config: EvaluateConfig) -> dict[str, Any]:
+    """What the layers depend on."""
+    told = {**describe_data(data), "count": len(data), "seed": config.seed}
+    if models is not None:
+        told |= {**asdict(models.decomposer.sample), "weights": dict(models.files)}
+    if "maskless" in config.rows and config.maskless is not None:
+        told["maskless"] = file_sha256(Path(config.maskless))
+    return told | {"layers": "8-bit files", "versions": _versions(config.rows)}
+
+
+def measured_by(config: MeasureConfig, networks: Networks) -> dict[str, Any]:
+    """What the figures depend on besides."""
     return {
-        "data": "scenes" if isinstance(data, Scenes) else "triplets",
-        "split": data.split,
-        "count": len(data),
-        "resolution": data.config.size,
-        "region": "full",
-        "seed": config.seed,
-        "steps": decomposer.sample.steps,
-        "guidance": decomposer.sample.guidance,
-        "keep_pixels": decomposer.sample.keep_pixels,
-        "classical_foreground": "matting" if config.matting else "mask",
+        "region": config.region,
+        "measured_at": config.resolution or "the samples' own size",
+        "lpips_net": config.lpips,
+        "metric_weights": networks.files,
+        "not_measured": networks.missing,
         "recomposition": "where nothing stands in front of the object",
-        "versions": {
-            "layerdecomp": __version__,
-            "torch": torch.__version__,
-            "lightning": lightning.__version__,
-            "python": platform.python_version(),
-            **({"pymatting": version("pymatting")} if config.matting else {}),
-        },
+    }
+
+
+def describe_data(data: TestData) -> dict[str, Any]:
+    """Where samples come from."""
+    if isinstance(data, TestFolder):
+        return {"data": str(data.root), "split": "test", "resolution": "each picture's own"}
+    source = "scenes" if isinstance(data, Scenes) else "triplets"
+    described = {"data": source, "split": data.split, "resolution": data.config.size}
+    return described | {"settings": asdict(data.config), "data_seed": data.seed}
+
+
+def _versions(rows: Sequence[str]) -> dict[str, str]:
+    libraries = ["torchmetrics", "scikit-image", *(["pymatting"] if "matting" in rows else [])]
+    return {
+        "layerdecomp": __version__,
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "python": platform.python_version(),
+        **{library: version(library) for library in libraries},
     }

@@ -1,37 +1,33 @@
-"""Evaluation of any number of predictors on one data set: numbers, metrics.json, a table and a picture.
+"""Evaluation of any number of methods on one data set: their layers as files, and figures from these files.
 
-A predictor is a function from a batch (collated samples) to a background (B, 3, H, W) in [-1, 1] and a foreground
-(B, 4, H, W) of straight RGB in [-1, 1] and alpha in [0, 1]. Its name is the name of its row in every output.
+What draws layers writes them into a folder first (`layerdecomp/predictions.py`), so that an evaluation that was cut
+off goes on where it stopped, and that every method, ours or not, is measured in the same way. A method's name is the
+name of its row in every output.
 """
 
+import csv
+import io
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from layerdecomp.imaging.compositing import on_checkerboard
-from layerdecomp.metrics.layers import METRICS, STDERR_SUFFIX, per_image, summarize, sums
-from layerdecomp.metrics.region import dilate
+from layerdecomp.errors import InputError
+from layerdecomp.metric_networks import Networks
+from layerdecomp.metrics.layers import METRICS, PER_IMAGE, STDERR_SUFFIX, per_image, set_features, summarize, sums
+from layerdecomp.predictions import LAYERS, Prediction, PredictionFolder, is_drawn, write_prediction
 
 Batch = dict[str, Tensor]
-Prediction = tuple[Tensor, Tensor]
-Predictor = Callable[[Batch], Prediction]
 Results = Mapping[str, Mapping[str, float]]  # row -> metric -> value
-
-MAX_TILE = 256  # pixels; larger samples are reduced in the comparison picture
-GAP, HEADER, GUTTER = 4, 30, 50  # pixels between tiles, above them for column names, left of them for row labels
 
 
 class Samples(Protocol):
@@ -43,63 +39,208 @@ class Samples(Protocol):
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What ``evaluate`` found.
+class Method:
+    """What draws layers: a function from a batch (collated samples) to a background and a foreground.
 
-    Attributes:
-        results: row -> metric -> mean over the images that define it (NaN if none does), and the standard error of that
-            mean under the metric's name + STDERR_SUFFIX.
-        per_image: row -> metric -> value of each image in the order of the data set, NaN where undefined.
+    A method that draws noise should seed it from ``batch["index"]``, so that what it draws depends neither on the batch
+    size nor on how samples are shared among processes.
     """
 
+    draw: Callable[[Batch], Prediction]
+    layers: tuple[str, ...] = LAYERS  # that it gives; for another one it returns None
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of several processes this one is; each takes every `world`-th sample."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def join(cls) -> "Share":
+        """The share of a process that torchrun has started; all of it in any other."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls()
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # some images take others' hours
+        return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+    def positions(self, count: int) -> range:
+        return range(self.rank, count, self.world)
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world > 1:
+            torch.distributed.barrier()
+
+    def gather(self, item: Any) -> list[Any]:
+        """What every process passes; empty but in the first."""
+        if self.world == 1:
+            return [item]
+        items: list[Any] | None = [None] * self.world if self.rank == 0 else None
+        torch.distributed.gather_object(item, items)
+        return items or []
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of every row.
+
+    Attributes:
+        names: of the samples, in order.
+        results: row -> metric -> mean over the images that define it (NaN if none does) or the set's own value, and the
+            standard error of a mean under the metric's name + STDERR_SUFFIX.
+        per_image: row -> metric of PER_IMAGE -> value of each image, NaN where undefined.
+        reasons: row -> metric -> why it is NaN.
+    """
+
+    names: list[str]
     results: dict[str, dict[str, float]]
     per_image: dict[str, dict[str, list[float]]]
+    reasons: dict[str, dict[str, str]]
 
 
 @torch.inference_mode()
-def evaluate(
-    predictors: Mapping[str, Predictor], dataset: Samples, *, batch_size: int = 8, device: torch.device | str = "cpu"
-) -> Evaluation:
-    """Run every predictor on every sample, in order, and measure it; shows progress on stderr.
-
-    Nothing here is random: results repeat exactly if the data set and the predictors do. A predictor that draws noise
-    should seed it from ``batch["index"]``, so that the result does not depend on the batch size either.
-
-    Args:
-        predictors: row name -> predictor; it receives a batch on ``device`` and may return tensors on any device.
-        dataset: samples with image, mask, foreground, background and occluder.
-        batch_size: samples per batch; the last batch may be smaller.
-        device: where the batches and the metrics live.
+def draw_layers(
+    methods: Mapping[str, Method],
+    data: Samples,
+    names: Sequence[str],
+    folder: Path,
+    *,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+    share: Share | None = None,
+) -> None:
+    """Lets every method draw the samples of this process's share into ``folder / row``; what is there is left alone.
 
     Raises:
-        ValueError: a prediction holds NaN or infinity.
+        ValueError: a method draws NaN or infinity.
     """
-    values: dict[str, list[Tensor]] = {row: [] for row in predictors}  # each (names, B)
-    with tqdm(total=len(dataset), desc="evaluate", unit="image") as progress:
-        for batch in _batches(dataset, batch_size, torch.device(device)):
-            for row, predict in predictors.items():
-                progress.set_postfix_str(row)
-                values[row].append(_measure(predict(batch), batch))
-            progress.update(len(batch["image"]))
-    joined = {row: torch.cat(parts, dim=1) for row, parts in values.items()}  # (names, N)
+    positions = (share or Share()).positions(len(data))
+    with tqdm(total=len(positions), desc="draw", unit="image", disable=positions.start > 0) as progress:
+        for start in range(0, len(positions), batch_size):
+            chunk = positions[start : start + batch_size]
+            waiting = {
+                row: method
+                for row, method in methods.items()
+                if not all(is_drawn(folder / row, names[position], method.layers) for position in chunk)
+            }
+            for group, batch in _batches(data, chunk if waiting else (), device):
+                for row, method in waiting.items():
+                    progress.set_postfix_str(row)
+                    write_prediction(folder / row, [names[position] for position in group], method.draw(batch))
+            progress.update(len(chunk))
+
+
+def _batches(data: Samples, positions: Sequence[int], device: torch.device | str) -> Iterator[tuple[list[int], Batch]]:
+    """The samples at some positions, those of one size together."""
+    samples = {position: data[position] for position in positions}
+    sizes = {position: sample["image"].shape for position, sample in samples.items()}
+    for size in dict.fromkeys(sizes.values()):
+        group = [position for position in positions if sizes[position] == size]
+        yield group, to_batch([samples[position] for position in group], device)
+
+
+def to_batch(samples: Sequence[Mapping[str, Any]], device: torch.device | str) -> Batch:
+    """Samples of one size, collated."""
+    batch = default_collate([dict(sample) for sample in samples])
+    return {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+
+
+@torch.inference_mode()
+def score(
+    folders: Mapping[str, PredictionFolder],
+    data: Samples,
+    names: Sequence[str],
+    networks: Networks | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    share: Share | None = None,
+) -> Evaluation | None:
+    """Measures every row's layers, image by image.
+
+    Returns:
+        The figures, in the first process; None in the others.
+    """
+    networks, share = networks or Networks(), share or Share()
+    found: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
+    positions = share.positions(len(data))
+    for position in tqdm(positions, desc="score", unit="image", disable=share.rank > 0):
+        batch, found[position] = to_batch([data[position]], device), {}
+        for row, folder in folders.items():
+            layers = folder.read(names[position], batch["image"])
+            background, foreground = (None if layer is None else layer.to(device) for layer in layers)
+            values = per_image(background, foreground, batch, networks.measures)
+            features = set_features(background, batch, networks.measures)
+            found[position][row] = torch.stack(list(values.values())).cpu(), features.cpu()
+    with_truth = "foreground" in data[0]
+    shares = share.gather((found, [folder.resized for folder in folders.values()]))
+    if not shares:
+        return None
+    every = {position: rows for part, _ in shares for position, rows in part.items()}
+    for place, folder in enumerate(folders.values()):
+        folder.resized.update(*(resized[place] for _, resized in shares))
+    joined = {
+        row: [torch.cat(parts, dim=dim) for dim, parts in ((1, values), (0, features))]
+        for row in folders
+        for values, features in [zip(*(every[position][row] for position in range(len(data))), strict=True)]
+    }
+    results = {
+        row: {name: float(x) for name, x in summarize(*sums(values), features).items()}
+        for row, (values, features) in joined.items()
+    }
     return Evaluation(
-        results={row: {name: float(x) for name, x in summarize(*sums(v)).items()} for row, v in joined.items()},
-        per_image={row: dict(zip(METRICS, v.tolist(), strict=True)) for row, v in joined.items()},
+        list(names),
+        results,
+        {row: dict(zip(PER_IMAGE, values.tolist(), strict=True)) for row, (values, _) in joined.items()},
+        {row: _reasons(results[row], folder, with_truth, networks.missing) for row, folder in folders.items()},
     )
 
 
-def _batches(dataset: Samples, batch_size: int, device: torch.device) -> Iterator[Batch]:
-    for start in range(0, len(dataset), batch_size):
-        stop = min(start + batch_size, len(dataset))
-        batch = default_collate([dataset[index] for index in range(start, stop)])
-        yield {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+def _reasons(
+    figures: Mapping[str, float], folder: PredictionFolder, with_truth: bool, missing: Mapping[str, str]
+) -> dict[str, str]:
+    """Why some of a row's figures are not finite."""
+    return {
+        name: _why_not(name, folder, with_truth, missing) for name, value in figures.items() if not math.isfinite(value)
+    }
 
 
-def _measure(prediction: Prediction, batch: Batch) -> Tensor:
-    """All metrics (names, B) of one prediction, on the CPU."""
-    background, foreground = (layer.to(batch["image"].device) for layer in prediction)
-    values = per_image(background, foreground, batch)
-    return torch.stack([values[name] for name in METRICS]).cpu()
+def _why_not(name: str, folder: PredictionFolder, with_truth: bool, missing: Mapping[str, str]) -> str:
+    metric = name.removesuffix(STDERR_SUFFIX)
+    kind = metric.partition("/")[0]
+    needed = {"background": ("background",), "recomposition": LAYERS}.get(kind, ("foreground",))
+    if lacking := [layer for layer in needed if layer not in folder.parts]:
+        return f"this row has no {lacking[0]}s"
+    if kind in ("foreground", "boundary") and not with_truth:
+        return "the data have no true foregrounds"
+    if metric in missing:
+        return missing[metric]
+    if name != metric:
+        return "fewer than two images define the metric"
+    return f"undefined for every image: {METRICS[metric].undefined}"
+
+
+def write_figures(out: Path, evaluation: Evaluation, protocol: Mapping[str, Any]) -> str:
+    """Writes metrics.json, per_image.csv and table.md into a folder, and returns the table."""
+    table = format_table(evaluation.results)
+    write_atomically(out / "per_image.csv", format_csv(evaluation))
+    write_atomically(out / "table.md", table + "\n")
+    write_metrics(out / "metrics.json", evaluation.results, protocol, evaluation.reasons)
+    return table
+
+
+def format_csv(evaluation: Evaluation) -> str:
+    """A line per image and row, a column per metric of PER_IMAGE; empty where a metric is undefined."""
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["image", "row", *PER_IMAGE])
+    for place, name in enumerate(evaluation.names):
+        for row, values in evaluation.per_image.items():
+            cells = [values[metric][place] for metric in PER_IMAGE]
+            lines.writerow([name, row, *("" if math.isnan(value) else f"{value:.6g}" for value in cells)])
+    return text.getvalue()
 
 
 def ranked_cases(values: Sequence[float], *, higher_is_better: bool) -> dict[str, int]:
@@ -111,28 +252,29 @@ def ranked_cases(values: Sequence[float], *, higher_is_better: bool) -> dict[str
     return {"good": best_first[last // 10], "median": best_first[last // 2], "worst": best_first[last]}
 
 
-def write_metrics(path: str | Path, results: Results, protocol: Mapping[str, Any]) -> None:
+def write_metrics(
+    path: str | Path,
+    results: Results,
+    protocol: Mapping[str, Any],
+    reasons: Mapping[str, Mapping[str, str]] | None = None,
+) -> None:
     """Write metrics.json: ``{"protocol": {...}, "results": {row: {metric: value}}}``.
 
     A value that is not finite becomes null, and ``protocol["undefined"][row][metric]`` says why. The file appears
     complete or not at all.
     """
     undefined = {
-        row: {name: _reason(name) for name, x in v.items() if not math.isfinite(x)} for row, v in results.items()
+        row: {name: (reasons or {}).get(row, {}).get(name, "not finite") for name in figures}
+        for row, values in results.items()
+        if (figures := [name for name, x in values.items() if not math.isfinite(x)])
     }
     document = {
-        "protocol": {**protocol, "undefined": {row: reasons for row, reasons in undefined.items() if reasons}},
+        "protocol": {**protocol, "undefined": undefined},
         "results": {
             row: {name: x if math.isfinite(x) else None for name, x in v.items()} for row, v in results.items()
         },
     }
     write_atomically(Path(path), json.dumps(document, indent=2, allow_nan=False) + "\n")
-
-
-def _reason(name: str) -> str:
-    if name.endswith(STDERR_SUFFIX):
-        return "fewer than two images define the metric"
-    return f"undefined for every image: {METRICS[name].undefined}" if name in METRICS else "not finite"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -147,11 +289,46 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def format_table(results: Results) -> str:
-    """One line per metric, one column per row of the results, mean ± standard error: aligned text that is Markdown."""
-    names = [name for name in METRICS if any(name in values for values in results.values())]
+    """One line per metric, one column per row of the results, mean ± standard error: aligned text that is Markdown.
+
+    A metric that no row has a value of is left out.
+    """
+    found = {name for values in results.values() for name, value in values.items() if not math.isnan(value)}
+    names = [name for name in METRICS if name in found]
     table = [["metric", *results]]
     table += [[metric_title(name), *(_cell(name, values) for values in results.values())] for name in names]
     return markdown_table(table)
+
+
+def format_published(results: Results, published: Results) -> str:
+    """One line per row and metric of the published figures, ours beside them as far as there are any: Markdown."""
+    table = [["row", "metric", "published", "ours"]]
+    for row, figures in published.items():
+        for name, value in figures.items():
+            ours = _cell(name, results[row]) if row in results else ""
+            table.append([row, metric_title(name), f"{value:.2f}", ours])
+    return markdown_table(table)
+
+
+def fill(path: Path, name: str, content: str) -> None:
+    """Replaces what stands between the lines ``<!-- name -->`` and ``<!-- /name -->`` of a Markdown file."""
+    before, after = marked(path, name)
+    write_atomically(path, f"{before}\n{content}\n\n{after}")
+
+
+def marked(path: Path, name: str) -> tuple[str, str]:
+    """What stands up to the first of the lines that ``fill`` looks for, and from the second on.
+
+    Raises:
+        InputError: the file does not exist or has no such lines.
+    """
+    first, last = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    text = path.read_text() if path.is_file() else ""
+    before, begun, rest = text.partition(first)
+    _, ended, after = rest.partition(last)
+    if not begun or not ended:
+        raise InputError(f"{path} has no lines {first.strip()} and {last}; expected them around what is to be replaced")
+    return before + begun, ended + after
 
 
 def markdown_table(table: Sequence[Sequence[str]]) -> str:
@@ -182,61 +359,3 @@ def metric_value(name: str, mean: float, spread: float) -> str:
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     first, *rest = zip(cells, widths, strict=True)
     return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]) + " |"
-
-
-def comparison_grid(
-    batch: Batch, predictions: Mapping[str, Prediction], labels: Sequence[str] = ()
-) -> NDArray[np.uint8]:
-    """Draw a picture with one line per sample: input, mask outline, the layers of every prediction, the true layers.
-
-    Args:
-        batch: B collated samples with image, mask, foreground and background.
-        predictions: row name -> (background, foreground) for that batch; foregrounds are shown on a checkerboard.
-        labels: B texts to the left of the samples, "worst" for example; none leaves no room for them.
-
-    Returns:
-        (height, width, 3) uint8.
-    """
-    assert not labels or len(labels) == len(batch["image"])
-    columns = _columns(batch, predictions)
-    tiles = [_tiles(images) for images in columns.values()]
-    height, width = tiles[0].shape[1:3]
-    left = GUTTER if labels else GAP
-    size = left + len(tiles) * (width + GAP), HEADER + len(tiles[0]) * (height + GAP)
-    canvas = Image.new("RGB", size, "white")
-    for x, column in enumerate(tiles):
-        for y, tile in enumerate(column):
-            canvas.paste(Image.fromarray(tile), (left + x * (width + GAP), HEADER + y * (height + GAP)))
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default()
-    for x, name in enumerate(columns):
-        draw.multiline_text((left + x * (width + GAP), 2), name, fill="black", font=font)
-    for y, label in enumerate(labels):
-        draw.text((GAP, HEADER + y * (height + GAP)), label, fill="black", font=font)
-    return np.asarray(canvas)
-
-
-def _columns(batch: Batch, predictions: Mapping[str, Prediction]) -> dict[str, Tensor]:
-    """Column name -> images (B, 3, H, W) in [-1, 1], left to right."""
-    columns = {"input": batch["image"], "mask": _outlined(batch["image"], batch["mask"])}
-    for row, (background, foreground) in {**predictions, "truth": (batch["background"], batch["foreground"])}.items():
-        columns[f"{row}\nbackground"] = background
-        columns[f"{row}\nforeground"] = on_checkerboard(foreground)
-    return columns
-
-
-def _outlined(image: Tensor, mask: Tensor) -> Tensor:
-    """The image with a magenta line around the mask, just outside it."""
-    inside = mask > 0.5
-    magenta = torch.tensor([1.0, -1.0, 1.0]).view(1, 3, 1, 1).to(image)
-    return torch.where(dilate(inside, 1) & ~inside, magenta, image)
-
-
-def _tiles(images: Tensor) -> NDArray[np.uint8]:
-    """Images (B, 3, H, W) in [-1, 1] as (B, h, w, 3) uint8, the longer side at most MAX_TILE."""
-    images = images.detach().float().cpu()
-    scale = MAX_TILE / max(images.shape[-2:])
-    if scale < 1:
-        height, width = (max(1, round(side * scale)) for side in images.shape[-2:])
-        images = F.interpolate(images, size=(height, width), mode="area")
-    levels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return levels.permute(0, 2, 3, 1).contiguous().numpy()

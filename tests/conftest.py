@@ -1,13 +1,18 @@
 """Weights of the smallest models that have every part, all parameters random, for tests that need files."""
 
+import io
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from layerdecomp.decomposer import Decomposer, DecomposerConfig, WeightFiles, build_decomposer
+from layerdecomp.metric_networks import FILES, INCEPTION
+from layerdecomp.metrics.perceptual import TRUNKS
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig
@@ -128,3 +133,28 @@ def adapter_file(
 @pytest.fixture
 def ours(adapter_file: Path) -> MMDiT:
     return Decomposer.from_pretrained(adapter_file).transformer
+
+
+@pytest.fixture(scope="session")
+def metric_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files of the metrics' networks, in the published layouts and under their names, all random."""
+    folder = tmp_path_factory.mktemp("metrics")
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(name: str, tensor: Tensor) -> Tensor:
+        if name.startswith("classifier."):  # not used, and most of a file
+            return torch.zeros(1).expand(tensor.shape)
+        return torch.randn(tensor.shape, generator=generator) / max(1, tensor[0].numel()) ** 0.5
+
+    for net, trunk in TRUNKS.items():
+        with torch.device("meta"):
+            described = trunk.build().state_dict()
+        torch.save({name: drawn(name, tensor) for name, tensor in described.items()}, folder / FILES[net])
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    nothing.seek(0)
+    with mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"):
+        inception = FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path=nothing)
+    state = inception.state_dict()
+    torch.save({n: 1.4 * drawn(n, x) if x.dim() == 4 else x for n, x in state.items()}, folder / INCEPTION)
+    return folder

@@ -91,13 +91,6 @@ def test_matting_beats_the_mask_on_a_soft_disc():
         assert 0 < metric(matted, truth) < 0.5 * metric(masked, truth), metric.__name__
 
 
-def test_classical_takes_its_foreground_from_matting_when_asked():
-    image, mask, _ = soft_disc()
-    background, foreground = classical(image, mask, matting=True)
-    assert torch.equal(foreground, matted_foreground(image, mask))
-    assert torch.equal(background, classical(image, mask)[0])
-
-
 @pytest.mark.parametrize(("height", "width", "radius"), [(32, 32, 1), (120, 160, 3), (16, 16, 1)])
 def test_trimap_is_unsure_around_the_outline(height: int, width: int, radius: int):
     mask = torch.zeros(1, 1, height, width)
@@ -135,5 +128,4 @@ def test_matting_without_its_library_says_what_to_install(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "pymatting", None)
     image, mask, _ = soft_disc()
     with pytest.raises(InputError, match=r"pip install 'layerdecomp\[matting\]'"):
-        classical(image, mask, matting=True)
-    classical(image, mask)
+        matted_foreground(image, mask)

@@ -11,7 +11,7 @@ from layerdecomp.errors import InputError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TINY = CONFIGS / "tiny.yaml"
-JOBS = [path for path in sorted(CONFIGS.glob("*.yaml")) if path.stem not in ("ablation", "curves")]
+JOBS = [path for path in sorted(CONFIGS.glob("*.yaml")) if path.stem not in ("ablation", "curves", "mulan")]
 
 
 def _written(folder: Path, text: str) -> Path:

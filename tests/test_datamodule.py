@@ -8,6 +8,7 @@ import torch
 
 from layerdecomp.data.datamodule import DataConfig, Positions, SampleData, StepSampler, collate, open_samples
 from layerdecomp.data.scenes import SceneConfig
+from layerdecomp.errors import InputError
 
 CONFIG = DataConfig(samples=5, validation=3, workers=0, scenes=SceneConfig(size=32))
 
@@ -58,9 +59,16 @@ def test_loaders_follow_the_trainer() -> None:
     assert [batch["position"] for batch in batches] == [[10, 11], [14, 15]]
     assert [batch["index"] for batch in batches] == [[0, 1], [4, 0]]
     assert batches[0]["image"][0].equal(batches[1]["image"][1]), "sample 0 comes again"
-    validation = list(_module().val_dataloader())
+    validation = list(_module(global_rank=0, world_size=1).val_dataloader())
     assert [batch["index"] for batch in validation] == [[0, 1], [2]]
     assert not validation[0]["image"].equal(batches[0]["image"])
+
+
+def test_validation_is_shared_out_without_repeating_a_sample() -> None:
+    shares = [list(_module(global_rank=rank, world_size=2).val_dataloader()) for rank in (0, 1)]
+    assert [[batch["index"] for batch in share] for share in shares] == [[[0, 2]], [[1]]]
+    with pytest.raises(InputError, match="data.validation is 3, but 4 processes share them"):
+        _module(global_rank=0, world_size=4).val_dataloader()
 
 
 def test_cues_are_made_only_where_they_are_needed() -> None:

@@ -1,109 +1,216 @@
+"""Drawing into files, figures from files, and the files of figures."""
+
+import csv
+import io
 import json
 import math
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from squares import SIZE, Squares, collate, do_nothing, noisy_truth
 from torch import Tensor
 
-from layerdecomp.baselines import base_foreground
+from layerdecomp.errors import InputError
 from layerdecomp.evaluation import (
-    GAP,
-    GUTTER,
-    HEADER,
-    MAX_TILE,
     Batch,
-    Prediction,
-    comparison_grid,
-    evaluate,
+    Evaluation,
+    Method,
+    Share,
+    draw_layers,
+    fill,
+    format_csv,
+    format_published,
     format_table,
     ranked_cases,
+    score,
+    write_figures,
     write_metrics,
 )
-from layerdecomp.metrics.layers import METRICS, STDERR_SUFFIX, LayerMetrics
+from layerdecomp.metric_networks import Networks
+from layerdecomp.metrics.layers import METRICS, PER_IMAGE, STDERR_SUFFIX, LayerMetrics
+from layerdecomp.predictions import Prediction, PredictionFolder
 
-SIZE = 32
-
-
-class Squares:
-    """Squares on noise; the mask of even samples misses the top half of the object, odd ones are exact."""
-
-    def __len__(self) -> int:
-        return 5
-
-    def __getitem__(self, index: int, /) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(index)
-        background, rgb = torch.rand(2, 3, SIZE, SIZE, generator=generator) * 2 - 1
-        alpha = torch.zeros(1, SIZE, SIZE)
-        alpha[:, 8 : 20 + index, 8:24] = 1
-        mask = alpha.clone()
-        mask[:, : 14 if index % 2 == 0 else 0] = 0
-        return {
-            "image": alpha * rgb + (1 - alpha) * background,
-            "mask": mask,
-            "foreground": torch.cat([rgb, alpha]),
-            "background": background,
-            "occluder": torch.zeros_like(alpha),
-            "index": index,
-        }
+NAMES = [f"{position:05d}" for position in range(5)]
+METHODS = {"noisy": Method(noisy_truth), "base": Method(do_nothing)}
 
 
-def do_nothing(batch: Batch) -> Prediction:
-    return batch["image"], base_foreground(batch["image"], batch["mask"])
+def evaluated(folder: Path, methods: Mapping[str, Method] = METHODS, batch_size: int = 2) -> Evaluation:
+    draw_layers(methods, Squares(), NAMES, folder, batch_size=batch_size)
+    evaluation = score({row: PredictionFolder(folder / row, NAMES) for row in methods}, Squares(), NAMES)
+    assert evaluation is not None
+    return evaluation
 
 
-def noisy_truth(batch: Batch) -> Prediction:
-    noise = [torch.randn(3, SIZE, SIZE, generator=torch.Generator().manual_seed(int(i))) for i in batch["index"]]
-    return (batch["background"] + 0.05 * torch.stack(noise)).clamp(-1, 1), batch["foreground"]
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
 
 
-def collate(*indices: int) -> Batch:
-    return torch.utils.data.default_collate([Squares()[index] for index in indices])
-
-
-def test_evaluate_equals_layer_metrics_and_does_not_depend_on_the_batch_size():
-    found = evaluate({"noisy": noisy_truth, "base": do_nothing}, Squares(), batch_size=2)
-    again = evaluate({"base": do_nothing, "noisy": noisy_truth}, Squares(), batch_size=5)
+def test_figures_equal_layer_metrics_of_8_bit_layers_and_do_not_depend_on_the_batch_size(tmp_path: Path):
+    found = evaluated(tmp_path / "two")
+    again = evaluated(tmp_path / "five", dict(reversed(METHODS.items())), batch_size=5)
+    assert files(tmp_path / "two") == files(tmp_path / "five") and len(files(tmp_path / "two")) == 20
     batch = collate(*range(5))
-    for row, predict in {"noisy": noisy_truth, "base": do_nothing}.items():
+    for row, method in METHODS.items():
         metric = LayerMetrics()
-        metric.update(*predict(batch), batch)
+        background, foreground = method.draw(batch)
+        metric.update(in_8_bits(background, 2), in_8_bits(foreground, 2), batch)
         for name, value in metric.compute().items():
-            assert found.results[row][name] == pytest.approx(value.item(), rel=1e-4, abs=1e-6, nan_ok=True), name
-        assert found.results[row] == pytest.approx(again.results[row], rel=1e-4, abs=1e-6, nan_ok=True)
+            assert found.results[row][name] == pytest.approx(value.item(), rel=1e-3, abs=1e-5, nan_ok=True), name
+        assert found.results[row] == pytest.approx(again.results[row], rel=1e-9, nan_ok=True)
+    assert 0 < found.results["noisy"]["background/psnr" + STDERR_SUFFIX] < 1
 
 
-def test_evaluate_is_deterministic():
-    first, second = (evaluate({"noisy": noisy_truth}, Squares(), batch_size=2) for _ in range(2))
-    assert first.results == second.results
-    assert 0 < first.results["noisy"]["background/psnr" + STDERR_SUFFIX] < 1
+def in_8_bits(values: Tensor | None, span: float) -> Tensor:
+    assert values is not None
+    return (values * 255 / span).round() * span / 255 if values.shape[1] == 1 else _rounded(values)
 
 
-def test_evaluate_keeps_the_value_of_every_image():
-    values = evaluate({"base": do_nothing}, Squares(), batch_size=2).per_image["base"]
-    assert values.keys() == METRICS.keys()
+def _rounded(values: Tensor) -> Tensor:
+    colours = ((values[:, :3] + 1) * 127.5).round() / 127.5 - 1
+    return torch.cat([colours, (values[:, 3:] * 255).round() / 255], dim=1)
+
+
+def test_the_value_of_every_image_is_kept(tmp_path: Path):
+    values = evaluated(tmp_path).per_image["base"]
+    assert list(values) == PER_IMAGE
     for index, value in enumerate(values["foreground/alpha_iou"]):
         height = 12 + index
         assert value == pytest.approx((height - 6) / height if index % 2 == 0 else 1)
     assert [math.isnan(value) for value in values["foreground/hidden_iou"]] == [False, True, False, True, False]
 
 
-def test_evaluate_shows_progress(capfd: pytest.CaptureFixture[str]):
-    evaluate({"base": do_nothing}, Squares(), batch_size=2)
+def test_what_is_there_is_not_drawn_again(tmp_path: Path):
+    drawn: list[list[int]] = []
+
+    def recorded(batch: Batch) -> Prediction:
+        drawn.append(batch["index"].tolist())
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return noisy_truth(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(tmp_path / "cut", {"noisy": Method(recorded)})
+    assert len(files(tmp_path / "cut")) == 4
+    found = evaluated(tmp_path / "cut", {"noisy": Method(recorded)})
+    assert drawn == [[0, 1], [2, 3], [2, 3], [4]]
+    assert str(found) == str(evaluated(tmp_path / "straight", {"noisy": Method(noisy_truth)}))  # NaN is not NaN
+    evaluated(tmp_path / "cut", {"noisy": Method(recorded)})
+    assert len(drawn) == 4
+
+
+def test_shares_of_processes_are_disjoint_and_whole(tmp_path: Path):
+    for rank in range(3):
+        draw_layers(METHODS, Squares(), NAMES, tmp_path / "shared", batch_size=2, share=Share(rank, 3))
+        assert len(files(tmp_path / "shared")) == 4 * len([p for r in range(rank + 1) for p in range(r, 5, 3)])
+    evaluated(tmp_path / "alone")
+    assert files(tmp_path / "shared") == files(tmp_path / "alone")
+
+
+TWO = """
+import sys
+from pathlib import Path
+import torch
+from layerdecomp.evaluation import Share, draw_layers, score
+from layerdecomp.predictions import PredictionFolder
+from squares import Squares
+from test_evaluation import METHODS, NAMES
+torch.set_num_threads(1)
+folder, share = Path(sys.argv[1]), Share.join()
+draw_layers(METHODS, Squares(), NAMES, folder, batch_size=2, share=share)
+share.wait()
+found = score({row: PredictionFolder(folder / row, NAMES) for row in METHODS}, Squares(), NAMES, share=share)
+assert (found is None) == (share.rank == 1)
+if found is not None:
+    torch.save([found.results, found.per_image], folder / "found.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_find_what_one_finds(tmp_path: Path):
+    (tmp_path / "two.py").write_text(TWO)
+    root = Path(__file__).resolve().parent.parent
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    environment = {**os.environ, **meeting, "PYTHONPATH": f"{root}:{root}/tests", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(tmp_path / "two.py"), str(tmp_path)]
+    processes = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in (0, 1)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    results, per_image = torch.load(tmp_path / "found.pt")
+    expected = evaluated(tmp_path / "alone")
+    assert str(per_image) == str(expected.per_image) and str(results) == str(expected.results)
+
+
+def test_progress_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    evaluated(tmp_path)
     shown = capfd.readouterr().err
-    assert "5/5" in shown
-    assert "image/s" in shown
+    assert "draw: 100%" in shown and "score: 100%" in shown and "image/s" in shown
 
 
-def test_evaluate_refuses_a_diverged_model():
+def test_a_diverged_model_is_refused_before_anything_is_written(tmp_path: Path):
     def diverged(batch: Batch) -> Prediction:
         background, foreground = do_nothing(batch)
+        assert background is not None
         return background * torch.nan, foreground
 
-    with pytest.raises(ValueError, match="diverged"):
-        evaluate({"adapted": diverged}, Squares())
+    with pytest.raises(ValueError, match="adapted: .*diverged"):
+        evaluated(tmp_path, {"adapted": Method(diverged)})
+    assert not files(tmp_path)
+
+
+def test_samples_of_several_sizes_are_drawn_together_by_size(tmp_path: Path):
+    class Mixed(Squares):
+        def __getitem__(self, index: int, /) -> dict:
+            sample = super().__getitem__(index)
+            return {k: v[..., : 16 if index % 2 else SIZE] if isinstance(v, Tensor) else v for k, v in sample.items()}
+
+    shapes: list[tuple[int, int]] = []
+
+    def recorded(batch: Batch) -> Prediction:
+        shapes.append((len(batch["image"]), batch["image"].shape[-1]))
+        return do_nothing(batch)
+
+    draw_layers({"base": Method(recorded)}, Mixed(), NAMES, tmp_path, batch_size=4)
+    assert shapes == [(2, SIZE), (2, 16), (1, SIZE)]
+    evaluation = score({"base": PredictionFolder(tmp_path / "base", NAMES)}, Mixed(), NAMES)
+    assert evaluation is not None and evaluation.results["base"]["background/psnr"] > 0
+
+
+def test_every_figure_that_is_missing_has_its_reason(tmp_path: Path):
+    def matte(batch: Batch) -> Prediction:
+        return None, do_nothing(batch)[1]
+
+    draw_layers({"matting": Method(matte, ("foreground",)), "base": Method(do_nothing)}, Squares(), NAMES, tmp_path)
+    folders = {row: PredictionFolder(tmp_path / row, NAMES) for row in ("base", "matting")}
+
+    class Exact(Squares):
+        def __getitem__(self, index: int, /) -> dict:
+            return super().__getitem__(index - index % 2 + 1)  # nothing hidden
+
+    class Unknown(Squares):
+        def __getitem__(self, index: int, /) -> dict:
+            return {key: value for key, value in super().__getitem__(index).items() if key != "foreground"}
+
+    networks = Networks(missing={"background/lpips": "no such file"})
+    found = score(folders, Exact(), NAMES, networks)
+    assert found is not None
+    for row, figures in found.results.items():
+        assert found.reasons[row].keys() == {name for name, value in figures.items() if not math.isfinite(value)}
+    assert found.reasons["matting"]["background/psnr"] == "this row has no backgrounds"
+    assert found.reasons["matting"]["recomposition/psnr"] == "this row has no backgrounds"
+    assert found.reasons["base"]["background/lpips"] == "no such file"
+    assert "hidden part" in found.reasons["base"]["foreground/hidden_iou"]
+    assert "two images" in found.reasons["base"]["foreground/hidden_iou" + STDERR_SUFFIX]
+    unknown = score(folders, Unknown(), NAMES, networks)
+    assert unknown is not None
+    assert unknown.reasons["base"]["boundary/rgb_l1"] == "the data have no true foregrounds"
+    assert unknown.results["base"]["recomposition/psnr"] > 0
 
 
 def test_ranked_cases():
@@ -119,7 +226,8 @@ def test_metrics_json_is_valid_json_with_reasons_for_what_is_null(tmp_path: Path
         "base": {"background/psnr": 25.5},
     }
     path = tmp_path / "run" / "metrics.json"
-    write_metrics(path, results, {"count": 1})
+    reasons = {"adapted": {"foreground/hidden_iou": "the hidden part is small"}}
+    write_metrics(path, results, {"count": 1}, reasons)
     document = json.loads(path.read_text(), parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
     assert document["results"] == {
         "adapted": {"background/psnr": 27.25, "foreground/hidden_iou": None, "background/psnr_stderr": None},
@@ -129,7 +237,7 @@ def test_metrics_json_is_valid_json_with_reasons_for_what_is_null(tmp_path: Path
     reasons = document["protocol"]["undefined"]
     assert reasons.keys() == {"adapted"}
     assert "hidden part" in reasons["adapted"]["foreground/hidden_iou"]
-    assert "two images" in reasons["adapted"]["background/psnr_stderr"]
+    assert reasons["adapted"]["background/psnr_stderr"] == "not finite"
 
 
 def test_metrics_json_is_written_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -159,7 +267,7 @@ def test_format_table_is_aligned_markdown():
     results = {
         "adapted": {
             "background/psnr": 27.304, "background/psnr_stderr": 0.123, "foreground/rgb_l1": 0.05,
-            "foreground/hidden_iou": math.nan, "background/sharpness": 0.75,
+            "foreground/alpha_iou": math.nan, "background/sharpness": 0.75,
         },
         "base": {"background/psnr": 25.59, "background/psnr_stderr": 1.5, "foreground/rgb_l1": 0.25},
     }  # fmt: skip
@@ -169,55 +277,43 @@ def test_format_table_is_aligned_markdown():
         "| background/psnr dB ↑    | 27.30 ± 0.12 | 25.59 ± 1.50 |",
         "| background/sharpness →1 |       0.7500 |            - |",
         "| foreground/rgb_l1 ↓     |       0.0500 |       0.2500 |",
-        "| foreground/hidden_iou ↑ |            - |            - |",
     ]
 
 
-def tile(picture: np.ndarray, row: int, column: int, side: int = SIZE, left: int = GUTTER) -> np.ndarray:
-    step = side + GAP
-    top, left = HEADER + row * step, left + column * step
-    return picture[top : top + side, left : left + side]
+def test_published_figures_stand_beside_ours(tmp_path: Path):
+    published = {"base": {"background/psnr": 25.59, "background/fid": 35.96}, "adapted": {"background/psnr": 27.3}}
+    results = {"base": {"background/psnr": 25.5, "background/psnr_stderr": 0.125, "background/fid": math.nan}}
+    table = format_published(results, published)
+    assert table.splitlines()[2:] == [
+        "| base    | background/psnr dB ↑ |     25.59 | 25.50 ± 0.12 |",
+        "| base    |     background/fid ↓ |     35.96 |            - |",
+        "| adapted | background/psnr dB ↑ |     27.30 |              |",
+    ]
+    path = tmp_path / "results.md"
+    path.write_text("before\n<!-- published -->\nold\n<!-- /published -->\nafter\n")
+    for _ in range(2):
+        fill(path, "published", table)
+        assert path.read_text() == f"before\n<!-- published -->\n\n{table}\n\n<!-- /published -->\nafter\n"
+    with pytest.raises(InputError, match="results.md has no lines <!-- other --> and <!-- /other -->"):
+        fill(path, "other", table)
 
 
-def to_levels(image: Tensor) -> np.ndarray:
-    return ((image.permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8)
+def test_per_image_csv_has_a_line_per_image_and_row(tmp_path: Path):
+    evaluation = evaluated(tmp_path)
+    lines = list(csv.DictReader(io.StringIO(format_csv(evaluation))))
+    assert [(line["image"], line["row"]) for line in lines] == [(name, row) for name in NAMES for row in METHODS]
+    for place, line in enumerate(lines):
+        for name in PER_IMAGE:
+            value = evaluation.per_image[line["row"]][name][place // 2]
+            assert line[name] == "" if math.isnan(value) else float(line[name]) == pytest.approx(value, rel=1e-5)
 
 
-def test_comparison_grid_shows_input_mask_predictions_and_truth_in_order():
-    batch = collate(1, 3)
-    predictions = {"adapted": noisy_truth(batch), "base": do_nothing(batch)}
-    picture = comparison_grid(batch, predictions, labels=["good", "worst"])
-    assert picture.dtype == np.uint8
-    step = SIZE + GAP
-    assert picture.shape == (HEADER + 2 * step, GUTTER + 8 * step, 3)
-    for row in range(2):
-        shown = {0: batch["image"], 2: predictions["adapted"][0], 4: batch["image"], 6: batch["background"]}
-        for column, images in shown.items():
-            assert np.array_equal(tile(picture, row, column), to_levels(images[row]))
-        inside = batch["mask"][row, 0].numpy() > 0
-        outlined = tile(picture, row, 1)
-        magenta = (outlined == (255, 0, 255)).all(axis=-1)
-        height = 12 + (1, 3)[row]
-        assert magenta.sum() == 2 * (height + 2) + 2 * 16
-        assert np.array_equal(outlined[inside], tile(picture, row, 0)[inside])
-        for column in (3, 5, 7):  # the object over a board of grey and white
-            foreground = tile(picture, row, column)
-            assert np.array_equal(foreground[inside], to_levels(batch["foreground"][row, :3])[inside])
-            assert len(np.unique(foreground[~inside])) == 2
-    header, gutter = picture[:HEADER], picture[HEADER:, :GUTTER]
-    for column in range(8):  # every column has a name, every line a label
-        assert (header[:, GUTTER + column * step :][:, :SIZE] < 128).sum() > 10
-    assert (gutter[:SIZE] < 128).any()
-    assert (gutter[step:] < 128).any()
-
-
-def test_comparison_grid_reduces_large_samples():
-    batch = {key: value.repeat_interleave(16, -1).repeat_interleave(16, -2) for key, value in
-             collate(1).items() if key != "index"}  # fmt: skip
-    picture = comparison_grid(batch, {})
-    assert picture.shape[:2] == (
-        HEADER + MAX_TILE + GAP,
-        GAP + 4 * (MAX_TILE + GAP),
-    )
-    reduced = tile(picture, 0, 0, MAX_TILE, GAP)
-    assert np.array_equal(reduced[::8, ::8], to_levels(collate(1)["image"][0]))
+def test_figures_are_written_in_three_ways(tmp_path: Path):
+    evaluation = evaluated(tmp_path / "layers")
+    table = write_figures(tmp_path / "out", evaluation, {"count": 5})
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.json", "per_image.csv", "table.md"}
+    assert (tmp_path / "out" / "table.md").read_text() == table + "\n" and "| metric " in table
+    assert (tmp_path / "out" / "per_image.csv").read_text() == format_csv(evaluation)
+    document = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert document["results"]["noisy"].keys() >= METRICS.keys() and document["protocol"]["count"] == 5
+    assert document["protocol"]["undefined"]["noisy"]["background/fid"].startswith("undefined for every image")

@@ -4,14 +4,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import sqrtm
 from scipy.ndimage import gaussian_filter, label
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
+from torchmetrics.image.fid import _compute_fid
+from torchmetrics.image.kid import poly_mmd
 
 from layerdecomp.imaging.compositing import over
 from layerdecomp.metrics import background, foreground, recomposition
-from layerdecomp.metrics.layers import METRICS, STDERR_SUFFIX, LayerMetrics, per_image
-from layerdecomp.metrics.region import dilate, mean_over
+from layerdecomp.metrics.distribution import FEATURES, frechet_distance, kernel_distance
+from layerdecomp.metrics.layers import METRICS, PER_IMAGE, STDERR_SUFFIX, LayerMetrics, Measures, per_image
+from layerdecomp.metrics.perceptual import LPIPS
+from layerdecomp.metrics.region import dilate, mean_over, paste, select
 
 SIZE = 32
 
@@ -20,6 +25,30 @@ def disc(radius: float, row: float = 16, column: float = 16, softness: float = 1
     """A soft-edged disc (1, SIZE, SIZE)."""
     rows, columns = torch.meshgrid(torch.arange(float(SIZE)), torch.arange(float(SIZE)), indexing="ij")
     return ((radius - torch.hypot(rows - row, columns - column)) / softness + 0.5).clamp(0, 1)[None]
+
+
+class SmallInception(torch.nn.Module):
+    """Something random that gives features of the right shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = torch.nn.Parameter(torch.randn(3 * 16, FEATURES, generator=generator), requires_grad=False)
+
+    def forward(self, levels: Tensor) -> tuple[Tensor]:
+        assert levels.dtype == torch.uint8
+        pooled = torch.nn.functional.adaptive_avg_pool2d(levels.float() / 128 - 1, 4)
+        return (torch.tanh(pooled.flatten(1) @ self.weight),)
+
+
+def with_networks(**settings: str | int) -> Measures:
+    """Measures whose networks are small or random."""
+    lpips = LPIPS("squeeze")
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in lpips.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.copy_(noise.abs() if name.startswith("heads") else noise / max(1, noise[0].numel()) ** 0.5)
+    return Measures(lpips=lpips, inception=SmallInception(), **settings)
 
 
 def make_batch(count: int = 3, seed: int = 0) -> dict[str, Tensor]:
@@ -383,17 +412,19 @@ def test_perfect_layers_have_perfect_values():
     batch = make_batch()
     perfect = {name: {"↑": 1.0, "↓": 0.0, "→1": 1.0}[info.better] for name, info in METRICS.items()}
     perfect |= {name: background.PSNR_CEILING for name, info in METRICS.items() if info.unit == "dB"}
-    values = per_image(batch["background"], batch["foreground"], batch)
-    assert values.keys() == METRICS.keys()
+    values = per_image(batch["background"], batch["foreground"], batch, with_networks())
+    assert list(values) == PER_IMAGE
     for name, value in values.items():
         torch.testing.assert_close(value, torch.full((3,), perfect[name]), msg=name)
 
 
 def test_every_metric_reports_worse_layers_as_worse():
     batch = make_batch()
-    a_little, a_lot = (per_image(*worsened(batch, amount=amount), batch) for amount in (0.02, 0.6))
+    a_little, a_lot = (per_image(*worsened(batch, amount=amount), batch, with_networks()) for amount in (0.02, 0.6))
     badness = {"↑": lambda value: -value, "↓": lambda value: value, "→1": lambda value: (value - 1).abs()}
     for name, info in METRICS.items():
+        if info.of_set:
+            continue
         assert (badness[info.better](a_lot[name]) > badness[info.better](a_little[name])).all(), name
 
 
@@ -407,12 +438,12 @@ def test_layer_metrics_average_the_images_that_define_a_metric():
     batch = make_batch(6)
     batch["mask"][4:] = 0  # what is measured in the mask is defined by four images
     prediction = worsened(batch)
-    metric = LayerMetrics()
+    metric = LayerMetrics(with_networks())
     for part in (slice(0, 4), slice(4, 6)):
         metric.update(prediction[0][part], prediction[1][part], {key: value[part] for key, value in batch.items()})
     computed = metric.compute()
-    assert len(computed) == 2 * len(METRICS)
-    for name, values in per_image(*prediction, batch).items():
+    assert len(computed) == len(METRICS) + len(PER_IMAGE)
+    for name, values in per_image(*prediction, batch, with_networks()).items():
         defined = values[~values.isnan()].double().numpy()
         assert len(defined) == (4 if name in ("background/psnr_mask", "background/sharpness") else 6)
         assert computed[name].item() == pytest.approx(defined.mean(), rel=1e-5)
@@ -437,17 +468,164 @@ def _compute_in_process(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     batch = make_batch(5)
     background_layer, foreground_layer = worsened(batch)
-    part = slice(0, 3) if rank == 0 else slice(3, 5)
-    metric = LayerMetrics()
-    metric.update(background_layer[part], foreground_layer[part], {key: x[part] for key, x in batch.items()})
-    torch.save(metric.compute(), f"{folder}/{rank}.pt")
+    for first in (3, 5):  # in the first process; for the other nothing is left in the end
+        part = slice(0, first) if rank == 0 else slice(first, 5)
+        metric = LayerMetrics(with_networks())
+        if part.start < 5:
+            metric.update(background_layer[part], foreground_layer[part], {key: x[part] for key, x in batch.items()})
+        torch.save(metric.compute(), f"{folder}/{first}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_agree_with_one(tmp_path: Path):
     batch = make_batch(5)
-    metric = LayerMetrics()
+    metric = LayerMetrics(with_networks())
     metric.update(*worsened(batch), batch)
+    expected = metric.compute()
+    assert all(expected[name].isfinite() for name in METRICS)
     torch.multiprocessing.spawn(_compute_in_process, args=(str(tmp_path),), nprocs=2)
-    for rank in (0, 1):
-        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), metric.compute(), rtol=1e-5, atol=0)
+    for name in ("3-0", "3-1", "5-0", "5-1"):
+        torch.testing.assert_close(torch.load(tmp_path / f"{name}.pt"), expected, rtol=1e-5, atol=1e-9)
+
+
+def test_networks_stay_out_of_what_is_saved_and_trained():
+    metric = LayerMetrics(with_networks())
+    assert not metric.state_dict() and not list(metric.parameters()) and not list(metric.modules())[1:]
+    holder = torch.nn.Sequential(metric, torch.nn.Linear(2, 2))
+    metric.update(*worsened(make_batch()), make_batch())
+    assert set(holder.state_dict()) == {"1.weight", "1.bias"} and len(list(holder.parameters())) == 2
+
+
+def test_metrics_whose_network_or_layer_is_missing_are_nan():
+    batch, (rgb, rgba) = make_batch(), worsened(make_batch())
+    both, without_foreground, without_background = (
+        per_image(*layers, batch) for layers in ((rgb, rgba), (rgb, None), (None, rgba))
+    )
+    networks = {"background/lpips", "recomposition/lpips"}
+    recomposed = {"recomposition/psnr", "recomposition/lpips"}
+    background_only = {name for name in PER_IMAGE if name.startswith("background/")}
+    for values, undefined in (
+        (both, networks),
+        (without_background, networks | recomposed | background_only),
+        (without_foreground, networks | set(PER_IMAGE) - background_only),
+    ):
+        assert {name for name, value in values.items() if value.isnan().any()} == undefined
+    no_truth = {name: value for name, value in batch.items() if name != "foreground"}
+    found = per_image(rgb, rgba, no_truth)
+    assert found["foreground/alpha_sad"].isnan().all() and found["recomposition/psnr"].isfinite().all()
+    assert found["background/psnr"].equal(both["background/psnr"])
+    metric = LayerMetrics(with_networks())
+    metric.update(None, rgba, batch)
+    assert metric.compute()["background/fid"].isnan() and metric.compute()["foreground/alpha_iou"] > 0
+
+
+@pytest.mark.parametrize("name", ["mask", "outside"])
+def test_background_metrics_of_a_region_see_that_region_only(name: str):
+    batch, measures = make_batch(), with_networks(region=name)
+    region = select(name, batch["mask"])
+    assert region is not None and region.any() and not region.all()
+    prediction = torch.where(region, worsened(batch)[0], batch["background"])
+    kept = torch.where(region, batch["background"], worsened(batch)[0])
+    metrics = ("background/psnr", "background/lpips")
+    wrong, right = (per_image(layer, None, batch, measures) for layer in (prediction, kept))
+    full = per_image(prediction, None, batch, with_networks())
+    for metric in metrics:
+        assert (right[metric] == {"background/psnr": background.PSNR_CEILING, "background/lpips": 0}[metric]).all()
+        assert (wrong[metric] != full[metric]).all()
+    inside = region.expand_as(prediction).double()
+    error = (inside * (prediction - batch["background"]).double().square()).sum((1, 2, 3)) / inside.sum((1, 2, 3))
+    torch.testing.assert_close(wrong["background/psnr"], (10 * torch.log10(4 / error)).float(), rtol=1e-5, atol=0)
+    sets = [LayerMetrics(with_networks(region=which)) for which in (name, "full")]
+    for metric in sets:
+        metric.update(kept, None, batch)
+    distances = [metric.compute()["background/fid"] for metric in sets]
+    assert distances[0] == pytest.approx(0, abs=1e-6) and distances[1] > 1e-3
+
+
+def test_ssim_of_a_region_is_the_mean_of_scikit_images_map():
+    batch = make_batch(2)
+    prediction, region = worsened(batch)[0], batch["mask"] > 0.5
+    for index, value in enumerate(background.ssim(prediction, batch["background"], region)):
+        _, similarity = structural_similarity(
+            unit(batch["background"][index]), unit(prediction[index]), data_range=1, channel_axis=-1, full=True,
+            gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+        )  # fmt: skip
+        inside = region[index, 0].numpy().copy()
+        inside[[*range(5), *range(SIZE - 5, SIZE)]] = inside[:, [*range(5), *range(SIZE - 5, SIZE)]] = False
+        assert 0 < inside.sum() < inside.size
+        assert value == pytest.approx(similarity[inside].mean(), abs=3e-5)
+    assert background.ssim(prediction, batch["background"], torch.zeros_like(region)).isnan().all()
+
+
+def test_a_resolution_brings_everything_to_a_size_first():
+    batch, layers = make_batch(), worsened(make_batch())
+    half = per_image(*layers, batch, Measures(resolution=SIZE // 2))
+    small = torch.nn.functional.interpolate(
+        torch.cat([batch["background"], layers[0]]), (SIZE // 2,) * 2, mode="bicubic", antialias=True
+    ).clamp(-1, 1)
+    torch.testing.assert_close(half["background/psnr"], background.psnr(small[3:], small[:3]), rtol=1e-5, atol=0)
+    assert (half["foreground/alpha_sad"] < 0.5 * per_image(*layers, batch)["foreground/alpha_sad"]).all()
+    same = per_image(*layers, batch, Measures(resolution=SIZE))
+    torch.testing.assert_close(same, per_image(*layers, batch), rtol=0, atol=0, equal_nan=True)
+    perfect = per_image(batch["background"], batch["foreground"], batch, Measures(resolution=2 * SIZE))
+    assert (perfect["background/psnr"] == background.PSNR_CEILING).all() and (perfect["foreground/rgb_l1"] == 0).all()
+
+
+def test_pasting_and_selecting():
+    mask = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
+    assert select("full", mask) is None
+    prediction, target = torch.ones(1, 3, 1, 2), torch.zeros(1, 3, 1, 2)
+    assert paste(prediction, target, select("mask", mask))[0, 0, 0].tolist() == [1, 0]
+    assert paste(prediction, target, select("outside", mask))[0, 0, 0].tolist() == [0, 1]
+    assert paste(prediction, target, None) is prediction
+
+
+def features(count: int, width: int, seed: int) -> Tensor:
+    """Correlated, skewed features of which some are always 0, as after a ReLU."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(count, width, generator=generator) @ torch.randn(width, width, generator=generator)
+    return (mixed / width**0.5 + 0.3 * seed).clamp(min=0)
+
+
+@pytest.mark.parametrize("counts", [(300, 400), (40, 25), (2, 3)])
+def test_frechet_distance_equals_its_definition(counts: tuple[int, int]):
+    first, second = features(counts[0], 48, 0), features(counts[1], 48, 1)
+    a, b = first.double().numpy(), second.double().numpy()
+    covariances = [np.cov(x, rowvar=False) for x in (a, b)]
+    root = sqrtm(covariances[0] @ covariances[1] + 1e-12 * np.eye(48))
+    trace = np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * np.trace(root.real)
+    expected = np.square(a.mean(0) - b.mean(0)).sum() + trace
+    assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-3)
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-6)
+
+
+def test_frechet_distance_equals_torchmetrics():
+    first, second = features(200, 64, 0), features(150, 64, 1)
+    moments = [(x.double().mean(0), torch.cov(x.double().T)) for x in (first, second)]
+    expected = _compute_fid(*moments[0], *moments[1])
+    assert frechet_distance(first, second).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_kernel_distance_equals_its_definition():
+    first, second = features(7, 16, 0), features(9, 16, 1)
+
+    def kernel(x: np.ndarray, y: np.ndarray) -> float:
+        return float((x @ y / 16 + 1) ** 3)
+
+    a, b = first.double().numpy(), second.double().numpy()
+    expected = (
+        sum(kernel(a[i], a[j]) for i in range(7) for j in range(7) if i != j) / (7 * 6)
+        + sum(kernel(b[i], b[j]) for i in range(9) for j in range(9) if i != j) / (9 * 8)
+        - 2 * sum(kernel(x, y) for x in a for y in b) / (7 * 9)
+    )
+    assert kernel_distance(first, second) == pytest.approx(expected, rel=1e-9)
+
+
+def test_kernel_distance_equals_torchmetrics_on_all_members():
+    first, second = features(60, 16, 0), features(60, 16, 1)
+    assert kernel_distance(first, second) == pytest.approx(poly_mmd(first.double(), second.double()).item(), rel=1e-6)
+
+
+def test_distances_of_too_few_images_are_nan():
+    assert frechet_distance(torch.ones(1, 4), torch.ones(5, 4)).isnan()
+    assert kernel_distance(torch.ones(5, 4), torch.ones(0, 4)).isnan()

@@ -22,16 +22,16 @@ ORDER = [
         "imaging.layers",
         "imaging.geometry",
     ),
-    *("metrics.__init__", "metrics.region", "metrics.background", "metrics.foreground", "metrics.recomposition"),
-    "metrics.layers",
+    *("metrics.__init__", "metrics.region", "metrics.background", "metrics.foreground", "metrics.perceptual"),
+    *("metrics.distribution", "metrics.recomposition", "metrics.layers"),
     # floor 1: the parts composed, their files, their data, their figures
     *("layouts", "weights", "decomposer", "adapters", "incoming", "modelcard", "export", "text"),
     *("data.__init__", "data.index", "data.prepare"),
     *("data.folders", "data.layerdiffuse", "data.openimages", "data.mulan"),
     *("data.sample", "data.textures", "data.shapes", "data.scenes"),
     *("data.loading", "data.check", "data.maps", "data.blending", "data.triplets", "data.benchmark"),
-    *("data.latents", "data.datamodule"),
-    *("baselines", "evaluation", "comparison", "benchmark"),
+    *("data.latents", "data.datamodule", "data.testset"),
+    *("baselines", "metric_networks", "predictions", "pictures", "evaluation", "report", "comparison", "benchmark"),
     # floor 2: everything that can be set
     "config",
     # floor 3: training

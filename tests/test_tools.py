@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,9 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from layerdecomp.cli import run_command, take
+from layerdecomp.comparison import EvaluateConfig
+from layerdecomp.config import merge_config, read_yaml
 from layerdecomp.data.index import Index
 from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError
+from layerdecomp.evaluation import format_published
 from layerdecomp.weights import Adapter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,19 +122,84 @@ def test_evaluate_writes_figures_and_pictures(
 ) -> None:
     small = ["data.scenes.size=32", "evaluate.samples=3", "evaluate.batch_size=2", "sample.steps=2"]
     adapter = f"adapter={tiny_weights / 'adapter.safetensors'}"
-    run_command(TOOLS["evaluate"].main, [adapter, f"out={tmp_path / 'new'}", *small, "evaluate.matting=true"])
+    rows = "evaluate.rows=[adapted,base,classical,matting]"
+    run_command(TOOLS["evaluate"].main, [adapter, f"out={tmp_path / 'new'}", *small, rows])
     document = json.loads((tmp_path / "new" / "metrics.json").read_text())
-    assert document["results"].keys() == {"adapted", "base", "classical"}
+    assert list(document["results"]) == ["adapted", "base", "classical", "matting"]
     assert document["results"]["adapted"]["background/psnr"] > 0
     assert document["protocol"]["count"] == 3 and document["protocol"]["steps"] == 2
-    assert document["protocol"]["classical_foreground"] == "matting" and document["protocol"]["versions"]["pymatting"]
+    assert document["protocol"]["versions"]["pymatting"] and len(document["protocol"]["weights"]) == 4
     sad = {row: values["foreground/alpha_sad"] for row, values in document["results"].items()}
-    assert sad["classical"] != sad["base"]  # which has the mask's
+    assert sad["matting"] != sad["base"] == sad["classical"]  # which have the mask's
     assert Image.open(tmp_path / "new" / "samples" / "comparison.png").size[0] > 32
     assert "adapted" in capsys.readouterr().out
     assert {path.name for path in tiny_weights.iterdir()} == {
         f"{name}.safetensors" for name in ("transformer", "autoencoder", "rgba_autoencoder", "adapter")
     }
+
+
+def test_evaluate_exports_inputs_and_scores_what_another_method_made_of_them(
+    tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, inputs = f"adapter={tiny_weights / 'adapter.safetensors'}", tmp_path / "inputs"
+    small = ["data.scenes.size=32", "evaluate.samples=3"]
+    run_command(TOOLS["evaluate"].main, [f"export={inputs}", *small])
+    assert capsys.readouterr().out == f"3 samples in {inputs}\n"
+    parts = ("image", "mask", "foreground", "background", "occluder")
+    assert {path.name for path in inputs.iterdir()} == set(parts)
+    for name in ("00000", "00002"):  # a method that leaves everything as it is, and fails once
+        for part in ("background", "foreground"):
+            (tmp_path / "other" / part).mkdir(parents=True, exist_ok=True)
+        shutil.copy(inputs / "image" / f"{name}.png", tmp_path / "other" / "background")
+        shutil.copy(inputs / "mask" / f"{name}.png", tmp_path / "other" / "foreground")
+    others = [f"predictions={tmp_path / 'other'}", f"data={inputs}", f"out={tmp_path / 'out'}"]
+    run_command(TOOLS["evaluate"].main, others)
+    said = capsys.readouterr().out
+    assert "other: 1 missing backgrounds: 00001" in said
+    assert list(json.loads((tmp_path / "out" / "metrics.json").read_text())["results"]) == ["classical", "other"]
+    (tmp_path / "protocol.yaml").write_text("sample: {steps: 2}\nevaluate: {rows: [adapted], measure: {region: mask}}")
+    both = [adapter, f"config={tmp_path / 'protocol.yaml'}", *others]
+    run_command(TOOLS["evaluate"].main, both)
+    document = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert list(document["results"]) == ["adapted", "other"] and document["protocol"]["region"] == "mask"
+    assert document["protocol"]["steps"] == 2 and document["protocol"]["data"] == str(inputs)
+
+
+def test_the_mulan_protocol_makes_a_test_set_and_fills_the_table(
+    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both commands of docs/evaluation.md, on layers of our own, at a smaller size."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "docs" / "results.md", "results.md")
+    (tmp_path / "layers").mkdir()
+    rng = np.random.default_rng(0)
+    for picture in range(3):
+        for layer in range(2):
+            rgba = rng.integers(0, 256, (40, 60, 4), dtype=np.uint8)
+            rgba[..., 3] = 255 if layer == 0 else 0
+            rgba[10:30, 10:40, 3] = 255
+            Image.fromarray(rgba).save(tmp_path / "layers" / f"{picture}-layer_{layer}.png")
+    index = ["source=mulan", "root=layers", "out=data/mulan.safetensors", "workers=1", "test_share=1"]
+    run_command(TOOLS["prepare_data"].main, index)
+    setting = [f"config={CONFIGS / 'mulan.yaml'}", "data.triplets.size=32"]
+    run_command(TOOLS["evaluate"].main, [*setting, "export=data/mulan-test"])
+    assert "3 samples in data/mulan-test" in capsys.readouterr().out
+    assert Image.open("data/mulan-test/image/0-1.png").size == (32, 32)
+    model = [f"adapter={tiny_weights / 'adapter.safetensors'}", "sample.steps=1"]
+    run_command(TOOLS["evaluate"].main, [*setting, *model, "data=data/mulan-test", "fill=results.md", "out=out"])
+    table = Path("results.md").read_text().partition("<!-- published -->")[2].partition("<!-- /published -->")[0]
+    assert table.strip() == (tmp_path / "out" / "published.md").read_text().strip()
+    assert len(re.findall(r"\d ± \d", table)) == 4 and table.count("35.96 |") == 1  # PSNR and SSIM of two rows
+    told = json.loads((tmp_path / "out" / "metrics.json").read_text())["protocol"]
+    assert told["count"] == 3 and told["data"] == "data/mulan-test" and told["guidance"] == 30.0
+
+
+def test_the_published_table_of_the_docs_is_that_of_the_protocol() -> None:
+    config = merge_config(EvaluateConfig(), [("", read_yaml(CONFIGS / "mulan.yaml").evaluate)], [])
+    table = (ROOT / "docs" / "results.md").read_text().partition("<!-- published -->")[2].strip()
+    ours = [line.split("|")[1:4] for line in format_published({}, config.published).splitlines()]
+    theirs = [line.split("|")[1:4] for line in table.partition("<!-- /published -->")[0].strip().splitlines()]
+    assert theirs == ours
 
 
 def test_prepare_data_makes_indexes_and_checks_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,6 +337,14 @@ def test_missing_and_truncated_weights(
         (["32"], "argument '32': expected key=value"),
         (["device=tpu"], "device=tpu: "),
         (["evaluate.samples=1", "data.scenes.size=32", "sample.steps=1", "out=taken"], "taken"),
+        (["data=absent"], "data=absent is no folder; expected one with image/, mask/"),
+        (["config=absent.yaml"], "config absent.yaml does not exist"),
+        (["predictions=taken"], "taken has neither background/ nor foreground/"),
+        (["evaluate.rows=[frozen]"], "evaluate.rows has 'frozen'; expected some of adapted, base"),
+        (["evaluate.measure.region=hole"], "evaluate.measure.region is 'hole'; expected one of full, mask, outside"),
+        (["evaluate.objects=one"], "export=FOLDER first"),
+        (["evaluate.published.base.psnr=1"], "evaluate.published has 'psnr'; expected some of background/psnr"),
+        (["export=inputs", "evaluate.objects=one"], "data.triplets.layered names no index"),
     ],
 )
 def test_evaluate(fails: Fails, tiny_weights: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -279,9 +356,9 @@ def test_evaluate_without_the_matting_library(
     fails: Fails, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pymatting", None)
-    small = ["evaluate.samples=1", "data.scenes.size=32", "sample.steps=1", "evaluate.matting=true"]
+    small = ["evaluate.samples=1", "data.scenes.size=32", "sample.steps=1", "evaluate.rows=[matting]"]
     said = fails("evaluate", f"adapter={tiny_weights / 'adapter.safetensors'}", *small)
-    assert "evaluate.matting=true" in said and "pip install 'layerdecomp[matting]'" in said
+    assert "evaluate.rows" in said and "pip install 'layerdecomp[matting]'" in said
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import default_collate
 
+from layerdecomp.comparison import EvaluateConfig, Models, methods
 from layerdecomp.config import load_config
+from layerdecomp.data.datamodule import open_samples
 from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError
-from layerdecomp.metrics.layers import METRICS
+from layerdecomp.metric_networks import open_networks
+from layerdecomp.metrics.layers import METRICS, LayerMetrics
 from layerdecomp.training.autoencoder import BACKGROUND_MEAN, BACKGROUND_SQUARE, composite_error
 from layerdecomp.training.decomposer import DecomposerJob
 from layerdecomp.training.inpainter import InpainterJob
@@ -50,9 +54,14 @@ def run(name: str, *overrides: str) -> Path:
 
 
 def losses(run_dir: Path) -> list[float]:
+    return list(logged(run_dir, "train/loss").values())
+
+
+def logged(run_dir: Path, tag: str) -> dict[int, float]:
+    """Step -> value, as TensorBoard shows it."""
     events = EventAccumulator(str(run_dir))
     events.Reload()
-    return [event.value for event in events.Scalars("train/loss")]
+    return {event.step: event.value for event in events.Scalars(tag)}
 
 
 @pytest.fixture
@@ -102,6 +111,35 @@ def test_only_trained_tensors_change(tmp_path: Path, overrides: list[str]) -> No
     trained = {name for name, _ in job.trained()}
     assert not any("autoencoder" in name or "modulation" in name or "txt_in" in name for name in trained)
     assert {"decomposer.transformer.img_in.weight", "decomposer.transformer.img_in.bias"} <= trained
+
+
+def test_validation_starts_from_the_base_and_logs_every_metric_with_its_networks(
+    tmp_path: Path, overrides: list[str], metric_weights: Path, tiny_weights: Path
+) -> None:
+    settings = [*overrides, "train.steps=2", "optim.lr=1e-2", "data.validation=3", "sample.keep_pixels=false"]
+    networks = [f"evaluate.measure.weights={metric_weights}", "evaluate.measure.lpips=squeeze"]
+    run_dir = run("tiny", *settings, *networks, f"run_dir={tmp_path}/run")
+    config = load_config(run_dir / "config.yaml")
+    data = open_samples(config.data, "test", config.seed + 1, 3)
+    batch = default_collate([data[index] for index in range(3)])
+    models = Models(
+        Decomposer.from_pretrained(run_dir / "adapter.safetensors"),
+        load_mmdit(tiny_weights / "transformer.safetensors"),
+    )
+    measures = open_networks(config.evaluate.measure).measures
+    for step, row in ((0, "base"), (1, "adapted")):  # the last step is the second, counted from 0
+        metric = LayerMetrics(measures)
+        metric.update(*methods(models, EvaluateConfig(rows=[row]))[row].draw(batch), batch)
+        for name, value in metric.compute().items():
+            if name in METRICS and not value.isnan():
+                found = logged(run_dir, f"validation/{name}")
+                assert sorted(found) == [0, 1]
+                assert found[step] == pytest.approx(value.item(), rel=1e-3, abs=1e-5), (row, name)
+    assert json.loads((run_dir / "metrics.json").read_text())["results"]["base"]["background/fid"] > 0
+    state = torch.load(run_dir / "last.ckpt", weights_only=True)
+    assert len(state["state_dict"]) == len(load_file(run_dir / "adapter.safetensors"))
+    assert not any("lpips" in name or "inception" in name or "metrics" in name for name in state["state_dict"])
+    assert len(state["optimizer_states"][0]["state"]) <= len(state["state_dict"])
 
 
 class PowerCutError(Exception):
@@ -161,7 +199,12 @@ def test_a_run_does_not_go_on_with_another_base(tmp_path: Path, overrides: list[
 
 
 def test_settings_that_cannot_work_leave_nothing_behind(tmp_path: Path, overrides: list[str]) -> None:
-    for setting in ("train.precision=bf61", "weights.transformer=nowhere.safetensors", "resume=nowhere.ckpt"):
+    for setting in (
+        "train.precision=bf61",
+        "weights.transformer=nowhere.safetensors",
+        "evaluate.maskless=nowhere.safetensors",
+        "resume=nowhere.ckpt",
+    ):
         with pytest.raises(InputError):
             run("tiny", *overrides, f"run_dir={tmp_path}/run", setting)
         assert not (tmp_path / "run").exists()
@@ -243,7 +286,7 @@ def test_inpainter(tmp_path: Path, tiny_weights: Path) -> None:
 
 
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path: Path, overrides: list[str]) -> None:
-    settings = [*overrides, "train.steps=4", "optim.lr=1e-2", "train.validate_every=4"]
+    settings = [*overrides, "train.steps=4", "optim.lr=1e-2", "train.validate_every=4", "data.validation=3"]
     one = run("tiny", *settings, "train.batch_size=4", f"run_dir={tmp_path}/one")
     two = [*settings, "train.batch_size=2", "train.devices=2", "train.strategy=ddp", f"run_dir={tmp_path}/two"]
     command = [sys.executable, "tools/train.py", "config=configs/tiny.yaml", *two]
@@ -251,6 +294,9 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path: Path, override
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     torch.testing.assert_close(losses(tmp_path / "two"), losses(one), rtol=1e-4, atol=0)
+    validated = [logged(path, "validation/background/psnr") for path in (one, tmp_path / "two")]
+    assert sorted(validated[0]) == sorted(validated[1]) == [0, 3]
+    assert validated[1][0] == pytest.approx(validated[0][0], rel=1e-6)
     adapters = [load_file(path / "adapter.safetensors") for path in (one, tmp_path / "two")]
     for name, tensor in adapters[0].items():
         torch.testing.assert_close(adapters[1][name], tensor, rtol=1e-2, atol=1e-4)

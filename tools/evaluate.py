@@ -1,42 +1,77 @@
-"""Compares an adapter with the frozen base and classical inpainting on held-out scenes.
+"""Compares an adapter, its frozen base, classical methods and the layers of any other method by one protocol.
 
-python tools/evaluate.py adapter=runs/tiny/adapter.safetensors [out=runs/evaluate device=cpu evaluate.samples=256 ...]
+python tools/evaluate.py [adapter=FILE predictions=FOLDER,FOLDER data=FOLDER config=FILE out=FOLDER device=cpu ...]
+python tools/evaluate.py export=FOLDER [the same settings]    # inputs and truth as files, for other methods to run on
+
+data= names a folder of triplets; without it samples are drawn as the adapter's training drew them. fill= names a
+Markdown file whose table of published figures gets ours beside them (docs/evaluation.md).
 """
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from layerdecomp.cli import device_name, frozen_dtype, run_command, take
-from layerdecomp.comparison import EvaluateConfig, compare
-from layerdecomp.config import merge_config
+from layerdecomp.comparison import WITH_MODEL, EvaluateConfig, TestData, compare, export, load_models
+from layerdecomp.config import merge_config, read_yaml
 from layerdecomp.data.datamodule import DataConfig, open_samples
-from layerdecomp.decomposer import SampleConfig, build_decomposer, describe_adapter
-from layerdecomp.weights import config_from, load_mmdit
+from layerdecomp.data.testset import TestFolder
+from layerdecomp.decomposer import SampleConfig, describe_adapter
+from layerdecomp.errors import InputError
+from layerdecomp.evaluation import Share, fill, format_published, marked
+from layerdecomp.weights import config_from
+
+PATHS = dict.fromkeys(("adapter", "predictions", "data", "config", "export", "fill"), "")
+SHIPPED = "checkpoints/tiny/adapter.safetensors"
+PUBLISHED = "published"  # between the lines of that name stands the table that fill= replaces
 
 
 @dataclass
 class EvaluationConfig:
-    """What the command line may change; `sample` and `data` start as the adapter has them."""
+    """What a config and the command line may change; `sample` and `data` start as the adapter has them."""
 
-    sample: SampleConfig
-    data: DataConfig
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
 def main(arguments: list[str]) -> None:
-    own, overrides = take(arguments, adapter="checkpoints/tiny/adapter.safetensors", out="runs/evaluate", device="cpu")
-    adapter, described = describe_adapter(own["adapter"])
-    trained_on = config_from(DataConfig, adapter.metadata.get("data"), own["adapter"])
-    config = merge_config(EvaluationConfig(described.sample, trained_on), [], overrides)
-    device = device_name(own)
-    dtype = frozen_dtype(device)
-    described.sample = config.sample
-    decomposer = build_decomposer(described, dtype, device)
-    decomposer.load_adapter(adapter, own["adapter"])
-    base = load_mmdit(described.weights.transformer, dtype=dtype, device=device)
-    data = open_samples(config.data, "test", config.evaluate.seed, config.evaluate.samples)
-    compare(decomposer, base, data, config.evaluate, Path(own["out"]))
+    own, overrides = take(arguments, **PATHS, out="runs/evaluate", device="cpu")
+    path = own["adapter"] or ("" if own["predictions"] or own["export"] else SHIPPED)
+    defaults, fused = EvaluationConfig(), False
+    if path:
+        adapter, described = describe_adapter(path)
+        defaults = EvaluationConfig(described.sample, config_from(DataConfig, adapter.metadata.get("data"), path))
+        fused = described.fusion.enabled
+    files = [(own["config"], read_yaml(Path(own["config"])))] if own["config"] else []
+    config = merge_config(defaults, files, overrides)
+    if own["export"]:
+        print(f"{export(config.data, config.evaluate, Path(own['export']))} samples in {own['export']}")
+        return
+    if config.evaluate.objects != "drawn" and not own["data"]:
+        raise InputError("evaluate.objects is for making a test set: export=FOLDER first, then evaluate data=FOLDER")
+    if own["fill"]:
+        marked(Path(own["fill"]), PUBLISHED)  # now, not when all is measured
+    share = Share.join()
+    if own["device"] == "cuda" and share.world > 1:
+        own["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
+    device, models = device_name(own), None
+    if path:
+        described.sample = config.sample
+        models = load_models(adapter, path, described, frozen_dtype(device), device)
+    else:
+        config.evaluate.rows = [row for row in config.evaluate.rows if row not in WITH_MODEL]
+    settings = config.evaluate
+    if own["data"]:
+        data: TestData = TestFolder(own["data"], fused)
+    else:
+        data = open_samples(config.data, "test", settings.seed, settings.samples, fused)
+    predictions = [Path(folder) for folder in own["predictions"].split(",") if folder]
+    out = Path(own["out"])
+    evaluation = compare(models, data, settings, out, predictions=predictions, device=device, share=share)
+    if own["fill"] and evaluation is not None:
+        fill(Path(own["fill"]), PUBLISHED, format_published(evaluation.results, settings.published))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 
 from layerdecomp.data.latents import LatentCache
 from layerdecomp.data.scenes import SceneConfig, Scenes
@@ -151,7 +151,15 @@ class SampleData(LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return DataLoader(self.held_out, batch_size=self.batch_size, num_workers=0, collate_fn=collate)
+        """Every rank has another share of the samples, none of them twice."""
+        assert self.trainer is not None
+        rank, processes = self.trainer.global_rank, self.trainer.world_size
+        if len(self.held_out) < processes:  # a rank without any would leave the others waiting
+            raise InputError(
+                f"data.validation is {len(self.held_out)}, but {processes} processes share them; expected one for each"
+            )
+        mine = Subset(self.held_out, range(rank, len(self.held_out), processes))
+        return DataLoader(mine, batch_size=self.batch_size, num_workers=0, collate_fn=collate)
 
 
 def leave_signals_to_parent(worker: int) -> None:

@@ -166,7 +166,7 @@ class TripletFolder:
             if part not in names:
                 found = ", ".join(names.values())
                 raise InputError(f"{self.root}: {found} lacks its {part}; expected a file of that stem in {part}/")
-        return Item(_stem(names["image"]), candidate, *_checked_size(self.root, names))
+        return Item(triplet_id(names), candidate, *_checked_size(self.root, names))
 
 
 @dataclass(frozen=True)
@@ -199,8 +199,12 @@ class RoremFolder:
 
     def read(self, candidate: str) -> Item:
         names: dict[str, str] = json.loads(candidate)
-        stems = dict.fromkeys(_stem(name) for name in names.values())
-        return Item("+".join(stems), candidate, *_checked_size(self.root, names))
+        return Item(triplet_id(names), candidate, *_checked_size(self.root, names))
+
+
+def triplet_id(names: dict[str, str]) -> str:
+    """The stem of a triplet's files by part, or the stems, joined by a plus sign, where they differ."""
+    return "+".join(dict.fromkeys(_stem(name) for name in names.values()))
 
 
 def _joined(names: dict[str, str]) -> str:

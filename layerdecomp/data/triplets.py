@@ -5,6 +5,7 @@ over backgrounds (OpenImages); and ready triplets in folders. What stands in fro
 background, as in the embedded scenes, and covers part of the foreground, which is whole wherever its source is.
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -219,16 +220,10 @@ class Triplets(Dataset[dict[str, Any]]):
         index, item = self._matching(self.layered, rng, size)
         pictures = load_layers(index, item)
         chosen = int(rng.integers(1, len(pictures)))
-        place = fit((item.width, item.height), size, rng, _bounds(pictures[chosen]))
+        place = fit((item.width, item.height), size, rng, bounds(pictures[chosen]))
         paths = layer_paths(index.root, item)
         layers = [layer(place.apply(picture, path)) for picture, path in zip(pictures, paths, strict=True)]
-        below = layers[0][:3]
-        for behind in layers[1:chosen]:
-            below = over(behind, below)
-        above = torch.zeros_like(layers[0])
-        for front in layers[chosen + 1 :]:
-            above = stack(front, above)
-        return Shot(Scene(below, layers[chosen], above), maps=self._maps(index, item, place), items=(item,))
+        return Shot(scene_around(layers, chosen), maps=self._maps(index, item, place), items=(item,))
 
     def _pasted(self, rng: np.random.Generator, size: tuple[int, int]) -> Shot:
         """A cut-out somewhere over a background, and sometimes another one in front of it; nobody has maps of that."""
@@ -344,6 +339,17 @@ def _grainy(part: Tensor, noise: Tensor) -> Tensor:
     return torch.cat([(part[:3] + noise).clamp(-1, 1), part[3:]])
 
 
+def scene_around(layers: Sequence[Tensor], chosen: int) -> Scene:
+    """The scene in which one of several layers (4, H, W), back to front, the first opaque, is the object."""
+    below = layers[0][:3]
+    for behind in layers[1:chosen]:
+        below = over(behind, below)
+    above = torch.zeros_like(layers[0])
+    for front in layers[chosen + 1 :]:
+        above = stack(front, above)
+    return Scene(below, layers[chosen], above)
+
+
 def stack(front: Tensor, behind: Tensor) -> Tensor:
     """Put one straight foreground (4, H, W) over another: a straight foreground (4, H, W)."""
     alpha = front[3:] + behind[3:] * (1 - front[3:])
@@ -351,6 +357,6 @@ def stack(front: Tensor, behind: Tensor) -> Tensor:
     return torch.cat([torch.where(alpha > 0, rgb / alpha.clamp(min=1e-6), 0), alpha])
 
 
-def _bounds(picture: Image.Image) -> Box | None:
+def bounds(picture: Image.Image) -> Box | None:
     """The box of what an RGBA picture shows."""
     return picture.getchannel("A").getbbox()

@@ -93,6 +93,20 @@ def _open(source: Picture) -> Image.Image:
         raise InputError(f"{source} cannot be read as an image ({error}); expected PNG, JPEG, WebP or TIFF") from error
 
 
+def write_picture(path: Path, pixels: Pixels) -> None:
+    """Writes a PNG beside its name, then renames it; `InputError` if it cannot be written."""
+    partial = path.with_name(f".{path.stem}.partial.png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error}); free some space or choose another `out`") from error
+    finally:
+        with suppress(OSError):  # the first error is the one to report
+            partial.unlink(missing_ok=True)
+
+
 @dataclass(frozen=True)
 class Layers:
     """The two layers of a picture, uint8, at the picture's own size."""

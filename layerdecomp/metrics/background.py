@@ -36,7 +36,7 @@ def psnr(prediction: Tensor, target: Tensor, region: Tensor | None = None) -> Te
     return (10 * torch.log10(DATA_RANGE**2 / error)).clamp(max=PSNR_CEILING)
 
 
-def ssim(prediction: Tensor, target: Tensor) -> Tensor:
+def ssim(prediction: Tensor, target: Tensor, region: Tensor | None = None) -> Tensor:
     """Structural similarity (Wang et al. 2004): Gaussian window, sigma 1.5, 11 x 11, K1 0.01, K2 0.03, mean over RGB.
 
     Equal to scikit-image's ``structural_similarity`` with ``gaussian_weights=True, use_sample_covariance=False`` on
@@ -45,9 +45,10 @@ def ssim(prediction: Tensor, target: Tensor) -> Tensor:
 
     Args:
         prediction, target: (B, 3, H, W) in [-1, 1], H and W at least 11.
+        region: (B, 1, H, W) bool, the centres of the windows that count; None means all of them.
 
     Returns:
-        (B,) in [-1, 1].
+        (B,) in [-1, 1]; NaN for an image whose region is empty.
     """
     assert min(target.shape[-2:]) > 2 * _SSIM_RADIUS, f"SSIM needs more than {2 * _SSIM_RADIUS} pixels a side"
     with torch.autocast(target.device.type, enabled=False):  # bf16 convolutions would ruin the variances
@@ -61,7 +62,9 @@ def ssim(prediction: Tensor, target: Tensor) -> Tensor:
             return_full_image=True,
         )
     inside = slice(_SSIM_RADIUS, -_SSIM_RADIUS)
-    return similarity[..., inside, inside].mean(dim=(1, 2, 3))
+    if region is None:
+        region = torch.ones_like(target[:, :1], dtype=torch.bool)
+    return mean_over(similarity[..., inside, inside], region[..., inside, inside])
 
 
 def sharpness(prediction: Tensor, target: Tensor, region: Tensor) -> Tensor:

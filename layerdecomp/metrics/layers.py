@@ -1,14 +1,21 @@
-"""All metrics that need no network, as per-image values and as one torchmetrics.Metric that averages them."""
+"""All metrics of two layers: per-image values, and one torchmetrics.Metric that sums them up over a set."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
+from layerdecomp.imaging.compositing import from_autoencoder, to_autoencoder
+from layerdecomp.imaging.geometry import resize
 from layerdecomp.metrics import background, foreground, recomposition
+from layerdecomp.metrics.distribution import FEATURES, frechet_distance, inception_features, kernel_distance
+from layerdecomp.metrics.perceptual import LPIPS
+from layerdecomp.metrics.region import paste, select
 
 
 @dataclass(frozen=True)
@@ -17,14 +24,20 @@ class MetricInfo:
 
     unit: str
     better: Literal["↑", "↓", "→1"]  # higher, lower, nearer 1
-    undefined: str  # when an image does not define the metric
+    undefined: str  # when an image (or, of a whole set, the set) does not define the metric
+    of_set: bool = False  # not a mean over images
 
 
 _HIDDEN_TOO_SMALL = f"the object's hidden part has fewer than {foreground.MIN_HIDDEN_PIXELS} pixels"
+_REGION_EMPTY = "the region is empty"
+_TOO_FEW = "there are fewer than two images"
 METRICS = {
-    "background/psnr": MetricInfo("dB", "↑", "never undefined"),
+    "background/psnr": MetricInfo("dB", "↑", _REGION_EMPTY),
     "background/psnr_mask": MetricInfo("dB", "↑", "the mask is empty"),
-    "background/ssim": MetricInfo("", "↑", "never undefined"),
+    "background/ssim": MetricInfo("", "↑", _REGION_EMPTY),
+    "background/lpips": MetricInfo("", "↓", _REGION_EMPTY),
+    "background/fid": MetricInfo("", "↓", _TOO_FEW, of_set=True),
+    "background/kid": MetricInfo("", "↓", _TOO_FEW, of_set=True),
     "background/sharpness": MetricInfo("", "→1", "the mask holds no neighbours, or the true background is flat there"),
     "foreground/alpha_iou": MetricInfo("", "↑", "the true foreground is fully transparent"),
     "foreground/alpha_sad": MetricInfo("kpx", "↓", "never undefined"),
@@ -36,58 +49,164 @@ METRICS = {
     "foreground/hidden_rgb_l1": MetricInfo("", "↓", _HIDDEN_TOO_SMALL),
     "boundary/rgb_l1": MetricInfo("", "↓", "the true alpha has no outline"),
     "recomposition/psnr": MetricInfo("dB", "↑", "the occluder covers the whole image"),
+    "recomposition/lpips": MetricInfo("", "↓", "the occluder covers the whole image"),
 }
+PER_IMAGE = [name for name, info in METRICS.items() if not info.of_set]
 STDERR_SUFFIX = "_stderr"
+Layer = Tensor | None
+
+
+@dataclass(frozen=True)
+class Measures:
+    """How layers are measured, and the networks that some metrics need; without a network they are NaN.
+
+    Not a module, so that the networks enter neither a state_dict nor an optimizer of what holds it.
+    """
+
+    region: str = "full"  # one of REGIONS, of the background metrics
+    resolution: int | None = None  # pixels of the longer side that everything is brought to before; None: as it is
+    lpips: LPIPS | None = None
+    inception: nn.Module | None = None  # as `inception_features` takes it
 
 
 def per_image(
-    prediction_background: Tensor, prediction_foreground: Tensor, batch: Mapping[str, Tensor]
+    prediction_background: Layer,
+    prediction_foreground: Layer,
+    batch: Mapping[str, Tensor],
+    measures: Measures | None = None,
 ) -> dict[str, Tensor]:
-    """Every metric of METRICS for every image of a batch.
+    """Every metric of PER_IMAGE for every image of a batch.
 
     Args:
-        prediction_background: (B, 3, H, W) in [-1, 1].
-        prediction_foreground: (B, 4, H, W), straight RGB in [-1, 1], alpha in [0, 1].
-        batch: collated samples with image, mask, foreground, background and occluder, on the same device.
+        prediction_background: (B, 3, H, W) in [-1, 1], or None.
+        prediction_foreground: (B, 4, H, W), straight RGB in [-1, 1], alpha in [0, 1], or None.
+        batch: collated samples with image, mask, background and occluder, and foreground if there is a true one, on
+            the same device.
 
     Returns:
-        Name -> (B,) float32, NaN where the image does not define the metric.
+        Name -> (B,) float32, NaN where the image does not define the metric, or a layer or network for it is missing.
 
     Raises:
         ValueError: the prediction holds NaN or infinity. As values they would pass for "undefined", and a diverged
             model for a good one.
     """
-    layers = torch.cat([prediction_background, prediction_foreground], dim=1).float()
-    _check(layers, batch)
-    rgb, rgba = layers[:, :3], layers[:, 3:]
-    image, mask, true_rgba, true_rgb, occluder = (
-        batch[key].float() for key in ("image", "mask", "foreground", "background", "occluder")
-    )
+    measures = measures or Measures()
+    rgb, rgba, truth = _brought_to(measures.resolution, prediction_background, prediction_foreground, batch)
+    found: dict[str, Tensor] = {}
+    if rgb is not None:
+        found |= _background(rgb, truth, measures)
+    if rgba is not None and "foreground" in truth:
+        found |= _foreground(rgba, truth)
+    if rgb is not None and rgba is not None:
+        found |= _recomposition(rgb, rgba, truth, measures)
+    undefined = torch.full_like(truth["image"][:, 0, 0, 0], torch.nan)
+    return {name: found.get(name, undefined) for name in PER_IMAGE}
+
+
+def _background(rgb: Tensor, truth: Mapping[str, Tensor], measures: Measures) -> dict[str, Tensor]:
+    target, inside = truth["background"], truth["mask"] > 0.5
+    region = select(measures.region, truth["mask"])
+    found = {
+        "background/psnr": background.psnr(rgb, target, region),
+        "background/psnr_mask": background.psnr(rgb, target, inside),
+        "background/ssim": background.ssim(rgb, target, region),
+        "background/sharpness": background.sharpness(rgb, target, inside),
+    }
+    if measures.lpips is not None:
+        found["background/lpips"] = measures.lpips.to(rgb.device)(rgb, target, region)
+    return found
+
+
+def _foreground(rgba: Tensor, truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    target, mask, occluder = (truth[key] for key in ("foreground", "mask", "occluder"))
     return {
-        "background/psnr": background.psnr(rgb, true_rgb),
-        "background/psnr_mask": background.psnr(rgb, true_rgb, mask > 0.5),
-        "background/ssim": background.ssim(rgb, true_rgb),
-        "background/sharpness": background.sharpness(rgb, true_rgb, mask > 0.5),
-        "foreground/alpha_iou": foreground.alpha_iou(rgba, true_rgba),
-        "foreground/alpha_sad": foreground.alpha_sad(rgba, true_rgba),
-        "foreground/alpha_mse": foreground.alpha_mse(rgba, true_rgba),
-        "foreground/alpha_grad": foreground.alpha_grad(rgba, true_rgba),
-        "foreground/alpha_conn": foreground.alpha_conn(rgba, true_rgba),
-        "foreground/rgb_l1": foreground.rgb_l1(rgba, true_rgba),
-        "foreground/hidden_iou": foreground.hidden_iou(rgba, true_rgba, mask=mask, occluder=occluder),
-        "foreground/hidden_rgb_l1": foreground.hidden_rgb_l1(rgba, true_rgba, mask=mask, occluder=occluder),
-        "boundary/rgb_l1": foreground.boundary_rgb_l1(rgba, true_rgba),
-        "recomposition/psnr": recomposition.psnr(rgba, rgb, image, occluder=occluder),
+        "foreground/alpha_iou": foreground.alpha_iou(rgba, target),
+        "foreground/alpha_sad": foreground.alpha_sad(rgba, target),
+        "foreground/alpha_mse": foreground.alpha_mse(rgba, target),
+        "foreground/alpha_grad": foreground.alpha_grad(rgba, target),
+        "foreground/alpha_conn": foreground.alpha_conn(rgba, target),
+        "foreground/rgb_l1": foreground.rgb_l1(rgba, target),
+        "foreground/hidden_iou": foreground.hidden_iou(rgba, target, mask=mask, occluder=occluder),
+        "foreground/hidden_rgb_l1": foreground.hidden_rgb_l1(rgba, target, mask=mask, occluder=occluder),
+        "boundary/rgb_l1": foreground.boundary_rgb_l1(rgba, target),
     }
 
 
-def _check(layers: Tensor, batch: Mapping[str, Tensor]) -> None:
-    expected = (batch["image"].shape[0], 7, *batch["image"].shape[2:])
-    assert layers.shape == expected, f"background and foreground are {tuple(layers.shape)} together, not {expected}"
-    if not torch.isfinite(layers).all():
-        raise ValueError("The predicted layers hold NaN or infinity: the model has diverged, its metrics mean nothing.")
+def _recomposition(rgb: Tensor, rgba: Tensor, truth: Mapping[str, Tensor], measures: Measures) -> dict[str, Tensor]:
+    image, occluder = truth["image"], truth["occluder"]
+    found = {"recomposition/psnr": recomposition.psnr(rgba, rgb, image, occluder=occluder)}
+    if measures.lpips is not None:
+        network = measures.lpips.to(rgb.device)
+        found["recomposition/lpips"] = recomposition.lpips(network, rgba, rgb, image, occluder=occluder)
+    return found
+
+
+@torch.no_grad()
+def set_features(prediction_background: Layer, batch: Mapping[str, Tensor], measures: Measures) -> Tensor:
+    """What the metrics of a whole set are made of: Inception's features of predicted and true backgrounds.
+
+    Returns:
+        (B, 2, 2048) float32; of no images, (0, 2, 2048), if the network or the prediction is missing.
+    """
+    if measures.inception is None or prediction_background is None:
+        return torch.empty(0, 2, FEATURES, device=batch["image"].device)
+    rgb, _, truth = _brought_to(measures.resolution, prediction_background, None, batch)
+    assert rgb is not None
+    pasted = paste(rgb, truth["background"], select(measures.region, truth["mask"]))
+    network = measures.inception.to(rgb.device)
+    return torch.stack([inception_features(network, images) for images in (pasted, truth["background"])], dim=1)
+
+
+def set_metrics(features: Tensor) -> dict[str, Tensor]:
+    """The metrics of a whole set, float64 scalars, from what ``set_features`` gives for all its images together."""
+    predicted, true = features.unbind(1)
+    return {
+        "background/fid": frechet_distance(predicted, true),
+        "background/kid": kernel_distance(predicted, true),
+    }
+
+
+def _brought_to(
+    resolution: int | None, rgb: Layer, rgba: Layer, batch: Mapping[str, Tensor]
+) -> tuple[Layer, Layer, dict[str, Tensor]]:
+    """Predictions and the parts of a batch, checked, in float32, with a longer side of `resolution` pixels if given."""
+    _check(rgb, rgba, batch)
+    names = ("image", "mask", "foreground", "background", "occluder")
+    truth = {name: batch[name].float() for name in names if name in batch}
+    rgb, rgba = (None if layer is None else layer.float() for layer in (rgb, rgba))
+    height, width = truth["image"].shape[-2:]
+    if resolution is None or max(height, width) == resolution:
+        return rgb, rgba, truth
+    scale = resolution / max(height, width)
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    scaled = {name: _scaled(layer, size) for name, layer in truth.items()}
+    scaled["mask"] = (scaled["mask"] >= 0.5).float()
+    rgb, rgba = (None if layer is None else _scaled(layer, size) for layer in (rgb, rgba))
+    return rgb, rgba, scaled
+
+
+def _scaled(layer: Tensor, size: tuple[int, int]) -> Tensor:
+    """A picture, a foreground (premultiplied meanwhile, lest hidden colours bleed) or a mask, brought to a size."""
+    if layer.shape[1] == 1:  # with no overshoot, so that 0 stays 0
+        return F.interpolate(layer, size, mode="bilinear", antialias=True)
+    if layer.shape[1] == 4:
+        return from_autoencoder(resize(to_autoencoder(layer), size))
+    return resize(layer, size).clamp(-1, 1)
+
+
+def _check(rgb: Layer, rgba: Layer, batch: Mapping[str, Tensor]) -> None:
     slack = 1e-3  # rounding of bf16 un-premultiplication and compositing
-    assert layers.abs().max() <= 1 + slack and layers[:, 6].min() >= -slack, "predicted layers exceed their range"
+    for layer, channels in ((rgb, 3), (rgba, 4)):
+        if layer is None:
+            continue
+        expected = (batch["image"].shape[0], channels, *batch["image"].shape[2:])
+        assert layer.shape == expected, f"a predicted layer is {tuple(layer.shape)}, not {expected}"
+        if not torch.isfinite(layer).all():
+            raise ValueError(
+                "The predicted layers hold NaN or infinity: the model has diverged, its metrics mean nothing."
+            )
+        assert layer.abs().max() <= 1 + slack, "predicted layers exceed their range"
+    assert rgba is None or rgba[:, 3].min() >= -slack, "predicted layers exceed their range"
 
 
 def sums(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,45 +219,52 @@ def sums(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values.sum(dim=1), values.square().sum(dim=1), defined.sum(dim=1).double()
 
 
-def summarize(total: Tensor, total_squared: Tensor, count: Tensor) -> dict[str, Tensor]:
-    """Means and their standard errors from what ``sums`` returns, added up over any number of batches.
+def summarize(total: Tensor, total_squared: Tensor, count: Tensor, features: Tensor) -> dict[str, Tensor]:
+    """Figures of a set from what ``sums`` (of PER_IMAGE) and ``set_features`` return, over any number of batches.
 
     Returns:
-        Scalars: the mean under each name of METRICS (NaN where count is 0), then the standard error of each mean under
-        name + STDERR_SUFFIX (NaN where count is below 2).
+        Scalars under each name of METRICS: the mean (NaN where count is 0), or the set's own; then the standard error
+        of each mean under name + STDERR_SUFFIX (NaN where count is below 2).
     """
     mean = total / count
     variance = (total_squared - count * mean.square()).clamp(min=0) / (count - 1)
     stderr = torch.where(count > 1, variance / count, torch.nan).sqrt()
-    means = dict(zip(METRICS, mean, strict=True))
-    return means | {name + STDERR_SUFFIX: value for name, value in zip(METRICS, stderr, strict=True)}
+    figures = dict(zip(PER_IMAGE, mean, strict=True)) | set_metrics(features)
+    errors = {name + STDERR_SUFFIX: value for name, value in zip(PER_IMAGE, stderr, strict=True)}
+    return {name: figures[name] for name in METRICS} | errors
 
 
 class LayerMetrics(Metric):
-    """Mean and standard error of every metric over a set of images, the same in one process and in many.
+    """Every metric over a set of images, means with their standard errors, the same in one process and in many.
 
-    Only sums are kept, no images and no networks: the state is three numbers per metric and stays out of checkpoints.
-    Keyword arguments go to torchmetrics.Metric.
+    Kept are three numbers per metric and, for FID and KID, the features; no images. Networks, if `measures` has any,
+    stay out of checkpoints, and so do the states. Keyword arguments go to torchmetrics.Metric.
     """
 
     full_state_update = False
     total: Tensor
     total_squared: Tensor
     count: Tensor
+    features: list[Tensor]
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, measures: Measures | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.measures = measures or Measures()
         for state in ("total", "total_squared", "count"):
-            self.add_state(state, default=torch.zeros(len(METRICS), dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(state, default=torch.zeros(len(PER_IMAGE), dtype=torch.float64), dist_reduce_fx="sum")
+        # in one dimension, as torchmetrics makes the state of a process that has seen nothing
+        self.add_state("features", default=[], dist_reduce_fx="cat")
 
-    def update(self, prediction_background: Tensor, prediction_foreground: Tensor, batch: Mapping[str, Tensor]) -> None:
+    def update(self, prediction_background: Layer, prediction_foreground: Layer, batch: Mapping[str, Tensor]) -> None:
         """Add a batch; arguments and errors as in ``per_image``."""
-        values = per_image(prediction_background, prediction_foreground, batch)
-        total, total_squared, count = sums(torch.stack([values[name] for name in METRICS]))
+        values = per_image(prediction_background, prediction_foreground, batch, self.measures)
+        total, total_squared, count = sums(torch.stack(list(values.values())))
         self.total += total
         self.total_squared += total_squared
         self.count += count
+        self.features.append(set_features(prediction_background, batch, self.measures).flatten())
 
     def compute(self) -> dict[str, Tensor]:
-        """Means and standard errors as ``summarize`` names them; an image counts for the metrics it defines."""
-        return summarize(self.total, self.total_squared, self.count)
+        """Figures as ``summarize`` names them; an image counts for the metrics it defines."""
+        features = dim_zero_cat(self.features) if len(self.features) else self.total.new_empty(0)
+        return summarize(self.total, self.total_squared, self.count, features.view(-1, 2, FEATURES))

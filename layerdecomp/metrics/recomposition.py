@@ -4,6 +4,7 @@ from torch import Tensor
 
 from layerdecomp.imaging.compositing import over
 from layerdecomp.metrics import background as background_metrics
+from layerdecomp.metrics.perceptual import LPIPS
 
 
 def psnr(foreground: Tensor, background: Tensor, image: Tensor, *, occluder: Tensor) -> Tensor:
@@ -21,3 +22,8 @@ def psnr(foreground: Tensor, background: Tensor, image: Tensor, *, occluder: Ten
         (B,); NaN for an image that the occluder covers completely.
     """
     return background_metrics.psnr(over(foreground, background), image, occluder == 0)
+
+
+def lpips(network: LPIPS, foreground: Tensor, background: Tensor, image: Tensor, *, occluder: Tensor) -> Tensor:
+    """LPIPS of the foreground over the background against the image; pixels, arguments and result as in ``psnr``."""
+    return network(over(foreground, background), image, occluder == 0)

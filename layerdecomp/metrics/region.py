@@ -1,8 +1,22 @@
-"""Means over a region of each image, and the growing of regions."""
+"""Which pixels of an image count, means over them, and the growing of regions."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+REGIONS = ("full", "mask", "outside")
+
+
+def select(region: str, mask: Tensor) -> Tensor | None:
+    """The pixels that one of REGIONS means for masks (B, 1, H, W) in {0, 1}: (B, 1, H, W) bool, None for all."""
+    assert region in REGIONS
+    inside = mask > 0.5
+    return None if region == "full" else inside if region == "mask" else ~inside
+
+
+def paste(prediction: Tensor, target: Tensor, region: Tensor | None) -> Tensor:
+    """The prediction in a region, the truth elsewhere: for networks, which look at pixels that shall not count."""
+    return prediction if region is None else torch.where(region, prediction, target)
 
 
 def mean_over(values: Tensor, region: Tensor) -> Tensor:

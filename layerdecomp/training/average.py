@@ -70,6 +70,8 @@ class RunningAverage(Callback):
 
     @torch.no_grad()
     def _put_in(self, job: Job) -> None:
+        if not self.tensors:  # before the first step, which is validated too
+            return
         for name, parameter in job.trained():
             self._trained[name] = parameter.detach().clone()
             parameter.copy_(self.tensors[name])

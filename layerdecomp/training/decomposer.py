@@ -1,19 +1,21 @@
 """Adapting the frozen inpainting base to layer decomposition: LoRA, input projection and context fusion."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from layerdecomp.comparison import compare
+from layerdecomp.comparison import Models, compare, methods
 from layerdecomp.config import DecomposerJobConfig
 from layerdecomp.data.datamodule import open_samples
-from layerdecomp.decomposer import build_decomposer, keep_pixels, latent_noise
-from layerdecomp.evaluation import comparison_grid
+from layerdecomp.decomposer import build_decomposer
 from layerdecomp.flow import flow_loss
+from layerdecomp.metric_networks import open_networks
 from layerdecomp.metrics.layers import LayerMetrics
+from layerdecomp.pictures import comparison_grid
 from layerdecomp.training.base import resolve_precision
 from layerdecomp.training.flow import FlowJob
 from layerdecomp.weights import file_sha256, load_mmdit
@@ -30,8 +32,9 @@ class DecomposerJob(FlowJob):
         mixed = torch.cuda.is_available() and resolve_precision(config.train.precision) == "bf16-mixed"
         dtype = torch.bfloat16 if mixed else torch.float32
         self.decomposer = build_decomposer(config, dtype)
+        methods(None, config.evaluate)  # so that a row which cannot be drawn is an error now
+        self.metrics = LayerMetrics(open_networks(config.evaluate.measure).measures)
         self.decomposer.transformer.recompute = config.recompute
-        self.metrics = LayerMetrics()
 
     @property
     def frozen_files(self) -> list[str]:
@@ -62,13 +65,14 @@ class DecomposerJob(FlowJob):
         return {"loss": (losses["background"] + losses["foreground"]) / 2, **losses}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        seed, autoencoder = self.run.evaluate.seed, self.decomposer.autoencoder
-        noise = latent_noise(autoencoder, batch["image"], seed, batch["index"], layers=2)
-        background, foreground = self.decomposer.draw(batch, noise)
-        background = keep_pixels(batch["image"], batch["mask"], background, self.run.sample)
+        # Before the first step nothing is adapted yet: LoRA adds zero, and the row is that of the frozen base.
+        row = "adapted" if self.global_step else "base"
+        models = Models(self.decomposer, self.decomposer.transformer)
+        method = methods(models, replace(self.run.evaluate, rows=[row]))[row]
+        background, foreground = method.draw({**batch, "index": torch.tensor(batch["index"])})
         self.metrics.update(background, foreground, batch)
         if batch_idx == 0 and self.trainer.is_global_zero:
-            self.show("validation/layers", comparison_grid(batch, {"adapted": (background, foreground)}))
+            self.show("validation/layers", comparison_grid(batch, {row: (background, foreground)}))
 
     def on_validation_epoch_end(self) -> None:
         figures = {name: value for name, value in self.metrics.compute().items() if not torch.isnan(value)}
@@ -81,7 +85,10 @@ class DecomposerJob(FlowJob):
         base = load_mmdit(self.run.weights.transformer, dtype=dtype, device=str(self.device))
         config = self.run.evaluate
         data = open_samples(self.run.data, "test", config.seed, config.samples)
-        self._save_adapter(run_dir, compare(self.decomposer, base, data, config, run_dir).results["adapted"])
+        models = Models(self.decomposer, base, {path: file_sha256(Path(path)) for path in self.frozen_files})
+        evaluation = compare(models, data, config, run_dir, device=self.device)
+        assert evaluation is not None
+        self._save_adapter(run_dir, evaluation.results.get("adapted", {}))
 
     def _save_adapter(self, run_dir: Path, figures: Mapping[str, float]) -> None:
         metadata = {**self.run.to_metadata(), **self.provenance(figures)}

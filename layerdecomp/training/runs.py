@@ -71,6 +71,8 @@ def train(config: RunConfig) -> None:
     if trainer.local_rank > 0:
         end_with_parent(trainer.global_rank)
     with explained(trainer, run_dir, job.what_fits):
+        if checkpoint is None:
+            trainer.validate(job, data, verbose=False)  # where training starts from
         trainer.fit(job, data, ckpt_path=checkpoint, weights_only=True)
         if trainer.is_global_zero:
             job.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
@@ -181,6 +183,7 @@ def build_trainer(config: RunConfig, run_dir: Path, job: Job) -> Trainer:
         deterministic=train.deterministic,
         val_check_interval=validate_every * train.accumulate,  # in batches
         num_sanity_val_steps=0,
+        inference_mode=False,  # what is validated before the first step is trained afterwards
         log_every_n_steps=1,
         use_distributed_sampler=False,  # StepSampler shares the batches out
         logger=TensorBoardLogger(run_dir.parent, name=run_dir.name, version=""),

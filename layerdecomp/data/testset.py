@@ -1,0 +1,184 @@
+"""Test sets: folders of triplets that every method can be run on and scored by, and how they are made.
+
+A test set is a triplet folder (docs/data.md): image/ mask/ foreground/ background/ with equal stems, without
+foreground/ where the truth is not known, and with occluder/ where it is known what stands in front of the object.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from layerdecomp.data.datamodule import Samples
+from layerdecomp.data.folders import PARTS, RoremFolder, by_stem, read_rgba, triplet_id
+from layerdecomp.data.index import Index, Item
+from layerdecomp.data.loading import Fit, fit, layer, layer_paths, load_layers, read_map
+from layerdecomp.data.sample import build_cues, build_sample
+from layerdecomp.data.triplets import TripletConfig, bounds, scene_around
+from layerdecomp.errors import InputError
+from layerdecomp.imaging.cues import CUES
+from layerdecomp.imaging.geometry import to_pixels, to_tensor
+from layerdecomp.imaging.layers import Pixels, read_image, read_mask, write_picture
+
+OBJECTS = ("drawn", "one", "all")
+NEEDED = ("image", "mask", "background")
+EXPORTED = (*PARTS, "occluder")
+
+
+def name_of(position: int) -> str:
+    """What a sample without a file is called."""
+    return f"{position:05d}"
+
+
+def seed_of(name: str) -> int:
+    """The number that seeds what is random about a sample of that name, whichever others there are."""
+    if name.isdecimal():
+        return int(name)
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+
+
+class TestFolder(Dataset[dict[str, Any]]):
+    """A test set, every triplet once and as it is, at its own size.
+
+    A sample has image, mask, foreground (if the folder has any), background and occluder (empty unless there are files
+    of it) as `build_sample` describes them, cues and cues_present (maps from the folder, or computed), and index, which
+    depends on its name alone.
+
+    Raises:
+        InputError: a folder or a part of a triplet is missing; from `[]`, a file is broken or of another size.
+    """
+
+    __test__ = False  # for pytest, which looks for classes of such names
+
+    def __init__(self, root: str | Path, with_cues: bool = True) -> None:
+        self.root, self.with_cues = Path(root), with_cues
+        if not self.root.is_dir():
+            raise InputError(f"data={root} is no folder; expected one with {'/, '.join(PARTS)}/ (docs/data.md)")
+        self._files = self._rorem() if (self.root / "meta.json").is_file() else self._triplets()
+        self.names = list(self._files)
+
+    def _rorem(self) -> dict[str, dict[str, str]]:
+        triplets = [json.loads(candidate) for candidate in RoremFolder(self.root).candidates()]
+        return {triplet_id(files): files for files in triplets}
+
+    def _triplets(self) -> dict[str, dict[str, str]]:
+        parts = {part: by_stem(self.root / part) for part in EXPORTED if part in NEEDED or (self.root / part).is_dir()}
+        stems = sorted(set().union(*parts.values()))
+        for stem in stems:
+            if lacking := [part for part, files in parts.items() if stem not in files]:
+                raise InputError(f"{self.root}: {stem} has no {lacking[0]}; expected a file of that stem in each part")
+        return {stem: {part: f"{part}/{files[stem]}" for part, files in parts.items()} for stem in stems}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        name = self.names[position]
+        paths = {part: self.root / file for part, file in self._files[name].items()}
+        image = read_image(paths["image"])
+        mask = read_mask(paths["mask"], (image.shape[0], image.shape[1]))
+        sample = {
+            "image": to_tensor(image)[0],
+            "mask": torch.from_numpy(mask).float()[None],
+            "background": to_tensor(_of_size(read_image(paths["background"]), image, paths["background"]))[0],
+            "occluder": torch.zeros(1, *mask.shape),
+        }
+        if "foreground" in paths:
+            rgba = to_tensor(_of_size(read_rgba(paths["foreground"]), image, paths["foreground"]))[0]
+            sample["foreground"] = torch.cat([rgba[:3], (rgba[3:] + 1) / 2])
+        if "occluder" in paths:
+            levels = _of_size(read_image(paths["occluder"]), image, paths["occluder"])[..., :1]
+            sample["occluder"] = (to_tensor(levels)[0] + 1) / 2
+        rng = np.random.default_rng(0)  # for cues that are left out, which none is
+        cues = build_cues(sample["image"], rng, dropout=0, enabled=self.with_cues, maps=self._maps(name, image))
+        return {**sample, **cues, "index": seed_of(name)}
+
+    def _maps(self, name: str, image: Pixels) -> dict[str, Tensor]:
+        if not self.with_cues:
+            return {}
+        item = Item(name, "", image.shape[1], image.shape[0])
+        found = {cue: read_map(self.root, item, cue) for cue in CUES}
+        return {cue: to_tensor(np.asarray(picture))[0] for cue, picture in found.items() if picture is not None}
+
+
+def _of_size(pixels: Pixels, image: Pixels, path: Path) -> Pixels:
+    if pixels.shape[:2] != image.shape[:2]:
+        found, expected = (f"{x.shape[1]} x {x.shape[0]}" for x in (pixels, image))
+        raise InputError(f"{path} is {found} pixels, its image {expected}; expected parts of one size")
+    return pixels
+
+
+def drawn_samples(data: Samples) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """Samples as they come, by name."""
+    return ((name_of(position), data[position]) for position in range(len(data)))
+
+
+def test_objects(config: TripletConfig, objects: str, stretch: bool) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """Objects of the layered pictures of the test split, without augmentation, by name: "<picture>-<layer>".
+
+    Args:
+        config: its `layered` indexes, `size` and `aspects` (the first one), `masks`, `min_area` and `max_area` of what
+            can be seen of an object.
+        objects: "one" of each picture, chosen by a hash of its id, or "all".
+        stretch: bring the whole picture to the size, instead of a crop that holds the object.
+    """
+    if not config.layered:
+        raise InputError("data.triplets.layered names no index; expected files that tools/prepare_data.py wrote")
+    indexes = [Index(path) for path in config.layered]
+    for index in indexes:
+        if index.kind != "layered":
+            raise InputError(f"{index.path} is an index of {index.kind}; expected one of layered")
+    every = (_objects_of(index, index[int(row)], config, stretch) for index in indexes for row in index.rows("test"))
+    return chain.from_iterable(islice(found, 1) if objects == "one" else found for found in every)
+
+
+test_objects.__test__ = False  # type: ignore[attr-defined]
+
+
+def _objects_of(
+    index: Index, item: Item, config: TripletConfig, stretch: bool
+) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """The objects of one picture that are of the right area, in an order that depends on its id alone."""
+    pictures, paths = load_layers(index, item), list(layer_paths(index.root, item))
+    rng = np.random.default_rng(seed_of(item.id))
+    source, size = (item.width, item.height), config.buckets()[0]
+    for chosen in rng.permutation(np.arange(1, len(pictures))).tolist():
+        box = (0.0, 0.0, float(item.width), float(item.height))
+        place = Fit(source, box, size) if stretch else fit(source, size, rng, bounds(pictures[chosen]))
+        layers = [layer(place.apply(picture, path)) for picture, path in zip(pictures, paths, strict=True)]
+        scene = scene_around(layers, chosen)
+        area = float((scene.visible > 0.5 * scene.visible.max()).float().mean())
+        if config.min_area <= area <= config.max_area and 0 < area < 1:
+            yield f"{item.id}-{chosen}", build_sample(scene, masks=config.masks, rng=rng)
+
+
+def export_samples(samples: Iterator[tuple[str, Mapping[str, Tensor]]], root: Path) -> int:
+    """Writes samples as a test set and returns how many there are in it; what is there already is left alone."""
+    count = 0
+    for name, sample in tqdm(samples, desc=f"export to {root}", unit="image"):
+        count += 1
+        for part in EXPORTED:
+            path = root / part / f"{name}.png"
+            if not path.is_file():
+                write_picture(path, _levels(sample[part], part))
+    return count
+
+
+def _levels(values: Tensor, part: str) -> Pixels:
+    """A part of a sample as the pixels of its file."""
+    if part in ("mask", "occluder"):
+        return to_pixels(2 * values - 1)[..., 0]
+    return to_pixels(as_stored(values))
+
+
+def as_stored(layer: Tensor) -> Tensor:
+    """A picture (3, H, W), or a foreground (4, H, W) with its alpha brought to [-1, 1] as well."""
+    return torch.cat([layer[:3], 2 * layer[3:] - 1])

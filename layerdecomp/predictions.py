@@ -1,0 +1,126 @@
+"""Folders of predicted layers: what this package's rows write and what any other method may be scored by.
+
+background/<name>.png (RGB) and foreground/<name>.png (RGBA, straight; or grey: alpha of the image's own colours),
+either of which may be missing altogether. Every method is measured from such files, ours as well: 8 bits, one protocol.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ImageOps
+from torch import Tensor
+
+from layerdecomp.data.folders import by_stem, open_picture
+from layerdecomp.data.testset import as_stored
+from layerdecomp.errors import InputError
+from layerdecomp.imaging.compositing import from_autoencoder, to_autoencoder
+from layerdecomp.imaging.geometry import resize, to_pixels, to_tensor
+from layerdecomp.imaging.layers import read_image, write_picture
+
+LAYERS = ("background", "foreground")
+MAX_STRETCH = 0.02  # by which the aspect of a prediction may differ from its image's
+Prediction = tuple[Tensor | None, Tensor | None]  # background (B, 3, H, W), straight foreground (B, 4, H, W)
+
+
+class PredictionFolder:
+    """A method's layers of the samples of a test set.
+
+    Attributes:
+        parts: layer -> name -> file, of the layers that the method gives.
+        missing: layer -> names of samples that it lacks.
+        extra: layer -> names of files that belong to no sample.
+        resized: names of those that `read` has brought to their image's size so far.
+
+    Raises:
+        InputError: there is neither folder of layers, or none of their files has the name of a sample.
+    """
+
+    def __init__(self, root: str | Path, names: Sequence[str]) -> None:
+        self.root, known = Path(root), set(names)
+        self.parts = {layer: by_stem(self.root / layer) for layer in LAYERS if (self.root / layer).is_dir()}
+        if not self.parts:
+            raise InputError(f"{root} has neither background/ nor foreground/; expected one of them, or both")
+        self.missing = {layer: [name for name in names if name not in files] for layer, files in self.parts.items()}
+        self.extra = {layer: sorted(files.keys() - known) for layer, files in self.parts.items()}
+        self.resized: set[str] = set()
+        if all(len(missing) == len(names) for missing in self.missing.values()):
+            found = next(iter(next(iter(self.parts.values())).values()))
+            raise InputError(
+                f"{root}: no file is named like a sample; found {found}, expected {names[0]}.png: give the files the "
+                "names of the exported images (tools/evaluate.py export=FOLDER)"
+            )
+
+    def read(self, name: str, image: Tensor) -> Prediction:
+        """The layers of a sample whose image is (1, 3, H, W): background (1, 3, H, W) and foreground (1, 4, H, W).
+
+        Raises:
+            InputError: a file is broken, of another shape than the image, or a foreground without alpha.
+        """
+        found = {layer: self._read(layer, name, image) for layer in LAYERS}
+        return found["background"], found["foreground"]
+
+    def _read(self, layer: str, name: str, image: Tensor) -> Tensor | None:
+        file = self.parts.get(layer, {}).get(name)
+        if file is None:
+            return None
+        path = self.root / layer / file
+        values = to_tensor(read_image(path)) if layer == "background" else _read_foreground(path, image)
+        size = (image.shape[-2], image.shape[-1])
+        if values.shape[-2:] == size:
+            return values
+        self._check_shape(path, values, size)
+        self.resized.add(name)
+        if layer == "background":
+            return resize(values, size).clamp(-1, 1)
+        return from_autoencoder(resize(to_autoencoder(values), size))
+
+    def _check_shape(self, path: Path, values: Tensor, size: tuple[int, int]) -> None:
+        height, width = values.shape[-2:]
+        if abs(width * size[0] / (height * size[1]) - 1) > MAX_STRETCH:
+            raise InputError(
+                f"{path} is {width} x {height} pixels, its image {size[1]} x {size[0]}; expected the image's shape: "
+                "crop or stretch it as its method does"
+            )
+
+
+def _read_foreground(path: Path, image: Tensor) -> Tensor:
+    """A foreground (1, 4, h, w); one in grey is the alpha of the image's colours."""
+    picture = ImageOps.exif_transpose(open_picture(path))
+    if picture.mode in ("1", "L", "I", "F") or picture.mode.startswith("I;16"):
+        alpha = (to_tensor(read_image(picture)[..., :1]) + 1) / 2
+        return torch.cat([resize(image.cpu(), (alpha.shape[-2], alpha.shape[-1])).clamp(-1, 1), alpha], dim=1)
+    if not picture.has_transparency_data:
+        raise InputError(f"{path} has no alpha channel (its mode is {picture.mode}); expected RGBA, or a grey matte")
+    rgba = to_tensor(np.asarray(picture.convert("RGBA")))
+    return torch.cat([rgba[:, :3], (rgba[:, 3:] + 1) / 2], dim=1)
+
+
+def is_drawn(root: Path, name: str, layers: Sequence[str]) -> bool:
+    """Whether the files of a sample's layers are there."""
+    return all((root / layer / f"{name}.png").is_file() for layer in layers)
+
+
+def write_prediction(root: Path, names: Sequence[str], prediction: Prediction) -> None:
+    """Writes the layers of a batch; each file appears complete or not at all.
+
+    Raises:
+        ValueError: they hold NaN or infinity.
+    """
+    if any(values is not None and not torch.isfinite(values).all() for values in prediction):
+        raise ValueError(f"{root.name}: the layers hold NaN or infinity: the model has diverged.")
+    for layer, values in zip(LAYERS, prediction, strict=True):
+        for name, value in zip(names, values if values is not None else (), strict=values is not None):
+            write_picture(root / layer / f"{name}.png", to_pixels(as_stored(value.float())))
+
+
+def describe(folder: PredictionFolder) -> Mapping[str, object]:
+    """What a reader of the figures has to know about a folder, empty where there is nothing to know."""
+    found: dict[str, object] = {
+        f"{kind}_{layer}s": names
+        for kind, by_layer in (("missing", folder.missing), ("extra", folder.extra))
+        for layer, names in by_layer.items()
+        if names
+    }
+    return found | ({"resized": sorted(folder.resized)} if folder.resized else {})

@@ -1,0 +1,231 @@
+"""What an evaluation shows: a few cases side by side, and a report, one HTML file that opens without a network.
+
+In the report: a table of all figures, the ten best and worst images with every row's layers and errors, and the figures
+of every image. Tables are sorted by a click on a column's head.
+"""
+
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from layerdecomp.evaluation import Evaluation, Samples, metric_title, metric_value, ranked_cases, to_batch
+from layerdecomp.imaging.compositing import on_checkerboard
+from layerdecomp.imaging.geometry import resize
+from layerdecomp.imaging.layers import Pixels
+from layerdecomp.metrics.layers import METRICS, PER_IMAGE, STDERR_SUFFIX
+from layerdecomp.pictures import comparison_grid, error_map, outlined, tiles_of
+from layerdecomp.predictions import PredictionFolder
+
+RANKED_BY = ("background/psnr", "foreground/alpha_iou")
+EXTREMES = 10  # best, and as many worst, images by each
+
+_STYLE = """
+body { font: 14px/1.4 system-ui, sans-serif; margin: 2em; color: #222; }
+table { border-collapse: collapse; margin: 1em 0 2em; }
+th, td { padding: 3px 8px; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top; }
+th:first-child, td:first-child { text-align: left; }
+thead th { position: sticky; top: 0; background: #f4f4f4; cursor: pointer; }
+thead th[aria-sort]::after { content: " ▲"; } thead th[aria-sort=descending]::after { content: " ▼"; }
+img { display: block; max-width: 192px; image-rendering: auto; }
+pre { background: #f4f4f4; padding: 1em; overflow: auto; max-height: 30em; }
+"""
+_SCRIPT = """
+for (const head of document.querySelectorAll("thead th")) head.addEventListener("click", () => {
+  const down = head.getAttribute("aria-sort") === "ascending", body = head.closest("table").tBodies[0];
+  const key = row => { const cell = row.cells[head.cellIndex]; return cell.dataset.value ?? cell.textContent; };
+  const compare = (a, b) => {
+    const [x, y] = [key(a), key(b)];
+    if (x === "" || y === "") return (x === "") - (y === "");  // what is undefined stays last
+    const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
+    return down ? -order : order;
+  };
+  for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort", down ? "descending" : "ascending");
+  body.append(...[...body.rows].sort(compare));
+});
+"""
+
+
+def format_report(
+    evaluation: Evaluation, folders: Mapping[str, PredictionFolder], data: Samples, protocol: Mapping[str, Any]
+) -> str:
+    """The whole report as HTML.
+
+    Args:
+        evaluation: of `folders` on `data`.
+        protocol: as in metrics.json.
+    """
+    chosen = extremes(evaluation)
+    parts = [
+        "<h1>Layer decomposition</h1>",
+        f"<p>{len(evaluation.names)} images. Click a column's head to sort by it.</p>",
+        "<h2>Means</h2>",
+        _table(["row", *_shown(evaluation)], _summary(evaluation)),
+        "<h2>Best and worst</h2>",
+        f"<p>The {EXTREMES} best and worst images of {html.escape(next(iter(folders)))} by {' and '.join(RANKED_BY)}. "
+        "Errors: black none, white a quarter of the range or more.</p>",
+        *_table_parts(_case_heads(evaluation), _cases(evaluation, folders, data, chosen)),
+        "<h2>Every image</h2>",
+        _table(["image", "row", *map(metric_title, PER_IMAGE)], _images(evaluation)),
+        "<h2>Protocol</h2>",
+        f"<pre>{html.escape(json.dumps(protocol, indent=2))}</pre>",
+    ]
+    content = "\n".join(parts)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Layer decomposition</title>'
+        f"<style>{_STYLE}</style></head>\n<body>\n{content}\n<script>{_SCRIPT}</script>\n</body></html>\n"
+    )
+
+
+def extremes(evaluation: Evaluation, count: int = EXTREMES) -> dict[int, list[str]]:
+    """Positions of the first row's best and worst images by each of RANKED_BY, and what each of them is."""
+    found: dict[int, list[str]] = {}
+    values_of = next(iter(evaluation.per_image.values()))
+    for metric in RANKED_BY:
+        values = values_of[metric]
+        defined = [place for place, value in enumerate(values) if not math.isnan(value)]
+        best_first = sorted(defined, key=lambda place: values[place], reverse=METRICS[metric].better == "↑")
+        for kind, places in (("best", best_first[:count]), ("worst", best_first[::-1][:count])):
+            for rank, place in enumerate(places, start=1):
+                found.setdefault(place, []).append(f"{kind} {rank} by {metric}")
+    return found
+
+
+def case_grid(evaluation: Evaluation, folders: Mapping[str, PredictionFolder], data: Samples) -> Pixels | None:
+    """A good, the median and the worst case of the first row, by rank: in the background, then in the matte.
+
+    None where it has neither. Pictures of different sizes are brought to that of the first.
+    """
+    places, labels = [], []
+    for metric in RANKED_BY:
+        values = next(iter(evaluation.per_image.values()))[metric]
+        if any(not math.isnan(value) for value in values):
+            cases = ranked_cases(values, higher_is_better=METRICS[metric].better == "↑")
+            places += list(cases.values())
+            labels += [f"{case}\n{metric.split('/')[1]}" for case in cases]
+    if not places:
+        return None
+    batches = [to_batch([data[place]], "cpu") for place in places]
+    size = (batches[0]["image"].shape[-2], batches[0]["image"].shape[-1])
+    parts = [part for part in ("image", "mask", "background", "foreground") if part in batches[0]]
+    layers = {
+        row: [
+            folder.read(evaluation.names[place], batch["image"]) for place, batch in zip(places, batches, strict=True)
+        ]
+        for row, folder in folders.items()
+    }
+    predictions = {
+        row: (_joined([pair[0] for pair in pairs], 3, size), _joined([pair[1] for pair in pairs], 4, size))
+        for row, pairs in layers.items()
+    }
+    batch = {str(part): torch.cat([resize(found[part], size) for found in batches]) for part in parts}
+    return comparison_grid(batch, predictions, labels)
+
+
+def _joined(layers: Sequence[Tensor | None], channels: int, size: tuple[int, int]) -> Tensor | None:
+    """Layers of one image each, as a batch of one size, grey or transparent where there is none."""
+    if all(layer is None for layer in layers):
+        return None
+    return torch.cat([torch.zeros(1, channels, *size) if layer is None else resize(layer, size) for layer in layers])
+
+
+Cell = tuple[str, float | str]  # what is shown, what it is sorted by
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
+    return "\n".join(_table_parts(heads, rows))
+
+
+def _table_parts(heads: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Iterator[str]:
+    yield f"<table><thead><tr>{''.join(f'<th>{html.escape(head)}</th>' for head in heads)}</tr></thead><tbody>"
+    for cells in rows:
+        yield f"<tr>{''.join(_cell(shown, key) for shown, key in cells)}</tr>"
+    yield "</tbody></table>"
+
+
+def _cell(shown: str, key: float | str) -> str:
+    value = "" if isinstance(key, float) and math.isnan(key) else key
+    return f'<td data-value="{html.escape(str(value))}">{shown}</td>'
+
+
+def _shown(evaluation: Evaluation) -> list[str]:
+    """Titles of the metrics that some row has a value of."""
+    return [metric_title(name) for name in _measured(evaluation)]
+
+
+def _measured(evaluation: Evaluation) -> list[str]:
+    rows = evaluation.results.values()
+    return [name for name in METRICS if any(not math.isnan(row[name]) for row in rows)]
+
+
+def _summary(evaluation: Evaluation) -> Iterator[list[Cell]]:
+    for row, figures in evaluation.results.items():
+        values = [(name, figures[name], figures.get(name + STDERR_SUFFIX, math.nan)) for name in _measured(evaluation)]
+        yield [(html.escape(row), row), *((metric_value(*value), value[1]) for value in values)]
+
+
+def _images(evaluation: Evaluation) -> Iterator[list[Cell]]:
+    for place, name in enumerate(evaluation.names):
+        for row, values in evaluation.per_image.items():
+            figures = [(metric, values[metric][place]) for metric in PER_IMAGE]
+            yield [
+                (html.escape(name), name),
+                (html.escape(row), row),
+                *((metric_value(metric, value, math.nan), value) for metric, value in figures),
+            ]
+
+
+def _case_heads(evaluation: Evaluation) -> list[str]:
+    rows = [f"{row}, {metric}" for row in evaluation.results for metric in RANKED_BY]
+    return ["image", *rows, "input and mask", "truth", *(f"{row}'s layers and errors" for row in evaluation.results)]
+
+
+def _cases(
+    evaluation: Evaluation, folders: Mapping[str, PredictionFolder], data: Samples, chosen: Mapping[int, Sequence[str]]
+) -> Iterator[list[Cell]]:
+    for place, kinds in chosen.items():
+        batch, name = to_batch([data[place]], "cpu"), evaluation.names[place]
+        figures = [
+            (metric, evaluation.per_image[row][metric][place]) for row in evaluation.results for metric in RANKED_BY
+        ]
+        pictures = [
+            [batch["image"], outlined(batch["image"], batch["mask"])],
+            _stack(batch["background"], batch.get("foreground")),
+            *(_layers_and_errors(folder, name, batch) for folder in folders.values()),
+        ]
+        yield [
+            (f"{html.escape(name)}<br>{'<br>'.join(kinds)}", name),
+            *((metric_value(metric, value, math.nan), value) for metric, value in figures),
+            *(("".join(map(_image, column)), "") for column in pictures),
+        ]
+
+
+def _layers_and_errors(folder: PredictionFolder, name: str, batch: Mapping[str, Tensor]) -> list[Tensor]:
+    background, foreground = folder.read(name, batch["image"])
+    pictures = _stack(background, foreground)
+    if background is not None:
+        pictures.insert(1, error_map(background, batch["background"], 2))
+    if foreground is not None and "foreground" in batch:
+        pictures.append(error_map(foreground[:, 3:], batch["foreground"][:, 3:], 1))
+    return pictures
+
+
+def _stack(background: Tensor | None, foreground: Tensor | None) -> list[Tensor]:
+    shown = None if foreground is None else on_checkerboard(foreground)
+    return [picture for picture in (background, shown) if picture is not None]
+
+
+@torch.no_grad()
+def _image(picture: Tensor) -> str:
+    """A picture (1, 3, H, W) in [-1, 1] as an HTML element that holds it."""
+    file = io.BytesIO()
+    Image.fromarray(tiles_of(picture)[0]).save(file, "JPEG", quality=85)
+    return f'<img loading="lazy" alt="" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'

@@ -1,0 +1,220 @@
+"""The rows of a comparison, and what it leaves in its folder."""
+
+import json
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import default_collate
+
+from layerdecomp.baselines import base_foreground, classical, matted_foreground
+from layerdecomp.comparison import EvaluateConfig, Models, compare, export, methods, row_names
+from layerdecomp.data.datamodule import DataConfig
+from layerdecomp.data.scenes import SceneConfig, Scenes
+from layerdecomp.data.testset import TestFolder
+from layerdecomp.decomposer import Decomposer
+from layerdecomp.errors import InputError
+from layerdecomp.metric_networks import FILES, MeasureConfig
+from layerdecomp.weights import load_mmdit
+
+SCENES = Scenes(SceneConfig(size=32), "test", 1234, 3)
+DATA = DataConfig(scenes=SceneConfig(size=32))
+
+
+@pytest.fixture(scope="module")
+def models(tiny_weights: Path) -> Models:
+    decomposer = Decomposer.from_pretrained(tiny_weights / "adapter.safetensors")
+    decomposer.sample = replace(decomposer.sample, steps=2)
+    return Models(decomposer, load_mmdit(tiny_weights / "transformer.safetensors"), {"adapter": "a sum"})
+
+
+def config(**changes: object) -> EvaluateConfig:
+    return replace(EvaluateConfig(samples=3, batch_size=2, measure=MeasureConfig(weights="absent")), **changes)
+
+
+def test_rows_are_those_that_are_asked_for_in_their_order(models: Models, tiny_weights: Path) -> None:
+    maskless = str(tiny_weights / "transformer.safetensors")
+    rows = ["matting", "maskless", "base", "classical", "adapted"]
+    found = methods(models, config(rows=rows, maskless=maskless))
+    assert list(found) == rows and found["matting"].layers == ("foreground",)
+    assert list(methods(None, config(rows=rows, maskless=maskless))) == ["matting", "classical"]
+    batch = default_collate([SCENES[index] for index in range(2)])
+    image, mask = batch["image"], batch["mask"]
+    drawn = {row: method.draw(batch) for row, method in found.items()}
+    assert drawn["matting"][0] is None and torch.equal(drawn["matting"][1], matted_foreground(image, mask))
+    assert torch.equal(drawn["classical"][0], classical(image, mask)[0])
+    for row in ("base", "maskless", "classical"):
+        assert torch.equal(drawn[row][1], base_foreground(image, mask))
+    assert not torch.equal(drawn["base"][0], drawn["maskless"][0])
+    assert not torch.equal(drawn["base"][0], drawn["adapted"][0])
+
+
+def test_pictures_of_any_size_come_back_at_their_own(models: Models) -> None:
+    sample = {**SCENES[0], "index": 7}
+    odd = {k: v[..., :27, :30] if isinstance(v, torch.Tensor) and v.dim() > 1 else v for k, v in sample.items()}
+    batch = default_collate([odd])
+    for row, method in methods(models, config(rows=["adapted", "base"])).items():
+        background, foreground = method.draw(batch)
+        assert background is not None and foreground is not None
+        assert background.shape == (1, 3, 27, 30) and foreground.shape == (1, 4, 27, 30), row
+        far = torch.nn.functional.max_pool2d(batch["mask"], 9, 1, 4) == 0
+        torch.testing.assert_close(background * far, batch["image"] * far)
+    small = replace(models.decomposer.sample, max_side=16)
+    models.decomposer.sample, before = small, models.decomposer.sample
+    try:
+        background, foreground = methods(models, config(rows=["adapted"]))["adapted"].draw(batch)
+    finally:
+        models.decomposer.sample = before
+    assert background is not None and foreground is not None
+    assert background.shape == (1, 3, 27, 30) and foreground.shape == (1, 4, 27, 30)
+    assert background.abs().max() <= 1 and foreground[:, 3].min() >= 0 and foreground[:, 3].max() <= 1
+
+
+def test_a_comparison_leaves_figures_layers_and_a_report(
+    models: Models,
+    tmp_path: Path,
+    metric_weights: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    squeeze = MeasureConfig(weights=str(tmp_path / "metrics"), lpips="squeeze", region="mask")
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / FILES["squeeze"]).symlink_to(metric_weights / FILES["squeeze"])
+    evaluation = compare(models, SCENES, config(measure=squeeze), tmp_path / "out")
+    said = capsys.readouterr().out
+    assert evaluation is not None and list(evaluation.results) == ["adapted", "base", "classical"]
+    assert "background/lpips ↓" in said and "not measured: background/fid, background/kid: " in said
+    names = {"metrics.json", "per_image.csv", "table.md", "report.html", "samples", "layers"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert (tmp_path / "out" / "samples" / "comparison.png").is_file()
+    told = json.loads((tmp_path / "out" / "metrics.json").read_text())["protocol"]
+    assert {"data": "scenes", "split": "test", "count": 3, "resolution": 32, "seed": 1234}.items() <= told.items()
+    assert {"region": "mask", "lpips_net": "squeeze", "steps": 2, "guidance": 30.0}.items() <= told.items()
+    assert told["metric_weights"].keys() == {FILES["squeeze"]} and told["weights"] == {"adapter": "a sum"}
+    assert told["versions"].keys() >= {"layerdecomp", "torch", "python", "torchmetrics"}
+    assert INCEPTION_REASON in told["undefined"]["base"]["background/kid"]
+
+
+INCEPTION_REASON = "weights-inception-2015-12-05-6726825d.pth does not exist; checkpoints/README.md"
+
+
+def test_what_others_predict_is_measured_as_what_is_drawn(models: Models, tmp_path: Path) -> None:
+    first = compare(models, SCENES, config(), tmp_path / "first")
+    layers = tmp_path / "first" / "layers"
+    again = compare(
+        None, SCENES, config(rows=[]), tmp_path / "second", predictions=[layers / "adapted", layers / "base"]
+    )
+    assert first is not None and again is not None and list(again.results) == ["adapted", "base"]
+    assert all(str(again.results[row]) == str(first.results[row]) for row in again.results)
+    told = json.loads((tmp_path / "second" / "metrics.json").read_text())["protocol"]
+    assert "weights" not in told and "steps" not in told
+    with pytest.raises(InputError, match="layers/adapted is where layers are to be drawn"):
+        compare(models, SCENES, config(), tmp_path / "first", predictions=[layers / "adapted"])
+    assert (layers / "adapted" / "background" / "00000.png").is_file()
+    mixed = compare(models, SCENES, config(rows=["base"]), tmp_path / "third", predictions=[layers / "classical"])
+    assert mixed is not None and list(mixed.results) == ["base", "classical"]
+
+
+def test_missing_and_extra_files_are_told(models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compare(models, SCENES, config(rows=["classical"]), tmp_path / "first")
+    folder = tmp_path / "first" / "layers" / "classical"
+    (folder / "background" / "00001.png").rename(folder / "background" / "1.png")
+    capsys.readouterr()
+    found = compare(None, SCENES, config(rows=[]), tmp_path / "second", predictions=[folder])
+    said = capsys.readouterr().out
+    assert "classical: 1 missing backgrounds: 00001" in said and "classical: 1 extra backgrounds: 1" in said
+    told = json.loads((tmp_path / "second" / "metrics.json").read_text())["protocol"]
+    assert told["predictions"] == {"classical": {"missing_backgrounds": ["00001"], "extra_backgrounds": ["1"]}}
+    assert found is not None
+    values = found.per_image["classical"]
+    assert [value != value for value in values["background/psnr"]] == [False, True, False]
+    assert not any(value != value for value in values["foreground/alpha_sad"])
+
+
+class PowerCutError(Exception):
+    pass
+
+
+def test_a_cut_off_evaluation_goes_on_and_a_finished_one_is_made_anew(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    original, cut = Decomposer.draw, [True]
+
+    def recorded(self: Decomposer, batch: dict, noise: torch.Tensor) -> object:
+        drawn.append(len(noise))
+        if cut[0] and len(drawn) == 2:
+            raise PowerCutError
+        return original(self, batch, noise)
+
+    monkeypatch.setattr(Decomposer, "draw", recorded)
+    settings = config(rows=["adapted"], batch_size=2)
+    with pytest.raises(PowerCutError):
+        compare(models, SCENES, settings, tmp_path / "out")
+    assert not (tmp_path / "out" / "metrics.json").exists()
+    cut[0] = False
+    resumed = compare(models, SCENES, settings, tmp_path / "out")
+    assert drawn == [2, 1, 1]
+    straight = compare(models, SCENES, settings, tmp_path / "straight")
+    assert str(resumed) == str(straight) and drawn[3:] == [2, 1]
+    compare(models, SCENES, settings, tmp_path / "out")
+    assert drawn[5:] == [2, 1]
+    cut[0] = True
+    drawn.clear()
+    with pytest.raises(PowerCutError):
+        compare(models, SCENES, settings, tmp_path / "out")
+    cut[0] = False
+    other = replace(models, files={"adapter": "another"})
+    compare(other, SCENES, settings, tmp_path / "out")
+    assert drawn == [2, 1, 2, 1], "layers of another adapter were kept"
+
+
+def test_scenes_as_a_folder_are_measured_as_they_are_drawn(models: Models, tmp_path: Path) -> None:
+    assert export(DATA, config(), tmp_path / "inputs") == 3
+    straight = compare(models, SCENES, config(), tmp_path / "straight")
+    exported = compare(models, TestFolder(tmp_path / "inputs"), config(), tmp_path / "exported")
+    assert straight is not None and exported is not None
+    for row, figures in straight.results.items():
+        for name in ("background/psnr", "background/ssim", "foreground/alpha_iou", "foreground/hidden_iou"):
+            assert exported.results[row][name] == pytest.approx(figures[name], rel=2e-2, nan_ok=True), (row, name)
+    told = json.loads((tmp_path / "exported" / "metrics.json").read_text())["protocol"]
+    assert told["data"] == str(tmp_path / "inputs")
+
+
+def test_pictures_of_several_sizes_in_one_folder(models: Models, tmp_path: Path) -> None:
+    export(DATA, config(), tmp_path / "inputs")
+    for path in (tmp_path / "inputs").glob("*/00001.png"):
+        Image.open(path).crop((0, 0, 32, 20)).save(path)
+    found = compare(models, TestFolder(tmp_path / "inputs"), config(), tmp_path / "out")
+    assert found is not None and not any(value != value for value in found.per_image["adapted"]["background/psnr"])
+    assert Image.open(tmp_path / "out" / "layers" / "base" / "foreground" / "00001.png").size == (32, 20)
+    assert (tmp_path / "out" / "samples" / "comparison.png").is_file()
+
+
+def test_folders_are_told_apart() -> None:
+    folders = [Path("x/layers"), Path("y/layers"), Path("z/base"), Path("z/other/")]
+    assert [name for name, _ in row_names(folders, {"base": None})] == ["x/layers", "y/layers", "z/base", "other"]
+
+
+def test_settings_that_cannot_work(tmp_path: Path) -> None:
+    for change, message in {
+        ("rows", ("adpated",)): "evaluate.rows has 'adpated'; expected some of adapted, base",
+        ("rows", ("maskless",)): "evaluate.maskless=FILE",
+        ("objects", "every"): "evaluate.objects is 'every'; expected one of drawn, one, all",
+        ("samples", 0): "evaluate.samples is 0",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            EvaluateConfig(**{change[0]: list(change[1]) if isinstance(change[1], tuple) else change[1]})
+    with pytest.raises(InputError, match=r"absent.safetensors does not exist"):
+        methods(None, config(maskless="absent.safetensors"))
+    with pytest.raises(InputError, match="there is nothing to compare"):
+        compare(None, SCENES, config(rows=[]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,152 @@
+"""Test sets: written, read back, made of the objects of layered pictures."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from layerdecomp.data.index import write_index
+from layerdecomp.data.mulan import MulanLayers
+from layerdecomp.data.scenes import SceneConfig, Scenes
+from layerdecomp.data.testset import TestFolder, drawn_samples, export_samples, seed_of, test_objects
+from layerdecomp.data.triplets import TripletConfig
+from layerdecomp.errors import InputError
+from layerdecomp.imaging.compositing import over
+from layerdecomp.imaging.cues import CUES
+from layerdecomp.imaging.masks import MaskConfig
+
+SCENES = Scenes(SceneConfig(size=32), "test", 0, 3)
+EXACT = MaskConfig(**{kind: float(kind == "exact") for kind in vars(MaskConfig())})
+
+
+def test_scenes_come_back_as_they_were_exported(tmp_path: Path) -> None:
+    assert export_samples(drawn_samples(SCENES), tmp_path) == 3
+    data = TestFolder(tmp_path)
+    assert len(data) == 3 and data.names == ["00000", "00001", "00002"]
+    for index in range(3):
+        found, expected = data[index], SCENES[index]
+        assert found["index"] == index
+        for part in ("image", "mask", "background", "foreground", "occluder"):
+            torch.testing.assert_close(found[part], expected[part], rtol=0, atol=0.5 / 127.5 + 1e-6)
+        assert found["cues"].shape == (len(CUES), 3, 32, 32) and found["cues_present"].tolist() == [True, True, False]
+    assert not TestFolder(tmp_path, with_cues=False)[0]["cues"].any()
+
+
+def test_an_export_that_was_cut_off_goes_on(tmp_path: Path) -> None:
+    export_samples(drawn_samples(SCENES), tmp_path)
+    kept, lost = tmp_path / "image" / "00000.png", tmp_path / "mask" / "00001.png"
+    before, content = kept.stat().st_mtime_ns, lost.read_bytes()
+    lost.unlink()
+    export_samples(drawn_samples(SCENES), tmp_path)
+    assert kept.stat().st_mtime_ns == before and lost.read_bytes() == content
+    assert len(list(tmp_path.rglob("*"))) == 5 + 15
+
+
+def test_seeds_depend_on_the_name_alone() -> None:
+    assert seed_of("00012") == 12 and seed_of("cat") == seed_of("cat") != seed_of("dog")
+    assert 0 <= seed_of("a/b") < 2**32
+
+
+def test_a_folder_may_lack_foregrounds_and_occluders_but_nothing_else(tmp_path: Path) -> None:
+    export_samples(drawn_samples(SCENES), tmp_path)
+    shutil.rmtree(tmp_path / "foreground")
+    shutil.rmtree(tmp_path / "occluder")
+    sample = TestFolder(tmp_path)[0]
+    assert "foreground" not in sample and not sample["occluder"].any()
+    (tmp_path / "mask" / "00001.png").unlink()
+    with pytest.raises(InputError, match="00001 has no mask"):
+        TestFolder(tmp_path)
+    shutil.rmtree(tmp_path / "mask")
+    with pytest.raises(InputError, match="mask is no folder"):
+        TestFolder(tmp_path)
+    with pytest.raises(InputError, match=r"data=absent is no folder; expected one with image/, mask/"):
+        TestFolder("absent")
+
+
+def test_parts_of_another_size_are_named(tmp_path: Path) -> None:
+    export_samples(drawn_samples(SCENES), tmp_path)
+    path = tmp_path / "background" / "00002.png"
+    Image.open(path).resize((20, 32)).save(path)
+    with pytest.raises(InputError, match=r"00002.png is 20 x 32 pixels, its image 32 x 32"):
+        TestFolder(tmp_path)[2]
+
+
+def test_maps_of_the_folder_are_the_cues(tmp_path: Path) -> None:
+    export_samples(drawn_samples(SCENES), tmp_path)
+    (tmp_path / "depth").mkdir()
+    Image.fromarray(np.full((32, 32), 255, np.uint8)).save(tmp_path / "depth" / "00000.png")
+    sample = TestFolder(tmp_path)[0]
+    assert sample["cues_present"].all() and (sample["cues"][CUES.index("depth")] == 1).all()
+
+
+def test_rorems_layout(tmp_path: Path) -> None:
+    export_samples(drawn_samples(SCENES), tmp_path)
+    for ours, theirs in (("image", "source"), ("background", "GT")):
+        (tmp_path / ours).rename(tmp_path / theirs)
+    names = [f"{position:05d}.png" for position in range(3)]
+    records = [{"source": f"source/{name}", "mask": f"mask/{name}", "GT": f"GT/{name}"} for name in names]
+    (tmp_path / "meta.json").write_text(json.dumps(records))
+    data = TestFolder(tmp_path)
+    assert data.names == ["00000", "00001", "00002"] and "foreground" not in data[0]
+    torch.testing.assert_close(data[1]["background"], SCENES[1]["background"], rtol=0, atol=0.5 / 127.5 + 1e-6)
+
+
+@pytest.fixture
+def mulan(tmp_path: Path) -> Path:
+    """An index of three pictures of three layers, all in the test split; the second object of the last is tiny."""
+    root = tmp_path / "mulan"
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    for name in ("a", "b", "c"):
+        for layer in range(3):
+            rgba = rng.integers(0, 256, (40, 60, 4), dtype=np.uint8)
+            rgba[..., 3] = 255 if layer == 0 else 0
+            if layer == 1:
+                rgba[5:25, 5:35, 3] = 255
+            if layer == 2:
+                side = 1 if name == "c" else 20
+                rgba[20 : 20 + side, 30 : 30 + side, 3] = 255
+            Image.fromarray(rgba).save(root / f"{name}-layer_{layer}.png")
+    reader = MulanLayers(root=root)
+    items = [item for candidate in reader.candidates() if (item := reader.read(candidate)) is not None]
+    assert len(items) == 3
+    write_index(tmp_path / "index.safetensors", reader, items, test_share=1.0)
+    return tmp_path / "index.safetensors"
+
+
+def test_all_objects_of_the_right_area_or_one_of_each_picture(mulan: Path) -> None:
+    config = TripletConfig(layered=[str(mulan)], size=32, min_area=0.01, max_area=0.8, masks=EXACT)
+    every = dict(test_objects(config, "all", stretch=True))
+    assert sorted(every) == ["a-1", "a-2", "b-1", "b-2", "c-1"]
+    single = dict(test_objects(config, "one", stretch=True))
+    assert sorted(name[0] for name in single) == ["a", "b", "c"] and single.keys() <= every.keys()
+    again = dict(test_objects(config, "one", stretch=True))
+    assert list(again) == list(single) and all(again[name]["image"].equal(single[name]["image"]) for name in single)
+    large = TripletConfig(layered=[str(mulan)], size=32, min_area=0.2, max_area=0.8, masks=EXACT)
+    assert {name[2] for name, _ in test_objects(large, "all", stretch=True)} == {"1"}
+
+
+def test_an_object_is_taken_out_of_its_picture(mulan: Path) -> None:
+    config = TripletConfig(layered=[str(mulan)], size=32, masks=EXACT)
+    for stretch in (True, False):
+        sample = dict(test_objects(config, "all", stretch))["a-1"]
+        assert sample["image"].shape == (3, 32, 32)
+        visible = sample["foreground"][3:] * (1 - sample["occluder"])
+        assert torch.equal(sample["mask"] > 0, visible > 0.5 * visible.max())
+        assert sample["occluder"].any() and sample["foreground"][3].mean() > visible.mean()
+        alone = sample["occluder"] == 0
+        whole = over(sample["foreground"], sample["background"])
+        torch.testing.assert_close((whole * alone), (sample["image"] * alone), rtol=0, atol=1e-5)
+    cropped, stretched = (dict(test_objects(config, "all", stretch))["a-1"] for stretch in (False, True))
+    assert not cropped["image"].equal(stretched["image"])
+
+
+def test_indexes_that_do_not_fit(mulan: Path) -> None:
+    with pytest.raises(InputError, match="data.triplets.layered names no index"):
+        next(test_objects(TripletConfig(), "one", stretch=False))
+    with pytest.raises(InputError, match="does not exist"):
+        next(test_objects(TripletConfig(layered=["absent.safetensors"]), "one", stretch=False))
