@@ -123,6 +123,12 @@ def check_keys(
         )
 
 
+def _check_floating(path: str | Path, dtypes: Mapping[str, str]) -> None:
+    """Raises `InputError` if a tensor holds anything but floating-point numbers."""
+    if wrong := [f"{name} ({dtype})" for name, dtype in dtypes.items() if not dtype.startswith(("F", "BF"))]:
+        raise InputError(f"{path}: {len(wrong)} tensors are not of floating-point numbers: {_first(wrong)}")
+
+
 def _first(names: list[str], count: int = 10) -> str:
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
@@ -159,6 +165,7 @@ def load_state(
     with open_safetensors(path, device) as file:
         found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         check_keys(path, found, expected, f"this {type(module).__name__}")
+        _check_floating(path, {name: file.get_slice(name).get_dtype() for name in found})
         state = {
             name: _join([file.get_tensor(part) for part in names]).to(dtype or torch.float32)
             for name, names in parts.items()
