@@ -140,7 +140,7 @@ class Index:
     def _columns(self) -> dict[str, NDArray[Any]]:
         columns = map_columns(self.path)
         count = len(columns["layers"]) if "layers" in columns else -1
-        found = {name: (values.dtype, values.ndim) for name, values in columns.items()}
+        found = {name: (values.dtype.type, values.ndim) for name, values in columns.items()}
         lengths = {len(columns[name]) for name in _PER_ROW if name in columns}
         if found != _COLUMNS or lengths != {count} or columns["size"].shape[1] != 2:
             raise InputError(f"{self.path} has not the columns of an index; run tools/prepare_data.py again")
@@ -205,7 +205,7 @@ def map_columns(path: Path) -> dict[str, NDArray[Any]]:
 
 _DTYPES = {"U8": np.uint8, "I16": np.int16, "I32": np.int32, "I64": np.int64}
 _PER_ROW = ("id.ends", "path.ends", "size", "layers", "rotation")
-_COLUMNS = {
+_COLUMNS: dict[str, tuple[type[np.generic], int]] = {
     **{"id.text": (np.uint8, 1), "path.text": (np.uint8, 1), "id.ends": (np.int64, 1), "path.ends": (np.int64, 1)},
     **{"size": (np.int32, 2), "layers": (np.int16, 1), "rotation": (np.int16, 1)},
     **{"train.rows": (np.int32, 1), "test.rows": (np.int32, 1)},
