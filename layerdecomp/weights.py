@@ -203,6 +203,12 @@ def check_keys(path: str | Path, found: Mapping[str, Shape], expected: Mapping[s
         )
 
 
+def _check_floating(path: str | Path, dtypes: Mapping[str, str]) -> None:
+    """Raises `InputError` if a tensor holds anything but floating-point numbers."""
+    if wrong := [f"{name} ({dtype})" for name, dtype in dtypes.items() if not dtype.startswith(("F", "BF"))]:
+        raise InputError(f"{path}: {len(wrong)} tensors are not of floating-point numbers: {_first(wrong)}")
+
+
 def _first(names: list[str], count: int = 10) -> str:
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
@@ -232,7 +238,8 @@ class TensorFile:
             file = open_safetensors(part, device, backend="pread")
             self._files |= {name: file for name in file.keys()}  # noqa: SIM118
         slices = {name: file.get_slice(name) for name, file in self._files.items()}
-        self.in_fp8 = any(piece.get_dtype() in FP8 for piece in slices.values())
+        self.dtypes: dict[str, str] = {name: piece.get_dtype() for name, piece in slices.items()}
+        self.in_fp8 = any(dtype in FP8 for dtype in self.dtypes.values())
         self.shapes = {
             name: tuple(piece.get_shape())
             for name, piece in slices.items()
@@ -299,6 +306,7 @@ def open_state(
     expected = {part: shape for source in sources.values() for part, shape in source.shapes.items()}
     shown = f"{path} (in fp8)" if file.in_fp8 else path
     check_keys(shown, file.shapes, expected, f"this {type(module).__name__}")
+    _check_floating(path, {name: file.dtypes[name] for name in file.shapes})
     return lambda name: sources[name].join([file.read(part) for part in sources[name].shapes], shapes[name])
 
 

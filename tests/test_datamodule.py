@@ -1,5 +1,7 @@
 """Which samples a step sees: the same ones however they are spread over ranks and restarts."""
 
+import os
+import signal
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,3 +76,22 @@ def test_validation_is_shared_out_without_repeating_a_sample() -> None:
 def test_cues_are_made_only_where_they_are_needed() -> None:
     assert open_samples(CONFIG, "test", 0, 1)[0]["cues"].any()
     assert not open_samples(CONFIG, "test", 0, 1, with_cues=False)[0]["cues"].any()
+
+
+def test_accumulation_takes_the_batches_of_a_step_one_after_the_other() -> None:
+    trainer = {"global_step": 1, "global_rank": 1, "world_size": 2, "accumulate_grad_batches": 2}
+    positions = [batch["position"] for batch in _module(**trainer).train_dataloader()]
+    assert positions[:2] == [[10, 11], [14, 15]]  # step 1 has 8 to 15
+    assert len(positions) == 6
+
+
+def test_workers_do_not_hear_what_stops_a_training() -> None:
+    trainer = {"global_step": 0, "global_rank": 0, "world_size": 1, "accumulate_grad_batches": 1}
+    module = _module(**trainer)
+    module.workers = 1
+    batches = iter(module.train_dataloader())
+    positions = [next(batches)["position"]]
+    for worker in batches._workers:
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(worker.pid, name)
+    assert positions + [batch["position"] for batch in batches] == [[0, 1], [2, 3], [4, 5], [6, 7]]

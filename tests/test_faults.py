@@ -189,7 +189,10 @@ class AllBroken:
 def test_nothing_but_broken_files_is_one_error(
     overrides: list[str], monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    monkeypatch.setattr(Positions, "__init__", lambda self, samples: setattr(self, "samples", AllBroken(samples)))
+    def broken(self: Positions, samples: Any, cache: None) -> None:
+        self.samples, self.cache = AllBroken(samples), cache
+
+    monkeypatch.setattr(Positions, "__init__", broken)
     with pytest.raises(InputError) as caught:
         run(overrides, f"data.workers={workers}")
     said = "16 draws in a row for sample 0 cannot be used; the last: /data/0.15.png cannot be read"
@@ -245,7 +248,7 @@ def test_out_of_memory_says_what_would_fit(overrides: list[str], monkeypatch: py
 
 def test_out_of_memory_where_nothing_fits(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     out_of_memory_above(monkeypatch, 0)
-    with pytest.raises(RunError, match=r"not even train\.batch_size=1 fits .*train\.draws"):
+    with pytest.raises(RunError, match=r"not even train\.batch_size=1 fits .*recompute=1"):
         run(overrides, "train.batch_size=2")
 
 

@@ -20,7 +20,7 @@ from layerdecomp.comparison import EvaluateConfig
 from layerdecomp.config import merge_config, read_yaml
 from layerdecomp.data.index import Index
 from layerdecomp.decomposer import Decomposer
-from layerdecomp.errors import InputError
+from layerdecomp.errors import InputError, RunError
 from layerdecomp.evaluation import format_published
 from layerdecomp.weights import Adapter
 
@@ -457,6 +457,15 @@ def test_take_splits_arguments() -> None:
     assert own == {"a": "3", "b": "7", "c": "d=e"} and rest == ["x.y=2", "b"]
     with pytest.raises(InputError, match="a= is missing; expected a=... c=..."):
         take([], a=None, b="1", c=None)
+
+
+def test_a_run_that_cannot_go_on_has_a_status_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    def full(arguments: list[str]) -> None:
+        raise RunError("the disk is full")
+
+    with pytest.raises(SystemExit) as stopped:
+        run_command(full, [])
+    assert stopped.value.code == 1 and capsys.readouterr().err == "error: the disk is full\n"
 
 
 def test_bugs_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import struct
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -14,7 +13,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from layerdecomp.data.index import Item
 from layerdecomp.errors import InputError
-from layerdecomp.imaging.layers import Pixels, read_mask
+from layerdecomp.imaging.layers import READABLE, Pixels, check_pixels, read_mask
 
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"})
 UNFINISHED = frozenset({".part", ".partial", ".tmp"})  # "a.partial.png": somebody is still writing it
@@ -62,21 +61,15 @@ def open_picture(path: Path) -> Image.Image:
         InputError: the file is missing, no picture or cut off, or has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
     """
     try:
-        with Image.open(path) as picture:
-            if not _is_huge(picture):
-                picture.load()
-                picture.getexif()  # parsed while the file is open, where damage to it is caught
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        with Image.open(path, formats=READABLE) as picture:
+            check_pixels(path, picture)
+            picture.load()
+            picture.getexif()  # parsed while the file is open, where damage to it is caught
+            return picture
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
         raise InputError(f"{path} cannot be read as a picture ({error}); copy or download it again") from error
-    if _is_huge(picture):
-        size = f"{picture.width} x {picture.height}"
-        raise InputError(f"{path} has {size} pixels; expected at most {Image.MAX_IMAGE_PIXELS:,} in all: scale it down")
-    return picture
-
-
-def _is_huge(picture: Image.Image) -> bool:
-    """Pillow warns of such a picture, and refuses it from twice as many pixels on."""
-    return Image.MAX_IMAGE_PIXELS is not None and picture.width * picture.height > Image.MAX_IMAGE_PIXELS
 
 
 def orientation(picture: Image.Image) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
@@ -126,6 +126,8 @@ class Index:
         if metadata.get("index_version") != VERSION:
             found = metadata.get("index_version", "none")
             raise InputError(f"{path}: index version {found}, expected {VERSION}; run tools/prepare_data.py again")
+        if missing := [key for key in ("source", "kind", "licence", "root") if key not in metadata]:
+            raise InputError(f"{path}: its metadata lack {missing[0]}; run tools/prepare_data.py again")
         self.source, self.kind, self.licence = (metadata[key] for key in ("source", "kind", "licence"))
         self.root = Path(root or metadata["root"])
         if not self.root.is_dir():
@@ -136,7 +138,13 @@ class Index:
 
     @cached_property
     def _columns(self) -> dict[str, NDArray[Any]]:
-        return map_columns(self.path)
+        columns = map_columns(self.path)
+        count = len(columns["layers"]) if "layers" in columns else -1
+        found = {name: (values.dtype.type, values.ndim) for name, values in columns.items()}
+        lengths = {len(columns[name]) for name in _PER_ROW if name in columns}
+        if found != _COLUMNS or lengths != {count} or columns["size"].shape[1] != 2:
+            raise InputError(f"{self.path} has not the columns of an index; run tools/prepare_data.py again")
+        return columns
 
     def __len__(self) -> int:
         return len(self._columns["layers"])
@@ -146,7 +154,12 @@ class Index:
             raise IndexError(f"row {row} of {len(self)} in {self.path}")
         width, height = self._columns["size"][row].tolist()
         layers, rotation = (int(self._columns[name][row]) for name in ("layers", "rotation"))
-        return Item(self._string("id", row), self._string("path", row), width, height, layers, rotation)
+        try:
+            item = Item(self._string("id", row), self._string("path", row), width, height, layers, rotation)
+            _check_item(item, self.kind)
+        except (ValueError, TypeError, AttributeError) as error:  # wrong bytes and JSON too
+            raise InputError(f"{self.path}: row {row}: {error}; run tools/prepare_data.py again") from error
+        return item
 
     def __iter__(self) -> Iterator[Item]:
         return (self[row] for row in range(len(self)))
@@ -166,6 +179,17 @@ class Index:
         return self._columns[f"{split}.rows"]
 
 
+def _check_item(item: Item, kind: str) -> None:
+    """Raises `ValueError` for what no reader writes: no size, an id or a path that leads out of the data's folder."""
+    paths = list(json.loads(item.path).values()) if kind == "triplets" else [item.path]
+    for name in (item.id, *paths):
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts:
+            raise ValueError(f"{name!r} is no path below a folder")
+    if min(item.width, item.height) < 1 or (kind == "layered" and item.layers < 2):
+        raise ValueError(f"{item.width} x {item.height} pixels in {item.layers} layers")
+
+
 def map_columns(path: Path) -> dict[str, NDArray[Any]]:
     """The tensors of a safetensors file as arrays that are read from the disk where they are touched."""
     with open_safetensors(path):  # checks the whole header
@@ -174,10 +198,18 @@ def map_columns(path: Path) -> dict[str, NDArray[Any]]:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
     header.pop("__metadata__", None)
+    if unknown := [entry["dtype"] for entry in header.values() if entry["dtype"] not in _DTYPES]:
+        raise InputError(f"{path} holds numbers of type {unknown[0]}; expected one of {', '.join(_DTYPES)}")
     return {name: _map_tensor(path, 8 + size, entry) for name, entry in header.items()}
 
 
 _DTYPES = {"U8": np.uint8, "I16": np.int16, "I32": np.int32, "I64": np.int64}
+_PER_ROW = ("id.ends", "path.ends", "size", "layers", "rotation")
+_COLUMNS: dict[str, tuple[type[np.generic], int]] = {
+    **{"id.text": (np.uint8, 1), "path.text": (np.uint8, 1), "id.ends": (np.int64, 1), "path.ends": (np.int64, 1)},
+    **{"size": (np.int32, 2), "layers": (np.int16, 1), "rotation": (np.int16, 1)},
+    **{"train.rows": (np.int32, 1), "test.rows": (np.int32, 1)},
+}
 
 
 def _map_tensor(path: Path, start: int, entry: dict[str, Any]) -> NDArray[Any]:

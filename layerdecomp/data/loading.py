@@ -14,7 +14,7 @@ from layerdecomp.data.index import Index, Item
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.cues import CUES
 from layerdecomp.imaging.geometry import to_tensor
-from layerdecomp.imaging.layers import read_image
+from layerdecomp.imaging.layers import READABLE, check_pixels, read_image
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -78,11 +78,12 @@ def open_shrunk(path: Path, item: Item, size: tuple[int, int]) -> Image.Image:
     """A picture, upright, that a JPEG decoder may have shrunk to a half, a quarter or an eighth, never below `size`."""
     needed = max(size[1] / item.width, size[0] / item.height)
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=READABLE) as file:
+            check_pixels(path, file)
             file.draft("RGB", (int(np.ceil(needed * file.width)), int(np.ceil(needed * file.height))))
             file.load()
             picture = ImageOps.exif_transpose(file)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except Exception:  # a damaged file can raise anything
         open_picture(path)  # says what is wrong
         raise
     if item.rotation:
@@ -112,7 +113,7 @@ def load_layers(index: Index, item: Item) -> list[Image.Image]:
 
 def layer_paths(root: Path, item: Item) -> Iterator[Path]:
     """The files of a layered picture, back to front."""
-    return (root / item.path.format(layer=layer) for layer in range(item.layers))
+    return (root / item.path.replace("{layer}", str(layer)) for layer in range(item.layers))
 
 
 def load_parts(index: Index, item: Item, parts: Sequence[str]) -> list[Image.Image]:

@@ -9,21 +9,26 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.layered import Raster, check_psd, write_ora, write_psd
 
 logger = logging.getLogger(__name__)
 Pixels = NDArray[np.uint8]
+READABLE = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # others, such as EPS, would start programs
 Picture = str | Path | Image.Image | Pixels
 
 
 def read_image(source: Picture) -> Pixels:
-    """A picture as (H, W, 3) uint8, its EXIF rotation applied, 16 bits reduced to 8, transparency laid over white."""
+    """A picture as (H, W, 3) uint8, its EXIF rotation applied, 16 bits reduced to 8, transparency laid over white.
+
+    Of an animation, it is the first frame. `InputError` if it cannot be read, or has more pixels than
+    `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
     picture = _open(source)
     if picture.mode.startswith(("I;16", "I")) or picture.mode == "F":
-        deep = np.asarray(picture, dtype=np.float64)
+        deep = np.nan_to_num(np.asarray(picture, dtype=np.float64))
         picture = Image.fromarray((deep / (257 if deep.max(initial=0) > 255 else 1)).clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
@@ -86,10 +91,13 @@ def _open(source: Picture) -> Image.Image:
     if not Path(source).is_file():
         raise InputError(f"{source} does not exist; expected an image file")
     try:
-        with Image.open(source) as picture:
+        with Image.open(source, formats=READABLE) as picture:
+            check_pixels(source, picture)  # before they are decoded
             picture.load()
             return ImageOps.exif_transpose(picture)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
         raise InputError(f"{source} cannot be read as an image ({error}); expected PNG, JPEG, WebP or TIFF") from error
 
 
@@ -105,6 +113,15 @@ def write_picture(path: Path, pixels: Pixels) -> None:
     finally:
         with suppress(OSError):  # the first error is the one to report
             partial.unlink(missing_ok=True)
+
+
+def check_pixels(source: str | Path, picture: Image.Image) -> None:
+    """`InputError` if a picture has more pixels than Pillow warns of; it refuses from twice as many on."""
+    if Image.MAX_IMAGE_PIXELS is not None and picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
+        size = f"{picture.width} x {picture.height}"
+        raise InputError(
+            f"{source} has {size} pixels; expected at most {Image.MAX_IMAGE_PIXELS:,} in all: scale it down"
+        )
 
 
 @dataclass(frozen=True)

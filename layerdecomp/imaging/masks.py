@@ -91,7 +91,7 @@ def _low_resolution(mask: Mask, rng: np.random.Generator) -> Mask:
     height, width = mask.shape
     cell = max(2.0, rng.uniform(0.1, 0.35) * _extent(mask))
     image = Image.fromarray(mask.astype(np.uint8) * 255)
-    blocks = image.resize((round(width / cell), round(height / cell)), Image.Resampling.BOX)
+    blocks = image.resize((max(1, round(width / cell)), max(1, round(height / cell))), Image.Resampling.BOX)
     return np.asarray(blocks.resize((width, height), Image.Resampling.NEAREST)) > 100
 
 

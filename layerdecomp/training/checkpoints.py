@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from lightning import LightningModule, Trainer
@@ -115,7 +115,7 @@ def _write(path: Path, checkpoint: dict[str, Any]) -> None:
     with path.open("wb") as file:
         watched = _Watched(file)
         try:
-            torch.save(checkpoint, watched)
+            torch.save(checkpoint, cast(IO[bytes], watched))  # it needs no more of a file than this
         except RuntimeError as error:
             raise (watched.error or error) from None
         file.flush()

@@ -1,0 +1,66 @@
+"""The same numbers: ten steps of the default training on its shipped base give the losses in golden.json.
+
+They are in float32. Other processors differ in the last bits: with the instructions that PyTorch, MKL, oneDNN and NumPy
+use held to SSE4 and to AVX2, and with two threads, the losses were within 2e-7 of each other.
+
+After a change that is meant to change them, or of the shipped weights: GOLDEN=write make test ARGS=tests/test_golden.py
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from layerdecomp.config import load_config
+from layerdecomp.training.runs import train
+from layerdecomp.weights import file_sha256
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).parent / "golden.json"
+SETTINGS = [
+    *(
+        "train.steps=10",
+        "train.batch_size=2",
+        "latent_cache=null",
+        "train.precision=32-true",
+        "train.deterministic=true",
+    ),
+    *("data.scenes.size=64", "data.workers=0", "data.validation=1", "optim.warmup=0"),
+    *("evaluate.samples=1", "sample.steps=1", "latent_cache=null"),
+]
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def run(run_dir: Path) -> list[float]:
+    train(load_config(ROOT / "configs" / "tiny.yaml", [*SETTINGS, f"run_dir={run_dir}"]))
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    return [event.value for event in events.Scalars("train/loss")]
+
+
+def test_the_losses_of_ten_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    losses = run(tmp_path / "one")
+    assert torch.are_deterministic_algorithms_enabled()
+    base = ROOT / "checkpoints" / "tiny"
+    names = ("transformer", "autoencoder", "rgba_autoencoder")
+    weights = {name: file_sha256(base / f"{name}.safetensors") for name in names}
+    if os.environ.get("GOLDEN") == "write":
+        GOLDEN.write_text(json.dumps({"losses": losses, "weights": weights}, indent=1) + "\n")
+    golden = json.loads(GOLDEN.read_text())
+    assert golden["weights"] == weights, "the shipped weights have changed; see above how the losses are written anew"
+    assert losses == pytest.approx(golden["losses"], rel=1e-6, abs=0) and len(losses) == 10
+    assert run(tmp_path / "two") == losses
+    one, two = (load_file(tmp_path / name / "adapter.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
