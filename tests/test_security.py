@@ -221,5 +221,5 @@ def test_a_part_is_looked_up_by_its_name(tmp_path: Path) -> None:
 
 def test_a_weight_file_is_no_pickle(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "a.safetensors")
-    with pytest.raises(InputError, match="not a safetensors file"):
+    with pytest.raises(InputError, match="a pickled checkpoint or archive, not safetensors"):
         read_metadata(tmp_path / "a.safetensors")
