@@ -227,7 +227,7 @@ def test_the_reduced_rank_is_the_nearest_and_its_error_is_told() -> None:
 
 
 def test_peft_is_told_the_rank_of_every_layer() -> None:
-    """Without it, diffusers 0.36 and 0.38 scale the input projection wrongly (seen: a relative error of 1.2)."""
+    """Without it, diffusers 0.36 to 0.39 scale the input projection wrongly (seen: a relative error of 1.2)."""
     settings = json.loads(peft_settings(to_diffusers(_changes(), HIDDEN))["lora_adapter_metadata"])
     assert settings["transformer.r"] == settings["transformer.lora_alpha"] == 3
     assert settings["transformer.rank_pattern"] == settings["transformer.alpha_pattern"] == {"^x_embedder": 6}

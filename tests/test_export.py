@@ -13,7 +13,7 @@ from conftest import fill
 from diffusers import FluxFillPipeline
 from diffusers.utils import logging as diffusers_logging
 from reference import build_reference_transformer, diffusers_output, output_error, same_tensors
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from layerdecomp import modelcard
@@ -240,6 +240,17 @@ def test_the_base_stays_where_it_is_unless_asked_for(adapter_file: Path, tmp_pat
     assert weights["rgba_autoencoder"] == "rgba_autoencoder.safetensors"
     assert weights["transformer"] == json.loads(read_metadata(adapter_file)["weights"])["transformer"]
     assert Decomposer.from_pretrained(tmp_path / "published").context_fusion is not None
+
+
+def test_the_prompt_goes_with_the_folder(tiny_config: DecomposerConfig, tmp_path: Path) -> None:
+    prompt = {"txt": torch.randn(3, 8), "vec": torch.randn(8)}
+    save_file(prompt, tmp_path / "empty.safetensors")
+    config = replace(tiny_config, weights=replace(tiny_config.weights, prompt=str(tmp_path / "empty.safetensors")))
+    build_decomposer(config).adapter(config.to_metadata()).save(tmp_path / "adapter.safetensors")
+    export(tmp_path / "adapter.safetensors", "decomposer", tmp_path / "published")
+    (tmp_path / "empty.safetensors").unlink()
+    loaded = Decomposer.from_pretrained(tmp_path / "published").prompt
+    assert loaded.txt.equal(prompt["txt"]) and loaded.vec.equal(prompt["vec"])
 
 
 def test_a_folder_is_written_whole_or_not_at_all(
