@@ -5,14 +5,16 @@ ADAPTER ?= checkpoints/tiny/adapter.safetensors
 IMAGE ?= $(shell ls .venv/lib/python3*/site-packages/skimage/data/coffee.png)
 MASK ?= docs/coffee_cup_mask.png
 FORMAT ?= adapter
+LAYERS ?= png
 ARGS ?=
 DEVICES ?=
+KILLS ?= 50
 RUN := .venv/bin/python
 # glibc gives every large buffer back to the system and takes the next one page by page: a quarter of a step on a CPU.
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 
-.PHONY: train tiny decompose evaluate export ablation curves benchmark-data test lint clean
+.PHONY: train tiny decompose embed-prompt evaluate export ablation curves benchmark benchmark-data test test-kill audit lint clean
 .DEFAULT_GOAL := train
 
 .venv/installed: setup.cfg
@@ -26,6 +28,14 @@ export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 # The library of the matting baseline; it compiles itself when it is first used, which takes a minute.
 .venv/installed-matting: .venv/installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[matting]'
+	touch $@
+
+.venv/installed-text: .venv/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[text]'
+	touch $@
+
+.venv/installed-psd: .venv/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[psd]'
 	touch $@
 
 .venv/installed-dev: .venv/installed
@@ -61,8 +71,12 @@ $(TINY)/adapter.safetensors: | $(TINY)/transformer.safetensors $(TINY)/rgba_auto
 	$(RUN) tools/export.py adapter=runs/tiny/adapter.safetensors format=adapter out=$@
 
 decompose: OUT ?= layers
-decompose: .venv/installed  ## make decompose IMAGE=a.jpg MASK=a.png OUT=layers
-	$(RUN) tools/decompose.py adapter=$(ADAPTER) image=$(IMAGE) mask=$(MASK) out=$(OUT) $(ARGS)
+decompose: .venv/installed $(if $(findstring psd,$(LAYERS)),.venv/installed-psd)  ## make decompose IMAGE=a.jpg MASK=a.png OUT=layers LAYERS=png,ora,psd
+	$(RUN) tools/decompose.py adapter=$(ADAPTER) image=$(IMAGE) mask=$(MASK) out=$(OUT) format=$(LAYERS) $(ARGS)
+
+embed-prompt: ROOT ?= checkpoints/flux1-fill-dev
+embed-prompt: .venv/installed-text  ## the empty prompt's embedding, once, from FLUX's text encoders in ROOT
+	$(RUN) tools/embed_prompt.py root=$(ROOT) $(ARGS)
 
 evaluate: .venv/installed-matting  ## and any other method: make evaluate ARGS="predictions=FOLDER data=FOLDER"
 	$(RUN) tools/evaluate.py adapter=$(ADAPTER) out=runs/evaluate evaluate.samples=256 \
@@ -86,8 +100,18 @@ curves: .venv/installed-plots  ## quality against steps and against distinct tra
 benchmark-data: .venv/installed  ## triplets per second: make benchmark-data ARGS="layered=[data/mulan.safetensors]"
 	$(RUN) tools/benchmark_data.py $(ARGS)
 
+benchmark: .venv/installed  ## operations and speed: make benchmark ARGS="device=cuda recompute=1"
+	$(RUN) tools/benchmark.py $(ARGS)
+
 test: .venv/installed-dev
 	$(RUN) -m pytest $(ARGS)
+
+test-kill: .venv/installed-dev  ## a training killed fifty times ends with the weights of an undisturbed one
+	KILLS=$(KILLS) $(RUN) -m pytest -s tests/test_kill.py $(ARGS)
+
+audit: .venv/installed-dev  ## known vulnerabilities of what is installed; what cannot be looked up is an error
+	$(RUN) -m pip freeze --exclude-editable > .venv/audited.txt
+	$(RUN) -m pip_audit --strict --no-deps --disable-pip -r .venv/audited.txt $(ARGS)
 
 lint: .venv/installed-dev
 	$(RUN) -m ruff check layerdecomp tools tests

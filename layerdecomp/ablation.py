@@ -126,7 +126,7 @@ def _check_kept(run: Run) -> None:
     """Raises `InputError` if the run's folder holds one with other settings or, when it is finished, other weights."""
     changed: list[str] = []
     if (run.folder / "last.ckpt").is_file():
-        changed = changed_keys(run.config, run.folder / "config.yaml")
+        changed += changed_keys(run.config, run.folder / "config.yaml")
     if run.finished:
         kept, now = read_metadata(run.folder / "adapter.safetensors"), run.config.to_metadata()
         changed += [key for key in SHA256_KEYS.values() if kept.get(key) != now[key]]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from layerdecomp.errors import InputError
+from layerdecomp.errors import InputError, RunError
 
 
 def take(arguments: list[str], **defaults: str | None) -> tuple[dict[str, str], list[str]]:
@@ -52,13 +52,13 @@ def frozen_dtype(device: str) -> torch.dtype:
 
 
 def run_command(main: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Runs a tool. What the user got wrong is one message on stderr and exit status 2; bugs keep their traceback."""
+    """Runs a tool. What is no bug is one message on stderr and exit status 2 or 1; bugs keep their traceback."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         main(arguments)
-    except InputError as error:
+    except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

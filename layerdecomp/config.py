@@ -5,6 +5,7 @@ command line comes last. A key that nobody knows, or a value of the wrong type, 
 """
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from layerdecomp.comparison import EvaluateConfig
 from layerdecomp.conditioning import ConditioningConfig
 from layerdecomp.data.datamodule import DataConfig
 from layerdecomp.decomposer import DecomposerConfig, SampleConfig, WeightFiles
-from layerdecomp.errors import InputError, check_at_least
+from layerdecomp.errors import InputError, check_at_least, check_probabilities
 from layerdecomp.evaluation import write_atomically
 from layerdecomp.flow import FlowConfig
 from layerdecomp.models.autoencoder import AutoencoderConfig
@@ -33,16 +34,29 @@ class TrainConfig:
 
     steps: int = 7200
     batch_size: int = 8  # per process
+    accumulate: int = 1  # batches of every process whose gradients make one step
     devices: int = 1
     nodes: int = 1
     strategy: str = "auto"  # as Lightning names them: auto, ddp, ...
     precision: str = "auto"  # auto: bf16-mixed where the device computes in it, else 32-true
     checkpoint_every: int = 500  # steps
     validate_every: int = 500  # steps
+    max_skipped: int = 5  # steps in a row whose gradient is not finite: after them, training stops
+    ema: float = 0.0  # decay of a running average of what is trained, which is validated and written; 0: none
+    deterministic: bool = False  # the same bits on the same machine, on a GPU as well, for some speed
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of a step, over all processes."""
+        return self.batch_size * self.accumulate * self.devices * self.nodes
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "devices", "nodes", "checkpoint_every", "validate_every")
-        check_at_least(1, self, "train.", *counts)
+        spread = ("batch_size", "accumulate", "devices", "nodes")
+        check_at_least(1, self, "train.", *spread, "steps", "checkpoint_every", "validate_every")
+        check_at_least(1, self, "train.", "max_skipped")
+        check_probabilities(self, "train.", "ema")
+        if self.ema == 1:
+            raise InputError("train.ema is 1, which keeps the first weights for ever; expected less, such as 0.999")
         if self.precision not in ("auto", "32-true", "bf16-mixed"):  # trained tensors are float32, always
             raise InputError(f"train.precision is {self.precision!r}; expected auto, 32-true or bf16-mixed")
 
@@ -147,8 +161,15 @@ JOBS: dict[str, type[Any]] = {
     "autoencoder": AutoencoderJobConfig,
     "inpainter": InpainterJobConfig,
 }
-# What may change when a run is continued: none of it changes what is computed.
-RESUMABLE: frozenset[str] = frozenset({"resume", "run_dir", "data.workers", "train.checkpoint_every"})
+# What may change when a run is continued: none of it changes what is trained.
+RESUMABLE: frozenset[str] = frozenset(
+    {
+        *("resume", "run_dir", "recompute", "data.workers", "data.validation", "data.max_faulty"),
+        *("train.checkpoint_every", "train.validate_every", "train.max_skipped", "train.strategy"),
+    }
+)
+# Of these, the product alone matters: how many samples a step has.
+SPREAD: frozenset[str] = frozenset({"train.batch_size", "train.accumulate", "train.devices", "train.nodes"})
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
@@ -199,11 +220,22 @@ def save_config(path: Path, config: RunConfig) -> None:
     write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
 
 
-def changed_keys(config: RunConfig, path: Path) -> list[str]:
-    """The keys that matter to results in which a config differs from one written by `save_config`."""
-    before = _dotted(OmegaConf.to_container(read_yaml(path)))
+def changed_keys(config: RunConfig, path: Path) -> dict[str, str]:
+    """The keys that matter to results in which a config differs from one that `save_config` wrote: "1 then, 2 now".
+
+    A key that the other does not have, since it is older, counts as having its default there.
+    """
     now = _dotted(asdict(config))
-    return sorted(key for key in before.keys() | now.keys() if key not in RESUMABLE and before.get(key) != now.get(key))
+    before = _dotted(asdict(type(config)())) | _dotted(OmegaConf.to_container(read_yaml(path)))
+    free = set(RESUMABLE)
+    if _product(before) == _product(now):
+        free |= SPREAD
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in free)
+    return {key: f"{before.get(key, 'absent')} then, {now.get(key, 'absent')} now" for key in changed}
+
+
+def _product(flat: dict[str, Any]) -> int:
+    return math.prod(flat[key] for key in SPREAD)
 
 
 def read_yaml(path: Path) -> DictConfig:

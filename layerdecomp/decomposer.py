@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from layerdecomp.conditioning import (
     LATENT_FACTOR,
+    PATCH,
     TOKEN_FACTOR,
     ConditioningConfig,
     context,
@@ -46,6 +47,7 @@ from layerdecomp.sampling import euler, schedule
 from layerdecomp.weights import (
     FORMAT_VERSION,
     LICENCE,
+    TOOL_VERSION,
     Adapter,
     Metadata,
     check_keys,
@@ -57,6 +59,7 @@ from layerdecomp.weights import (
     load_mmdit,
     open_safetensors,
     read_metadata,
+    weight_files,
 )
 
 # Where an adapter's metadata keep the checksum of each frozen part.
@@ -65,6 +68,8 @@ SHA256_KEYS = {
     "autoencoder": "autoencoder_sha256",
     "rgba_autoencoder": "rgba_autoencoder_sha256",
 }
+BASES = {"03e289f530df51d014f48e675a9ffa2141bc003259bf5f25d75b957e920a41ca": "black-forest-labs/FLUX.1-Fill-dev"}
+ADAPTER = "adapter.safetensors"  # its name in a run's directory and in a published folder
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -323,7 +328,7 @@ class Decomposer(nn.Module):
         """The decomposer that an adapter file describes, ready to sample.
 
         Args:
-            path: adapter.safetensors.
+            path: adapter.safetensors, or the folder that it was published in.
             dtype: of the frozen parts; float32 unless given.
             files: other places for the frozen parts (transformer=, autoencoder=, rgba_autoencoder=, prompt=).
 
@@ -349,31 +354,46 @@ class DecomposerConfig:
 
     def to_metadata(self) -> Metadata:
         described = {f.name: json.dumps(asdict(getattr(self, f.name))) for f in fields(DecomposerConfig)}
-        base = Path(self.weights.transformer)
-        facts = {"format_version": FORMAT_VERSION, "base_model": base.name}
-        facts |= {key: file_sha256(Path(getattr(self.weights, name))) for name, key in SHA256_KEYS.items()}
+        facts = {key: file_sha256(Path(getattr(self.weights, name))) for name, key in SHA256_KEYS.items()}
+        base = Path(self.weights.transformer).name
         return {
+            "format_version": FORMAT_VERSION,
+            "tool_version": TOOL_VERSION,
+            "base_model": BASES.get(facts["base_sha256"], base),
             **facts,
             **described,
+            **self.lora_metadata(),
             "modified": "yes: LoRA and input projection added to the base",
             "licence": LICENCE,
         }
+
+    def lora_metadata(self) -> Metadata:
+        """The LoRA settings, as a whole and one by one."""
+        alpha = self.lora.rank if self.lora.alpha is None else self.lora.alpha
+        settings = {"rank": str(self.lora.rank), "alpha": str(alpha), "targets": " ".join(self.lora.targets)}
+        return {"lora": json.dumps(asdict(self.lora)), **settings}
 
 
 def describe_adapter(path: str | Path, **files: str) -> tuple[Adapter, DecomposerConfig]:
     """An adapter file and the decomposer it belongs to, the paths of whose frozen parts exist and fit.
 
-    Paths are looked for as they stand, beside the adapter and in the repository; `files` names other ones.
+    `path` may be a folder that holds `ADAPTER`. Paths are looked for as they stand, beside the adapter and in the
+    repository; `files` names other ones.
 
     Raises:
         InputError: a file is missing, or the base is not the one that was adapted.
     """
-    path = Path(path)
+    path = Path(path) / ADAPTER if Path(path).is_dir() else Path(path)
     adapter = Adapter.load(path)
+    return adapter, described_config(adapter.metadata, path, **files)
+
+
+def described_config(metadata: Metadata, path: Path, **files: str) -> DecomposerConfig:
+    """The decomposer that the metadata of the adapter at `path` describe; see `describe_adapter`."""
     config = DecomposerConfig()
     for part in fields(DecomposerConfig):
         kind: type[Any] = type(getattr(config, part.name))
-        setattr(config, part.name, config_from(kind, adapter.metadata.get(part.name), f"{path}: {part.name}"))
+        setattr(config, part.name, config_from(kind, metadata.get(part.name), f"{path}: {part.name}"))
     places = asdict(config.weights)
     if unknown := [name for name in files if name not in places]:
         raise InputError(f"{unknown[0]}= names no weight file; expected some of {', '.join(places)}")
@@ -382,14 +402,15 @@ def describe_adapter(path: str | Path, **files: str) -> tuple[Adapter, Decompose
             setattr(config.weights, name, str(find_weights(value, [path.parent, REPOSITORY])))
     for name, key in SHA256_KEYS.items():
         file = getattr(config.weights, name)
-        read_metadata(file)  # a truncated file is told as such, not as another one
-        found, expected = file_sha256(Path(file)), adapter.metadata.get(key, "unknown")
+        for part_file in weight_files(Path(file)):
+            read_metadata(part_file)  # a truncated file is told as such, not as another one
+        found, expected = file_sha256(Path(file)), metadata.get(key, "unknown")
         if found != expected:
             raise InputError(
                 f"{file} is not the {name} that {path} was trained with: sha256 {found[:12]}..., expected "
                 f"{expected[:12]}...; name the right file with {name}="
             )
-    return adapter, config
+    return config
 
 
 def build_decomposer(config: DecomposerConfig, dtype: torch.dtype | None = None, device: str = "cpu") -> Decomposer:
@@ -400,9 +421,11 @@ def build_decomposer(config: DecomposerConfig, dtype: torch.dtype | None = None,
     if unknown := [name for name in config.fusion.cues if name not in CUES]:
         raise InputError(f"fusion.cues names {unknown[0]!r}; expected some of {', '.join(CUES)}")
     fusion = ContextFusion(config.fusion, transformer.config.hidden_size) if config.fusion.enabled else None
+    autoencoder = _load_autoencoder(config.weights.autoencoder, 3, dtype, device)
+    _check_channels(config.weights.transformer, transformer, autoencoder)
     return Decomposer(
         transformer=transformer,
-        autoencoder=_load_autoencoder(config.weights.autoencoder, 3, dtype, device),
+        autoencoder=autoencoder,
         rgba_autoencoder=_load_autoencoder(config.weights.rgba_autoencoder, 4, dtype, device),
         context_fusion=fusion,
         prompt=Prompt.load(config.weights.prompt, transformer),
@@ -415,7 +438,10 @@ def build_decomposer(config: DecomposerConfig, dtype: torch.dtype | None = None,
 def mixed_precision(frozen: nn.Module) -> torch.autocast:
     """Autocast where the frozen parts are in bf16, since what was trained beside them is in float32."""
     weight = next(frozen.parameters())
-    return torch.autocast(weight.device.type, torch.bfloat16, enabled=weight.dtype == torch.bfloat16)
+    place = (
+        "cpu" if weight.is_meta else weight.device.type
+    )  # there, operations are counted; autocast knows no meta device
+    return torch.autocast(place, torch.bfloat16, enabled=weight.dtype == torch.bfloat16)
 
 
 def token_ids(image: Tensor, layer: int) -> Tensor:
@@ -483,6 +509,17 @@ def keep_pixels(image: Tensor, mask: Tensor, painted: Tensor, sample: SampleConf
         return painted
     share = grow_and_feather(mask, sample.grow, sample.feather)
     return share * painted + (1 - share) * image
+
+
+def _check_channels(path: str, transformer: MMDiT, autoencoder: Autoencoder) -> None:
+    """A file or folder that describes itself may well be another model than an inpainting one."""
+    found, expected = transformer.config.in_channels, 2 * PATCH**2 * autoencoder.config.z_channels + TOKEN_FACTOR**2
+    if found != expected:
+        what = "this is FLUX.1-dev (or -schnell or -Kontext), not Fill; " if found == 64 else ""
+        raise InputError(
+            f"{path} takes {found} input channels; {what}expected {expected}: noise, the masked image's latents and "
+            "the mask"
+        )
 
 
 def _load_autoencoder(path: str, channels: int, dtype: torch.dtype | None, device: str) -> Autoencoder:

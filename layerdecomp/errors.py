@@ -1,4 +1,4 @@
-"""The one exception that means "what you gave me is wrong", as opposed to a bug in this package."""
+"""The exceptions that are no bug of this package: what was given is wrong, or the world got in the way."""
 
 
 class InputError(ValueError):
@@ -6,6 +6,14 @@ class InputError(ValueError):
 
     The message names the file or key, what was found, what was expected and what to do. The command-line tools print it
     without a traceback and exit with status 2; anything else that is raised is a bug and keeps its traceback.
+    """
+
+
+class RunError(RuntimeError):
+    """A run cannot go on, for a reason outside the code: a full disk, a dead process, a loss that is not finite.
+
+    The message says what happened, what is kept and what to do. The command-line tools print it without a traceback and
+    exit with status 1.
     """
 
 

@@ -1,4 +1,4 @@
-"""Weight files: strict reading, atomic writing, and the adapter file.
+"""Weight files: strict reading in every layout that is published, atomic writing, and the adapter file.
 
 Every name and shape must fit; what does not is listed in one `InputError`. Nothing here unpickles.
 """
@@ -6,10 +6,13 @@ Every name and shape must fit; what does not is listed in one `InputError`. Noth
 import hashlib
 import json
 import os
+import shutil
 import struct
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,19 +21,32 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from layerdecomp import __version__
 from layerdecomp.errors import InputError
+from layerdecomp.layouts import (
+    Layout,
+    Shape,
+    Source,
+    autoencoder_config,
+    diffusers_autoencoder,
+    diffusers_transformer,
+    mmdit_config,
+    published,
+    recognise,
+)
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.depth import DepthConfig, DepthEstimator, published_names
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 
 FORMAT_VERSION = "1"
+TOOL_VERSION = f"layerdecomp {__version__}"
 LICENCE = (
     "Weights derived from FLUX.1-Fill-dev are governed by the FLUX.1 [dev] Non-Commercial License and are marked as "
     "modified; weights of the tiny track were trained from nothing and are Apache-2.0."
 )
+FOREIGN = {b"GGUF": "a GGUF file, not safetensors", b"PK\x03\x04": "a pickled checkpoint or archive, not safetensors"}
 Metadata = dict[str, str]
 ConfigT = TypeVar("ConfigT")
 
@@ -41,7 +57,7 @@ def read_metadata(path: str | Path) -> Metadata:
         return dict(file.metadata() or {})
 
 
-def open_safetensors(path: str | Path, device: str = "cpu") -> Any:
+def open_safetensors(path: str | Path, device: str = "cpu", backend: str = "mmap") -> Any:
     """`safetensors.safe_open`, with errors that name the file."""
     path = Path(path)
     if path.is_dir():
@@ -49,7 +65,7 @@ def open_safetensors(path: str | Path, device: str = "cpu") -> Any:
     if not path.is_file():
         raise InputError(f"{path} does not exist; put the file there or name another (see checkpoints/README.md)")
     try:
-        return safe_open(path, framework="pt", device=device)
+        return safe_open(path, framework="pt", device=device, backend=backend)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: {_why_unreadable(path)} ({error}); download or export it again") from error
 
@@ -57,6 +73,9 @@ def open_safetensors(path: str | Path, device: str = "cpu") -> Any:
 def _why_unreadable(path: Path) -> str:
     """What is wrong with a file that safetensors refuses."""
     size = path.stat().st_size
+    with suppress(OSError), path.open("rb") as file:
+        if (magic := file.read(4)) in FOREIGN:
+            return FOREIGN[magic]
     if size < 8:
         return f"only {size} bytes long, not a safetensors file"
     try:
@@ -73,36 +92,95 @@ def _why_unreadable(path: Path) -> str:
 
 @cache
 def file_sha256(path: Path) -> str:
+    """The checksum of a file; of a diffusers folder, that of its files' checksums, one a line, in order of names."""
+    if path.is_dir():
+        lines = "".join(f"{file_sha256(file)}\n" for file in weight_files(path))
+        return hashlib.sha256(lines.encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
-    """Writes a safetensors file beside its final name, then renames it, so that no half-written file is ever seen."""
+    """Writes a safetensors file, whole or not at all; the same tensors and metadata give the same bytes."""
+    write_tensors(path, tensors, tensors.__getitem__, metadata)
+
+
+def write_tensors(
+    path: str | Path, like: Mapping[str, Tensor], read: Callable[[str], Tensor], metadata: Metadata
+) -> None:
+    """Writes a safetensors file one tensor at a time, so that no more than one need be in memory.
+
+    (`safetensors.save_file` takes all tensors at once, and orders metadata at random.)
+
+    Args:
+        like: shapes and dtypes of the tensors by name; they may be on the meta device.
+        read: gives a tensor by its name, once.
+    """
+    names = sorted(like, key=lambda name: (-like[name].element_size(), name))  # so that every tensor is aligned
+    with written_whole(path) as partial, partial.open("wb") as file:
+        file.write(_header({name: like[name] for name in names}, metadata))
+        for name in names:
+            tensor = read(name).detach().cpu().contiguous()
+            assert (tensor.dtype, tensor.shape) == (like[name].dtype, like[name].shape), name
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """Gives a name to write to, beside `path`, and renames that file or folder to `path` when it is complete."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
-        partial.chmod(0o666 & ~_umask())  # safetensors writes files that nobody else can read
+        yield partial
         os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} could not be written ({error}); free some space or choose another folder") from error
+    except OSError as error:
+        raise InputError(f"{path} could not be written ({error}); free some space or choose another place") from error
     finally:
         with suppress(OSError):  # the first error is the one to report
-            partial.unlink(missing_ok=True)
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
 
 
-@cache
-def _umask() -> int:
-    mask = os.umask(0)  # the only way to read it is to set it
-    os.umask(mask)
-    return mask
+def date_of_writing(otherwise: str | None = None) -> str:
+    """What SOURCE_DATE_EPOCH says, if it is set (https://reproducible-builds.org); else `otherwise`, or now; UTC."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    if epoch is None and otherwise is not None:
+        return otherwise
+    try:
+        return datetime.fromtimestamp(int(epoch or time.time()), UTC).isoformat()
+    except ValueError as error:
+        raise InputError(f"SOURCE_DATE_EPOCH={epoch}: expected seconds since 1970") from error
 
 
-def check_keys(
-    path: str | Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], what: str
-) -> None:
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: Metadata) -> bytes:
+    """The head of a safetensors file whose tensors follow one another as they are given."""
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # so that the first tensor is aligned
+    return struct.pack("<Q", len(text)) + text
+
+
+def check_keys(path: str | Path, found: Mapping[str, Shape], expected: Mapping[str, Shape], what: str) -> None:
     """Raises one `InputError` that lists every kind of misfit between a file's tensors and a model's."""
     misfits = [
         ("missing", [name for name in expected if name not in found]),
@@ -118,6 +196,8 @@ def check_keys(
     ]
     lines = [f"  {len(names)} {kind}: {_first(names)}" for kind, names in misfits if names]
     if lines:
+        if looks := recognise(found, expected):
+            lines.append(f"  {looks}")
         raise InputError(
             f"{path} does not fit {what}: {len(found)} tensors found, {len(expected)} expected\n" + "\n".join(lines)
         )
@@ -139,35 +219,100 @@ def copy_tensors(path: str | Path, found: Mapping[str, Tensor], parameters: Mapp
         parameter.copy_(found[name])
 
 
+class TensorFile:
+    """The tensors of a safetensors file, or of a diffusers folder's shards, read one at a time.
+
+    Read, not mapped: mapped pages would count as the process's memory until the last tensor is converted. Tensors in
+    fp8 come out in float32, multiplied by their scales.
+    """
+
+    def __init__(self, path: str | Path, device: str = "cpu") -> None:
+        self._files: dict[str, Any] = {}
+        for part in weight_files(Path(path)):
+            file = open_safetensors(part, device, backend="pread")
+            self._files |= {name: file for name in file.keys()}  # noqa: SIM118
+        slices = {name: file.get_slice(name) for name, file in self._files.items()}
+        self.in_fp8 = any(piece.get_dtype() in FP8 for piece in slices.values())
+        self.shapes = {
+            name: tuple(piece.get_shape())
+            for name, piece in slices.items()
+            if not (self.in_fp8 and name.endswith(FP8_COMPANIONS))
+        }
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[name].get_tensor(name)
+        if not tensor.dtype.is_floating_point or tensor.element_size() > 1:
+            return tensor
+        tensor, stem = tensor.float(), name.removesuffix("weight")
+        for scale in (f"{stem}{kind}" for kind in FP8_SCALES if f"{stem}{kind}" in self._files):
+            factors = self._files[scale].get_tensor(scale).float()  # one, or one per row
+            tensor *= factors.view(-1, *[1] * (tensor.dim() - 1)) if factors.numel() > 1 else factors.view(())
+        return tensor
+
+
+FP8 = ("F8_E4M3", "F8_E5M2")
+FP8_SCALES = ("scale_weight", "weight_scale")  # beside a weight, as ComfyUI names them
+FP8_COMPANIONS = (*FP8_SCALES, "scale_input", "input_scale", "scaled_fp8", "comfy_quant")
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold a model's tensors: the one itself, or those of a diffusers folder, in order of names.
+
+    A folder holds one file, or shards and an index that lists them.
+    """
+    if not path.is_dir():
+        return [path]
+    index = next(iter(sorted(path.glob("*.safetensors.index.json"))), None)
+    if index is None:
+        files = sorted(path.glob("*.safetensors"))
+        if len(files) != 1:
+            raise InputError(
+                f"{path} holds {len(files)} .safetensors files and no *.safetensors.index.json; expected a diffusers "
+                "folder such as transformer/ or vae/, with one file or with shards and their index"
+            )
+        return files
+    files = sorted({path / Path(str(name)).name for name in dict(_read_json(index).get("weight_map", {})).values()})
+    if absent := [file.name for file in files if not file.is_file()]:
+        raise InputError(f"{path}: {index.name} lists {_first(absent)}, not in the folder; download what is missing")
+    return files
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is missing or no JSON object ({error}); download it again") from error
+
+
+def open_state(
+    module: nn.Module, path: str | Path, device: str = "cpu", layout: Layout = published
+) -> Callable[[str], Tensor]:
+    """A function that reads a tensor of `module`, by its name there, from files that hold exactly its tensors.
+
+    Args:
+        module: may be on the meta device.
+        layout: where the files have the tensors.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    sources = {name: layout(name, shape) for name, shape in shapes.items()}
+    file = TensorFile(path, device)
+    expected = {part: shape for source in sources.values() for part, shape in source.shapes.items()}
+    shown = f"{path} (in fp8)" if file.in_fp8 else path
+    check_keys(shown, file.shapes, expected, f"this {type(module).__name__}")
+    return lambda name: sources[name].join([file.read(part) for part in sources[name].shapes], shapes[name])
+
+
 def load_state(
     module: nn.Module,
     path: str | Path,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
-    sources: Callable[[str], list[str]] = lambda name: [name],
+    layout: Layout = published,
 ) -> None:
-    """Materialises `module`, built on the meta device, from a file that holds exactly its tensors.
-
-    Where the file has other names, `sources` gives those of the tensors that, one below the other, are a parameter.
-    """
-    parts = {name: sources(name) for name in module.state_dict()}
-    expected = {
-        part: tuple(chunk.shape)
-        for name, tensor in module.state_dict().items()
-        for part, chunk in zip(parts[name], tensor.chunk(len(parts[name])), strict=True)
-    }
-    with open_safetensors(path, device) as file:
-        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        check_keys(path, found, expected, f"this {type(module).__name__}")
-        state = {
-            name: _join([file.get_tensor(part) for part in names]).to(dtype or torch.float32)
-            for name, names in parts.items()
-        }
+    """Materialises `module`, built on the meta device, tensor by tensor; see `open_state`."""
+    read = open_state(module, path, device, layout)
+    state = {name: read(name).to(dtype or torch.float32) for name in module.state_dict()}
     module.load_state_dict(state, assign=True)
-
-
-def _join(tensors: list[Tensor]) -> Tensor:
-    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]  # a lone tensor stays where it is mapped
 
 
 def config_from(kind: type[ConfigT], text: str | None, where: str) -> ConfigT:
@@ -185,27 +330,50 @@ def config_from(kind: type[ConfigT], text: str | None, where: str) -> ConfigT:
 def load_mmdit(
     path: str | Path, config: MMDiTConfig | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> MMDiT:
-    """The transformer of a single-file checkpoint, in `dtype` (float32 unless given), on `device`, frozen.
+    """The transformer of a single file or of a diffusers folder, in `dtype` (float32 unless given), frozen.
 
-    Without a `config`, the file's metadata say what model it is; a file without any is FLUX.1-Fill-dev.
+    Without a `config`, the file's metadata or the folder's config.json say what model it is; a file without any is
+    FLUX.1-Fill-dev.
     """
-    with torch.device("meta"):
-        model = MMDiT(config or config_from(MMDiTConfig, read_metadata(path).get("config"), str(path)))
-    load_state(model, path, dtype, device)
+    model, layout = empty_mmdit(path, config)
+    load_state(model, path, dtype, device, layout)
     return model.requires_grad_(False).eval()
+
+
+def empty_mmdit(path: str | Path, config: MMDiTConfig | None = None) -> tuple[MMDiT, Layout]:
+    """The transformer that a file or folder holds, on the meta device, and the layout it is kept in there."""
+    config = config or _described(Path(path), MMDiTConfig, mmdit_config)
+    with torch.device("meta"):
+        model = MMDiT(config)
+    elsewhere = "x_embedder.weight" in TensorFile(path).shapes
+    return model, diffusers_transformer(config.hidden_size) if elsewhere else published
 
 
 def load_autoencoder(
     path: str | Path, config: AutoencoderConfig | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> Autoencoder:
-    """The autoencoder of a single-file checkpoint, in `dtype` (float32 unless given), on `device`, frozen.
+    """The autoencoder of a single file or of a diffusers folder, in `dtype` (float32 unless given), frozen.
 
-    Without a `config`, the file's metadata say what model it is; a file without any is FLUX's.
+    Without a `config`, the file's metadata or the folder's config.json say what model it is; a file without any is
+    FLUX's.
     """
+    config = config or _described(Path(path), AutoencoderConfig, autoencoder_config)
     with torch.device("meta"):
-        model = Autoencoder(config or config_from(AutoencoderConfig, read_metadata(path).get("config"), str(path)))
-    load_state(model, path, dtype, device)
+        model = Autoencoder(config)
+    elsewhere = "encoder.conv_norm_out.weight" in TensorFile(path).shapes
+    load_state(model, path, dtype, device, diffusers_autoencoder(len(config.ch_mult)) if elsewhere else published)
     return model.requires_grad_(False).eval()
+
+
+def _described(path: Path, kind: type[ConfigT], from_diffusers: Callable[[Mapping[str, Any]], ConfigT]) -> ConfigT:
+    """The config of the model in a file, by its metadata, or in a diffusers folder, by its config.json."""
+    if not path.is_dir():
+        return config_from(kind, read_metadata(path).get("config"), str(path))
+    weight_files(path)  # says more about a folder that is none
+    try:
+        return from_diffusers(_read_json(path / "config.json"))
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path / 'config.json'} describes no {kind.__name__}: {error!r}") from error
 
 
 def load_depth(
@@ -217,8 +385,13 @@ def load_depth(
     """
     with torch.device("meta"):
         model = DepthEstimator(config or DepthConfig())
-    load_state(model, path, dtype, device, published_names)
+    load_state(model, path, dtype, device, _published_depth)
     return model.requires_grad_(False).eval()
+
+
+def _published_depth(name: str, shape: Shape) -> Source:
+    names = published_names(name)
+    return Source({part: (shape[0] // len(names), *shape[1:]) if shape else shape for part in names})
 
 
 def save_model(
@@ -226,8 +399,8 @@ def save_model(
 ) -> None:
     """Writes a single-file checkpoint under the published names, its config in the metadata."""
     tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
-    common = {"format_version": FORMAT_VERSION, "config": json.dumps(asdict(model.config)), "licence": LICENCE}
-    save_tensors(path, tensors, {**common, **metadata})
+    common = {"format_version": FORMAT_VERSION, "tool_version": TOOL_VERSION, "licence": LICENCE}
+    save_tensors(path, tensors, {**common, "config": json.dumps(asdict(model.config)), **metadata})
 
 
 @dataclass(frozen=True)
@@ -249,6 +422,9 @@ class Adapter:
         if metadata.get("format_version") != FORMAT_VERSION:
             found = metadata.get("format_version")
             raise InputError(f"{path}: adapter format {found}, expected {FORMAT_VERSION}; update layerdecomp")
+        if "format" in metadata:
+            layout = metadata["format"]
+            raise InputError(f"{path} is an adapter in {layout} layout; tools/export.py format=import brings it back")
         with open_safetensors(path) as file:
             return cls({name: file.get_tensor(name) for name in file.keys()}, metadata)  # noqa: SIM118
 
@@ -257,7 +433,7 @@ def find_weights(name: str, beside: Iterable[Path]) -> Path:
     """A weight file by the name an adapter gives it: as it stands, or in one of the folders `beside`."""
     candidates = [Path(name), *(folder / Path(name).name for folder in beside), *(folder / name for folder in beside)]
     for candidate in candidates:
-        if candidate.is_file():
+        if candidate.exists():
             return candidate
     looked = ", ".join(str(candidate) for candidate in candidates)
     raise InputError(f"{name} does not exist (looked at {looked}); checkpoints/README.md says which file to put where")

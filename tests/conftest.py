@@ -1,6 +1,7 @@
 """Weights of the smallest models that have every part, all parameters random, for tests that need files."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -104,6 +105,34 @@ def tiny_overrides(tiny_weights: Path) -> list[str]:
         "train.batch_size=2",
         "latent_cache=null",
     ]
+
+
+EVERYTHING = ["txt_in", "*_blocks.*", "final_layer.*", "time_in.*", "vector_in.*"]
+
+
+@pytest.fixture(scope="session", params=["default", "everything"])
+def adapter_file(
+    request: pytest.FixtureRequest, tiny_config: DecomposerConfig, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """An adapter with every parameter random: of the default targets, and of all linear layers."""
+    lora = tiny_config.lora if request.param == "default" else LoRAConfig(3, 1.5, EVERYTHING)
+    config = replace(tiny_config, lora=lora)
+    decomposer = build_decomposer(config)
+    trained = nn.ParameterDict({n.replace(".", "/"): p for n, p in decomposer.adapter({}).tensors.items()})
+    fill(trained, seed=5)
+    path = tmp_path_factory.mktemp("adapter") / "adapter.safetensors"
+    facts = {
+        "date": "2026-01-02T03:04:05+00:00",
+        "figures": '{"background/psnr": 20.5, "background/psnr_stderr": 0.25}',
+        "data": '{"source": "scenes"}',
+    }
+    decomposer.adapter({**config.to_metadata(), **facts}).save(path)
+    return path
+
+
+@pytest.fixture
+def ours(adapter_file: Path) -> MMDiT:
+    return Decomposer.from_pretrained(adapter_file).transformer
 
 
 @pytest.fixture(scope="session")

@@ -156,3 +156,35 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     largest = expected.abs().max().item()
     assert largest > 1e-3, "the reference is (almost) zero: this comparison would prove nothing"
     return (actual - expected).abs().max().item() / largest
+
+
+def flux_inputs() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    drawn = {
+        "img": torch.randn(2, 6, 384, generator=generator),
+        "txt": torch.randn(2, 3, 8, generator=generator),
+        "y": torch.randn(2, 8, generator=generator),
+    }
+    ids = {"img_ids": torch.arange(18.0).view(6, 3), "txt_ids": torch.zeros(3, 3)}
+    return {**drawn, **ids, "timesteps": torch.tensor([0.2, 0.9])}
+
+
+@torch.no_grad()
+def diffusers_output(model: nn.Module) -> Tensor:
+    """What diffusers' transformer makes of the inputs."""
+    x = flux_inputs()
+    return model(
+        hidden_states=x["img"], img_ids=x["img_ids"], encoder_hidden_states=x["txt"], txt_ids=x["txt_ids"],
+        timestep=x["timesteps"], pooled_projections=x["y"], guidance=None,
+    ).sample  # fmt: skip
+
+
+@torch.no_grad()
+def output_error(model: MMDiT | Tensor, reference: MMDiT) -> float:
+    expected = reference(**flux_inputs())
+    actual = model if isinstance(model, Tensor) else model(**flux_inputs())
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)

@@ -119,20 +119,58 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
 def test_a_saved_config_is_the_same_config(tmp_path: Path, path: Path) -> None:
     config = load_config(path)
     save_config(tmp_path / "config.yaml", config)
-    assert changed_keys(config, tmp_path / "config.yaml") == []
+    assert changed_keys(config, tmp_path / "config.yaml") == {}
     assert load_config(tmp_path / "config.yaml") == config
 
 
-@pytest.mark.parametrize("override", ["optim.lr=1e-9", "seed=5", "lora.targets=[img_in]", "weights.prompt=a"])
-def test_changed_keys_are_listed(tmp_path: Path, override: str) -> None:
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optim.lr=1e-9", "0.004 then, 1e-09 now"),
+        ("seed=5", "0 then, 5 now"),
+        ("lora.targets=[img_in]", "now"),
+        ("weights.prompt=a", "None then, a now"),
+        ("train.batch_size=16", "8 then, 16 now"),
+        ("train.deterministic=true", "False then, True now"),
+    ],
+)
+def test_changed_keys_are_listed(tmp_path: Path, override: str, said: str) -> None:
     save_config(tmp_path / "config.yaml", load_config(TINY))
-    assert changed_keys(load_config(TINY, [override]), tmp_path / "config.yaml") == [override.split("=")[0]]
+    changed = changed_keys(load_config(TINY, [override]), tmp_path / "config.yaml")
+    assert list(changed) == [override.split("=")[0]] and said in changed[override.split("=")[0]]
 
 
 def test_what_changes_no_result_may_change(tmp_path: Path) -> None:
     save_config(tmp_path / "config.yaml", load_config(TINY))
-    values: dict[str, Any] = {"resume": "x", "run_dir": "/y", "data.workers": 7, "train.checkpoint_every": 3}
+    values: dict[str, Any] = {
+        **{
+            "resume": "x",
+            "run_dir": "/y",
+            "recompute": 2,
+            "data.workers": 7,
+            "data.validation": 3,
+            "data.max_faulty": 0.5,
+        },
+        **{"train.checkpoint_every": 3, "train.validate_every": 3, "train.max_skipped": 3, "train.strategy": "ddp"},
+    }
     assert values.keys() == RESUMABLE
     changed = load_config(TINY, [f"{key}={value}" for key, value in values.items()])
-    assert changed_keys(changed, tmp_path / "config.yaml") == []
-    assert changed_keys(replace(changed, seed=9), tmp_path / "config.yaml") == ["seed"]
+    assert changed_keys(changed, tmp_path / "config.yaml") == {}
+    assert list(changed_keys(replace(changed, seed=9), tmp_path / "config.yaml")) == ["seed"]
+
+
+@pytest.mark.parametrize("spread", ["devices", "nodes", "accumulate"])
+def test_a_step_may_be_spread_otherwise(tmp_path: Path, spread: str) -> None:
+    save_config(tmp_path / "config.yaml", load_config(TINY))  # 4 samples in a step
+    assert changed_keys(load_config(TINY, ["train.batch_size=4", f"train.{spread}=2"]), tmp_path / "config.yaml") == {}
+    assert list(changed_keys(load_config(TINY, [f"train.{spread}=2"]), tmp_path / "config.yaml")) == [f"train.{spread}"]
+
+
+def test_a_key_that_an_older_run_did_not_know_counts_as_its_default(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    save_config(path, load_config(TINY))
+    older = [line for line in path.read_text().splitlines() if "accumulate" not in line and "deterministic" not in line]
+    path.write_text("\n".join([*older, "forgotten: 3"]))
+    assert changed_keys(load_config(TINY), path) == {"forgotten": "3 then, absent now"}
+    changed = changed_keys(load_config(TINY, ["train.deterministic=true"]), path)
+    assert changed["train.deterministic"] == "False then, True now"

@@ -55,7 +55,7 @@ def _module(**trainer: Any) -> SampleData:
 
 
 def test_loaders_follow_the_trainer() -> None:
-    batches = list(_module(global_step=2, global_rank=1, world_size=2).train_dataloader())
+    batches = list(_module(global_step=2, global_rank=1, world_size=2, accumulate_grad_batches=1).train_dataloader())
     assert [batch["position"] for batch in batches] == [[10, 11], [14, 15]]
     assert [batch["index"] for batch in batches] == [[0, 1], [4, 0]]
     assert batches[0]["image"][0].equal(batches[1]["image"][1]), "sample 0 comes again"

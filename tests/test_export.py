@@ -1,84 +1,315 @@
-"""Adapters in other forms: the same tensors, or one transformer that does what base and adapter do together."""
+"""Adapters in other forms, loaded where they are meant to go: diffusers, ComfyUI's names, published files, and back."""
 
+import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import fill
+from diffusers import FluxFillPipeline
+from diffusers.utils import logging as diffusers_logging
+from reference import build_reference_transformer, diffusers_output, output_error, same_tensors
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from layerdecomp import modelcard
 from layerdecomp.decomposer import Decomposer, DecomposerConfig, build_decomposer
 from layerdecomp.errors import InputError
-from layerdecomp.export import export
+from layerdecomp.export import FORMATS, export
 from layerdecomp.models.context_fusion import ContextFusionConfig
-from layerdecomp.models.lora import merge_lora
-from layerdecomp.models.mmdit import MMDiT
-from layerdecomp.weights import Adapter, load_mmdit, read_metadata
+from layerdecomp.models.lora import LoRAConfig, merge_lora
+from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
+from layerdecomp.weights import Adapter, load_mmdit, read_metadata, save_model
+
+METADATA = (
+    "format_version",
+    "base_model",
+    "base_sha256",
+    "rank",
+    "alpha",
+    "targets",
+    "licence",
+    "date",
+    "tool_version",
+)
 
 
-def _inputs() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    drawn = {
-        "img": torch.randn(2, 6, 384, generator=generator),
-        "txt": torch.randn(2, 3, 8, generator=generator),
-        "y": torch.randn(2, 8, generator=generator),
-        "fused": torch.randn(2, 4, 32, generator=generator),
-    }
-    ids = {"img_ids": torch.arange(18.0).view(6, 3), "txt_ids": torch.zeros(3, 3)}
-    return {**drawn, **ids, "timesteps": torch.tensor([0.2, 0.9])}
+@pytest.fixture
+def host(tiny_config: DecomposerConfig) -> nn.Module:
+    """The frozen base as diffusers has it."""
+    return build_reference_transformer(load_mmdit(tiny_config.weights.transformer))
 
 
-def _error(model: MMDiT, reference: MMDiT) -> float:
-    with torch.no_grad():
-        expected, actual = reference(**_inputs()), model(**_inputs())
-    return ((actual - expected).norm() / expected.norm()).item()
+# diffusers
+
+
+def test_diffusers_loads_the_lora_with_equal_outputs(
+    adapter_file: Path, ours: MMDiT, host: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "lora.safetensors"
+    written = export(adapter_file, "diffusers", out)
+    assert [path.name for path in written] == ["lora.safetensors", "lora.NOTICE.txt", "lora.extras.safetensors"]
+    assert output_error(diffusers_output(host), ours) > 0.1  # the base alone is something else
+    diffusers_logging.enable_propagation()
+    host.load_lora_adapter(load_file(out))  # type: ignore[operator]
+    assert not caplog.messages  # nothing missing, nothing unexpected
+    assert output_error(diffusers_output(host), ours) < 1e-5
+    stray = {"transformer.x_embedder.lora_C.weight": torch.zeros(1)}
+    host.load_lora_adapter({**load_file(out), **stray}, adapter_name="stray")  # type: ignore[operator]
+    assert "unexpected keys" in caplog.text  # which is how it would have said so
+
+
+def test_the_fill_pipeline_loads_the_lora(adapter_file: Path, ours: MMDiT, host: nn.Module, tmp_path: Path) -> None:
+    export(adapter_file, "diffusers", tmp_path / "lora.safetensors")
+    parts = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipeline = FluxFillPipeline(transformer=host, **parts)
+    pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    assert output_error(diffusers_output(pipeline.transformer), ours) < 1e-5
+
+
+def test_diffusers_reads_kohya_files_but_for_the_input_projection(
+    tiny_config: DecomposerConfig, host: nn.Module, tmp_path: Path
+) -> None:
+    """Its converter knows single_blocks.*.linear1 in full size only (see test_adapters.py), so they are left out."""
+    targets = ["double_blocks.*_attn.*", "double_blocks.*_mlp.*", "single_blocks.*.linear2"]
+    config = replace(tiny_config, lora=LoRAConfig(4, 6.0, targets))
+    decomposer = build_decomposer(config)
+    for name, parameter in decomposer.transformer.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) / 4
+    decomposer.adapter(config.to_metadata()).save(tmp_path / "adapter.safetensors")
+    export(tmp_path / "adapter.safetensors", "kohya", tmp_path / "lora.safetensors")
+    parts = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipeline = FluxFillPipeline(transformer=host, **parts)
+    assert output_error(diffusers_output(host), decomposer.transformer) > 0.03
+    pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    assert output_error(diffusers_output(pipeline.transformer), decomposer.transformer) < 1e-5
+
+
+# ComfyUI
+
+
+def _comfy_patches(model: MMDiT, lora: dict[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
+    """What ComfyUI adds to each parameter (`comfy/lora.py`: model_lora_keys_unet, load_lora), and the keys it uses."""
+    patches, used = {}, set()
+    for parameter in [name for name in model.state_dict() if name.endswith(".weight")]:
+        key = f"lora_unet_{parameter.removesuffix('.weight').replace('.', '_')}"
+        up, down = lora.get(f"{key}.lora_up.weight"), lora.get(f"{key}.lora_down.weight")
+        if up is not None and down is not None:
+            alpha = lora.get(f"{key}.alpha")
+            patches[parameter] = (1.0 if alpha is None else alpha.item() / down.shape[0]) * (up @ down)
+        if (diff := lora.get(f"{key}.diff_b")) is not None:
+            patches[f"{parameter.removesuffix('.weight')}.bias"] = diff
+        used |= {f"{key}.{kind}" for kind in ("lora_up.weight", "lora_down.weight", "alpha", "diff_b")}
+    return patches, used
+
+
+def test_comfyui_uses_every_key_with_equal_outputs(
+    adapter_file: Path, ours: MMDiT, tiny_config: DecomposerConfig, tmp_path: Path
+) -> None:
+    out = tmp_path / "lora.safetensors"
+    export(adapter_file, "kohya", out)
+    model, lora = load_mmdit(tiny_config.weights.transformer), load_file(out)
+    patches, used = _comfy_patches(model, lora)
+    assert not lora.keys() - used
+    for name, patch in patches.items():
+        model.get_parameter(name).data += patch
+    assert output_error(model, ours) < 1e-5
+
+
+def test_comfyui_leaves_only_biases_of_files_for_diffusers(adapter_file: Path, host: nn.Module, tmp_path: Path) -> None:
+    export(adapter_file, "diffusers", tmp_path / "lora.safetensors")
+    layers = [name.removesuffix(".weight") for name in host.state_dict() if name.endswith(".weight")]
+    used = {f"transformer.{layer}.{part}.weight" for layer in layers for part in ("lora_A", "lora_B")}
+    left = load_file(tmp_path / "lora.safetensors").keys() - used
+    assert left and all(name.endswith(".lora_B.bias") for name in left)
+
+
+# merged
+
+
+def test_merged_weights_do_what_the_adapted_model_does(
+    adapter_file: Path, ours: MMDiT, tiny_config: DecomposerConfig, tmp_path: Path
+) -> None:
+    base = load_mmdit(tiny_config.weights.transformer)
+    for dtype, error in (("float32", 1e-5), ("bfloat16", 0.03), ("fp8", 0.15)):
+        out = tmp_path / f"{dtype}.safetensors"
+        written = export(adapter_file, "merged", out, dtype=dtype)
+        assert [path.name for path in written] == [
+            f"{dtype}{end}" for end in (".safetensors", ".NOTICE.txt", ".extras.safetensors")
+        ]
+        merged = load_mmdit(out)
+        assert merged.state_dict().keys() == base.state_dict().keys() and merged.config == base.config
+        assert output_error(merged, ours) < error < 0.5 * output_error(base, ours)
+        assert read_metadata(out)["merged"] == "yes" and read_metadata(out)["format_version"] == "1"
+    sizes = [(tmp_path / f"{dtype}.safetensors").stat().st_size for dtype in ("float32", "bfloat16", "fp8")]
+    assert sizes[0] > 1.8 * sizes[1] and sizes[1] > 1.4 * sizes[2]
+
+    folded = merge_lora(ours)
+    merged = load_mmdit(tmp_path / "bfloat16.safetensors")
+    for name, tensor in folded.state_dict().items():
+        assert merged.state_dict()[name].equal(tensor.bfloat16().float()), name
+    fusion = Adapter.load(adapter_file).tensors
+    extras = load_file(tmp_path / "fp8.extras.safetensors")
+    assert extras.keys() == {name for name in fusion if name.startswith("context_fusion.")}
+    assert all(extras[name].equal(fusion[name]) for name in extras)
+
+
+def test_fp8_files_are_laid_out_as_comfyui_expects(adapter_file: Path, tmp_path: Path) -> None:
+    export(adapter_file, "merged", tmp_path / "fp8.safetensors", dtype="fp8")
+    tensors = load_file(tmp_path / "fp8.safetensors")
+    scales = {name for name in tensors if name.endswith(".scale_weight")}
+    small = {name for name, tensor in tensors.items() if tensor.dtype == torch.float8_e4m3fn}
+    assert small - {"scaled_fp8"} == {name.replace(".scale_weight", ".weight") for name in scales}
+    assert tensors["scaled_fp8"].shape == (2,)  # two elements: not to be multiplied in fp8
+    assert all(tensors[name].dtype == torch.float32 and tensors[name].shape == () for name in scales)
+    assert all(tensors[name].float().abs().max() == 448 for name in small - {"scaled_fp8"})  # the whole range is used
+    assert "single_blocks.0.linear1.weight" in small and "img_in.weight" not in small
+
+
+def test_merging_holds_no_copy_of_the_model(tiny_config: DecomposerConfig, tmp_path: Path) -> None:
+    """In a process of its own: a file of 184 MB, whose largest tensor is 7 MB."""
+    base = tmp_path / "base.safetensors"
+    size = MMDiTConfig(hidden_size=512, num_heads=8, axes_dim=[16, 24, 24], depth=3, depth_single_blocks=4)
+    save_model(base, MMDiT(size), {})
+    weights = replace(tiny_config.weights, transformer=str(base))
+    config = DecomposerConfig(weights, LoRAConfig(rank=2), ContextFusionConfig(enabled=False))
+    build_decomposer(config).adapter(config.to_metadata()).save(tmp_path / "adapter.safetensors")
+    (tmp_path / "merge.py").write_text(
+        """
+import sys
+from pathlib import Path
+from layerdecomp.export import export
+
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+
+before = peak()
+export(sys.argv[1], "merged", sys.argv[2], dtype="float32")
+print(peak() - before)
+"""
+    )
+    out = tmp_path / "merged.safetensors"
+    command = [sys.executable, str(tmp_path / "merge.py"), str(tmp_path / "adapter.safetensors"), str(out)]
+    taken = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert taken < 90 < out.stat().st_size / 2**20 / 1.8
+
+
+def test_without_fusion_nothing_lies_beside(tiny_config: DecomposerConfig, tiny_weights: Path, tmp_path: Path) -> None:
+    config = replace(tiny_config, fusion=ContextFusionConfig(enabled=False))
+    decomposer = build_decomposer(config)
+    fill(decomposer.transformer.img_in, seed=1)
+    decomposer.adapter(config.to_metadata()).save(tmp_path / "adapter.safetensors")
+    out = tmp_path / "merged.safetensors"
+    assert export(tmp_path / "adapter.safetensors", "merged", out) == [out, tmp_path / "merged.NOTICE.txt"]
+    assert load_mmdit(out).img_in.weight.equal(decomposer.transformer.img_in.weight.bfloat16().float())
+
+
+# a folder to publish
+
+
+def test_a_published_folder_is_all_that_decomposition_needs(
+    adapter_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "published"
+    written = export(adapter_file, "decomposer", out, with_base=True)
+    names = {path.name for path in written}
+    parts = {f"{part}.safetensors" for part in ("adapter", "transformer", "autoencoder", "rgba_autoencoder")}
+    assert names == parts | {"README.md", "NOTICE", "LICENSE", "config.yaml"}
+    expected = Decomposer.from_pretrained(adapter_file)
+    (moved := tmp_path / "elsewhere").mkdir()
+    out.rename(moved / "downloaded")
+    monkeypatch.chdir(moved)
+    for path in ("downloaded", "downloaded/adapter.safetensors"):
+        decomposer = Decomposer.from_pretrained(path)
+        assert same_tensors(dict(decomposer.named_parameters()), dict(expected.named_parameters()))
+    card = (moved / "downloaded" / "README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\n") and "| background/psnr | 20.5 \u00b1 0.25 |" in card
+    assert read_metadata(adapter_file)["base_sha256"] in card and "2026-01-02" in card and '"source": "scenes"' in card
+    assert "modified" in (moved / "downloaded" / "NOTICE").read_text()
+
+
+def test_the_base_stays_where_it_is_unless_asked_for(adapter_file: Path, tmp_path: Path) -> None:
+    names = {path.name for path in export(adapter_file, "decomposer", tmp_path / "published")}
+    assert "rgba_autoencoder.safetensors" in names and "transformer.safetensors" not in names
+    weights = json.loads(read_metadata(tmp_path / "published" / "adapter.safetensors")["weights"])
+    assert weights["rgba_autoencoder"] == "rgba_autoencoder.safetensors"
+    assert weights["transformer"] == json.loads(read_metadata(adapter_file)["weights"])["transformer"]
+    assert Decomposer.from_pretrained(tmp_path / "published").context_fusion is not None
+
+
+def test_a_folder_is_written_whole_or_not_at_all(
+    adapter_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "a").write_text("mine")
+    with pytest.raises(InputError, match="taken exists and is not empty"):
+        export(adapter_file, "decomposer", tmp_path / "taken")
+
+    def full_disk(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", full_disk)
+    with pytest.raises(InputError, match="new could not be written .*No space left"):
+        export(adapter_file, "decomposer", tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_an_adapter_of_flux_goes_with_its_licence(
+    adapter_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layerdecomp.export._is_flux", lambda model: True)
+    with pytest.raises(InputError, match=r"LICENSE.md does not exist; .* published with its licence"):
+        export(adapter_file, "decomposer", tmp_path / "published")
+    base = tmp_path / "base" / "transformer.safetensors"
+    base.parent.mkdir()
+    source = json.loads(read_metadata(adapter_file)["weights"])["transformer"]
+    base.write_bytes(Path(source).read_bytes())
+    (base.parent / "LICENSE.md").write_text("the licence")
+    export(adapter_file, "decomposer", tmp_path / "published", transformer=str(base))
+    assert (tmp_path / "published" / "LICENSE.md").read_text() == "the licence"
+    assert "license_name: flux-1-dev-non-commercial-license" in (tmp_path / "published" / "README.md").read_text()
+    notice = (tmp_path / "published" / "NOTICE").read_text()
+    assert modelcard.FLUX in notice and "modified: LoRA and input projection added" in notice
+    assert read_metadata(adapter_file)["base_sha256"] in notice
+
+
+# All formats
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_file_says_what_it_is_and_the_same_input_gives_the_same_bytes(
+    adapter_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    first = export(adapter_file, format, tmp_path / "a")
+    second = export(adapter_file, format, tmp_path / "b")
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    for path in (path for path in first if path.name in ("a", "a.extras.safetensors", "adapter.safetensors")):
+        metadata = read_metadata(path)
+        assert all(metadata.get(key) for key in (*METADATA, "data")), path
+        assert metadata["date"] == "2026-01-02T03:04:05+00:00" and metadata["modified"].startswith("yes: ")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    path = export(adapter_file, format, tmp_path / "c")[0]
+    path = path if path.is_file() and path.name == "c" else tmp_path / "c" / "adapter.safetensors"
+    assert read_metadata(path)["date"] == "1970-01-01T00:00:00+00:00"
 
 
 def test_the_adapter_is_saved_again_in_bf16(tiny_weights: Path, tmp_path: Path) -> None:
     source, out = tiny_weights / "adapter.safetensors", tmp_path / "new" / "adapter.safetensors"
     assert export(source, "adapter", out) == [out]
     before, after = Adapter.load(source), Adapter.load(out)
-    assert after.metadata == before.metadata and after.tensors.keys() == before.tensors.keys()
+    assert after.metadata == {**before.metadata, "date": "unknown"} and after.tensors.keys() == before.tensors.keys()
     assert all(after.tensors[name].equal(tensor.bfloat16()) for name, tensor in before.tensors.items())
     assert out.stat().st_size < 0.7 * source.stat().st_size
     loaded = Decomposer.from_pretrained(out)
     assert loaded.transformer.img_in.weight.dtype == torch.float32
 
 
-def test_merged_weights_do_what_the_adapted_model_does(
-    tiny_weights: Path, tiny_config: DecomposerConfig, tiny_decomposer: Decomposer, tmp_path: Path
-) -> None:
-    source, out = tiny_weights / "adapter.safetensors", tmp_path / "merged.safetensors"
-    beside = tmp_path / "merged.context_fusion.safetensors"
-    assert export(source, "merged", out) == [out, beside]
-    base, merged = load_mmdit(tiny_config.weights.transformer), load_mmdit(out)
-    assert merged.state_dict().keys() == base.state_dict().keys() and merged.config == base.config
-    assert read_metadata(out)["merged"] == "yes" and read_metadata(out)["format_version"] == "1"
-
-    folded = Decomposer.from_pretrained(source).transformer
-    merge_lora(folded)
-    assert _error(folded, tiny_decomposer.transformer) < 1e-5
-    for name, tensor in folded.state_dict().items():
-        assert merged.state_dict()[name].equal(tensor.bfloat16().float()), name
-    assert _error(merged, tiny_decomposer.transformer) < 0.03 < 10 * 0.03 < _error(base, tiny_decomposer.transformer)
-
-    assert tiny_decomposer.context_fusion is not None
-    fusion, expected = load_file(beside), tiny_decomposer.context_fusion.state_dict()
-    assert fusion.keys() == expected.keys() and all(fusion[name].equal(expected[name]) for name in expected)
-
-
-def test_without_fusion_there_is_one_file(tiny_config: DecomposerConfig, tiny_weights: Path, tmp_path: Path) -> None:
-    config = DecomposerConfig(tiny_config.weights, tiny_config.lora, ContextFusionConfig(enabled=False))
-    decomposer = build_decomposer(config)
-    fill(decomposer.transformer.img_in, seed=1)
-    decomposer.adapter(config.to_metadata()).save(tmp_path / "adapter.safetensors")
-    out = tmp_path / "merged.safetensors"
-    assert export(tmp_path / "adapter.safetensors", "merged", out) == [out]
-    assert load_mmdit(out).img_in.weight.equal(decomposer.transformer.img_in.weight.bfloat16().float())
-
-
-@pytest.mark.parametrize("format", ["adapter", "merged"])
+@pytest.mark.parametrize("format", ["adapter", "merged", "diffusers"])
 def test_an_adapter_can_replace_itself(tiny_weights: Path, tmp_path: Path, format: str) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes((tiny_weights / "adapter.safetensors").read_bytes())
@@ -89,7 +320,7 @@ def test_an_adapter_can_replace_itself(tiny_weights: Path, tmp_path: Path, forma
 @pytest.mark.parametrize(
     ("source", "format", "message"),
     [
-        ("adapter", "kohya2", "format=kohya2: expected one of adapter, merged"),
+        ("adapter", "kohya2", "format=kohya2: expected one of adapter, import, diffusers, kohya, merged, decomposer"),
         ("absent", "adapter", "absent.safetensors does not exist"),
         ("autoencoder", "merged", "autoencoder.safetensors is not an adapter"),
     ],

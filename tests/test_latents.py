@@ -47,7 +47,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     cache.add([0, 1], _batch())
     (damaged,) = cache.folder.glob("*1.safetensors")
     damaged.write_bytes(damaged.read_bytes()[:-3])
-    with pytest.raises(InputError, match=f"{damaged}: truncated"):
+    with pytest.raises(InputError, match=f"{damaged}: truncated.*delete {damaged}"):
         cache.load(1)
 
 
@@ -58,5 +58,5 @@ def test_batches_come_from_the_cache_once_all_of_them_are_there(tmp_path: Path) 
     cache.add([2, 3], _batch())
     assert [set(sample) >= {"image", "position"} for sample in positions.__getitems__([5, 6])] == [True, True]
     found = positions.__getitems__([6, 7])
-    assert [sample.keys() for sample in found] == [{"z", "hole", "index", "position"}] * 2
+    assert [sample.keys() for sample in found] == [{"z", "hole", "index", "position", "faults"}] * 2
     assert [(sample["index"], sample["position"]) for sample in found] == [(2, 6), (3, 7)]

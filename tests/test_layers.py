@@ -1,6 +1,7 @@
-"""Reading pictures and masks in every form they come in, and writing the three files of a decomposition."""
+"""Reading pictures and masks in every form they come in, and writing the files of a decomposition."""
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from layerdecomp.errors import InputError
-from layerdecomp.imaging.layers import Layers, read_image, read_mask
+from layerdecomp.imaging.layers import FORMATS, Layers, read_image, read_mask
 
 SIZE = (6, 9)  # height, width
 
@@ -220,3 +221,18 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
     with pytest.raises(InputError, match="No space left on device"):
         other.save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_formats_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="format=xcf: expected some of png, ora, psd"):
+        _layers().save(tmp_path, ["png", "xcf"])
+    monkeypatch.setitem(sys.modules, "psd_tools", None)
+    with pytest.raises(InputError, match=r"psd-tools is not installed; .*\[psd\]"):
+        _layers().save(tmp_path, ["png", "psd"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_formats_at_once(tmp_path: Path) -> None:
+    _layers().save(tmp_path, list(FORMATS))
+    names = {"background.png", "foreground.png", "preview.png", "layers.ora", "layers.psd"}
+    assert {path.name for path in tmp_path.iterdir()} == names

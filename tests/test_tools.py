@@ -36,7 +36,11 @@ def _tool(name: str) -> ModuleType:
     return module
 
 
-TOOLS = {name: _tool(name) for name in ("train", "decompose", "evaluate", "export", "prepare_data", "benchmark_data")}
+NAMES = (
+    *("train", "decompose", "evaluate", "export", "embed_prompt"),
+    *("prepare_data", "benchmark_data", "benchmark_load"),
+)
+TOOLS = {name: _tool(name) for name in NAMES}
 Fails = Callable[..., str]
 
 
@@ -98,6 +102,19 @@ def test_decompose_writes_layers(
     )
     np.testing.assert_array_equal(np.asarray(Image.open(out / "foreground.png")), layers.foreground)
     np.testing.assert_array_equal(np.asarray(Image.open(out / "background.png")), layers.background)
+
+
+def test_decompose_takes_a_published_folder_and_writes_layered_files(
+    tiny_weights: Path, tmp_path: Path, pictures: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, folder, out = tiny_weights / "adapter.safetensors", tmp_path / "published", tmp_path / "layers"
+    run_command(TOOLS["export"].main, [f"adapter={source}", "format=decomposer", f"out={folder}"])
+    base = f"transformer={tiny_weights / 'transformer.safetensors'}"
+    run_command(
+        TOOLS["decompose"].main, [f"adapter={folder}", base, *pictures, f"out={out}", "format=ora,psd", "steps=1"]
+    )
+    assert {path.name for path in out.iterdir()} == {"layers.ora", "layers.psd"}
+    assert "wrote layers.ora, layers.psd into" in capsys.readouterr().out
 
 
 def test_evaluate_writes_figures_and_pictures(
@@ -242,8 +259,16 @@ def test_export_names_what_it_wrote(tiny_weights: Path, tmp_path: Path, capsys: 
     source, out = tiny_weights / "adapter.safetensors", tmp_path / "merged.safetensors"
     run_command(TOOLS["export"].main, [f"adapter={source}", "format=merged", f"out={out}"])
     said = capsys.readouterr().out
-    assert f"wrote {out}" in said and "context_fusion" in said
+    assert f"wrote {out}" in said and "merged.extras.safetensors" in said and "merged.NOTICE.txt" in said
     assert load_file(out).keys() == load_file(tiny_weights / "transformer.safetensors").keys()
+
+
+def test_benchmark_load_tells_rate_and_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["hidden_size=64", "num_heads=4", "axes_dim=[4,6,6]", "depth=1"]
+    run_command(TOOLS["benchmark_load"].main, [f"folder={tmp_path}", "dtype=float32", *small])
+    said = capsys.readouterr().out
+    assert "GB/s, the disk alone" in said and "above the model's" in said
+    assert not list(tmp_path.iterdir())  # the generated file is gone
 
 
 # What users get wrong
@@ -266,6 +291,8 @@ def test_export_names_what_it_wrote(tiny_weights: Path, tmp_path: Path, capsys: 
         ("device=gpu", "device=gpu: Expected one of cpu, cuda"),
         ("depth=absent.safetensors", "absent.safetensors does not exist; put the file there"),
         ("stpes=3", "unknown argument stpes=3; expected adapter= image= mask="),
+        ("format=xcf", "format=xcf: expected some of png, ora, psd"),
+        ("transformer=absent", "absent does not exist"),
         ("out=text.png", "text.png cannot be written"),
     ],
 )
@@ -338,8 +365,10 @@ def test_evaluate_without_the_matting_library(
     ("arguments", "message"),
     [
         (["format=merged"], "out= is missing; expected out=..."),
-        (["out=a.safetensors", "format=onnx"], "format=onnx: expected one of adapter, merged"),
+        (["out=a.safetensors", "format=onnx"], "format=onnx: expected one of adapter, import"),
         (["out=a.safetensors", "fromat=merged"], "unknown argument fromat=merged; expected adapter= format= out="),
+        (["out=a.safetensors", "weights=1,x"], "weights=1,x: expected numbers with commas between them"),
+        (["out=a.safetensors", "base=maybe"], "base=maybe: expected true or false"),
         (["out=taken/a.safetensors"], "taken/a.safetensors could not be written"),
     ],
 )
@@ -405,6 +434,19 @@ def test_gated_weights_are_not_there(fails: Fails) -> None:
 )
 def test_prepare_data(fails: Fails, arguments: list[str], message: str) -> None:
     assert message in fails("prepare_data", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "checkpoints/flux1-fill-dev has no folder text_encoder, text_encoder_2, tokenizer, tokenizer_2"),
+        (["tokens=0"], "tokens=0: expected at least 1"),
+        (["dtype=int8"], "dtype=int8: expected one of float32, bfloat16"),
+        (["promt=x"], "unknown argument promt=x; expected root= out= prompt="),
+    ],
+)
+def test_embed_prompt(fails: Fails, arguments: list[str], message: str) -> None:
+    assert message in fails("embed_prompt", *arguments)
 
 
 # The command line itself

@@ -286,10 +286,50 @@ def test_loaders_give_batches_of_one_size(sets: Path) -> None:
     triplets = config(sets, "pasted", aspects=[1.5, 0.6667])
     data = DataConfig(source="triplets", samples=8, validation=2, workers=0, triplets=triplets)
     module = SampleData(data, seed=0, steps=4, batch_size=4, with_cues=False)
-    module.trainer = type("Trainer", (), {"global_step": 0, "global_rank": 0, "world_size": 1})()
+    trainer = {"global_step": 0, "global_rank": 0, "world_size": 1, "accumulate_grad_batches": 1}
+    module.trainer = type("Trainer", (), trainer)()
     assert [len(batch["image"]) for batch in module.train_dataloader()] == [4] * 4
-    with pytest.raises(InputError, match=r"data\.samples is 9; expected a multiple of the batch size, 4"):
+    with pytest.raises(InputError, match=r"data\.samples is 9; expected a multiple of a step's samples, 4"):
         SampleData(replace(data, samples=9), seed=0, steps=4, batch_size=4, with_cues=False)
+
+
+def test_all_samples_of_a_step_are_of_one_size(sets: Path) -> None:
+    data = DataConfig(source="triplets", samples=64, workers=0, triplets=config(sets, "pasted", aspects=[1.5, 0.6667]))
+    module = SampleData(data, seed=0, steps=8, batch_size=2, with_cues=False, global_batch=8)
+    sizes = [module.training[index]["image"].shape for index in range(64)]
+    assert all(len(set(sizes[step : step + 8])) == 1 for step in range(0, 64, 8)) and len(set(sizes)) == 2
+
+
+@pytest.mark.parametrize("kinds", [["layered"], ["pasted"], ["folders"]])
+def test_a_log_names_the_items_of_a_sample(sets: Path, kinds: list[str]) -> None:
+    data = Triplets(config(sets, *kinds), "train", seed=0, length=4)
+    names = [data.name(index) for index in range(4)]
+    assert all(names) and len(set(names)) > 1
+    assert all((" + " in name) is (kinds == ["pasted"]) for name in names)
+
+
+def test_a_sample_with_broken_files_is_replaced_and_named(sets: Path, tmp_path: Path) -> None:
+    settings = config(sets, "layered", size=32)
+    whole = Positions(Triplets(settings, "train", seed=0, length=12))
+    before = [whole[position] for position in range(12)]
+    assert not any(sample["faults"] for sample in before)
+    rows = whole.samples.layered.indexes[0]
+    broken = whole.samples.name(3)
+    item = next(item for item in rows if item.id == broken)
+    path = rows.root / item.path.format(layer=0)
+    kept = path.read_bytes()
+    try:
+        path.write_bytes(kept[: len(kept) // 2])
+        after = [whole[position] for position in range(12)]
+        with pytest.raises(InputError, match="cannot be read"):
+            Triplets(settings, "train", seed=0, length=12)[3]
+    finally:
+        path.write_bytes(kept)
+    for one, other in zip(before, after, strict=True):
+        replaced = whole.samples.name(one["index"]) == broken
+        assert bool(other["faults"]) is replaced and all(str(path) in fault for fault in other["faults"])
+        assert one["image"].equal(other["image"]) is not replaced
+        assert one["image"].shape == other["image"].shape
 
 
 @pytest.mark.parametrize("switch", ["light", "blur", "grain", "jpeg"])

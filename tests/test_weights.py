@@ -1,21 +1,23 @@
 """Weight files: round trips, strictness, and files that are damaged, foreign or cannot be written."""
 
+import hashlib
 import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import RGB, RGBA, TRANSFORMER, fill
-from safetensors import SafetensorError
+from reference import build_reference_autoencoder, build_reference_transformer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from layerdecomp import weights
-from layerdecomp.decomposer import Decomposer, describe_adapter
+from layerdecomp.decomposer import Decomposer, DecomposerConfig, build_decomposer, describe_adapter
 from layerdecomp.errors import InputError
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
@@ -29,6 +31,7 @@ from layerdecomp.weights import (
     read_metadata,
     save_model,
     save_tensors,
+    write_tensors,
 )
 
 
@@ -135,7 +138,160 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent.safetensors does not exist; put the file there"):
         load_mmdit(tmp_path / "absent.safetensors")
     with pytest.raises(InputError, match="is a folder; expected one .safetensors file"):
+        read_metadata(tmp_path)
+    with pytest.raises(InputError, match="holds 0 .safetensors files and no .*index.json; expected a diffusers folder"):
         load_autoencoder(tmp_path)
+
+
+@pytest.mark.parametrize(("content", "what"), [(b"GGUF" + bytes(99), "a GGUF file"), (b"PK\x03\x04" * 99, "a pickled")])
+def test_other_kinds_of_weights(tmp_path: Path, content: bytes, what: str) -> None:
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match=f"a.safetensors: {what}"):
+        load_mmdit(tmp_path / "a.safetensors")
+
+
+# The folders of diffusers
+
+
+@pytest.fixture
+def diffusers_folder(tmp_path: Path) -> tuple[Path, MMDiT, Autoencoder]:
+    """A pipeline's folder as diffusers writes it, the transformer in shards, and the models whose weights it holds."""
+    mmdit, autoencoder = MMDiT(replace(TRANSFORMER, guidance_embed=True, depth=2)), Autoencoder(RGB)
+    fill(mmdit, seed=1)
+    fill(autoencoder, seed=2)
+    build_reference_transformer(mmdit).save_pretrained(tmp_path / "transformer", max_shard_size="100KB")
+    build_reference_autoencoder(autoencoder).save_pretrained(tmp_path / "vae")
+    assert len(list((tmp_path / "transformer").glob("*-of-*.safetensors"))) > 2
+    return tmp_path, mmdit, autoencoder
+
+
+def test_diffusers_folders_are_read(diffusers_folder: tuple[Path, MMDiT, Autoencoder]) -> None:
+    folder, mmdit, autoencoder = diffusers_folder
+    loaded = load_mmdit(folder / "transformer")
+    assert loaded.config == mmdit.config and _same(loaded.state_dict(), mmdit.state_dict())
+    half = load_mmdit(folder / "transformer", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    with pytest.raises(InputError, match="holds 0 .safetensors files .* such as transformer/ or vae/"):
+        load_mmdit(folder)
+    for path in (folder / "vae", folder / "vae" / "diffusion_pytorch_model.safetensors"):
+        read = load_autoencoder(path, None if path.is_dir() else RGB)
+        assert read.config == RGB and _same(read.state_dict(), autoencoder.state_dict())
+
+
+def test_an_adapter_on_a_diffusers_folder(
+    diffusers_folder: tuple[Path, MMDiT, Autoencoder], tiny_config: DecomposerConfig
+) -> None:
+    folder, mmdit, _ = diffusers_folder
+    config = replace(tiny_config, weights=replace(tiny_config.weights, transformer=str(folder / "transformer")))
+    decomposer = build_decomposer(config)
+    decomposer.adapter(config.to_metadata()).save(folder / "adapter.safetensors")
+    loaded = Decomposer.from_pretrained(folder / "adapter.safetensors")
+    assert loaded.transformer.img_in.weight.equal(mmdit.img_in.weight)
+    sums = "".join(f"{file_sha256(file)}\n" for file in sorted((folder / "transformer").glob("*.safetensors")))
+    assert read_metadata(folder / "adapter.safetensors")["base_sha256"] == hashlib.sha256(sums.encode()).hexdigest()
+    file_sha256.cache_clear()
+    shard = min((folder / "transformer").glob("*.safetensors"))
+    save_file({name: tensor + 1 for name, tensor in load_file(shard).items()}, shard)
+    with pytest.raises(InputError, match="transformer is not the transformer that"):
+        Decomposer.from_pretrained(folder / "adapter.safetensors")
+
+
+def test_folders_of_another_flux(tiny_config: DecomposerConfig, tmp_path: Path) -> None:
+    build_reference_transformer(MMDiT(replace(TRANSFORMER, in_channels=64))).save_pretrained(tmp_path)
+    weights = replace(tiny_config.weights, transformer=str(tmp_path))
+    with pytest.raises(InputError, match="takes 64 input channels; this is FLUX.1-dev .* not Fill; expected 384"):
+        build_decomposer(replace(tiny_config, weights=weights))
+
+
+def test_folders_that_are_not_whole(diffusers_folder: tuple[Path, MMDiT, Autoencoder]) -> None:
+    folder = diffusers_folder[0] / "transformer"
+    shard = max(folder.glob("*.safetensors"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    with pytest.raises(InputError, match=f"{shard.name}: truncated"):
+        load_mmdit(folder)
+    shard.unlink()
+    with pytest.raises(InputError, match=f"index.json lists {shard.name}, not in the folder"):
+        load_mmdit(folder)
+    shard.write_bytes(content)
+    description = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**description, "num_layers": 1}))
+    with pytest.raises(InputError, match=r"unexpected: transformer_blocks.1.attn") as error:
+        load_mmdit(folder)
+    assert str(error.value).count("transformer_blocks.1") == 10  # the first ten, and how many
+    assert "24 unexpected" not in str(error.value) and "unexpected: transformer_blocks.1" in str(error.value)
+    for text in ("{", "[1]", "7", '{"num_layers": 1}'):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(InputError, match="config.json"):
+            load_mmdit(folder)
+
+
+def test_fp8_files_are_read_with_their_scales(tmp_path: Path) -> None:
+    model = MMDiT(TRANSFORMER)
+    fill(model, seed=1)
+    state, path = model.state_dict(), tmp_path / "fp8.safetensors"
+    matrices = [name for name, tensor in state.items() if tensor.dim() == 2]
+    scales = {name: tensor.abs().max() / 448 for name, tensor in state.items() if name in matrices}
+    small = {name: (state[name] / scales[name]).to(torch.float8_e4m3fn) for name in matrices}
+    expected = {**state, **{name: small[name].float() * scales[name] for name in matrices}}
+
+    beside = {name.replace(".weight", ".scale_weight"): scale for name, scale in scales.items()}
+    save_file({**state, **small, **beside, "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}, path)
+    assert _same(load_mmdit(path, TRANSFORMER).state_dict(), expected)
+
+    rows = {name: torch.full((len(state[name]), 1), float(scales[name])) for name in matrices}  # one for each
+    rows["img_in.weight"][0] *= 2
+    expected["img_in.weight"] = expected["img_in.weight"].clone()
+    expected["img_in.weight"][0] *= 2
+    beside = {name.replace(".weight", ".weight_scale"): scale for name, scale in rows.items()}
+    save_file({**state, **small, **beside}, path)
+    assert _same(load_mmdit(path, TRANSFORMER).state_dict(), expected)
+
+    plain = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in state.items()}
+    save_file(plain, path)
+    loaded = load_mmdit(path, TRANSFORMER, dtype=torch.bfloat16).state_dict()
+    assert _same(loaded, {name: tensor.bfloat16() for name, tensor in plain.items()})
+    save_file({**plain, "img_in.odd_scale": torch.ones(1)}, path)
+    with pytest.raises(
+        InputError, match=r"fp8.safetensors \(in fp8\) does not fit .*\n.* unexpected: img_in.odd_scale"
+    ):
+        load_mmdit(path, TRANSFORMER)
+
+
+def test_loading_takes_little_memory_beside_the_model(tmp_path: Path) -> None:
+    """In a process of its own: 192 MB in bf16 become 384 MB in float32; at most a tensor (8 MB) is there twice."""
+    code = f"""
+import torch
+from pathlib import Path
+from safetensors.torch import save_file
+from layerdecomp.weights import load_state
+
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+class Many(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = torch.nn.ParameterList(torch.empty(2048, 2048) for _ in range(24))
+
+path = {str(tmp_path / "a.safetensors")!r}
+if __name__ == "__main__":
+    import sys
+    if sys.argv[1] == "write":
+        save_file({{f"parts.{{i}}": torch.full((2048, 2048), i, dtype=torch.bfloat16) for i in range(24)}}, path)
+    else:
+        with torch.device("meta"):
+            model = Many()
+        before = peak()
+        load_state(model, path)
+        print(peak() - before)
+        assert model.parts[23].eq(23).all()
+"""
+    (tmp_path / "load.py").write_text(code)
+    command = [sys.executable, str(tmp_path / "load.py")]
+    subprocess.run([*command, "write"], check=True)
+    peak = int(subprocess.run([*command, "read"], check=True, capture_output=True, text=True).stdout) / 1024  # MiB
+    assert 384 <= peak < 384 + 48
 
 
 @pytest.mark.parametrize(
@@ -151,20 +307,36 @@ def test_configs_come_from_metadata() -> None:
     assert config_from(AutoencoderConfig, None, "a") == AutoencoderConfig()
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error")])
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    path = tmp_path / "a.safetensors"
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    path, new = tmp_path / "a.safetensors", {"x": torch.zeros(3), "y": torch.zeros(3)}
     save_tensors(path, {"x": torch.ones(3)}, {})
-    before = path.read_bytes()
+    before, read = path.read_bytes(), []
 
-    def full_disk(tensors: dict[str, Tensor], filename: Path, metadata: dict[str, str]) -> None:
-        Path(filename).write_bytes(b"half")
-        raise error
+    def full_disk(name: str) -> Tensor:
+        read.append(name)
+        if name == "y":
+            raise OSError(28, "No space left on device")
+        return new[name]
 
-    monkeypatch.setattr(weights, "save_file", full_disk)
     with pytest.raises(InputError, match=r"a\.safetensors could not be written .*free some space"):
-        save_tensors(path, {"x": torch.zeros(3)}, {})
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+        write_tensors(path, new, full_disk, {})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path] and read == ["x", "y"]
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool)
+
+
+def test_what_is_written_is_what_the_library_reads(tmp_path: Path) -> None:
+    drawn = torch.randint(0, 2, (3, 5), generator=torch.Generator().manual_seed(0))
+    tensors = {f"{dtype}": drawn.to(dtype) for dtype in DTYPES}
+    tensors |= {"number": torch.tensor(2.5), "nothing": torch.zeros(0, 4), "z\u00fcg": torch.ones(7).half()}
+    metadata = {"z": "1", "a": 'quote " and \u00fc'}
+    save_tensors(tmp_path / "a.safetensors", tensors, metadata)
+    assert _same(load_file(tmp_path / "a.safetensors"), tensors)
+    assert read_metadata(tmp_path / "a.safetensors") == metadata
+    shuffled = dict(reversed(tensors.items())), dict(reversed(metadata.items()))
+    save_tensors(tmp_path / "b.safetensors", *shuffled)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
 def test_places_where_no_file_can_be(tmp_path: Path) -> None:
@@ -221,6 +393,7 @@ def test_adapters_that_do_not_fit(tiny_weights: Path, tmp_path: Path) -> None:
         Decomposer.from_pretrained(path)
     assert "1 missing: img_in.bias" in str(error.value)
     assert "single_blocks.0.linear2.lora_A.weight [3, 160] for [2, 160]" in str(error.value)
+    assert "this is a LoRA" not in str(error.value)  # which is what it ought to be
 
 
 def test_another_base_is_noticed(tiny_weights: Path, tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """Splits a picture.
 
-python tools/decompose.py adapter=... image=a.jpg mask=a.png out=layers/ [steps=28 seed=0 device=cpu depth=WEIGHTS]
+python tools/decompose.py adapter=... image=a.jpg mask=a.png out=layers/ [format=png,ora,psd steps=28 seed=0 device=cpu
+    depth=WEIGHTS transformer=... autoencoder=... rgba_autoencoder=... prompt=...]
 
-depth= names Depth-Anything-V2-Small's weights, for adapters that were trained with depth maps.
+adapter= is a file or a published folder. format=ora also writes layers.ora (Krita, GIMP), format=psd layers.psd. depth=
+names Depth-Anything-V2-Small's weights, for adapters that were trained with depth maps; transformer= and so on other
+places for the frozen parts.
 """
 
 import sys
@@ -10,7 +13,10 @@ import sys
 from layerdecomp.cli import device_name, frozen_dtype, run_command, take, whole_number
 from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError
+from layerdecomp.imaging.layers import FORMATS, check_formats
 from layerdecomp.weights import load_depth
+
+PARTS = ("transformer", "autoencoder", "rgba_autoencoder", "prompt")
 
 
 def main(arguments: list[str]) -> None:
@@ -20,19 +26,25 @@ def main(arguments: list[str]) -> None:
         image=None,
         mask=None,
         out="layers",
+        format="png",
         steps="",
         seed="0",
         device="cpu",
         depth="",
+        **dict.fromkeys(PARTS, ""),
     )
     if rest:
-        raise InputError(f"unknown argument {rest[0]}; expected adapter= image= mask= out= steps= seed= device= depth=")
+        known = ("adapter", "image", "mask", "out", "format", "steps", "seed", "device", "depth", *PARTS)
+        raise InputError(f"unknown argument {rest[0]}; expected {' '.join(f'{key}=' for key in known)}")
+    check_formats(formats := own["format"].split(","))
     seed, steps = whole_number(own, "seed"), whole_number(own, "steps") if own["steps"] else None
     device = device_name(own)
-    decomposer = Decomposer.from_pretrained(own["adapter"], dtype=frozen_dtype(device), device=device)
+    files = {part: own[part] for part in PARTS if own[part]}
+    decomposer = Decomposer.from_pretrained(own["adapter"], dtype=frozen_dtype(device), device=device, **files)
     depth = load_depth(own["depth"]) if own["depth"] else None
     layers = decomposer.decompose(own["image"], own["mask"], steps=steps, seed=seed, depth=depth)
-    print(f"wrote background.png, foreground.png and preview.png into {layers.save(own['out'])}")
+    names = [name for format in formats for name in FORMATS[format]]
+    print(f"wrote {', '.join(names)} into {layers.save(own['out'], formats)}")
 
 
 if __name__ == "__main__":

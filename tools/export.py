@@ -1,18 +1,46 @@
-"""Re-saves an adapter: python tools/export.py adapter=runs/tiny/adapter.safetensors format=adapter|merged out=FILE"""
+"""Writes an adapter, or the weighted sum of several, in another form; docs/weights.md says what loads where.
+
+python tools/export.py adapter=... format=diffusers|kohya|merged|decomposer|adapter|import out=...
+    [adapter=a.safetensors,b.safetensors weights=0.7,0.3] [rank=64] [dtype=float32|bfloat16|float16|fp8]
+    [base=true] [transformer=... autoencoder=... rgba_autoencoder=... prompt=...]
+"""
 
 import sys
 
-from layerdecomp.cli import run_command, take
+from layerdecomp.cli import run_command, take, whole_number
 from layerdecomp.errors import InputError
 from layerdecomp.export import export
 
+PARTS = ("transformer", "autoencoder", "rgba_autoencoder", "prompt")
+
 
 def main(arguments: list[str]) -> None:
-    own, rest = take(arguments, adapter=None, format="adapter", out=None)
+    optional = dict.fromkeys(("dtype", "weights", "rank", "base", *PARTS), "")
+    own, rest = take(arguments, adapter=None, format="adapter", out=None, **optional)
     if rest:
-        raise InputError(f"unknown argument {rest[0]}; expected adapter= format= out=")
-    for path in export(own["adapter"], own["format"], own["out"]):
+        known = ("adapter", "format", "out", *optional)
+        raise InputError(f"unknown argument {rest[0]}; expected {' '.join(f'{key}=' for key in known)}")
+    if own["base"] not in ("", "true", "false"):
+        raise InputError(f"base={own['base']}: expected true or false")
+    written = export(
+        own["adapter"].split(","),
+        own["format"],
+        own["out"],
+        dtype=own["dtype"] or None,
+        weights=_numbers(own["weights"]) if own["weights"] else None,
+        rank=whole_number(own, "rank") if own["rank"] else None,
+        with_base=own["base"] == "true",
+        **{part: own[part] for part in PARTS if own[part]},
+    )
+    for path in written:
         print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"weights={text}: expected numbers with commas between them") from error
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Batches for training and validation, each a pure function of the seed and the step."""
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_colla
 
 from layerdecomp.data.latents import LatentCache
 from layerdecomp.data.scenes import SceneConfig, Scenes
-from layerdecomp.data.triplets import TripletConfig, Triplets
-from layerdecomp.errors import InputError, check_at_least
+from layerdecomp.data.triplets import TRIES, TripletConfig, Triplets
+from layerdecomp.errors import InputError, check_at_least, check_probabilities
 
 
 @dataclass
@@ -23,6 +24,7 @@ class DataConfig:
     samples: int = 10_000_000  # distinct training samples; after them the same ones come again, with other noise
     validation: int = 16  # samples that validation looks at
     workers: int = 1  # processes that make samples while the model trains; 0: the training process itself
+    max_faulty: float = 0.01  # of training samples whose files cannot be read; above it, training stops
     scenes: SceneConfig = field(default_factory=SceneConfig)
     triplets: TripletConfig = field(default_factory=TripletConfig)
 
@@ -31,6 +33,7 @@ class DataConfig:
             raise InputError(f"data.source is {self.source!r}; expected scenes or triplets")
         check_at_least(1, self, "data.", "samples", "validation")
         check_at_least(0, self, "data.", "workers")
+        check_probabilities(self, "data.", "max_faulty")
 
 
 Samples = Scenes | Triplets
@@ -48,25 +51,36 @@ def open_samples(
 class Positions(Dataset[dict[str, Any]]):
     """The samples of a data set over and over, each with its `position` in the whole of training.
 
-    A batch whose samples a cache has comes from there, as latents.
+    A sample whose files cannot be read is replaced by the next draw for its place; its `faults` say why. A
+    batch whose samples a cache has comes from there, as latents.
     """
 
     def __init__(self, samples: Samples, cache: LatentCache | None = None) -> None:
         self.samples, self.cache = samples, cache
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        return {**self.samples[position % len(self.samples)], "position": position}
+        index, faults = position % len(self.samples), list[str]()
+        for attempt in range(TRIES):
+            try:
+                return {**self.samples.draw(index, attempt), "position": position, "faults": faults}
+            except InputError as error:
+                faults.append(str(error))
+        raise InputError(f"{TRIES} draws in a row for sample {index} cannot be used; the last: {faults[-1]}")
 
     def __getitems__(self, positions: list[int]) -> list[dict[str, Any]]:
         indices = [position % len(self.samples) for position in positions]
         if self.cache is None or not self.cache.has(indices):
             return [self[position] for position in positions]
         places = zip(positions, indices, strict=True)
-        return [{**self.cache.load(index), "index": index, "position": position} for position, index in places]
+        return [{**self.cache.load(i), "index": i, "position": position, "faults": []} for position, i in places]
 
 
 class StepSampler(Sampler[list[int]]):
-    """The positions of each step's batch, from the step that training has reached: rank r takes the r-th share."""
+    """The positions of every batch, from the one that training has reached: rank r takes the r-th share.
+
+    Where gradients of several batches make one step, a "step" here is one of them; the samples of consecutive steps
+    follow each other, so that it does not matter how many ranks and batches share them out.
+    """
 
     def __init__(self, *, first: int, steps: int, batch_size: int, rank: int, world_size: int) -> None:
         self.first, self.steps, self.batch_size = first, steps, batch_size
@@ -82,16 +96,20 @@ class StepSampler(Sampler[list[int]]):
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stacks tensors; `index` and `position` stay lists of numbers, which no device needs."""
-    kept: dict[str, Any] = {
-        name: [sample.pop(name) for sample in samples] for name in ("index", "position") if name in samples[0]
-    }
+    """Stacks tensors; `index`, `position` and `faults` stay lists, which no device needs."""
+    names = ("index", "position", "faults")
+    kept: dict[str, Any] = {name: [sample.pop(name) for sample in samples] for name in names if name in samples[0]}
     batch: dict[str, Tensor] = default_collate(samples)
     return {**batch, **kept}
 
 
 class SampleData(LightningDataModule):
-    """Training batches by step, validation batches from the held-out split (with a seed that no evaluation uses)."""
+    """Training batches by step, validation batches from the held-out split (with a seed that no evaluation uses).
+
+    Args:
+        batch_size: of a process.
+        global_batch: samples of a step, over all processes, which are all of one size; `batch_size` unless given.
+    """
 
     def __init__(
         self,
@@ -101,20 +119,23 @@ class SampleData(LightningDataModule):
         steps: int,
         batch_size: int,
         with_cues: bool,
+        global_batch: int | None = None,
         cache: LatentCache | None = None,
     ) -> None:
         super().__init__()
-        if config.source == "triplets" and config.samples % batch_size:  # a batch is of one size
-            raise InputError(f"data.samples is {config.samples}; expected a multiple of the batch size, {batch_size}")
+        group = global_batch or batch_size
+        if config.source == "triplets" and len(config.triplets.aspects) > 1 and config.samples % group:
+            raise InputError(f"data.samples is {config.samples}; expected a multiple of a step's samples, {group}")
         self.workers, self.steps, self.batch_size, self.cache = config.workers, steps, batch_size, cache
-        self.training = open_samples(config, "train", seed, config.samples, with_cues, group=batch_size)
+        self.training = open_samples(config, "train", seed, config.samples, with_cues, group)
         self.held_out = open_samples(config, "test", seed + 1, config.validation, with_cues)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         assert self.trainer is not None
+        batches = self.trainer.accumulate_grad_batches  # of every process in a step
         sampler = StepSampler(
-            first=self.trainer.global_step,
-            steps=self.steps,
+            first=self.trainer.global_step * batches,
+            steps=self.steps * batches,
             batch_size=self.batch_size,
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
@@ -126,6 +147,7 @@ class SampleData(LightningDataModule):
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=False,
+            worker_init_fn=leave_signals_to_parent,
         )
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
@@ -138,3 +160,9 @@ class SampleData(LightningDataModule):
             )
         mine = Subset(self.held_out, range(rank, len(self.held_out), processes))
         return DataLoader(mine, batch_size=self.batch_size, num_workers=0, collate_fn=collate)
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """What asks a training to stop reaches its workers too, which the last step may still need."""
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)

@@ -38,8 +38,12 @@ class LatentCache:
 
     def load(self, index: int) -> dict[str, Tensor]:
         """The tensors of a sample; `InputError` if its file is damaged."""
-        with open_safetensors(self._path(index)) as file:
-            return {name: _widened(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+        path = self._path(index)
+        try:
+            with open_safetensors(path) as file:
+                return {name: _widened(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+        except InputError as error:
+            raise InputError(f"latent_cache: {error}; or delete {path}, which will be made anew") from error
 
     def add(self, indices: Sequence[int], encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Writes the samples of a batch, one row each, and returns it as reading it back would.

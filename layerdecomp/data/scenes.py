@@ -64,6 +64,14 @@ class Scenes(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self.length
 
+    def name(self, index: int) -> str:
+        """What a log calls a sample."""
+        return f"scene {index}"
+
+    def draw(self, index: int, attempt: int = 0) -> dict[str, Any]:
+        """A sample; there is only one attempt, since nothing is read that could be broken."""
+        return self[index]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self.length:
             raise IndexError(f"scene {index} of {self.length}")

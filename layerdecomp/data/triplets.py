@@ -6,6 +6,7 @@ background, as in the embedded scenes, and covers part of the foreground, which 
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -93,6 +94,7 @@ class Shot(NamedTuple):
     image: Tensor | None = None  # (3, H, W), where there is a file of it; else the scene is put together
     visible: Tensor | None = None  # (1, H, W), what a file says can be seen of the object
     maps: dict[str, Tensor] = {}  # cue maps (3, H, W) by name
+    items: tuple[Item, ...] = ()  # what it was made from, the one that gave the picture its size first
 
     @property
     def area(self) -> float:
@@ -152,10 +154,25 @@ class Triplets(Dataset[dict[str, Any]]):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.draw(index)
+
+    def name(self, index: int) -> str:
+        """What a log calls a sample: the ids of the items of its first draw whose files can be read."""
+        for attempt in range(TRIES):
+            with suppress(InputError):
+                items = self._draw(self._rngs(index, attempt)[0], self._size(index)).items
+                return " + ".join(item.id for item in items)
+        return f"sample {index}"
+
+    def _rngs(self, index: int, attempt: int) -> list[np.random.Generator]:
         if not 0 <= index < self.length:
             raise IndexError(f"triplet {index} of {self.length}")
-        sequence = np.random.SeedSequence([self.seed, SPLITS.index(self.split), index])
-        scene_rng, mask_rng, cue_rng, finish_rng = (np.random.default_rng(child) for child in sequence.spawn(4))
+        place = [self.seed, SPLITS.index(self.split), index, *([attempt] if attempt else [])]
+        return [np.random.default_rng(child) for child in np.random.SeedSequence(place).spawn(4)]
+
+    def draw(self, index: int, attempt: int = 0) -> dict[str, Any]:
+        """A sample; every attempt draws other items for the same place, of the same size."""
+        scene_rng, mask_rng, cue_rng, finish_rng = self._rngs(index, attempt)
         shot = self._finish(self._draw(scene_rng, self._size(index)), finish_rng)
         sample = build_sample(shot.scene, masks=self.config.masks, rng=mask_rng, image=shot.image, visible=shot.visible)
         dropout = self.config.cue_dropout if self.split == "train" else 0.0
@@ -206,23 +223,24 @@ class Triplets(Dataset[dict[str, Any]]):
         place = fit((item.width, item.height), size, rng, bounds(pictures[chosen]))
         paths = layer_paths(index.root, item)
         layers = [layer(place.apply(picture, path)) for picture, path in zip(pictures, paths, strict=True)]
-        return Shot(scene_around(layers, chosen), maps=self._maps(index, item, place))
+        return Shot(scene_around(layers, chosen), maps=self._maps(index, item, place), items=(item,))
 
     def _pasted(self, rng: np.random.Generator, size: tuple[int, int]) -> Shot:
         """A cut-out somewhere over a background, and sometimes another one in front of it; nobody has maps of that."""
         index, item = self._matching(self.backgrounds, rng, size)
         background = load_background(index, item, size, rng)
-        foreground = self._placed(rng, size, float(np.exp(rng.uniform(np.log(0.05), np.log(0.5)))))
+        foreground, cut_out = self._placed(rng, size, float(np.exp(rng.uniform(np.log(0.05), np.log(0.5)))))
+        items: tuple[Item, ...] = (item, cut_out)
         occluder = torch.zeros_like(foreground)
         if rng.random() < self.config.occluder_probability:
-            tried = self._placed(rng, size, float(foreground[3].mean()) * rng.uniform(0.4, 1.2))
+            tried, other = self._placed(rng, size, float(foreground[3].mean()) * rng.uniform(0.4, 1.2))
             covered = float((foreground[3] * tried[3]).sum() / foreground[3].sum().clamp(min=1))
             if 0.05 <= covered <= 0.5:
-                occluder = self._blended(tried, background, rng)
-        return Shot(Scene(background, self._blended(foreground, background, rng), occluder))
+                occluder, items = self._blended(tried, background, rng), (*items, other)
+        return Shot(Scene(background, self._blended(foreground, background, rng), occluder), items=items)
 
-    def _placed(self, rng: np.random.Generator, size: tuple[int, int], area: float) -> Tensor:
-        """A whole cut-out (4, *size), its box covering about `area` of the picture."""
+    def _placed(self, rng: np.random.Generator, size: tuple[int, int], area: float) -> tuple[Tensor, Item]:
+        """A whole cut-out (4, *size), its box covering about `area` of the picture, and its item."""
         index, item = self.foregrounds.draw(rng)
         picture = load_foreground(index.root / item.path, item)
         scale = (area * size[0] * size[1] / (picture.width * picture.height)) ** 0.5
@@ -232,7 +250,7 @@ class Triplets(Dataset[dict[str, Any]]):
         left, top = int(rng.integers(0, size[1] - width + 1)), int(rng.integers(0, size[0] - height + 1))
         canvas = np.zeros((*size, 4), np.uint8)
         canvas[top : top + height, left : left + width] = stamp
-        return layer(Image.fromarray(canvas))
+        return layer(Image.fromarray(canvas)), item
 
     def _blended(self, foreground: Tensor, background: Tensor, rng: np.random.Generator) -> Tensor:
         config = self.config.blending
@@ -253,7 +271,7 @@ class Triplets(Dataset[dict[str, Any]]):
         image, background = (to_tensor(np.asarray(crops[part]))[0] for part in ("image", "background"))
         scene = Scene(background, layer(crops["foreground"]), torch.zeros(4, *size))
         visible = torch.from_numpy(np.asarray(crops["mask"]) >= 128).float()[None]
-        return Shot(scene, image, visible, self._maps(index, item, place))
+        return Shot(scene, image, visible, self._maps(index, item, place), (item,))
 
     def _maps(self, index: Index, item: Item, place: Fit) -> dict[str, Tensor]:
         return load_maps(index, item, place) if self.with_cues else {}
@@ -313,7 +331,7 @@ def _flipped(shot: Shot) -> Shot:
     """The mirror image of everything."""
     image, visible = (None if part is None else part.flip(-1) for part in (shot.image, shot.visible))
     maps = {name: values.flip(-1) for name, values in shot.maps.items()}
-    return Shot(Scene(*(part.flip(-1) for part in shot.scene)), image, visible, maps)
+    return Shot(Scene(*(part.flip(-1) for part in shot.scene)), image, visible, maps, shot.items)
 
 
 def _grainy(part: Tensor, noise: Tensor) -> Tensor:

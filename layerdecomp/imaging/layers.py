@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from layerdecomp.errors import InputError
+from layerdecomp.imaging.layered import Raster, check_psd, write_ora, write_psd
 
 logger = logging.getLogger(__name__)
 Pixels = NDArray[np.uint8]
@@ -114,17 +116,23 @@ class Layers:
     background: Pixels  # (H, W, 3)
     foreground: Pixels  # (H, W, 4), straight alpha
 
-    def save(self, folder: str | Path) -> Path:
-        """Writes background.png, foreground.png and preview.png into `folder`: all three, or on an error none."""
+    def save(self, folder: str | Path, formats: Sequence[str] = ("png",)) -> Path:
+        """Writes files into `folder`: all of them, or on an error none.
+
+        Args:
+            formats: some of `FORMATS`. png: background.png, foreground.png and preview.png; ora: layers.ora, for Krita
+                and GIMP; psd: layers.psd, for Photoshop.
+        """
+        check_formats(formats)
         folder = Path(folder)
-        pictures = {"background": self.background, "foreground": self.foreground, "preview": self.preview()}
-        partials = {name: folder / f".{name}.partial.png" for name in pictures}
+        writers = {name: write for format in formats for name, write in FORMATS[format].items()}
+        partials = {name: folder / f".partial.{name}" for name in writers}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for name, pixels in pictures.items():
-                Image.fromarray(pixels).save(partials[name])
+            for name, write in writers.items():
+                write(self, partials[name])
             for name, partial in partials.items():
-                os.replace(partial, folder / f"{name}.png")
+                os.replace(partial, folder / name)
         except OSError as error:
             raise InputError(
                 f"{folder} cannot be written ({error}); free some space or choose another `out`"
@@ -134,6 +142,15 @@ class Layers:
                 with suppress(OSError):  # the first error is the one to report
                     partial.unlink(missing_ok=True)
         return folder
+
+    def recomposed(self) -> Pixels:
+        """(H, W, 3): the foreground over the background."""
+        alpha = self.foreground[..., 3:] / 255
+        return (self.foreground[..., :3] * alpha + self.background * (1 - alpha)).round().astype(np.uint8)
+
+    def rasters(self) -> list[Raster]:
+        """The layers as a layered file has them, from the bottom to the top."""
+        return [Raster("background", self.background), Raster("foreground", self.foreground).cropped()]
 
     def preview(self, gap: int = 8) -> Pixels:
         """(H, 4 W + gaps, 3): the picture with the mask's place tinted, background, foreground, both recomposed."""
@@ -149,8 +166,28 @@ class Layers:
             marked,
             self.background,
             rgb * alpha + board * (1 - alpha),
-            rgb * alpha + self.background * (1 - alpha),
+            self.recomposed(),
         ]
         white = np.full((height, gap, 3), 255.0)
         strips = [part for panel in panels for part in (panel, white)][:-1]
         return np.concatenate(strips, axis=1).round().astype(np.uint8)
+
+
+Writers = Mapping[str, Callable[[Layers, Path], None]]  # by the name of the file
+FORMATS: dict[str, Writers] = {
+    "png": {
+        "background.png": lambda layers, path: Image.fromarray(layers.background).save(path),
+        "foreground.png": lambda layers, path: Image.fromarray(layers.foreground).save(path),
+        "preview.png": lambda layers, path: Image.fromarray(layers.preview()).save(path),
+    },
+    "ora": {"layers.ora": lambda layers, path: write_ora(path, layers.rasters(), layers.recomposed())},
+    "psd": {"layers.psd": lambda layers, path: write_psd(path, layers.rasters(), layers.recomposed())},
+}
+
+
+def check_formats(formats: Sequence[str]) -> None:
+    """Raises `InputError` unless all can be written."""
+    if unknown := [name for name in formats if name not in FORMATS]:
+        raise InputError(f"format={unknown[0]}: expected some of {', '.join(FORMATS)}")
+    if "psd" in formats:
+        check_psd()

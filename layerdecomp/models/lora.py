@@ -40,6 +40,10 @@ class LoRAConfig:
         """What the product of the two low-rank matrices is multiplied by."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
+    def adapts(self, name: str) -> bool:
+        """Whether the linear layer of this name is adapted."""
+        return any(fnmatchcase(name, pattern) for pattern in self.targets)
+
 
 class LoRALinear(nn.Linear):
     """A frozen linear layer plus `scale * B A`.
@@ -109,7 +113,7 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
                 f"lora.targets: pattern {pattern!r} matches no linear layer of the model; the nearest that it has are "
                 f"{', '.join(get_close_matches(pattern, linears, n=4, cutoff=0.0))}"
             )
-    names = [name for name in linears if any(fnmatchcase(name, pattern) for pattern in config.targets)]
+    names = [name for name in linears if config.adapts(name)]
     for name in names:
         model.set_submodule(name, LoRALinear(linears[name], config.rank, config.scale))
     return names

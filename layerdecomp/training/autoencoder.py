@@ -51,7 +51,6 @@ class AutoencoderJob(Job):
             self.autoencoder = extend_to_rgba(self.teacher).requires_grad_(True)
         else:
             self.autoencoder = Autoencoder(config.model)
-            torch.manual_seed(config.seed)
             self.autoencoder.init_weights()
         self.projection = self._fit_projection() if config.projection else None
         self.to(memory_format=torch.channels_last)

@@ -20,11 +20,13 @@ from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 
 from layerdecomp.config import RunConfig
-from layerdecomp.data.datamodule import collate, open_samples
+from layerdecomp.data.datamodule import Positions, collate, open_samples
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import write_metrics
+from layerdecomp.training.checkpoints import loops_at
+from layerdecomp.training.faults import FaultCount, StepGuard, fitting_settings, poisoned
 from layerdecomp.training.muon import Muon
-from layerdecomp.weights import Metadata, copy_tensors, file_sha256
+from layerdecomp.weights import Metadata, copy_tensors, date_of_writing, file_sha256
 
 
 def resolve_precision(setting: str) -> str:
@@ -56,8 +58,11 @@ class Job(LightningModule):
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
         self.run = config
+        torch.manual_seed(config.seed)  # the first weights of whatever a job builds
         self._commit = source_commit()  # now: the files may move on while the run trains
         self._step_started: float | None = None
+        self._losses: list[dict[str, Tensor]] = []  # of the batches of a step
+        self.guard, self.faults = StepGuard(config.train.max_skipped), FaultCount(config.data.max_faulty)
 
     @abstractmethod
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -71,13 +76,58 @@ class Job(LightningModule):
         """A batch with its tensors where the model is."""
         return {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Makes whatever else a model draws, such as dropout, a pure function of the seed and the samples as well."""
+        state = np.random.SeedSequence([self.run.seed, batch["position"][0]]).generate_state(1, np.uint64)[0]
+        torch.manual_seed(int(state))
+        self.faults.note(batch["faults"])
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         losses = self.loss(batch)
         size = len(batch["position"])
-        for name, value in losses.items():
-            self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", sync_dist=True, batch_size=size)
+        self.guard.note(batch["position"], losses["loss"])
+        self._losses.append({name: value.detach() for name, value in losses.items()})
+        if len(self._losses) == self.trainer.accumulate_grad_batches:
+            for name in losses:
+                mean = torch.stack([one[name] for one in self._losses]).mean()
+                self.log(f"train/{name}", mean, prog_bar=name == "loss", sync_dist=True, batch_size=size)
+            self._losses = []
         self._log_rate(size * self.trainer.world_size)
-        return losses["loss"]
+        return poisoned(losses["loss"])
+
+    def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        """Clips the gradient of a step, or leaves the step out: without gradients, an optimizer changes nothing."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.run.optim.clip if self.run.optim.clip > 0 else math.inf)
+        if not self.guard.judge(norm, self.trainer.global_step + 1, self.sample_names):
+            for parameter in parameters:
+                parameter.grad = None
+        self.log("train/skipped", float(self.guard.skipped))
+
+    def sample_names(self, positions: Sequence[int]) -> list[str]:
+        """How a log calls the samples at some positions: of those whose loss alone is not finite, or else of all."""
+        data = self.trainer.datamodule.training  # type: ignore[attr-defined]
+        with torch.no_grad():
+            culprits = [position for position in positions if not math.isfinite(self._loss_of([position]).item())]
+        return [f"{position} ({data.name(position % len(data))})" for position in culprits or positions]
+
+    def _loss_of(self, positions: Sequence[int]) -> Tensor:
+        """The loss of the samples at some positions, made anew in this process."""
+        samples = Positions(self.trainer.datamodule.training)  # type: ignore[attr-defined]
+        batch = self.on_device(collate([samples[position] for position in positions]))
+        with self.trainer.precision_plugin.forward_context():
+            return self.loss(batch)["loss"]
+
+    def what_fits(self) -> str:
+        """Which settings fit the device after a step did not, found by trying."""
+        self.to(self.trainer.strategy.root_device)  # Lightning has moved it to the CPU
+        parameters = [parameter for _, parameter in self.trained()]
+        train = self.run.train
+        return fitting_settings(lambda size: self._loss_of(range(size)), parameters, train.batch_size, train.accumulate)
+
+    def sound(self) -> bool:
+        """Whether what is trained is worth keeping: the last step counted, and all numbers are finite."""
+        return self.guard.in_a_row == 0 and all(bool(value.isfinite().all()) for _, value in self.trained())
 
     def _log_rate(self, samples: int) -> None:
         now = time.perf_counter()
@@ -104,6 +154,7 @@ class Job(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["frozen_sha256"] = {path: file_sha256(Path(path)) for path in self.frozen_files}
+        checkpoint["skipped_steps"] = self.guard.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for path in self.frozen_files:
@@ -112,6 +163,15 @@ class Job(LightningModule):
                     f"{path} has changed since this run was started; put the old file back, or start anew with "
                     "resume=never"
                 )
+        self.guard.skipped = checkpoint.get("skipped_steps", 0)
+        step, train = checkpoint["global_step"], self.run.train
+        checkpoint["loops"]["fit_loop"] = loops_at(
+            self.trainer.fit_loop.state_dict(),
+            step=step,
+            steps=train.steps,
+            batches=train.accumulate,
+            validates=step % train.validate_every == 0 and step < train.steps,
+        )
 
     def configure_optimizers(self) -> Any:
         config = self.run.optim
@@ -142,6 +202,8 @@ class Job(LightningModule):
             "seed": str(self.run.seed),
             "data": json.dumps(asdict(self.run.data)),
             "commit": self._commit,
+            "ema": str(self.run.train.ema),
+            "date": date_of_writing(),
             "figures": json.dumps({name: value for name, value in figures.items() if math.isfinite(value)}),
         }
 

@@ -28,7 +28,6 @@ class DecomposerJob(FlowJob):
 
     def __init__(self, config: DecomposerJobConfig) -> None:
         super().__init__(config)
-        torch.manual_seed(config.seed)  # LoRA's and the fusion's first weights
         # On a GPU the frozen parts are kept in the precision that they compute in; a CPU casts faster than it mixes.
         mixed = torch.cuda.is_available() and resolve_precision(config.train.precision) == "bf16-mixed"
         dtype = torch.bfloat16 if mixed else torch.float32

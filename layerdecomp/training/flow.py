@@ -44,7 +44,7 @@ class FlowJob(Job):
         latents = batch
         if "image" in batch:  # else the latents of a batch, from the cache
             latents = self.encode(batch)
-            if self.cache is not None:
+            if self.cache is not None and not any(batch.get("faults", [])):  # a replaced sample may come back
                 latents = self.cache.add(batch["index"], latents)
         return self.flow_losses(latents, batch["position"])
 

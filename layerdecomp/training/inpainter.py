@@ -28,7 +28,6 @@ class InpainterJob(FlowJob):
         super().__init__(config)
         self.autoencoder = load_autoencoder(config.weights.autoencoder).to(memory_format=torch.channels_last)
         self.transformer = MMDiT(config.model)
-        torch.manual_seed(config.seed)
         self.transformer.init_weights()
         self.transformer.recompute = config.recompute
         self.prompt = Prompt.load(config.weights.prompt, self.transformer)

@@ -3,12 +3,14 @@
 import logging
 import sys
 import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -23,8 +25,11 @@ from layerdecomp.config import (
 from layerdecomp.data.datamodule import SampleData
 from layerdecomp.errors import InputError
 from layerdecomp.training.autoencoder import AutoencoderJob
+from layerdecomp.training.average import RunningAverage
 from layerdecomp.training.base import Job, resolve_precision
+from layerdecomp.training.checkpoints import CheckpointFiles, Checkpoints, newest_checkpoint, read_checkpoint
 from layerdecomp.training.decomposer import DecomposerJob
+from layerdecomp.training.faults import end_with_parent, explained
 from layerdecomp.training.flow import FlowJob
 from layerdecomp.training.inpainter import InpainterJob
 
@@ -40,7 +45,13 @@ def build_job(config: RunConfig) -> Job:
 
 
 def train(config: RunConfig) -> None:
-    """Trains, or goes on training, and writes weights, metrics and pictures into the run's directory."""
+    """Trains, or goes on training, and writes weights, metrics and pictures into the run's directory.
+
+    Raises:
+        InputError: the config, or a file that it names, cannot be used.
+        RunError: a full disk, a dead process, memory, a loss that is not finite; what was saved is kept.
+        SystemExit: a signal told it to stop; it has said how to go on.
+    """
     run_dir = Path(config.run_dir)
     quiet_lightning()
     job = build_job(config)  # all this first, so that a missing file or device leaves no directory behind
@@ -50,56 +61,64 @@ def train(config: RunConfig) -> None:
         steps=config.train.steps,
         batch_size=config.train.batch_size,
         with_cues=isinstance(config, DecomposerJobConfig) and config.fusion.enabled,
+        global_batch=config.train.global_batch,
         cache=job.cache if isinstance(job, FlowJob) else None,
     )
-    trainer = build_trainer(config, run_dir)
+    trainer = build_trainer(config, run_dir, job)
     checkpoint = open_run(run_dir, config)
     if checkpoint is not None:
         print(f"going on from {checkpoint}; a finished run is only evaluated again (resume=never starts anew)")
-    else:
-        trainer.validate(job, data, verbose=False)  # where training starts from
-    trainer.fit(job, data, ckpt_path=checkpoint, weights_only=True)
-    if trainer.global_step >= config.train.steps:  # not when it was interrupted
-        trainer.save_checkpoint(run_dir / "last.ckpt", weights_only=False)  # the optimizer and loops as well
+    if trainer.local_rank > 0:
+        end_with_parent(trainer.global_rank)
+    with explained(trainer, run_dir, job.what_fits):
+        if checkpoint is None:
+            trainer.validate(job, data, verbose=False)  # where training starts from
+        trainer.fit(job, data, ckpt_path=checkpoint, weights_only=True)
         if trainer.is_global_zero:
             job.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
-            job.finish(run_dir)
+            with averaged(trainer, job):
+                job.finish(run_dir)
+
+
+def averaged(trainer: Trainer, job: Job) -> AbstractContextManager[None]:
+    """The running average stands in for what was trained, if there is one."""
+    averages = [callback for callback in trainer.callbacks if isinstance(callback, RunningAverage)]  # type: ignore[attr-defined]
+    return averages[0].applied(job) if averages else nullcontext()
 
 
 def open_run(run_dir: Path, config: RunConfig) -> Path | None:
     """Makes the run's directory and says which checkpoint to go on from.
 
-    With `resume=auto`, the one of an earlier run of the same config; with `never`, none, and an earlier run's directory
-    is kept under another name; else the given file.
+    With `resume=auto`, the last sound one of an earlier run of the same config; with `never`, none, and an earlier
+    run's directory is kept under another name; else the given file.
 
     Raises:
-        InputError: the directory holds a run of another config, or the given file does not exist.
+        InputError: the directory holds a run of another config, or none of its checkpoints, or the given file, can be
+            read.
     """
-    last, described = run_dir / "last.ckpt", run_dir / "config.yaml"
+    described, checkpoint = run_dir / "config.yaml", None
     if config.resume == "never":
         _put_aside(run_dir)
     elif config.resume != "auto":
-        check_checkpoint(Path(config.resume))
-        last = Path(config.resume)
-        if last.resolve().parent != run_dir.resolve():
+        checkpoint = Path(config.resume)
+        if not checkpoint.is_file():
+            raise InputError(f"resume={checkpoint}: no such checkpoint; expected auto, never or an existing file")
+        read_checkpoint(checkpoint, device="meta")
+        if checkpoint.resolve().parent != run_dir.resolve():
             _put_aside(run_dir)
-    elif last.is_file() and described.is_file() and (changed := changed_keys(config, described)):
-        raise InputError(
-            f"{run_dir} holds a run with other settings ({', '.join(changed[:5])}); choose another name=, or "
-            "resume=never to start anew and keep the old one aside"
-        )
+    elif (checkpoint := newest_checkpoint(run_dir)) and described.is_file():
+        _check_unchanged(run_dir, changed_keys(config, described))
     _write_config(run_dir, config)
-    return last if last.is_file() else None
+    return checkpoint
 
 
-def check_checkpoint(path: Path) -> None:
-    """Raises `InputError` unless `path` is a checkpoint."""
-    if not path.is_file():
-        raise InputError(f"resume={path}: no such checkpoint; expected auto, never or an existing file")
-    try:
-        torch.load(path, map_location="meta", weights_only=True)["state_dict"]
-    except Exception as error:  # a damaged file can raise anything
-        raise InputError(f"resume={path} is no checkpoint of this package, or is damaged: {error}") from error
+def _check_unchanged(run_dir: Path, changed: Mapping[str, str]) -> None:
+    if changed:
+        listed = "; ".join(f"{key}: {values}" for key, values in [*changed.items()][:5])
+        raise InputError(
+            f"{run_dir} holds a run with other settings ({listed}); choose another name=, or resume=never to start "
+            "anew and keep the old one aside"
+        )
 
 
 @rank_zero_only
@@ -137,18 +156,16 @@ class StepBar(TQDMProgressBar):
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
         super().on_train_start(trainer)
         bar = self.train_progress_bar
-        bar.total, bar.initial, bar.n = trainer.max_steps, trainer.global_step, trainer.global_step
+        batches = trainer.accumulate_grad_batches
+        bar.total, bar.initial = trainer.max_steps * batches, trainer.global_step * batches
+        bar.n = bar.initial
 
 
-def build_trainer(config: RunConfig, run_dir: Path) -> Trainer:
-    """Lightning's trainer: one pass over `train.steps` batches, validated and saved at fixed steps."""
+def build_trainer(config: RunConfig, run_dir: Path, job: Job) -> Trainer:
+    """Lightning's trainer: one pass over the batches of `train.steps` steps, validated and saved at fixed steps."""
     train = config.train
-    checkpoints = ModelCheckpoint(
-        dirpath=run_dir,
-        filename="last",
-        every_n_train_steps=train.checkpoint_every,
-        enable_version_counter=False,
-    )
+    validate_every = min(train.validate_every, train.steps)
+    checkpoints = Checkpoints(run_dir, every=train.checkpoint_every, validate_every=validate_every, sound=job.sound)
     available = torch.cuda.device_count()
     if available and train.devices > available:
         raise InputError(
@@ -162,13 +179,15 @@ def build_trainer(config: RunConfig, run_dir: Path) -> Trainer:
         num_nodes=train.nodes,
         strategy=train.strategy,
         precision=resolve_precision(train.precision),  # type: ignore[arg-type]
-        gradient_clip_val=config.optim.clip,
-        val_check_interval=min(train.validate_every, train.steps),
+        accumulate_grad_batches=train.accumulate,
+        deterministic=train.deterministic,
+        val_check_interval=validate_every * train.accumulate,  # in batches
         num_sanity_val_steps=0,
         inference_mode=False,  # what is validated before the first step is trained afterwards
         log_every_n_steps=1,
         use_distributed_sampler=False,  # StepSampler shares the batches out
         logger=TensorBoardLogger(run_dir.parent, name=run_dir.name, version=""),
-        callbacks=[checkpoints, StepBar(refresh_rate=5)],
+        plugins=[CheckpointFiles()],
+        callbacks=[checkpoints, StepBar(refresh_rate=5), *([RunningAverage(train.ema)] if train.ema else [])],
         enable_model_summary=False,
     )

@@ -1,0 +1,287 @@
+"""Adapters as what they add to the transformer: in the layouts of others and back, summed, cut in rank.
+
+Everything here is exact but `reduce_rank`, which says what it costs.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from layerdecomp.errors import InputError
+from layerdecomp.layouts import SWAPPED, diffusers_modules, kohya_module, row_counts
+from layerdecomp.models.lora import LoRAConfig
+
+Tensors = dict[str, Tensor]
+INPUT = "img_in"  # trained as a whole, not by LoRA
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is added to one linear layer: scale * B A to its weight, and perhaps something to its bias."""
+
+    a: Tensor  # (rank, in)
+    b: Tensor  # (out, rank)
+    scale: float = 1.0
+    bias: Tensor | None = None  # (out,)
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in), float32."""
+        return self.scale * self.b.float() @ self.a.float()
+
+    def baked(self) -> "Change":
+        """The same change with a scale of 1: alpha = rank."""
+        return self if self.scale == 1 else replace(self, b=self.scale * self.b, scale=1.0)
+
+
+Changes = dict[str, Change]  # by the published name of the layer
+
+
+def take_changes(
+    tensors: Mapping[str, Tensor], lora: LoRAConfig, base: Mapping[str, Tensor]
+) -> tuple[Changes, Tensors]:
+    """What an adapter's tensors add to the base, and the tensors that belong to no layer of it (the fusion module).
+
+    The input projection's change is no wider than its input, so that identity times difference is a low-rank pair.
+
+    Args:
+        base: the frozen img_in.weight and img_in.bias, float32.
+    """
+    rest = dict(tensors)
+    layers = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+    changes = {
+        layer: Change(rest.pop(f"{layer}.lora_A.weight"), rest.pop(f"{layer}.lora_B.weight"), lora.scale)
+        for layer in layers
+    }
+    weight, bias = (rest.pop(name).float() - base[name] for name in (f"{INPUT}.weight", f"{INPUT}.bias"))
+    if weight.any() or bias.any():
+        changes[INPUT] = Change(torch.eye(weight.shape[1]), weight, bias=bias if bias.any() else None)
+    return changes, rest
+
+
+def give_tensors(changes: Changes, base: Mapping[str, Tensor]) -> tuple[LoRAConfig, Tensors]:
+    """The adapter's tensors that add `changes` to the base, and their LoRA settings, which are the same for all layers.
+
+    Where ranks differ, the smaller are padded with zeros; where scales differ, they go into B.
+    """
+    layers = {name: change for name, change in changes.items() if name != INPUT}
+    if not layers:
+        raise InputError("nothing but the input projection is adapted; expected LoRA layers")
+    rank = max(change.rank for change in layers.values())
+    if len({(change.rank, change.scale) for change in layers.values()}) > 1:
+        layers = {name: _padded(change.baked(), rank) for name, change in layers.items()}
+    scale = next(iter(layers.values())).scale
+    tensors = {f"{INPUT}.{kind}": base[f"{INPUT}.{kind}"].clone() for kind in ("weight", "bias")}
+    if (change := changes.get(INPUT)) is not None:
+        tensors[f"{INPUT}.weight"] += change.weight
+        tensors[f"{INPUT}.bias"] += 0 if change.bias is None else change.bias.float()
+    for name, change in layers.items():
+        if change.bias is not None and change.bias.any():
+            raise InputError(f"{name}: the LoRA changes its bias, which only the input projection's may be")
+        tensors |= {f"{name}.lora_A.weight": change.a, f"{name}.lora_B.weight": change.b}
+    return LoRAConfig(rank, None if scale == 1 else scale * rank, list(layers)), tensors
+
+
+def _padded(change: Change, rank: int) -> Change:
+    missing = rank - change.rank
+    a, b = change.a, change.b
+    return replace(
+        change, a=torch.cat([a, a.new_zeros(missing, a.shape[1])]), b=torch.cat([b, b.new_zeros(len(b), missing)], 1)
+    )
+
+
+# The layouts of others
+
+
+def to_diffusers(changes: Changes, hidden_size: int) -> Tensors:
+    """As `FluxTransformer2DModel.load_lora_adapter` reads it: q, k and v of their own, every scale 1.
+
+    A fused layer's A goes to each of its parts, B's rows are shared out. If any layer's bias changes, PEFT expects a
+    bias of every layer's B; those of the others are zero.
+    """
+    tensors: Tensors = {}
+    with_bias = any(change.bias is not None for change in changes.values())
+    for layer, change in changes.items():
+        change, parts = change.baked(), diffusers_modules(layer)
+        bias = change.b.new_zeros(len(change.b)) if change.bias is None else change.bias
+        b, bias = (_halves(tensor) if layer == SWAPPED else tensor for tensor in (change.b, bias))
+        rows = row_counts(len(b), len(parts), hidden_size)
+        for part, b_part, bias_part in zip(parts, b.split_with_sizes(rows), bias.split_with_sizes(rows), strict=True):
+            tensors |= {f"transformer.{part}.lora_A.weight": change.a, f"transformer.{part}.lora_B.weight": b_part}
+            if with_bias:
+                tensors[f"transformer.{part}.lora_B.bias"] = bias_part
+    return tensors
+
+
+def peft_settings(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """What PEFT is to make of the tensors of `to_diffusers`, as metadata that diffusers looks for.
+
+    The input projection's rank differs from the others'. Without being told, diffusers before 0.40 takes the others'
+    rank for its alpha, and scales it wrongly.
+    """
+    ends = (".lora_A.weight", "transformer.")
+    ranks = {
+        name.removesuffix(ends[0]).removeprefix(ends[1]): tensor.shape[0]
+        for name, tensor in tensors.items()
+        if name.endswith(ends[0])
+    }
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    others = {f"^{name}": own for name, own in ranks.items() if own != rank}
+    settings = {
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(ranks),
+        "lora_bias": any(name.endswith(".bias") for name in tensors),
+    }
+    return {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in settings.items()})}
+
+
+def _halves(tensor: Tensor) -> Tensor:
+    """Exchanges the upper and the lower half of the rows."""
+    return tensor.roll(len(tensor) // 2, 0)
+
+
+def from_diffusers(tensors: Tensors, layers: Mapping[str, int], hidden_size: int) -> Changes:
+    """The inverse of `to_diffusers`; takes what it understands out of `tensors`.
+
+    Parts with one A are one layer again; parts with different ones are stacked, which takes the sum of their ranks.
+
+    Args:
+        layers: output widths of the layers that may be adapted, by their published names.
+    """
+    changes = {}
+    for layer, width in layers.items():
+        parts = diffusers_modules(layer)
+        rows = row_counts(width, len(parts), hidden_size)
+        found = [_take_pair(tensors, f"transformer.{part}", "lora_A", "lora_B") for part in parts]
+        if all(change is None for change in found):
+            continue
+        pieces = [
+            Change(torch.empty(0, 0), torch.zeros(n, 0)) if change is None else change
+            for change, n in zip(found, rows, strict=True)
+        ]
+        change = _stacked(pieces)
+        if layer == SWAPPED:
+            change = replace(change, b=_halves(change.b), bias=None if change.bias is None else _halves(change.bias))
+        changes[layer] = change
+    return changes
+
+
+def _stacked(pieces: list[Change]) -> Change:
+    """One layer's change from those of parts of its output, one below the other."""
+    if len(pieces) == 1:
+        return pieces[0]
+    used = [piece for piece in pieces if piece.rank]
+    biases = [piece.b.new_zeros(len(piece.b)) if piece.bias is None else piece.bias for piece in pieces]
+    bias = torch.cat(biases) if any(piece.bias is not None for piece in pieces) else None
+    first = used[0]
+    if all(piece.a.equal(first.a) and piece.scale == first.scale for piece in used):
+        zero = first.b.new_zeros
+        rows = [piece.b if piece.rank else zero(len(piece.b), first.rank) for piece in pieces]
+        return Change(first.a, torch.cat(rows), first.scale, bias)
+    b = torch.block_diag(*(piece.baked().b for piece in pieces))  # type: ignore[no-untyped-call]
+    return Change(torch.cat([piece.a for piece in used]), b, bias=bias)
+
+
+def to_kohya(changes: Changes, hidden_size: int) -> Tensors:
+    """As ComfyUI and sd-scripts read it: layers as published, the scale told by an alpha of each."""
+    tensors: Tensors = {}
+    for layer, change in changes.items():
+        name = kohya_module(layer)
+        tensors |= {f"{name}.lora_down.weight": change.a, f"{name}.lora_up.weight": change.b}
+        tensors[f"{name}.alpha"] = torch.tensor(change.scale * change.rank)
+        if change.bias is not None:
+            tensors[f"{name}.diff_b"] = change.bias
+    return tensors
+
+
+def from_kohya(tensors: Tensors, layers: Mapping[str, int], hidden_size: int) -> Changes:
+    """The inverse of `to_kohya`; takes what it understands out of `tensors`."""
+    found = {layer: _take_pair(tensors, kohya_module(layer), "lora_down", "lora_up") for layer in layers}
+    return {layer: change for layer, change in found.items() if change is not None}
+
+
+def _take_pair(tensors: Tensors, name: str, down: str, up: str) -> Change | None:
+    a, b = tensors.pop(f"{name}.{down}.weight", None), tensors.pop(f"{name}.{up}.weight", None)
+    if a is None or b is None:
+        return None
+    alpha = tensors.pop(f"{name}.alpha", None)
+    bias = tensors.pop(f"{name}.{up}.bias", tensors.pop(f"{name}.diff_b", None))
+    scale = 1.0 if alpha is None else alpha.item() / a.shape[0]
+    return Change(a, b, scale, bias if bias is not None and bias.any() else None)
+
+
+Write = Callable[[Changes, int], Tensors]
+Read = Callable[[Tensors, Mapping[str, int], int], Changes]
+# How a layout's names start, and the two ways.
+LAYOUTS: dict[str, tuple[str, Write, Read]] = {
+    "diffusers": ("transformer.", to_diffusers, from_diffusers),
+    "kohya": ("lora_unet_", to_kohya, from_kohya),
+}
+
+
+# Several at once, and smaller ones
+
+
+def add_changes(parts: Sequence[tuple[Changes, float]]) -> Changes:
+    """The weighted sum of several adapters' changes; its ranks are the sums of theirs."""
+    total: Changes = {}
+    for changes, share in parts:
+        for layer, change in changes.items():
+            change = change.baked()
+            bias = None if change.bias is None else share * change.bias
+            change = Change(change.a, share * change.b, bias=bias)
+            total[layer] = _sum(total[layer], change) if layer in total else change
+    return total
+
+
+def _sum(first: Change, second: Change) -> Change:
+    biases = [change.bias for change in (first, second) if change.bias is not None]
+    bias = torch.stack(biases).sum(0) if biases else None
+    return Change(torch.cat([first.a, second.a]), torch.cat([first.b, second.b], dim=1), bias=bias)
+
+
+def average(parts: Sequence[tuple[Tensors, float]]) -> Tensors:
+    """The weighted mean of tensors that are no differences from anything; `InputError` unless all have the same."""
+    (first, _), *others = parts
+    shapes = {name: tensor.shape for name, tensor in first.items()}
+    if any({name: tensor.shape for name, tensor in tensors.items()} != shapes for tensors, _ in others):
+        raise InputError("the adapters' fusion modules differ in size; expected adapters of one fusion config")
+    whole = sum(share for _, share in parts)
+    if whole == 0:
+        raise InputError("weights= sum up to 0; expected weights of which the fusion modules have a mean")
+    return {name: torch.stack([share / whole * t[name] for t, share in parts]).sum(0) for name in first}
+
+
+def reduce_rank(changes: Changes, rank: int) -> tuple[Changes, dict[str, float]]:
+    """The nearest changes of at most `rank`, by singular values (Eckart and Young 1936), and what that costs.
+
+    The input projection's is left as it is.
+
+    Returns:
+        The changes, and by layer the relative error of its weight's change in the Frobenius norm; under "all" that of
+        all layers together.
+    """
+    reduced, lost, whole = {**changes}, {}, {}
+    for layer, change in changes.items():
+        if layer == INPUT:
+            continue
+        q_b, r_b = torch.linalg.qr(change.b.float() * change.scale)  # (out, r), (r, rank)
+        q_a, r_a = torch.linalg.qr(change.a.float().T)  # (in, r), (r, rank)
+        u, values, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+        root = values[:rank].sqrt()
+        reduced[layer] = Change(root[:, None] * (v[:rank] @ q_a.T), (q_b @ u[:, :rank]) * root, bias=change.bias)
+        lost[layer], whole[layer] = (x.square().sum().item() for x in (values[rank:], values))
+    errors = {layer: (lost[layer] / whole[layer]) ** 0.5 if whole[layer] else 0.0 for layer in lost}
+    total = sum(whole.values())
+    return reduced, {**errors, "all": (sum(lost.values()) / total) ** 0.5 if total else 0.0}

@@ -1,0 +1,284 @@
+"""What training and sampling cost: counted from the code on the meta device, then measured with random weights.
+
+Counts are of multiplications and additions in matrix products, attention and convolutions (`torch.utils.flop_counter`);
+what is left out (norms, gates, the optimizer) costs bandwidth, and shows in the distance from the largest product.
+"""
+
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from layerdecomp.conditioning import LATENT_FACTOR, ConditioningConfig
+from layerdecomp.decomposer import Context, Decomposer, Prompt, SampleConfig, mixed_precision
+from layerdecomp.errors import InputError, check_at_least
+from layerdecomp.evaluation import markdown_table
+from layerdecomp.flow import FlowConfig, flow_loss
+from layerdecomp.imaging.cues import CUES
+from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
+from layerdecomp.models.context_fusion import ContextFusion, ContextFusionConfig
+from layerdecomp.models.lora import LoRAConfig, inject_lora
+from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
+
+META = torch.device("meta")
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # of the frozen parts
+
+
+@dataclass
+class BenchmarkConfig:
+    """What is counted and measured; the defaults are the recipe of arXiv 2511.20996 at full size."""
+
+    size: int = 1024  # pixels along each side, a multiple of 16
+    batch_size: int = 1
+    scale: float = 1.0  # of the transformer: share of its blocks and of its heads
+    text_tokens: int = 512
+    steps: int = 28  # of sampling
+    recompute: int = 0
+    repeats: int = 5  # medians are over these, after one that is not counted
+    measure: bool = True  # False: counts alone, which take no memory
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    fusion: ContextFusionConfig = field(default_factory=ContextFusionConfig)
+
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "", "batch_size", "text_tokens", "steps", "repeats")
+        check_at_least(0, self, "", "recompute")
+        if self.size < 16 or self.size % 16:
+            raise InputError(f"size is {self.size}; expected a positive multiple of 16")
+        if not 0 < self.scale <= 1:
+            raise InputError(f"scale is {self.scale}; expected more than 0 and at most 1")
+
+    @property
+    def transformer(self) -> MMDiTConfig:
+        """FLUX.1-Fill-dev's, with `scale` of its blocks and heads."""
+        full = MMDiTConfig()
+        heads, *depths = (max(1, round(self.scale * n)) for n in (full.num_heads, full.depth, full.depth_single_blocks))
+        width = full.hidden_size // full.num_heads * heads
+        return replace(full, hidden_size=width, num_heads=heads, depth=depths[0], depth_single_blocks=depths[1])
+
+
+def build(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> Decomposer:
+    """A decomposer with random weights, made where it will run: frozen parts in `dtype`, trained ones in float32."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # a float32 copy of the transformer would not fit beside it
+    try:
+        with device:
+            transformer = MMDiT(config.transformer).requires_grad_(False)
+            rgb, rgba = (Autoencoder(AutoencoderConfig(in_channels=n)).requires_grad_(False) for n in (3, 4))
+            prompt = Prompt(
+                torch.randn(config.text_tokens, transformer.config.context_in_dim),
+                torch.randn(transformer.config.vec_in_dim),
+            )
+    finally:
+        torch.set_default_dtype(default)
+    inject_lora(transformer, config.lora)
+    transformer.img_in.float().requires_grad_(True)
+    transformer.recompute = config.recompute
+    fusion = None
+    if config.fusion.enabled:
+        heads = min(config.fusion.num_heads, transformer.config.num_heads)  # fewer in a scaled transformer
+        with device:
+            fusion = ContextFusion(replace(config.fusion, num_heads=heads), transformer.config.hidden_size)
+    return Decomposer(
+        transformer=transformer,
+        autoencoder=rgb,
+        rgba_autoencoder=rgba,
+        context_fusion=fusion,
+        prompt=prompt,
+        conditioning=ConditioningConfig(),
+        flow=FlowConfig(),
+        sample=SampleConfig(),
+    )
+
+
+class Workload:
+    """The pieces of a step on one batch of random pictures; everything a piece needs is computed beforehand."""
+
+    def __init__(self, config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.config, self.decomposer = config, build(config, device, dtype)
+        B, size = config.batch_size, config.size
+        with device:
+            self.image = torch.rand(B, 3, size, size) * 2 - 1
+            self.mask = (torch.rand(B, 1, size, size) > 0.5).float()
+            self.cues = torch.rand(B, len(CUES), 3, size, size) * 2 - 1
+            self.present = torch.ones(B, len(CUES), dtype=torch.bool)
+            self.t = torch.rand(B)
+        self.foreground = torch.cat([self.image, self.mask], dim=1)
+        latent = size // LATENT_FACTOR
+        pictures = 2 + len(config.fusion.cues) * config.fusion.enabled
+        with device:
+            self.latents = torch.randn(B, pictures, 16, latent, latent)
+            self.z = torch.randn(B, latent * latent // 2, 64)  # both layers' tokens
+        with torch.no_grad():
+            self.context = self.condition()
+
+    def condition(self) -> Context:
+        """What the transformer is told."""
+        with mixed_precision(self.decomposer.autoencoder):
+            return self.decomposer.condition(self.latents, self.mask, self.present)
+
+    def encode(self) -> None:
+        """The masked images and the cues."""
+        with mixed_precision(self.decomposer.autoencoder):
+            self.decomposer.encode_pictures(self.image, self.mask, self.cues)
+
+    def encode_targets(self) -> None:
+        """Both true layers."""
+        with mixed_precision(self.decomposer.autoencoder):
+            self.decomposer.encode_targets(self.image, self.foreground)
+
+    def fuse(self) -> None:
+        """Context fusion of the cues, forward and backward."""
+        fused = self.condition().fused
+        if fused is not None:
+            torch.autograd.backward(fused.float().square().mean())
+
+    def train(self) -> None:
+        """Fusion and transformer, forward and backward."""
+        context = self.condition()
+        with mixed_precision(self.decomposer.autoencoder):
+            velocity = self.decomposer.velocity(self.z, context, self.t)
+        torch.autograd.backward(flow_loss(velocity, self.z))
+
+    @torch.no_grad()
+    def sample(self) -> None:
+        """One Euler step of both layers."""
+        with mixed_precision(self.decomposer.autoencoder):
+            self.decomposer.velocity(self.z, self.context, self.t)
+
+    @torch.no_grad()
+    def decode(self) -> None:
+        """Both layers, from latents to pixels."""
+        with mixed_precision(self.decomposer.autoencoder):
+            self.decomposer.autoencoder.decode(self.latents[:, 0])
+            self.decomposer.rgba_autoencoder.decode(self.latents[:, 1])
+
+
+TRAINING = "fusion + transformer, forward + backward"
+FUSION = "of it fusion"
+PIECES: dict[str, Callable[[Workload], None]] = {
+    "encode image, mask, cues": Workload.encode,
+    "encode targets": Workload.encode_targets,
+    TRAINING: Workload.train,
+    FUSION: Workload.fuse,
+    "one sampling step": Workload.sample,
+    "decode": Workload.decode,
+}
+
+
+def count(config: BenchmarkConfig) -> dict[str, float]:
+    """Operations of each of `PIECES`, and of the parts of training that are differences between such counts."""
+    workload = Workload(config, META, torch.float32)
+    counts = {name: float(_operations(workload, piece)) for name, piece in PIECES.items()}
+    wider = replace(config, lora=replace(config.lora, rank=2 * config.lora.rank))
+    counts["of it LoRA"] = _training(wider) - counts[TRAINING]  # which grows with the rank, and nothing else does
+    counts["of it attention"] = _operations(workload, Workload.train, of=("bmm", "attention"))
+    counts["of it recomputed"] = counts[TRAINING] - _training(replace(config, recompute=0))
+    return counts
+
+
+def _training(config: BenchmarkConfig) -> float:
+    return _operations(Workload(config, META, torch.float32), Workload.train)
+
+
+def _operations(workload: Workload, piece: Callable[[Workload], None], of: Sequence[str] = ("",)) -> int:
+    with FlopCounterMode(display=False) as counter:
+        piece(workload)
+    found: dict[Any, int] = counter.get_flop_counts().get("Global", {})
+    return sum(n for operation, n in found.items() if any(part in str(operation) for part in of))
+
+
+def largest_product(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
+    """Operations per second of the best of some square matrix products: what this machine can reach."""
+    best = 0.0
+    for side in (512, 1024, 2048) if device.type == "cpu" else (4096, 8192, 16384):
+        a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+        best = max(best, 2 * side**3 / min(_seconds(partial(torch.mm, a, b), device, repeats)))
+    return best
+
+
+def measure(workload: Workload, device: torch.device) -> dict[str, tuple[float, float]]:
+    """Median seconds and peak memory in bytes of each of `PIECES`."""
+    measured = {}
+    for name, piece in PIECES.items():
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        seconds = statistics.median(_seconds(partial(piece, workload), device, workload.config.repeats))
+        measured[name] = seconds, _peak_memory(device)
+        for parameter in workload.decomposer.parameters():
+            parameter.grad = None
+    return measured
+
+
+def _seconds(function: Callable[[], Tensor | None], device: torch.device, repeats: int) -> list[float]:
+    def run() -> float:
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    run()
+    return [run() for _ in range(repeats)]
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Of the device since it was reset; on a CPU, of this process so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def benchmark(config: BenchmarkConfig, device: str, dtype: torch.dtype) -> str:
+    """Counts and measures, and returns the table: Markdown, and a line that says what the numbers are of."""
+    counts = count(config)
+    header = ["", "TFLOP", "seconds", "TFLOP/s", "of the largest product", "peak memory GB"]
+    measured: dict[str, tuple[float, float]] = {}
+    limit = float("nan")
+    if config.measure:
+        place = torch.device(device)
+        limit = largest_product(place, dtype)
+        measured = measure(Workload(config, place, dtype), place)
+    rows = [
+        [name, f"{operations / 1e12:.4g}", *_cells(operations, limit, measured.get(name))]
+        for name, operations in counts.items()
+    ]
+    transformer = config.transformer
+    told = (
+        f"{config.size} x {config.size}, batch {config.batch_size}, {transformer.depth} + "
+        f"{transformer.depth_single_blocks} blocks of width {transformer.hidden_size}, LoRA rank {config.lora.rank}, "
+        f"recompute {config.recompute}, {str(dtype).removeprefix('torch.')}"
+    )
+    where = f"measured on {_name(device)}, largest product {limit / 1e12:.3g} TFLOP/s" if config.measure else "counted"
+    encode = counts["encode image, mask, cues"]
+    step = encode + counts["encode targets"] + counts[TRAINING]
+    sample = encode + config.steps * counts["one sampling step"] + counts["decode"]
+    return "\n".join(
+        [
+            f"{told}; {where}, torch {torch.__version__}",
+            "",
+            markdown_table([header, *rows]),
+            "",
+            f"a training step: {step / 1e12:.4g} TFLOP; "
+            f"a decomposition in {config.steps} steps: {sample / 1e12:.4g} TFLOP",
+        ]
+    )
+
+
+def _cells(operations: float, limit: float, measured: tuple[float, float] | None) -> list[str]:
+    if measured is None:
+        return [""] * 4
+    seconds, memory = measured
+    rate = operations / seconds
+    return [f"{seconds:.3g}", f"{rate / 1e12:.3g}", f"{rate / limit:.0%}", f"{memory / 1e9:.3g}"]
+
+
+def _name(device: str) -> str:
+    place = torch.device(device)
+    return torch.cuda.get_device_name(place) if place.type == "cuda" else f"{torch.get_num_threads()} CPU threads"

@@ -1,0 +1,87 @@
+"""Layered files for picture editors: OpenRaster (Krita, GIMP, MyPaint) and Photoshop.
+
+Colour is straight and alpha has all its levels in both. Layers are cropped to what is visible and keep their place.
+"""
+
+import io
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from layerdecomp.errors import InputError
+
+THUMBNAIL = 256  # pixels at most, along the longer side
+
+
+@dataclass(frozen=True)
+class Raster:
+    """One layer of a layered file."""
+
+    name: str
+    pixels: NDArray[np.uint8]  # (h, w, 3 or 4), straight alpha
+    left: int = 0
+    top: int = 0
+
+    def cropped(self) -> "Raster":
+        """The part that is visible at all; one pixel if nothing is."""
+        seen = self.pixels[..., 3] > 0
+        rows, columns = (np.flatnonzero(seen.any(axis=axis)) for axis in (1, 0))
+        top, bottom = (rows[0], rows[-1] + 1) if len(rows) else (0, 1)
+        left, right = (columns[0], columns[-1] + 1) if len(columns) else (0, 1)
+        return Raster(self.name, self.pixels[top:bottom, left:right], self.left + int(left), self.top + int(top))
+
+
+def write_ora(path: Path, rasters: Sequence[Raster], merged: NDArray[np.uint8]) -> None:
+    """An OpenRaster file (https://www.openraster.org, baseline).
+
+    Args:
+        rasters: from the bottom to the top.
+        merged: what they look like together, (H, W, 3).
+    """
+    height, width = merged.shape[:2]
+    image = ElementTree.Element("image", version="0.0.3", w=str(width), h=str(height))
+    stack = ElementTree.SubElement(image, "stack")
+    thumbnail = Image.fromarray(merged)
+    thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
+    pictures = {"mergedimage.png": Image.fromarray(merged), "Thumbnails/thumbnail.png": thumbnail}
+    for raster in reversed(rasters):  # the first in the file is the topmost
+        place = {"name": raster.name, "src": f"data/{raster.name}.png", "x": str(raster.left), "y": str(raster.top)}
+        looks = {"opacity": "1.0", "visibility": "visible", "composite-op": "svg:src-over"}
+        ElementTree.SubElement(stack, "layer", place | looks)
+        pictures[place["src"]] = Image.fromarray(raster.pixels)
+    with zipfile.ZipFile(path, "w") as file:  # PNG is compressed already; entries have no date of their own
+        file.writestr(zipfile.ZipInfo("mimetype"), "image/openraster")  # first and not compressed, to be told by
+        file.writestr(zipfile.ZipInfo("stack.xml"), ElementTree.tostring(image, "UTF-8", xml_declaration=True))
+        for name, picture in pictures.items():
+            buffer = io.BytesIO()
+            picture.save(buffer, "PNG")
+            file.writestr(zipfile.ZipInfo(name), buffer.getvalue())
+
+
+def write_psd(path: Path, rasters: Sequence[Raster], merged: NDArray[np.uint8]) -> None:
+    """A Photoshop file; arguments as in `write_ora`. Its merged picture is composited by psd-tools.
+
+    Raises:
+        InputError: the `psd` extra is not installed.
+    """
+    check_psd()
+    from psd_tools import PSDImage
+
+    document = PSDImage.new("RGB", (merged.shape[1], merged.shape[0]))
+    for raster in rasters:  # arrays, since a PIL image's alpha would become a mask
+        document.create_pixel_layer_from_array(raster.pixels, raster.name, raster.top, raster.left)
+    document.save(path)
+
+
+def check_psd() -> None:
+    """Raises `InputError` unless Photoshop files can be written."""
+    try:
+        import psd_tools  # noqa: F401
+    except ImportError as error:
+        raise InputError("psd-tools is not installed; expected the extra: pip install 'layerdecomp[psd]'") from error

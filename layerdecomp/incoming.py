@@ -1,0 +1,170 @@
+"""Adapters from files: this package's own, LoRA files in the layouts of others, and the sum of several."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from layerdecomp.adapters import (
+    INPUT,
+    LAYOUTS,
+    Changes,
+    Tensors,
+    add_changes,
+    average,
+    give_tensors,
+    reduce_rank,
+    take_changes,
+)
+from layerdecomp.decomposer import REPOSITORY, DecomposerConfig, WeightFiles, describe_adapter, described_config
+from layerdecomp.errors import InputError
+from layerdecomp.models.context_fusion import ContextFusionConfig
+from layerdecomp.models.lora import LoRAConfig
+from layerdecomp.models.mmdit import MMDiT
+from layerdecomp.weights import (
+    Adapter,
+    Metadata,
+    empty_mmdit,
+    find_weights,
+    open_safetensors,
+    open_state,
+    read_metadata,
+)
+
+
+def read_adapters(
+    paths: Sequence[Path], weights: Sequence[float] | None, rank: int | None, files: dict[str, str]
+) -> tuple[Adapter, DecomposerConfig]:
+    """One adapter from one or several, in whatever layout, and the decomposer that it belongs to."""
+    weights = [1.0] * len(paths) if weights is None else weights
+    if not paths or len(weights) != len(paths):
+        raise InputError(f"weights= has {len(weights)} numbers for {len(paths)} adapters; expected one for each")
+    read = [read_adapter(path, files) for path in paths]
+    adapter, config = read[0]
+    untouched = len(paths) == 1 and weights[0] == 1 and rank is None
+    if untouched:
+        return adapter, config
+    _, base = frozen_input(config)
+    taken = []
+    for path, (other, other_config) in zip(paths, read, strict=True):
+        if other.metadata["base_sha256"] != adapter.metadata["base_sha256"] or other_config.fusion != config.fusion:
+            raise InputError(f"{path} has another base or fusion than {paths[0]}; expected adapters of one kind")
+        taken.append(take_changes(other.tensors, other_config.lora, base))
+    changes = add_changes([(changes, share) for (changes, _), share in zip(taken, weights, strict=True)])
+    rest = average([(rest, share) for (_, rest), share in zip(taken, weights, strict=True)]) if taken[0][1] else {}
+    notes = {}
+    if len(paths) > 1 or weights[0] != 1:
+        shares = (f"{share:g} x {path.name}" for path, share in zip(paths, weights, strict=True))
+        notes["merged_from"] = " + ".join(shares)
+    if rank is not None:
+        changes, notes["reduced"] = _reduce(changes, rank)
+    figures = {"figures": "{}"}  # they were another adapter's
+    return _adapter(changes, rest, base, config, {**adapter.metadata, **notes, **figures}), config
+
+
+def _reduce(changes: Changes, rank: int) -> tuple[Changes, str]:
+    if rank < 1:
+        raise InputError(f"rank is {rank}; expected at least 1")
+    before = max(change.rank for layer, change in changes.items() if layer != INPUT)
+    reduced, errors = reduce_rank(changes, rank)
+    worst = max(errors, key=lambda layer: errors[layer])
+    text = f"rank {before} to {rank}: relative error {errors['all']:.2%} (worst: {worst} {errors[worst]:.2%})"
+    print(text)
+    return reduced, text
+
+
+def _adapter(changes: Changes, rest: Tensors, base: Tensors, config: DecomposerConfig, metadata: Metadata) -> Adapter:
+    """An adapter of these changes, whose `config` and metadata tell its LoRA settings."""
+    lora, tensors = give_tensors(changes, base)
+    model, _ = empty_mmdit(config.weights.transformer)
+    if set(lora.targets) == set(_targeted(model, config.lora)):
+        lora.targets = config.lora.targets
+    config.lora = lora
+    return Adapter({**tensors, **rest}, {**metadata, **config.lora_metadata()})
+
+
+def _targeted(model: MMDiT, lora: LoRAConfig) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and lora.adapts(name)]
+
+
+def read_adapter(path: Path, files: dict[str, str]) -> tuple[Adapter, DecomposerConfig]:
+    """An adapter of this package, or a LoRA file in one of the `LAYOUTS`, and the decomposer that it belongs to.
+
+    A LoRA file that was exported from here carries its description, and finds beside it what it had no room for; of
+    one from elsewhere, `files` must name the frozen parts, and there is no fusion module.
+    """
+    if path.is_dir():
+        return describe_adapter(path, **files)
+    with open_safetensors(path) as file:
+        names = set(file.keys())
+        layout = next((n for n, (start, *_) in LAYOUTS.items() if any(name.startswith(start) for name in names)), None)
+        if layout is None:
+            return describe_adapter(path, **files)
+        tensors = {name: file.get_tensor(name) for name in names}
+    metadata = read_metadata(path)
+    if "lora" in metadata and "weights" in metadata:
+        config = described_config(metadata, path, **files)
+    else:
+        config = _undescribed(path, files)
+        metadata = {**config.to_metadata(), "origin": f"imported from {path.name}"}
+    model, base = frozen_input(config)
+    layers = {name: module.out_features for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    changes = LAYOUTS[layout][2](tensors, layers, model.config.hidden_size)
+    if tensors:
+        raise InputError(
+            f"{path}: {len(tensors)} of {len(names)} tensors belong to no linear layer of the transformer: "
+            f"{', '.join(sorted(tensors)[:10])}; expected LoRA pairs in {layout} layout"
+        )
+    _check_widths(path, changes, model)
+    rest = _read_extras(path, changes, base, config.fusion.enabled)
+    metadata = {key: text for key, text in metadata.items() if key not in ("format", "lora_adapter_metadata")}
+    return _adapter(changes, rest, base, config, metadata), config
+
+
+def _undescribed(path: Path, files: dict[str, str]) -> DecomposerConfig:
+    needed = ("transformer", "autoencoder", "rgba_autoencoder")
+    if unknown := [name for name in files if name not in asdict(WeightFiles())]:
+        raise InputError(f"{unknown[0]}= names no weight file; expected some of {', '.join(asdict(WeightFiles()))}")
+    if missing := [name for name in needed if name not in files]:
+        raise InputError(
+            f"{path} does not say what it belongs to; expected {' '.join(f'{name}=FILE' for name in missing)}"
+        )
+    found = {name: str(find_weights(file, [path.parent, REPOSITORY])) for name, file in files.items()}
+    return DecomposerConfig(weights=WeightFiles(**found), fusion=ContextFusionConfig(enabled=False))
+
+
+def _check_widths(path: Path, changes: Changes, model: MMDiT) -> None:
+    for layer, change in changes.items():
+        expected = tuple(model.get_parameter(f"{layer}.weight").shape)
+        if (found := (change.b.shape[0], change.a.shape[1])) != expected or change.a.shape[0] != change.b.shape[1]:
+            raise InputError(f"{path}: {layer} is changed by {found}, but has {expected}; the LoRA is for another base")
+
+
+def _read_extras(path: Path, changes: Changes, base: Tensors, needed: bool) -> Tensors:
+    """The tensors that an exported LoRA file had no room for, from the file beside it."""
+    file = extras_beside(path)
+    if not needed and not file.is_file():
+        return {}
+    with open_safetensors(file) as opened:
+        extras: Tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    exact = {name: extras.pop(name) for name in base if name in extras}
+    _, computed = give_tensors({**changes}, base)
+    # A difference cannot give every last bit back; where the pair was changed elsewhere, it counts.
+    if all(torch.allclose(exact[name], computed[name], rtol=1e-5, atol=1e-6) for name in exact):
+        extras |= exact
+    return extras
+
+
+def frozen_input(config: DecomposerConfig) -> tuple[MMDiT, Tensors]:
+    """The frozen transformer on the meta device, and its input projection, float32."""
+    path = config.weights.transformer
+    model, layout = empty_mmdit(path)
+    read = open_state(model, path, layout=layout)
+    return model, {f"{INPUT}.{kind}": read(f"{INPUT}.{kind}").float() for kind in ("weight", "bias")}
+
+
+def extras_beside(path: Path) -> Path:
+    """Where the trained tensors lie for which a file in the layout of others has no room."""
+    return path.with_name(f"{path.name.removesuffix('.safetensors')}.extras.safetensors")

@@ -1,0 +1,75 @@
+"""The embedding of one prompt by FLUX's text encoders, made once so that neither training nor sampling loads them.
+
+The only file that needs the `text` extra (transformers).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerdecomp.errors import InputError
+from layerdecomp.weights import TOOL_VERSION, Metadata, file_sha256, save_tensors
+
+CLIP_TOKENS = 77
+ENCODERS = {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"}
+TOKENIZERS = {"tokenizer": "CLIPTokenizer", "tokenizer_2": "T5TokenizerFast"}
+
+
+@torch.no_grad()
+def embed_prompt(
+    root: Path, prompt: str = "", tokens: int = 512, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
+) -> dict[str, Tensor]:
+    """What the transformer is told of a prompt, as FLUX's pipelines tell it: padded, without an attention mask.
+
+    Args:
+        root: the folder of the published repository, with text_encoder/ and tokenizer/ (CLIP), text_encoder_2/ and
+            tokenizer_2/ (T5).
+        tokens: length that T5's tokens are padded or cut to.
+        dtype: that the encoders compute in.
+
+    Returns:
+        txt (tokens, 4096), T5's last hidden state, and vec (768), CLIP's pooled output, both float32.
+
+    Raises:
+        InputError: a folder is missing or cannot be read, or the `text` extra is not installed.
+    """
+    _check_folders(root)
+    vec = _encode(root, "text_encoder", "tokenizer", prompt, CLIP_TOKENS, dtype, device).pooler_output
+    txt = _encode(root, "text_encoder_2", "tokenizer_2", prompt, tokens, dtype, device).last_hidden_state
+    return {"txt": txt[0].float().cpu(), "vec": vec[0].float().cpu()}
+
+
+def _check_folders(root: Path) -> None:
+    if missing := [name for name in (*ENCODERS, *TOKENIZERS) if not (root / name).is_dir()]:
+        raise InputError(
+            f"{root} has no folder {', '.join(missing)}; expected those of the published repository: put "
+            "text_encoder/, text_encoder_2/, tokenizer/ and tokenizer_2/ there, or name their place with root="
+        )
+
+
+def _encode(root: Path, encoder: str, tokenizer: str, prompt: str, tokens: int, dtype: torch.dtype, device: str) -> Any:
+    """The output of one text encoder, which is in memory no longer than this takes."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError(
+            "transformers is not installed; expected the extra: pip install 'layerdecomp[text]'"
+        ) from error
+    try:
+        words = getattr(transformers, TOKENIZERS[tokenizer]).from_pretrained(root / tokenizer, local_files_only=True)
+        model = getattr(transformers, ENCODERS[encoder]).from_pretrained(
+            root / encoder, local_files_only=True, dtype=dtype
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"{root}: {encoder} or {tokenizer} cannot be read ({error}); download them again") from error
+    ids = words(prompt, padding="max_length", max_length=tokens, truncation=True, return_tensors="pt").input_ids
+    return model.to(device).eval()(ids.to(device))
+
+
+def save_prompt(path: Path, embedding: dict[str, Tensor], prompt: str, root: Path) -> None:
+    """Writes what `embed_prompt` returns, and what it was made of, for `weights.prompt`."""
+    metadata: Metadata = {"prompt": prompt, "tool_version": TOOL_VERSION}
+    metadata |= {f"{name}_sha256": file_sha256(root / name) for name in ENCODERS}
+    save_tensors(path, embedding, metadata)

@@ -1,0 +1,231 @@
+"""Checkpoints: written so that one can always be read, and what happens when a run is told to stop.
+
+A file is written beside its name, forced to the disk, and renamed; the one before it is kept. Both are zip archives, as
+`torch.save` makes them, in which every record has a checksum.
+"""
+
+import logging
+import os
+import signal
+import threading
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any, BinaryIO
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_only
+
+from layerdecomp.errors import InputError, RunError
+
+logger = logging.getLogger(__name__)
+LAST, PREVIOUS, DAMAGED = "last.ckpt", "previous.ckpt", "damaged.ckpt"
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; kill and preemption; what SLURM sends beforehand
+
+
+class StoppedError(Exception):
+    """A run was told to stop, by a signal, and has left a checkpoint; `alone`, where other ranks do not know yet."""
+
+    def __init__(self, reason: signal.Signals, step: int, alone: bool = False) -> None:
+        super().__init__(f"stopped by {reason.name} after step {step}")
+        self.reason, self.alone = reason, alone
+
+
+def read_checkpoint(path: Path, device: str = "cpu") -> dict[str, Any]:
+    """A checkpoint, once the checksums of all its records have been found right.
+
+    Raises:
+        InputError: it is damaged, or none of this package.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (record := archive.testzip()) is not None:
+                raise ValueError(f"{record} has another checksum than when it was written")
+        checkpoint: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        _ = checkpoint["state_dict"], checkpoint["global_step"]
+    except Exception as error:  # a damaged file can raise anything
+        raise InputError(f"{path} is no checkpoint of this package, or is damaged: {error}") from error
+    return checkpoint
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The last checkpoint of a run, or the one before it where the last is damaged; None if there are none.
+
+    Raises:
+        InputError: there are some, none of which can be read.
+    """
+    faults = []
+    for path in (run_dir / LAST, run_dir / PREVIOUS):
+        if path.is_file():
+            try:
+                read_checkpoint(path, device="meta")
+            except InputError as error:
+                faults.append(str(error))
+            else:
+                if faults:
+                    logger.warning("%s; going on from the one before it, %s", faults[0], path)
+                    _put_aside(run_dir / LAST)
+                return path
+    if faults:
+        raise InputError(f"{'; '.join(faults)}; resume=never starts anew and keeps the old run aside")
+    return None
+
+
+@rank_zero_only
+def _put_aside(path: Path) -> None:
+    """Keeps a damaged checkpoint from becoming the one before the next."""
+    os.replace(path, path.with_name(DAMAGED))
+
+
+class CheckpointFiles(CheckpointIO):
+    """Where Lightning's checkpoints go: a new one is complete on the disk before an old one is given up."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Raises `RunError` where it cannot be written; what was there before still is, then."""
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            _write(partial, checkpoint)
+            if path.exists():
+                os.replace(path, path.with_name(PREVIOUS))
+            os.replace(partial, path)
+            _sync_folder(path.parent)
+        except OSError as error:
+            raise RunError(
+                f"step {checkpoint['global_step']} could not be saved ({error}); free some space in {path.parent}"
+            ) from error
+        finally:
+            with suppress(OSError):  # the first error is the one to report
+                partial.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+def _write(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Writes a file that is on the disk when this returns; `OSError` if it cannot be."""
+    with path.open("wb") as file:
+        watched = _Watched(file)
+        try:
+            torch.save(checkpoint, watched)
+        except RuntimeError as error:
+            raise (watched.error or error) from None
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class _Watched:
+    """A file that remembers why writing failed, which `torch.save` replaces by an error of its own."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        try:
+            return self.file.write(content)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Forces names to the disk; file systems that cannot do so keep them by themselves."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+class Checkpoints(Checkpoint):
+    """Saves a run every `every` steps, before every validation, at its end, and when it is told to stop.
+
+    A signal is acted on when the step is finished, by all ranks after the same step. During a validation there is
+    nothing to save, so that the first rank leaves at once. A second Ctrl-C ends the process there and then.
+
+    Args:
+        sound: whether what is trained is worth keeping.
+    """
+
+    def __init__(self, run_dir: Path, *, every: int, validate_every: int, sound: Callable[[], bool]) -> None:
+        self.path, self.every, self.validate_every, self.sound = run_dir / LAST, every, validate_every, sound
+        self._signal: signal.Signals | None = None
+        self._trainer: Trainer | None = None
+
+    def on_train_start(self, trainer: Trainer, job: LightningModule) -> None:
+        self._signal, self._trainer = None, trainer
+        if threading.current_thread() is threading.main_thread():
+            for name in STOPPING:  # after Lightning's own, which it takes back with them at the end
+                signal.signal(name, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        assert self._trainer is not None
+        self._signal = signal.Signals(number)
+        if self._signal is signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._trainer.validating and self._trainer.is_global_zero:
+            raise StoppedError(self._signal, self._trainer.global_step, alone=self._trainer.world_size > 1)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, job: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:  # in the middle of a step
+            return
+        step = trainer.global_step
+        stop = trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
+        due = stop or step == trainer.max_steps or step % self.every == 0 or step % self.validate_every == 0
+        if due and self.sound():
+            trainer.save_checkpoint(self.path, weights_only=False)  # the optimizer and loops as well
+        if stop:
+            raise StoppedError(self._signal or signal.SIGTERM, step)
+
+
+def loops_at(fresh: dict[str, Any], *, step: int, steps: int, batches: int, validates: bool) -> dict[str, Any]:
+    """The state of Lightning's fit loop after a step, as `Checkpoints` saves it: a function of the step alone.
+
+    So a run goes on in the same place when its batches are spread otherwise, and makes up for a validation that was cut
+    off, which Lightning would pass over.
+
+    Args:
+        fresh: the state of a loop that has not run.
+        steps: of the whole run.
+        batches: of a process in a step.
+        validates: whether a validation follows the step.
+    """
+    done = step * batches
+    unfinished = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    numbers = {"ready": done, "started": done, "processed": done, "completed": done - 1}
+    progress = {
+        "epoch_progress": unfinished,
+        "epoch_loop.batch_progress": numbers,
+        "epoch_loop.scheduler_progress": {"ready": step, "completed": step},
+        "epoch_loop.val_loop.batch_progress": unfinished if validates else dict.fromkeys(unfinished, 0),
+    }
+    loops = dict(fresh)
+    for name, counts in progress.items():
+        loops[name] = {**loops[name], "total": counts, "current": counts}
+    loops["epoch_loop.batch_progress"]["is_last_batch"] = step == steps
+    # counted up once as the loop begins, and once more if it begins with a validation
+    loops["epoch_loop.state_dict"] = {"_batches_that_stepped": step - 1 - validates}
+    taken = {"ready": step, "completed": step}
+    zeroed = {**taken, "started": step}
+    loops["epoch_loop.automatic_optimization.optim_progress"] = {
+        "optimizer": {
+            "step": {"total": taken, "current": taken},
+            "zero_grad": {"total": zeroed, "current": zeroed},
+        }
+    }
+    return loops

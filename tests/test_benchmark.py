@@ -1,0 +1,69 @@
+"""Counted operations against the formulas, and the benchmark on a small model."""
+
+import re
+
+import pytest
+import torch
+
+from layerdecomp.benchmark import FUSION, TRAINING, BenchmarkConfig, benchmark, count
+from layerdecomp.config import merge_config
+from layerdecomp.errors import InputError
+from layerdecomp.models.context_fusion import ContextFusionConfig
+from layerdecomp.models.lora import LoRAConfig
+
+# two heads of 128, two double blocks and three single ones; 2 * 16 image tokens
+SMALL = BenchmarkConfig(size=64, scale=0.08, text_tokens=5, lora=LoRAConfig(rank=2))
+
+
+def sampling_products(config: BenchmarkConfig) -> int:
+    """Multiplications of one sampling step, written out."""
+    model, rank = config.transformer, config.lora.rank
+    D, mlp = model.hidden_size, 4 * model.hidden_size
+    image, text = 2 * (config.size // 16) ** 2, config.text_tokens + config.fusion.num_queries
+    both = image + text
+    adapted = lambda i, o, tokens: tokens * (i * o + rank * (i + o))  # noqa: E731
+    stream = lambda tokens: sum(  # noqa: E731
+        adapted(i, o, tokens) for i, o in ((D, 3 * D), (D, D), (D, mlp), (mlp, D))
+    )
+    attention = 2 * both * both * D
+    double = stream(image) + stream(text) + 2 * 6 * D * D + attention
+    single = adapted(D, 3 * D + mlp, both) + adapted(D + mlp, D, both) + 3 * D * D + attention
+    ends = image * D * (model.in_channels + model.out_channels) + config.text_tokens * model.context_in_dim * D
+    condition = 2 * (256 * D + D * D) + model.vec_in_dim * D + D * D + 2 * D * D
+    return model.depth * double + model.depth_single_blocks * single + ends + condition
+
+
+def test_counts_are_those_of_the_formulas() -> None:
+    counts = count(SMALL)
+    assert (SMALL.transformer.depth, SMALL.transformer.depth_single_blocks) == (2, 3)
+    assert counts["one sampling step"] == 2 * sampling_products(SMALL)
+    assert counts["of it recomputed"] == 0
+    assert 2 * counts["one sampling step"] < counts[TRAINING] < 3 * counts["one sampling step"], "frozen weights"
+    assert 0 < counts[FUSION] < counts[TRAINING]
+
+
+def test_recomputing_costs_no_more_than_another_forward_pass() -> None:
+    counts = count(BenchmarkConfig(**{**vars(SMALL), "recompute": 1}))
+    assert 0.5 * counts["one sampling step"] < counts["of it recomputed"] < counts["one sampling step"]
+
+
+def test_without_fusion() -> None:
+    config = BenchmarkConfig(**{**vars(SMALL), "fusion": ContextFusionConfig(enabled=False)})
+    counts, full = count(config), count(SMALL)
+    assert counts[FUSION] == 0 and counts["encode image, mask, cues"] < full["encode image, mask, cues"]
+
+
+def test_a_small_model_is_measured() -> None:
+    told = benchmark(BenchmarkConfig(size=32, scale=0.04, text_tokens=2, repeats=1), "cpu", torch.float32)
+    assert "measured on" in told and "1 + 2 blocks of width 128" in told
+    rows = [line.split("|") for line in told.splitlines() if line.startswith("|")][2:]
+    measured = [row for row in rows if row[3].strip()]
+    assert len(rows) == 9 and len(measured) == 6
+    assert all(float(row[3]) > 0 and float(row[6]) > 0 for row in measured)
+    assert re.search(r"a decomposition in 28 steps: [0-9.]+ TFLOP", told)
+
+
+@pytest.mark.parametrize("setting", ["size=40", "scale=0", "scale=2", "batch_size=0", "recompute=-1"])
+def test_settings_that_make_no_sense_are_named(setting: str) -> None:
+    with pytest.raises(InputError, match=setting.split("=")[0]):
+        merge_config(BenchmarkConfig(), [], [setting])

@@ -1,0 +1,368 @@
+"""Checkpoints: exact resume from any step in every job, damaged and half-written files, and being told to stop."""
+
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from layerdecomp.config import load_config
+from layerdecomp.errors import InputError, RunError
+from layerdecomp.training.base import Job
+from layerdecomp.training.checkpoints import (
+    DAMAGED,
+    LAST,
+    PREVIOUS,
+    CheckpointFiles,
+    newest_checkpoint,
+    read_checkpoint,
+)
+from layerdecomp.training.runs import train
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [
+    *("data.scenes.size=32", "data.validation=2", "data.workers=0", "evaluate.samples=2"),
+    *("train.batch_size=2", "train.precision=32-true", "train.steps=5", "optim.lr=1e-2", "optim.warmup=2"),
+]
+AUTOENCODER = ["model.ch=8", "model.ch_mult=[1,1,2,2]", "model.norm_groups=4"]
+INPAINTER = [
+    *("model.hidden_size=32", "model.num_heads=2", "model.axes_dim=[4,6,6]", "model.depth=1"),
+    *("model.depth_single_blocks=1", "sample.steps=1"),
+]
+RESULTS = {"tiny": "adapter", "tiny_autoencoder": "autoencoder", "tiny_inpainter": "transformer"}
+
+
+class PowerCutError(Exception):
+    pass
+
+
+@pytest.fixture
+def jobs(tiny_overrides: list[str], tiny_weights: Path, tmp_path: Path) -> dict[str, list[str]]:
+    """The smallest run of every job, one with a cache that repeats its samples: config -> overrides."""
+    cached = [f"weights.autoencoder={tiny_weights}/autoencoder.safetensors", f"latent_cache={tmp_path}/latents"]
+    return {
+        "tiny": [*tiny_overrides, *SMALL, "sample.steps=1"],
+        "tiny_autoencoder": [*SMALL, *AUTOENCODER],
+        "tiny_inpainter": [*SMALL, *INPAINTER, *cached, "data.samples=6"],
+    }
+
+
+def run(name: str, *overrides: str) -> Path:
+    config = load_config(ROOT / "configs" / f"{name}.yaml", overrides)
+    train(config)
+    return Path(config.run_dir)
+
+
+def result(run_dir: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / f"{RESULTS[name]}.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def curve(run_dir: Path, tag: str = "train/loss") -> dict[int, float]:
+    """The values of a curve by step; where a step was made twice, they must agree."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    values: dict[int, float] = {}
+    for event in events.Scalars(tag):
+        assert values.setdefault(event.step, event.value) == event.value
+    return values
+
+
+def cut_off(monkeypatch: pytest.MonkeyPatch, step: int, batch: int, act: Callable[[], None]) -> None:
+    """Makes something happen as a batch of a step (the one after `step`) has its loss computed."""
+    original = Job.training_step
+
+    def failing(self: Job, found: dict[str, Any], index: int) -> torch.Tensor:
+        if self.global_step == step and index % self.trainer.accumulate_grad_batches == batch:
+            act()
+        return original(self, found, index)
+
+    monkeypatch.setattr(Job, "training_step", failing)
+
+
+def power_cut() -> None:
+    raise PowerCutError
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "batch"),
+    [("tiny", 1, 0), ("tiny", 3, 1), ("tiny", 4, 0), ("tiny_autoencoder", 2, 1), ("tiny_inpainter", 3, 1)],
+)
+def test_any_job_goes_on_from_any_step(
+    tmp_path: Path, jobs: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, name: str, step: int, batch: int
+) -> None:
+    settings = [*jobs[name], "train.accumulate=2", "data.samples=7", "train.checkpoint_every=1"]  # 7: several epochs
+    straight = run(name, *settings, f"run_dir={tmp_path}/straight", "train.validate_every=2")
+    resumed = [*settings, f"run_dir={tmp_path}/resumed", "train.validate_every=2"]
+    with monkeypatch.context() as patch:
+        cut_off(patch, step, batch, power_cut)
+        with pytest.raises(PowerCutError):
+            run(name, *resumed)
+    assert read_checkpoint(tmp_path / "resumed" / LAST)["global_step"] == step
+    run(name, *resumed, "data.workers=1")
+    assert same(result(straight, name), result(tmp_path / "resumed", name))
+    assert curve(straight) == curve(tmp_path / "resumed") and len(curve(straight)) == 5
+    first, last = (torch.load(tmp_path / part / LAST, weights_only=True) for part in ("straight", "resumed"))
+    assert str(first["optimizer_states"]) == str(last["optimizer_states"])
+    assert first["lr_schedulers"] == last["lr_schedulers"] and first["global_step"] == last["global_step"]
+
+
+def test_dropout_is_drawn_again_as_it_was(
+    tmp_path: Path, jobs: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Job.on_train_batch_start
+
+    def noisy(self: Job, batch: dict[str, Any], index: int) -> None:
+        original(self, batch, index)
+        batch["image"] = batch["image"] + 0.1 * torch.randn(batch["image"].shape)
+
+    monkeypatch.setattr(Job, "on_train_batch_start", noisy)
+    settings = [*jobs["tiny"], "train.checkpoint_every=2", "train.steps=4"]
+    straight = run("tiny", *settings, f"run_dir={tmp_path}/straight")
+    with monkeypatch.context() as patch:
+        cut_off(patch, 3, 0, power_cut)
+        with pytest.raises(PowerCutError):
+            run("tiny", *settings, f"run_dir={tmp_path}/resumed")
+    torch.rand(7)
+    assert same(result(straight, "tiny"), result(run("tiny", *settings, f"run_dir={tmp_path}/resumed"), "tiny"))
+
+
+def test_a_validation_that_was_cut_off_is_made_up_for(
+    tmp_path: Path, jobs: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [*jobs["tiny_autoencoder"], "train.steps=4", "train.validate_every=2", "train.checkpoint_every=9"]
+    straight = run("tiny_autoencoder", *settings, f"run_dir={tmp_path}/straight")
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "on_validation_start", lambda self: power_cut())
+        with pytest.raises(PowerCutError):
+            run("tiny_autoencoder", *settings, f"run_dir={tmp_path}/resumed")
+    resumed = run("tiny_autoencoder", *settings, f"run_dir={tmp_path}/resumed")
+    for tag in ("train/loss", "validation/psnr"):
+        assert curve(straight, tag) == curve(resumed, tag)
+    assert len(curve(straight, "validation/psnr")) == 2
+
+
+@pytest.mark.parametrize("spread", [["train.batch_size=1", "train.accumulate=4"], ["train.batch_size=4"]])
+def test_a_run_goes_on_with_its_batches_spread_otherwise(
+    tmp_path: Path, jobs: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, spread: list[str]
+) -> None:
+    settings = [*jobs["tiny"], "train.checkpoint_every=1", "train.validate_every=2"]
+    half = ["train.batch_size=2", "train.accumulate=2"]
+    straight = run("tiny", *settings, *half, f"run_dir={tmp_path}/straight")
+    with monkeypatch.context() as patch:
+        cut_off(patch, 2, 1, power_cut)
+        with pytest.raises(PowerCutError):
+            run("tiny", *settings, *half, f"run_dir={tmp_path}/resumed")
+    seen: list[list[int]] = []
+    original = Job.training_step
+
+    def watching(self: Job, batch: dict[str, Any], index: int) -> torch.Tensor:
+        seen.append(batch["position"])
+        return original(self, batch, index)
+
+    monkeypatch.setattr(Job, "training_step", watching)
+    resumed = run("tiny", *settings, *spread, f"run_dir={tmp_path}/resumed")
+    assert sum(seen, []) == list(range(8, 20))
+    for step, loss in curve(straight).items():
+        assert curve(resumed)[step] == pytest.approx(loss, rel=1e-4)
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path, jobs: dict[str, list[str]]) -> None:
+    settings = [*jobs["tiny"], "train.steps=2", "train.checkpoint_every=1", f"run_dir={tmp_path}/run"]
+    run_dir = run("tiny", *settings)
+    before, trained = {name: (run_dir / name).read_bytes() for name in (LAST, PREVIOUS)}, result(run_dir, "tiny")
+    run("tiny", *settings)
+    assert {name: (run_dir / name).read_bytes() for name in before} == before
+    assert same(result(run_dir, "tiny"), trained)
+
+
+# Files
+
+
+def _state(step: int) -> dict[str, Any]:
+    values = torch.randn(64, 65, generator=torch.Generator().manual_seed(step))
+    return {"global_step": step, "state_dict": {"a": values, "b": torch.arange(step)}, "loops": {}}
+
+
+def _save(folder: Path, *steps: int) -> None:
+    for step in steps:
+        CheckpointFiles().save_checkpoint(_state(step), folder / LAST)
+
+
+def test_the_checkpoint_before_the_last_is_kept(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) is None
+    _save(tmp_path, 1, 2, 3)
+    assert read_checkpoint(tmp_path / LAST)["global_step"] == 3
+    assert read_checkpoint(tmp_path / PREVIOUS)["global_step"] == 2
+    assert {path.name for path in tmp_path.iterdir()} == {LAST, PREVIOUS}
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _save(tmp_path, 1, 2)
+    (tmp_path / LAST).write_bytes((tmp_path / LAST).read_bytes()[:-3000])
+    assert newest_checkpoint(tmp_path) == tmp_path / PREVIOUS
+    assert re.search(r"last\.ckpt .*is damaged.*going on from the one before it, .*previous\.ckpt", caplog.text)
+    assert (tmp_path / DAMAGED).is_file()  # so that it does not become the one before the next
+    _save(tmp_path, 2)
+    assert read_checkpoint(tmp_path / PREVIOUS)["global_step"] == 1
+    for name in (LAST, PREVIOUS):
+        (tmp_path / name).write_bytes(b"no checkpoint")
+    with pytest.raises(InputError, match=r"last\.ckpt .*damaged.*previous\.ckpt .*damaged.*resume=never"):
+        newest_checkpoint(tmp_path)
+
+
+def test_no_changed_byte_goes_unnoticed(tmp_path: Path) -> None:
+    _save(tmp_path, 5)
+    whole, expected, rng = (tmp_path / LAST).read_bytes(), _state(5), random.Random(0)
+    noticed = 0
+    for _ in range(300):
+        place = rng.randrange(len(whole))
+        spoilt = bytes([*whole[:place], whole[place] ^ (1 << rng.randrange(8)), *whole[place + 1 :]])
+        (tmp_path / "spoilt.ckpt").write_bytes(spoilt)
+        try:
+            found = read_checkpoint(tmp_path / "spoilt.ckpt")
+        except InputError:
+            noticed += 1
+        else:  # between the records, where nothing is
+            assert same(found["state_dict"], expected["state_dict"]) and found["global_step"] == 5
+    assert noticed > 200
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
+    class Attack:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    torch.save({"global_step": 1, "state_dict": Attack()}, tmp_path / LAST)
+    with pytest.raises(InputError, match="no checkpoint of this package"):
+        read_checkpoint(tmp_path / LAST)
+    assert not (tmp_path / "owned").exists()
+
+
+def _fill_disk(folder: Path) -> None:
+    """In a process of its own: no file may grow beyond 10 kB."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    try:
+        _save(folder, 2)
+    except RunError as error:
+        (folder / "said").write_text(str(error))
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+    _save(tmp_path, 1)
+    process = multiprocessing.get_context("fork").Process(target=_fill_disk, args=(tmp_path,))
+    process.start()
+    process.join(30)
+    assert re.search(
+        r"step 2 could not be saved \(.*File too large.*free some space in", (tmp_path / "said").read_text()
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {LAST, "said"}
+    assert read_checkpoint(tmp_path / LAST)["global_step"] == 1
+
+
+# Being told to stop
+
+
+def command(*overrides: str) -> list[str]:
+    return [sys.executable, "tools/train.py", "config=configs/tiny.yaml", *overrides]
+
+
+@pytest.mark.parametrize("reason", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_says_how_to_go_on(
+    tmp_path: Path,
+    jobs: dict[str, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    reason: signal.Signals,
+) -> None:
+    settings = [*jobs["tiny"], "train.accumulate=2", f"run_dir={tmp_path}/run"]
+    monkeypatch.setattr(
+        sys, "argv", ["tools/train.py", "config=configs/tiny.yaml", "resume=never", "optim.betas=[0, 1]"]
+    )
+    with monkeypatch.context() as patch:
+        cut_off(patch, 2, 0, lambda: os.kill(os.getpid(), reason))
+        with pytest.raises(SystemExit) as stopped:
+            run("tiny", *settings)
+    assert stopped.value.code == 128 + reason
+    said = capsys.readouterr().err
+    assert f"stopped by {reason.name} after step 3; go on with" in said
+    assert "python tools/train.py config=configs/tiny.yaml 'optim.betas=[0, 1]' resume=auto" in said
+    assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 3
+    assert signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, None)  # as it was
+    straight = run("tiny", *settings[:-1], f"run_dir={tmp_path}/straight")
+    assert same(result(run("tiny", *settings), "tiny"), result(straight, "tiny"))
+
+
+def test_a_signal_during_validation_is_heeded_at_once(
+    tmp_path: Path, jobs: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [*jobs["tiny"], "train.validate_every=2", "train.checkpoint_every=9", f"run_dir={tmp_path}/run"]
+    monkeypatch.setattr(Job, "on_validation_start", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        run("tiny", *settings)
+    assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 2
+
+
+# Two processes
+
+
+def _ranks(target: Callable[..., None], *arguments: Any) -> list[Any]:
+    """Starts a function as the two ranks of a run, in processes that have imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["layerdecomp.training.runs"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [context.Process(target=target, args=(rank, port, *arguments)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _train_as(rank: int, port: int, settings: list[str], kill_at: int | None) -> None:
+    torch.set_num_threads(1)
+    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+    os.environ.update(here | {"WORLD_SIZE": "2"})
+    if kill_at is not None and rank == 1:
+        cut_off(pytest.MonkeyPatch(), kill_at, 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    run("tiny", *settings)
+
+
+def test_two_processes_go_on_bit_for_bit_when_one_was_killed(tmp_path: Path, jobs: dict[str, list[str]]) -> None:
+    spread = ["train.devices=2", "train.strategy=ddp", "train.batch_size=1", "train.accumulate=2"]
+    settings = [*jobs["tiny"], *spread, "train.checkpoint_every=2", "train.validate_every=4"]
+    for name, kill_at in (("straight", None), ("resumed", 3), ("resumed", None)):
+        started = time.monotonic()
+        processes = _ranks(_train_as, [*settings, f"run_dir={tmp_path}/{name}"], kill_at)
+        for process in processes:
+            process.join(60)
+        codes = [process.exitcode for process in processes]
+        assert codes == [1, -signal.SIGKILL] if kill_at else codes == [0, 0]
+        assert time.monotonic() - started < 60
+    assert same(result(tmp_path / "straight", "tiny"), result(tmp_path / "resumed", "tiny"))
+    one = run("tiny", *jobs["tiny"], "train.batch_size=4", f"run_dir={tmp_path}/one")
+    assert list(curve(one).values()) == pytest.approx(list(curve(tmp_path / "straight").values()), rel=1e-4)
+    # and the two-process run is taken up by one
+    shutil.copytree(tmp_path / "straight", tmp_path / "moved")
+    (tmp_path / "moved" / LAST).unlink()  # the one before it is of step 4
+    alone = run(
+        "tiny", *settings, "train.devices=1", "train.batch_size=4", "train.accumulate=1", f"run_dir={tmp_path}/moved"
+    )
+    assert curve(alone)[4] == pytest.approx(curve(tmp_path / "straight")[4], rel=1e-4)

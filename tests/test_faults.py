@@ -1,0 +1,337 @@
+"""What goes wrong while a run trains: bad numbers, broken files, full memory and disks, dead workers and ranks."""
+
+import errno
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from layerdecomp.config import load_config
+from layerdecomp.data.datamodule import Positions
+from layerdecomp.errors import InputError, RunError
+from layerdecomp.training.base import Job
+from layerdecomp.training.checkpoints import LAST, read_checkpoint
+from layerdecomp.training.decomposer import DecomposerJob
+from layerdecomp.training.faults import FaultCount, StepGuard, end_with_parent, fitting_settings, poisoned
+from layerdecomp.training.runs import StepBar, train
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["train.precision=32-true", "optim.lr=1e-2", "optim.warmup=0", "sample.steps=1", "evaluate.samples=1"]
+
+
+@pytest.fixture
+def overrides(tiny_overrides: list[str], tmp_path: Path) -> list[str]:
+    return [*tiny_overrides, *SMALL, "train.steps=6", "train.checkpoint_every=1", f"run_dir={tmp_path}/run"]
+
+
+def run(overrides: list[str], *more: str) -> Path:
+    config = load_config(ROOT / "configs" / "tiny.yaml", [*overrides, *more])
+    train(config)
+    return Path(config.run_dir)
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, positions: set[int], factor: float = math.nan) -> None:
+    """Multiplies the loss of every batch that holds one of some positions."""
+    original = DecomposerJob.loss
+
+    def loss(self: DecomposerJob, batch: dict[str, Any]) -> dict[str, Tensor]:
+        losses = original(self, batch)
+        return {**losses, "loss": losses["loss"] * factor} if positions & set(batch["position"]) else losses
+
+    monkeypatch.setattr(DecomposerJob, "loss", loss)
+
+
+# Numbers
+
+
+def test_a_poisoned_loss_is_the_loss_wherever_it_is_finite() -> None:
+    for value in (1.5, -2.0, 0.0, 1e38):
+        x = torch.tensor(value, requires_grad=True)
+        poisoned(x * 2).backward()
+        assert x.grad is not None and x.grad.item() == 2
+    for value in (math.inf, -math.inf, math.nan):
+        x = torch.tensor(1.0, requires_grad=True)
+        poisoned(x * 0 + value).backward()  # an infinite loss, of which the gradient is finite
+        assert x.grad is not None and x.grad.isnan()
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_changes_nothing_and_names_its_sample(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, factor: float
+) -> None:
+    weights: list[dict[str, Tensor]] = []
+    original = Job.training_step
+
+    def watching(self: Job, batch: dict[str, Any], index: int) -> Tensor:
+        weights.append({name: value.detach().clone() for name, value in self.trained()})
+        return original(self, batch, index)
+
+    monkeypatch.setattr(Job, "training_step", watching)
+    spoil(monkeypatch, {5}, factor)  # in step 3, of positions 4 and 5
+    run_dir = run(overrides)
+    assert re.findall(r"step (\d+) is left out: its (\w+) is not finite; samples: (.*)", caplog.text) == [
+        ("3", "loss", "5 (scene 5)")
+    ]
+    steps = [any(not torch.equal(a[name], b[name]) for name in a) for a, b in zip(weights, weights[1:], strict=False)]
+    assert steps == [True, True, False, True, True]
+    checkpoint = read_checkpoint(run_dir / LAST)
+    assert checkpoint["skipped_steps"] == 1 and checkpoint["global_step"] == 6
+
+
+def test_a_gradient_that_is_not_finite_is_left_out_too(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = Job.configure_gradient_clipping
+
+    def spoilt(self: Job, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+        if self.global_step == 1:
+            optimizer.param_groups[0]["params"][0].grad[0] = math.inf
+        original(self, optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(Job, "configure_gradient_clipping", spoilt)
+    run(overrides, "train.steps=3")
+    assert "step 2 is left out: its gradient is not finite; samples: 2 (scene 2); 3 (scene 3)" in caplog.text
+
+
+def test_training_stops_after_some_in_a_row_with_the_last_good_checkpoint(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    spoil(monkeypatch, set(range(5, 100)))
+    with pytest.raises(RunError, match=r"3 steps in a row, up to step 5, had a loss .* resume=FILE; .*run keeps what"):
+        run(overrides, "train.max_skipped=3")
+    assert caplog.text.count("is left out") == 3
+    assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 2  # no step that was left out is saved
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def ruin(self: StepBar, trainer: Any, job: Job, *outputs: Any) -> None:
+        if job.global_step == 2:
+            next(job.trained())[1].data.fill_(math.inf)
+
+    monkeypatch.setattr(StepBar, "on_train_batch_end", ruin)  # callbacks come before the one that saves
+    with pytest.raises(RunError, match="5 steps in a row, up to step 7"):
+        run(overrides, "train.steps=9")
+    assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 1
+
+
+def test_the_count_starts_again_after_a_good_step() -> None:
+    guard, names = StepGuard(limit=2), lambda positions: [str(position) for position in positions]
+    for norm in (math.nan, 1.0, math.inf, 1.0, math.nan):
+        guard.note([1], torch.tensor(1.0))
+        assert guard.judge(torch.tensor(norm), 1, names) is math.isfinite(norm)
+    assert (guard.skipped, guard.in_a_row) == (3, 1)
+    with pytest.raises(RunError, match="2 steps in a row"):
+        guard.judge(torch.tensor(math.nan), 2, names)
+
+
+# Files
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, positions: set[int]) -> None:
+    original = Positions.__getitem__
+
+    def get(self: Positions, position: int) -> dict[str, Any]:
+        faults = [f"/data/{position}.png cannot be read"] if position in positions else []
+        return {**original(self, position), "faults": faults}
+
+    monkeypatch.setattr(Positions, "__getitem__", get)
+
+
+def test_broken_samples_are_named_and_counted(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken(monkeypatch, {1, 4})
+    run(overrides, "train.steps=3", "data.workers=1")
+    assert re.findall(r"replaced by the next draw \((\d+) so far\): (\S+)", caplog.text) == [
+        ("1", "/data/1.png"),
+        ("2", "/data/4.png"),
+    ]
+    caplog.clear()
+    with pytest.raises(RunError, match=r"2 of 6 training samples could not be read, more than data\.max_faulty=0\.001"):
+        run(overrides, "train.steps=3", "data.max_faulty=0.001", "resume=never")
+
+
+def test_the_share_of_broken_samples() -> None:
+    count = FaultCount(0.01)
+    for _ in range(10):
+        count.note([["a fault"]])
+    with pytest.raises(RunError, match="11 of 11"):
+        count.note([["another"]])
+    count = FaultCount(0.01)
+    for _ in range(30):  # one in a hundred, for long
+        count.note([["a fault"], *([[]] * 99)])
+    assert (count.seen, count.faulty) == (3000, 30)
+
+
+class AllBroken:
+    def __init__(self, samples: Any) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return 10
+
+    def draw(self, index: int, attempt: int = 0) -> dict[str, Any]:
+        raise InputError(f"/data/{index}.{attempt}.png cannot be read")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_but_broken_files_is_one_error(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr(Positions, "__init__", lambda self, samples: setattr(self, "samples", AllBroken(samples)))
+    with pytest.raises(InputError) as caught:
+        run(overrides, f"data.workers={workers}")
+    said = "16 draws in a row for sample 0 cannot be used; the last: /data/0.15.png cannot be read"
+    assert str(caught.value) == said
+
+
+# Disk and memory
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_cannot_be_written(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int
+) -> None:
+    original = os.fsync
+    calls: list[int] = []
+
+    def fsync(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) > 4:  # two for a checkpoint
+            raise OSError(number, os.strerror(number))
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(
+        RunError, match=rf"step 3 could not be saved .*{os.strerror(number)}.*free some space .*goes on"
+    ):
+        run(overrides)
+    assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 2
+
+
+def out_of_memory_above(monkeypatch: pytest.MonkeyPatch, samples: int) -> None:
+    original = DecomposerJob.loss
+
+    def loss(self: DecomposerJob, batch: dict[str, Any]) -> dict[str, Tensor]:
+        if len(batch["position"]) > samples:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd much more.")
+        return original(self, batch)
+
+    monkeypatch.setattr(DecomposerJob, "loss", loss)
+
+
+def test_out_of_memory_says_what_would_fit(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    out_of_memory_above(monkeypatch, 2)
+    said = (
+        "CUDA out of memory. Tried to allocate 2.00 GiB.\n"
+        "tried: train.batch_size=2 train.accumulate=4 fits, with the same samples in a step"
+    )
+    with pytest.raises(RunError) as caught:
+        run(overrides, "train.batch_size=8")
+    assert str(caught.value) == said
+    run(overrides, "train.batch_size=2", "train.accumulate=4", "train.steps=1", "resume=never")  # as it says
+
+
+def test_out_of_memory_where_nothing_fits(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    out_of_memory_above(monkeypatch, 0)
+    with pytest.raises(RunError, match=r"not even train\.batch_size=1 fits .*train\.draws"):
+        run(overrides, "train.batch_size=2")
+
+
+def test_only_sizes_that_keep_the_samples_of_a_step_are_tried() -> None:
+    layer, tried = nn.Linear(2, 1), list[int]()
+
+    def loss(size: int) -> Tensor:
+        tried.append(size)
+        if size > 2:
+            raise torch.OutOfMemoryError("full")
+        return layer(torch.ones(size, 2)).sum()
+
+    said = fitting_settings(loss, list(layer.parameters()), batch_size=12, batches=2)
+    assert tried == [6, 3, 1] and "train.batch_size=1 train.accumulate=24 fits" in said
+
+
+# Processes
+
+
+def die(self: Positions, position: int) -> dict[str, Any]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def test_a_dead_worker_ends_the_run(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Positions, "__getitem__", die)
+    started = time.monotonic()
+    with pytest.raises(RunError, match=r"makes samples died \(.*fewer data\.workers.*goes on from there"):
+        run(overrides, "data.workers=1")
+    assert time.monotonic() - started < 60
+
+
+PAIR = ["train.devices=2", "train.strategy=ddp", "train.batch_size=1", "train.steps=100000", "train.checkpoint_every=2"]
+
+
+def _processes_of(group: int) -> list[int]:
+    listed = subprocess.run(["ps", "-o", "pid=", "-g", str(group)], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in listed.stdout.split()]
+
+
+@pytest.mark.parametrize(
+    ("second", "how", "code", "expected"),
+    [
+        (True, signal.SIGKILL, 1, "error: rank 0: rank 1 was killed by SIGKILL"),
+        (False, signal.SIGTERM, 128 + signal.SIGTERM, "go on with\n  python tools/train.py config=configs/tiny.yaml"),
+    ],
+)
+def test_two_processes_end_together(
+    overrides: list[str], tmp_path: Path, second: bool, how: signal.Signals, code: int, expected: str
+) -> None:
+    """The real launcher: the second of two ranks dies, or the first is told to stop."""
+    command = [sys.executable, "tools/train.py", "config=configs/tiny.yaml", *overrides, *PAIR]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "said").open("w+") as said:
+        first = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=said, stdout=said, start_new_session=True)
+        try:
+            deadline = time.monotonic() + 120
+            while not (tmp_path / "run" / LAST).exists() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            both = _processes_of(first.pid)  # there are no workers
+            os.kill(max(both) if second else first.pid, how)
+            assert len(both) == 2 and first.wait(60) == code
+            deadline = time.monotonic() + 60
+            while _processes_of(first.pid) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert not _processes_of(first.pid), "a process is left over"
+        finally:
+            for pid in _processes_of(first.pid):
+                os.kill(pid, signal.SIGKILL)
+    text = (tmp_path / "said").read_text()
+    assert expected in text and "Traceback" not in text, text[-3000:]
+
+
+def test_a_rank_ends_when_the_process_that_started_it_is_gone() -> None:
+    reading, writing = os.pipe()
+    starter = os.fork()
+    if not starter:
+        if not os.fork():  # the rank
+            sys.stderr = os.fdopen(writing, "w")
+            end_with_parent(3)
+            time.sleep(60)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.close(writing)
+    os.waitpid(starter, 0)
+    with open(reading) as said:  # ends when the rank does
+        started = time.monotonic()
+        assert said.read() == "error: rank 3: the process that started it is gone; ending as well\n"
+    assert time.monotonic() - started < 30

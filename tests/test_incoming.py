@@ -1,0 +1,174 @@
+"""Adapters from files in any layout, their sums, and lower ranks: what comes in is what went out."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reference import output_error, same_tensors
+from safetensors.torch import load_file, save_file
+
+from layerdecomp.decomposer import Decomposer, DecomposerConfig, build_decomposer
+from layerdecomp.errors import InputError
+from layerdecomp.export import export
+from layerdecomp.incoming import read_adapter
+from layerdecomp.models.context_fusion import ContextFusionConfig
+from layerdecomp.models.lora import LoRAConfig, merge_lora
+from layerdecomp.models.mmdit import MMDiT
+from layerdecomp.weights import Adapter, load_mmdit, read_metadata
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+def test_what_was_exported_comes_back_bit_for_bit(
+    tiny_config: DecomposerConfig, adapter_file: Path, tmp_path: Path, layout: str
+) -> None:
+    adapter = Adapter.load(adapter_file)
+    if layout == "diffusers":  # bakes the scale into B: with alpha = rank, which training has, it is 1
+        config = replace(tiny_config, lora=replace(LoRAConfig(**json.loads(adapter.metadata["lora"])), alpha=None))
+        adapter = Adapter(adapter.tensors, {**adapter.metadata, **config.lora_metadata()})
+        adapter_file = tmp_path / "adapter.safetensors"
+        adapter.save(adapter_file)
+    export(adapter_file, layout, tmp_path / "lora.safetensors")
+    export(tmp_path / "lora.safetensors", "import", tmp_path / "back.safetensors")
+    back = Adapter.load(tmp_path / "back.safetensors")
+    assert same_tensors(back.tensors, adapter.tensors)
+    assert back.metadata == {**adapter.metadata, "tool_version": back.metadata["tool_version"]}
+    export(tmp_path / "back.safetensors", layout, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "lora.safetensors").read_bytes()
+
+
+def test_a_baked_scale_comes_back_as_what_it_does(adapter_file: Path, ours: MMDiT, tmp_path: Path) -> None:
+    export(adapter_file, "diffusers", tmp_path / "lora.safetensors")
+    export(tmp_path / "lora.safetensors", "import", tmp_path / "back.safetensors")
+    back = Decomposer.from_pretrained(tmp_path / "back.safetensors")
+    assert json.loads(read_metadata(tmp_path / "back.safetensors")["lora"])["alpha"] is None
+    assert output_error(back.transformer, ours) < 1e-6
+
+
+def test_a_lora_from_elsewhere(adapter_file: Path, ours: MMDiT, tiny_config: DecomposerConfig, tmp_path: Path) -> None:
+    export(adapter_file, "diffusers", tmp_path / "exported.safetensors")
+    path = tmp_path / "lora.safetensors"
+    save_file(load_file(tmp_path / "exported.safetensors"), path)  # without metadata, and nothing beside it
+    with pytest.raises(InputError, match="does not say what it belongs to; expected transformer=FILE autoencoder=FILE"):
+        export(path, "import", tmp_path / "back.safetensors")
+    weights = tiny_config.weights
+    files = {name: getattr(weights, name) for name in ("transformer", "autoencoder", "rgba_autoencoder")}
+    export(path, "import", tmp_path / "back.safetensors", **files)
+    decomposer = Decomposer.from_pretrained(tmp_path / "back.safetensors")
+    assert decomposer.context_fusion is None and output_error(decomposer.transformer, ours) < 1e-5
+    assert read_metadata(tmp_path / "back.safetensors")["origin"] == "imported from lora.safetensors"
+
+
+def test_an_input_projection_that_was_changed_elsewhere_counts(adapter_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    export(adapter_file, "kohya", path)
+    tensors, metadata = load_file(path), read_metadata(path)
+    tensors["lora_unet_img_in.lora_up.weight"] *= 0.5
+    save_file(tensors, path, metadata)
+    adapter, config = read_adapter(path, {})
+    base = load_mmdit(config.weights.transformer).img_in.weight
+    trained = Adapter.load(adapter_file).tensors["img_in.weight"]
+    assert torch.allclose(adapter.tensors["img_in.weight"], (base + trained) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("lora_unet_double_blocks_7_img_attn_qkv.lora_up.weight", (96, 2), "1 of .* no linear layer .*_7_img"),
+        ("lora_te1_text_model.lora_down.weight", (2, 8), "belong to no linear layer .*lora_te1"),
+        ("lora_unet_single_blocks_0_linear2.lora_down.weight", (3, 160), "single_blocks.0.linear2 is changed by"),
+        ("lora_unet_single_blocks_0_linear2.lora_up.weight", (64, 2), "linear2 is changed by .64, 160."),
+    ],
+)  # fmt: skip
+def test_loras_that_do_not_fit(
+    tiny_weights: Path, tmp_path: Path, name: str, shape: tuple[int, ...], message: str
+) -> None:
+    path = tmp_path / "lora.safetensors"
+    export(tiny_weights / "adapter.safetensors", "kohya", path)
+    save_file({**load_file(path), name: torch.zeros(shape)}, path, read_metadata(path))
+    with pytest.raises(InputError, match=message):
+        export(path, "import", tmp_path / "back.safetensors")
+    assert not (tmp_path / "back.safetensors").exists()
+
+
+def test_lora_files_are_not_taken_for_adapters(tiny_weights: Path, tmp_path: Path) -> None:
+    export(tiny_weights / "adapter.safetensors", "kohya", tmp_path / "lora.safetensors")
+    with pytest.raises(InputError, match="is an adapter in kohya layout; tools/export.py format=import"):
+        Decomposer.from_pretrained(tmp_path / "lora.safetensors")
+    with pytest.raises(InputError, match="extras.safetensors is not an adapter"):
+        Decomposer.from_pretrained(tmp_path / "lora.extras.safetensors")
+
+
+# Sums and ranks
+
+
+def test_the_weighted_sum_of_adapters(adapter_file: Path, ours: MMDiT, tmp_path: Path) -> None:
+    first = Adapter.load(adapter_file)
+    other = {name: tensor.flip(0) for name, tensor in first.tensors.items()}
+    Adapter(other, first.metadata).save(tmp_path / "other.safetensors")
+    files = [adapter_file, tmp_path / "other.safetensors"]
+    export(files, "import", tmp_path / "sum.safetensors", weights=[0.75, 0.5])
+    total = Decomposer.from_pretrained(tmp_path / "sum.safetensors")
+    assert read_metadata(tmp_path / "sum.safetensors")["merged_from"] == (
+        "0.75 x adapter.safetensors + 0.5 x other.safetensors"
+    )
+    assert json.loads(read_metadata(tmp_path / "sum.safetensors")["lora"])["targets"] == first_targets(first)
+    parts = [merge_lora(Decomposer.from_pretrained(file).transformer).state_dict() for file in files]
+    base = load_mmdit(json.loads(first.metadata["weights"])["transformer"]).state_dict()
+    for name, tensor in merge_lora(total.transformer).state_dict().items():
+        expected = base[name] + 0.75 * (parts[0][name] - base[name]) + 0.5 * (parts[1][name] - base[name])
+        assert torch.allclose(tensor, expected, atol=1e-5), name
+    name = "context_fusion.queries"
+    assert total.context_fusion is not None
+    assert torch.allclose(total.context_fusion.queries, 0.6 * first.tensors[name] + 0.4 * other[name], atol=1e-6)
+
+    export(adapter_file, "import", tmp_path / "half.safetensors", weights=[0.5])
+    half = merge_lora(Decomposer.from_pretrained(tmp_path / "half.safetensors").transformer).state_dict()
+    assert all(torch.allclose(half[name], (base[name] + parts[0][name]) / 2, atol=1e-5) for name in half)
+
+
+def first_targets(adapter: Adapter) -> list[str]:
+    targets: list[str] = json.loads(adapter.metadata["lora"])["targets"]
+    return targets
+
+
+def test_ranks_are_cut_down_and_the_error_is_printed(
+    adapter_file: Path, ours: MMDiT, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rank = json.loads(read_metadata(adapter_file)["lora"])["rank"]
+    export(adapter_file, "import", tmp_path / "same.safetensors", rank=rank)
+    assert f"rank {rank} to {rank}: relative error 0.00%" in capsys.readouterr().out
+    assert output_error(Decomposer.from_pretrained(tmp_path / "same.safetensors").transformer, ours) < 1e-5
+    export(adapter_file, "diffusers", tmp_path / "small.safetensors", rank=1)
+    printed = capsys.readouterr().out
+    assert f"rank {rank} to 1: relative error" in printed and "worst: " in printed
+    assert read_metadata(tmp_path / "small.safetensors")["reduced"] in printed
+    tensors = load_file(tmp_path / "small.safetensors")
+    assert {t.shape[0] for name, t in tensors.items() if "lora_A" in name and "x_embedder" not in name} == {1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": [1.0, 2.0]}, "weights= has 2 numbers for 1 adapters"),
+        ({"rank": 0}, "rank is 0; expected at least 1"),
+        ({"dtype": "fp8"}, "dtype=fp8: expected one of float32, bfloat16, float16 for format=diffusers"),
+        ({"transformers": "x"}, "transformers= names no weight file"),
+    ],
+)
+def test_options_that_do_not_fit(tiny_weights: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        export(tiny_weights / "adapter.safetensors", "diffusers", tmp_path / "a.safetensors", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_adapters_of_different_kinds_are_not_summed(
+    tiny_config: DecomposerConfig, tiny_weights: Path, tmp_path: Path
+) -> None:
+    config = replace(tiny_config, fusion=ContextFusionConfig(enabled=False))
+    build_decomposer(config).adapter(config.to_metadata()).save(tmp_path / "other.safetensors")
+    files = [tiny_weights / "adapter.safetensors", tmp_path / "other.safetensors"]
+    with pytest.raises(InputError, match="other.safetensors has another base or fusion"):
+        export(files, "import", tmp_path / "sum.safetensors")

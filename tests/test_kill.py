@@ -1,0 +1,118 @@
+"""A training that is killed again and again loses nothing: `make test-kill` for fifty times, here for a few.
+
+Every life of the run is a process that ends by SIGKILL at a moment of a seeded draw: as it starts, while it trains,
+in the middle of writing a checkpoint, or between the operations (fsync, rename) that put it in its place.
+"""
+
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from layerdecomp.config import load_config
+from layerdecomp.training import checkpoints
+from layerdecomp.training.checkpoints import DAMAGED, LAST, PREVIOUS, Checkpoints, newest_checkpoint, read_checkpoint
+from layerdecomp.training.runs import train
+
+TINY = Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml"
+KILLS = int(os.environ.get("KILLS", "4"))
+LIMIT = 60 + 10 * KILLS  # seconds for all lives
+# How many there are of each in about three checkpoints of the smallest run, or seconds.
+MOMENTS = {"renaming": 12, "training": 1.0, "writing": 1500, "start": 2.0}
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at(moment: str, number: int) -> None:
+    """Ends this process before one of the operations by which checkpoints reach the disk."""
+    counter = count()
+
+    def counted(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            if next(counter) == number:
+                die()
+            return operation(*arguments, **options)
+
+        return wrapped
+
+    if moment == "writing":
+        checkpoints._Watched.write = counted(checkpoints._Watched.write)  # type: ignore[method-assign]
+    else:
+        os.replace, os.fsync = counted(os.replace), counted(os.fsync)
+
+
+def die_while_training(seconds: float) -> None:
+    original = Checkpoints.on_train_start
+
+    def started(self: Checkpoints, *arguments: Any) -> None:
+        original(self, *arguments)
+        threading.Timer(seconds, die).start()
+
+    Checkpoints.on_train_start = started  # type: ignore[method-assign]
+
+
+def live(settings: list[str], moment: str, when: float) -> None:
+    """One life of the run, in a process of its own."""
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of data workers, as in an ordinary process
+    if moment == "training":
+        die_while_training(when)
+    elif moment in ("writing", "renaming"):
+        die_at(moment, int(when))
+    train(load_config(TINY, settings))
+
+
+def run_life(settings: list[str], moment: str = "", when: float = 0.0) -> int | None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["layerdecomp.training.runs"])
+    process = context.Process(target=live, args=(settings, moment, when))
+    process.start()
+    if moment == "start":
+        process.join(when)
+        process.kill()
+    process.join(60)
+    if process.exitcode is None:
+        process.kill()
+        pytest.fail("a life does not end")
+    return process.exitcode
+
+
+def test_kills_lose_nothing(tmp_path: Path, tiny_overrides: list[str]) -> None:
+    settings = [
+        *(*tiny_overrides, "train.precision=32-true", "optim.lr=1e-2", f"train.steps={3 * KILLS}"),
+        *("train.checkpoint_every=1", f"train.validate_every={3 * KILLS}", "sample.steps=1", "evaluate.samples=1"),
+    ]
+    rng, began, run_dir = random.Random(0), time.monotonic(), tmp_path / "killed"
+    killed, reached, found = dict.fromkeys(MOMENTS, 0), [0], {LAST: 0, PREVIOUS: 0}
+    for life in range(KILLS):
+        moment = [*MOMENTS][life % 4]
+        workers = f"data.workers={life % 3 % 2}"
+        code = run_life([*settings, workers, f"run_dir={run_dir}"], moment, rng.random() * MOMENTS[moment])
+        killed[moment] += code == -signal.SIGKILL
+        assert code in (0, -signal.SIGKILL)
+        newest = newest_checkpoint(run_dir)
+        assert newest is not None or reached[-1] == 0, "there was a checkpoint, and now there is none"
+        reached.append(read_checkpoint(newest)["global_step"] if newest else 0)
+        if newest:
+            found[newest.name] += 1
+    assert reached == sorted(reached), "a run went backwards"
+    assert not (run_dir / DAMAGED).exists()
+    assert run_life([*settings, f"run_dir={run_dir}"]) == 0
+    assert run_life([*settings, f"run_dir={tmp_path}/straight"]) == 0
+    assert time.monotonic() - began < LIMIT
+    one, other = (load_file(tmp_path / name / "adapter.safetensors") for name in ("straight", "killed"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    print(f"killed {killed}; steps reached {reached}; newest checkpoint {found}; {time.monotonic() - began:.0f} s")
+    assert sum(killed.values()) >= KILLS // 2

@@ -1,0 +1,78 @@
+"""Measures how fast a transformer is loaded, and what memory that takes beside the model, with a generated file.
+
+python tools/benchmark_load.py [dtype=bfloat16 device=cpu folder=/tmp depth=3 depth_single_blocks=4 ...]
+
+The rest are MMDiTConfig's fields; the default is a seventh of FLUX.1-Fill-dev, 3.3 GB. Linux only: it reads /proc, and
+asks the system to forget the file before each reading.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from layerdecomp.cli import device_name, run_command, take
+from layerdecomp.config import merge_config
+from layerdecomp.errors import InputError
+from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
+from layerdecomp.weights import load_mmdit, write_tensors
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def main(arguments: list[str]) -> None:
+    own, settings = take(arguments, dtype="bfloat16", device="cpu", folder=tempfile.gettempdir())
+    if own["dtype"] not in DTYPES:
+        raise InputError(f"dtype={own['dtype']}: expected one of {', '.join(DTYPES)}")
+    config = merge_config(MMDiTConfig(depth=3, depth_single_blocks=4), [], settings)
+    with tempfile.TemporaryDirectory(dir=own["folder"]) as folder:
+        path = Path(folder) / "transformer.safetensors"
+        generate(path, config)
+        size, alone = path.stat().st_size / 1e9, read(path)
+        forget(path)
+        before, start = gigabytes("VmRSS"), time.perf_counter()
+        model = load_mmdit(path, dtype=DTYPES[own["dtype"]], device=device_name(own))
+        seconds, peak = time.perf_counter() - start, gigabytes("VmHWM") - before
+    held = sum(p.nbytes for p in model.parameters()) / 1e9 if own["device"] == "cpu" else 0.0
+    print(f"{size:.2f} GB in {seconds:.1f} s: {size / seconds:.2f} GB/s, the disk alone {size / alone:.2f} GB/s")
+    print(f"peak memory {peak:.2f} GB, {max(0.0, peak - held):.2f} GB above the model's {held:.2f} GB")
+
+
+def generate(path: Path, config: MMDiTConfig) -> None:
+    with torch.device("meta"):
+        state = MMDiT(config).to(torch.bfloat16).state_dict()
+
+    def tensor(name: str) -> Tensor:
+        return torch.randn(state[name].shape[-1], dtype=torch.bfloat16).expand(state[name].shape)
+
+    write_tensors(path, state, tensor, {"config": json.dumps(asdict(config))})
+
+
+def read(path: Path) -> float:
+    """Seconds that it takes to read the file and do nothing with it."""
+    forget(path)
+    buffer, start = bytearray(1 << 24), time.perf_counter()
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+    return time.perf_counter() - start
+
+
+def forget(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def gigabytes(field: str) -> float:
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024 / 1e9
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])
