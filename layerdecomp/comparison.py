@@ -305,14 +305,15 @@ def measured_by(config: MeasureConfig, networks: Networks) -> dict[str, Any]:
 def describe_data(data: TestData) -> dict[str, Any]:
     """Where samples come from."""
     if isinstance(data, TestFolder):
-        return {"data": str(data.root), "split": "test", "resolution": "each picture's own"}
+        where = {"data": str(data.root), "sha256": data.digest()}
+        return {**where, "split": "test", "resolution": "each picture's own"}
     source = "scenes" if isinstance(data, Scenes) else "triplets"
     described = {"data": source, "split": data.split, "resolution": data.config.size}
     return described | {"settings": asdict(data.config), "data_seed": data.seed}
 
 
 def _versions(rows: Sequence[str]) -> dict[str, str]:
-    libraries = ["torchmetrics", "scikit-image", *(["pymatting"] if "matting" in rows else [])]
+    libraries = ["torchmetrics", "torch-fidelity", "scikit-image", *(["pymatting"] if "matting" in rows else [])]
     return {
         "layerdecomp": __version__,
         "torch": torch.__version__,

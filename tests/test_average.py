@@ -87,7 +87,7 @@ def test_the_average_is_validated_and_written(
     written = load_file(run_dir / "adapter.safetensors")
     for name, average in averages[-1].items():
         torch.testing.assert_close(written[_short(name)], average, rtol=1e-5, atol=1e-7)
-    assert [step for step, _ in validated] == [0, 2, 4]
+    assert [step for step, _ in validated] == [0, 2, 4]  # the first is where training starts from
     for step, tensors in validated:
         for name, tensor in tensors.items():
             torch.testing.assert_close(tensor, averages[step][name], rtol=1e-5, atol=1e-7)

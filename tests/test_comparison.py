@@ -186,7 +186,7 @@ def test_scenes_as_a_folder_are_measured_as_they_are_drawn(models: Models, tmp_p
         for name in ("background/psnr", "background/ssim", "foreground/alpha_iou", "foreground/hidden_iou"):
             assert exported.results[row][name] == pytest.approx(figures[name], rel=2e-2, nan_ok=True), (row, name)
     told = json.loads((tmp_path / "exported" / "metrics.json").read_text())["protocol"]
-    assert told["data"] == str(tmp_path / "inputs")
+    assert told["data"] == str(tmp_path / "inputs") and told["sha256"] == TestFolder(tmp_path / "inputs").digest()
 
 
 def test_pictures_of_several_sizes_in_one_folder(models: Models, tmp_path: Path) -> None:

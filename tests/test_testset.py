@@ -46,6 +46,15 @@ def test_an_export_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     assert len(list(tmp_path.rglob("*"))) == 5 + 15
 
 
+def test_a_digest_tells_test_sets_apart(tmp_path: Path) -> None:
+    export_samples(drawn_samples(SCENES), tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    digest = TestFolder(tmp_path / "one").digest()
+    assert TestFolder(tmp_path / "copy").digest() == digest and len(digest) == 64
+    shutil.copy(tmp_path / "one" / "mask" / "00000.png", tmp_path / "copy" / "mask" / "00001.png")
+    assert TestFolder(tmp_path / "copy").digest() != digest
+
+
 def test_seeds_depend_on_the_name_alone() -> None:
     assert seed_of("00012") == 12 and seed_of("cat") == seed_of("cat") != seed_of("dog")
     assert 0 <= seed_of("a/b") < 2**32

@@ -117,6 +117,7 @@ def test_validation_starts_from_the_base_and_logs_every_metric_with_its_networks
     tmp_path: Path, overrides: list[str], metric_weights: Path, tiny_weights: Path
 ) -> None:
     settings = [*overrides, "train.steps=2", "optim.lr=1e-2", "data.validation=3", "sample.keep_pixels=false"]
+    settings += ["evaluate.samples=2", "evaluate.rows=[adapted,base]"]
     networks = [f"evaluate.measure.weights={metric_weights}", "evaluate.measure.lpips=squeeze"]
     run_dir = run("tiny", *settings, *networks, f"run_dir={tmp_path}/run")
     config = load_config(run_dir / "config.yaml")

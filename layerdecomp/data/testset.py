@@ -101,6 +101,15 @@ class TestFolder(Dataset[dict[str, Any]]):
         cues = build_cues(sample["image"], rng, dropout=0, enabled=self.with_cues, maps=self._maps(name, image))
         return {**sample, **cues, "index": seed_of(name)}
 
+    def digest(self) -> str:
+        """A sha256 over names and contents: the same for any copy of the folder, another if a file differs."""
+        found = hashlib.sha256()
+        for name, files in self._files.items():
+            for part, file in files.items():
+                with (self.root / file).open("rb") as content:
+                    found.update(f"{name} {part} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+        return found.hexdigest()
+
     def _maps(self, name: str, image: Pixels) -> dict[str, Tensor]:
         if not self.with_cues:
             return {}
