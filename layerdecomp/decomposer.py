@@ -41,7 +41,7 @@ from layerdecomp.imaging.layers import Layers, Picture, read_image, read_mask
 from layerdecomp.models.autoencoder import Autoencoder
 from layerdecomp.models.context_fusion import ContextFusion, ContextFusionConfig
 from layerdecomp.models.depth import DepthEstimator
-from layerdecomp.models.lora import LoRAConfig, inject_lora
+from layerdecomp.models.lora import LoRAConfig, inject_lora, merge_lora
 from layerdecomp.models.mmdit import MMDiT
 from layerdecomp.sampling import euler, schedule
 from layerdecomp.weights import (
@@ -320,6 +320,14 @@ class Decomposer(nn.Module):
     def load_adapter(self, adapter: Adapter, path: str | Path) -> None:
         """Fills in the trained tensors; `InputError` unless they are exactly those of this model."""
         copy_tensors(path, adapter.tensors, self.adapter({}).tensors, "this decomposer")
+
+    def merge(self) -> "Decomposer":
+        """Folds the LoRA into the transformer's weights, so that a step of sampling costs what the base's costs.
+
+        In place, and for good: what is merged is neither trained nor saved as an adapter.
+        """
+        merge_lora(self.transformer)
+        return self
 
     @classmethod
     def from_pretrained(

@@ -320,3 +320,16 @@ def test_the_weights_that_ship_belong_together_and_find_the_objects() -> None:
     everything = torch.ones_like(foreground)
     assert alpha_iou(foreground, batch["foreground"]).mean() > 0.4
     assert alpha_iou(everything, batch["foreground"]).mean() < 0.3
+
+
+def test_merging_changes_rounding_alone(tiny_weights: Path) -> None:
+    decomposer, merged = (Decomposer.from_pretrained(tiny_weights / "adapter.safetensors") for _ in range(2))
+    assert any(isinstance(module, LoRALinear) for module in decomposer.transformer.modules())
+    assert not any(isinstance(module, LoRALinear) for module in merged.merge().transformer.modules())
+    batch, z, t = (
+        batch_of(2),
+        torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([0.3, 0.9]),
+    )
+    expected, found = (model.velocity(z, model.encode(*batch.values()), t) for model in (decomposer, merged))
+    assert (found - expected).norm() < 1e-5 * expected.norm()

@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
     files = {part: own[part] for part in PARTS if own[part]}
     decomposer = Decomposer.from_pretrained(own["adapter"], dtype=frozen_dtype(device), device=device, **files)
     depth = load_depth(own["depth"]) if own["depth"] else None
-    layers = decomposer.decompose(own["image"], own["mask"], steps=steps, seed=seed, depth=depth)
+    layers = decomposer.merge().decompose(own["image"], own["mask"], steps=steps, seed=seed, depth=depth)
     names = [name for format in formats for name in FORMATS[format]]
     print(f"wrote {', '.join(names)} into {layers.save(own['out'], formats)}")
 
