@@ -137,7 +137,11 @@ def _model_methods(models: Models, config: EvaluateConfig) -> dict[str, Method]:
 
         return Method(at_its_size(draw, decomposer))
 
-    found = {"adapted": Method(at_its_size(lambda b: decomposer.draw(b, noise(b, layers=2)), decomposer))}
+    found = {
+        "adapted": Method(
+            at_its_size(lambda b: decomposer.draw(b, noise(b, layers=2 * decomposer.sample.ensemble)), decomposer)
+        )
+    }
     found["base"] = inpainting(models.base, decomposer.conditioning)
     if "maskless" in config.rows:
         assert config.maskless is not None

@@ -80,13 +80,19 @@ class SampleConfig:
     steps: int = 28
     guidance: float = 30.0  # FLUX.1-Fill is distilled to take the scale as an input; tiny models ignore it
     max_side: int = 1024  # larger pictures are decomposed at this size, the layers brought back
+    ensemble: int = 1  # draws, of whose foregrounds the median is taken: what differs from draw to draw is a guess
+    alpha_margin: float = 0.0  # alphas nearer to 0 or 1 become 0 or 1: a small model's are never quite there
     keep_pixels: bool = True  # the background outside the mask is the input itself
     grow: float = 0.015  # by how much the mask grows before that, and over how much it
     feather: float = 0.01  # fades; both as shares of the longer side
 
     def __post_init__(self) -> None:
-        check_at_least(1, self, "sample.", "steps", "max_side")
-        check_at_least(0, self, "sample.", "grow", "feather")
+        check_at_least(1, self, "sample.", "steps", "max_side", "ensemble")
+        check_at_least(0, self, "sample.", "grow", "feather", "alpha_margin")
+        if self.alpha_margin >= 0.5:
+            raise InputError(
+                f"sample.alpha_margin is {self.alpha_margin}; expected less than 0.5, which leaves no alpha between"
+            )
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,11 @@ class Context:
     told: Tensor  # (B, layers * L, 320): the background's tokens, then the foreground's
     ids: Tensor  # (layers * L, 3)
     fused: Tensor | None = None  # (B, N, D)
+
+    def repeat(self, count: int) -> "Context":
+        """The context of a batch in which every sample stands `count` times in a row."""
+        fused = None if self.fused is None else self.fused.repeat_interleave(count, 0)
+        return Context(self.told.repeat_interleave(count, 0), self.ids, fused)
 
 
 @dataclass
@@ -233,20 +244,25 @@ class Decomposer(nn.Module):
 
         Args:
             batch: image, mask, cues, cues_present as in `encode`.
-            noise: standard normal (B, 2, 16, H/8, W/8): the background's, then the foreground's.
+            noise: standard normal (B, 2 E, 16, H/8, W/8): for each of E draws the background's, then the foreground's.
             steps: Euler steps; `sample.steps` unless given.
 
         Returns:
-            background (B, 3, H, W) in [-1, 1] and straight foreground (B, 4, H, W).
+            background (B, 3, H, W) in [-1, 1], of the first draw, and straight foreground (B, 4, H, W), the median of
+            all (test-time ensembling: Ke et al. 2024, arXiv 2312.02145).
         """
-        x = torch.cat([pack(noise[:, 0]), pack(noise[:, 1])], dim=1)
+        draws = noise.shape[1] // 2
+        pairs = rearrange(noise, "B (E S) C h w -> S (B E) C h w", S=2)
+        x = torch.cat([pack(pairs[0]), pack(pairs[1])], dim=1)
         timesteps = schedule(steps or self.sample.steps, x.shape[1] // 2, self.flow).to(x)
         with mixed_precision(self.autoencoder):
             context = self.encode(batch["image"], batch["mask"], batch.get("cues"), batch.get("cues_present"))
+            context = context.repeat(draws)
             x = euler(lambda x, t: self.velocity(x, context, t), x, timesteps)
             z_b, z_f = (unpack(tokens, *noise.shape[-2:]) for tokens in x.chunk(2, dim=1))
-            background, foreground = self.autoencoder.decode(z_b), self.rgba_autoencoder.decode(z_f)
-        return background.float().clamp(-1, 1), from_autoencoder(foreground.float())
+            background, foregrounds = self.autoencoder.decode(z_b[::draws]), self.rgba_autoencoder.decode(z_f)
+        foreground = rearrange(foregrounds.float(), "(B E) C H W -> E B C H W", E=draws).median(0).values
+        return background.float().clamp(-1, 1), from_autoencoder(foreground, margin=self.sample.alpha_margin)
 
     def decompose(
         self,
@@ -286,7 +302,7 @@ class Decomposer(nn.Module):
         device = self.prompt.vec.device
         padded = {k: v if k == "cues_present" else pad_to_multiple(v, TOKEN_FACTOR) for k, v in batch.items()}
         rows, columns = (side // LATENT_FACTOR for side in padded["image"].shape[-2:])
-        shape = (1, 2, self.autoencoder.config.z_channels, rows, columns)
+        shape = (1, 2 * self.sample.ensemble, self.autoencoder.config.z_channels, rows, columns)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         drawn = self.draw({name: value.to(device) for name, value in padded.items()}, noise.to(device), steps)
         background, foreground = (layer[..., : size[0], : size[1]].cpu() for layer in drawn)

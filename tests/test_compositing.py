@@ -101,3 +101,12 @@ def test_checkerboard_alternates_and_shows_behind_transparency() -> None:
     assert torch.equal(on_checkerboard(clear, cell=4), board.expand(2, 3, 20, 12))
     clear[:, 3] = 1
     assert torch.equal(on_checkerboard(clear), torch.zeros(2, 3, 20, 12))
+
+
+def test_a_margin_makes_nearly_transparent_and_nearly_opaque_what_they_nearly_are() -> None:
+    alpha = torch.tensor([0.0, 0.05, 0.1, 0.3, 0.5, 0.9, 0.97])
+    decoded = torch.cat([torch.full((3, 1, 7), 0.2), (2 * alpha - 1).view(1, 1, 7)])
+    straight, plain = from_autoencoder(decoded, margin=0.1), from_autoencoder(decoded)
+    torch.testing.assert_close(straight[3, 0], torch.tensor([0, 0, 0, 0.25, 0.5, 1, 1]))
+    torch.testing.assert_close(straight[:3, 0, 3:], plain[:3, 0, 3:])  # colours stay as they were
+    assert not straight[:3, 0, :3].any()

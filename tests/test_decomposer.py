@@ -333,3 +333,13 @@ def test_merging_changes_rounding_alone(tiny_weights: Path) -> None:
     )
     expected, found = (model.velocity(z, model.encode(*batch.values()), t) for model in (decomposer, merged))
     assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_the_foreground_is_the_median_of_several_draws(tiny_decomposer: Decomposer) -> None:
+    batch, noises = batch_of(2), [noise_of(2) + shift for shift in (0.0, 0.3, -0.3)]
+    drawn = [tiny_decomposer.draw(batch, noise, steps=STEPS) for noise in noises]
+    background, foreground = tiny_decomposer.draw(batch, torch.cat(noises, dim=1), steps=STEPS)
+    torch.testing.assert_close(background, drawn[0][0])
+    alphas = torch.stack([layer[:, 3] for _, layer in drawn])
+    assert alphas.std(0).max() > 0.01
+    torch.testing.assert_close(foreground[:, 3], alphas.median(0).values, rtol=0, atol=1e-5)

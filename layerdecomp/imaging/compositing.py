@@ -28,14 +28,16 @@ def to_autoencoder(foreground: Tensor) -> Tensor:
     return torch.cat([rgb * alpha, 2 * alpha - 1], dim=-3)
 
 
-def from_autoencoder(decoded: Tensor, threshold: float = 0.05) -> Tensor:
+def from_autoencoder(decoded: Tensor, threshold: float = 0.05, margin: float = 0.0) -> Tensor:
     """Map what an RGBA decoder returns, (..., 4, H, W) in about [-1, 1], to a straight foreground of the same shape.
 
     Colour is divided by alpha, but never by less than `threshold`: below it a decoder's error would be magnified into
     random saturated colours, so colour fades to mid-grey there, and is 0 where alpha would round to 0 in 8 bits.
+    Alphas nearer to 0 or 1 than `margin` become 0 or 1, and those between are stretched.
     """
     alpha = ((decoded[..., 3:, :, :] + 1) / 2).clamp(0, 1)
     rgb = (decoded[..., :3, :, :] / alpha.clamp(min=threshold)).clamp(-1, 1)
+    alpha = ((alpha - margin) / (1 - 2 * margin)).clamp(0, 1)
     return torch.cat([torch.where(alpha < INVISIBLE, 0, rgb), alpha], dim=-3)
 
 
