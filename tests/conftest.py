@@ -103,6 +103,7 @@ def tiny_overrides(tiny_weights: Path) -> list[str]:
         "evaluate.batch_size=2",
         "sample.steps=2",
         "train.batch_size=2",
+        "sample.ensemble=1",
         "latent_cache=null",
     ]
 
