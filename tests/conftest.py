@@ -1,6 +1,7 @@
 """Weights of the smallest models that have every part, all parameters random, for tests that need files."""
 
 import io
+import os
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -18,6 +19,13 @@ from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.weights import save_model
+
+
+def alone() -> dict[str, str]:
+    """The environment without what Lightning leaves there when a test of this process had ranks: port, rank, size."""
+    left = ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK")
+    return {name: value for name, value in os.environ.items() if name not in left}
+
 
 TRANSFORMER = MMDiTConfig(
     hidden_size=32,

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import alone
 from torch import Tensor, nn
 
 from layerdecomp.config import load_config
@@ -301,7 +302,7 @@ def test_two_processes_end_together(
 ) -> None:
     """The real launcher: the second of two ranks dies, or the first is told to stop."""
     command = [sys.executable, "tools/train.py", "config=configs/tiny.yaml", *overrides, *PAIR]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = alone() | {"OMP_NUM_THREADS": "1"}
     with (tmp_path / "said").open("w+") as said:
         first = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=said, stdout=said, start_new_session=True)
         try:

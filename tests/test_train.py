@@ -1,7 +1,6 @@
 """The training jobs end to end, at toy size: files, what a checkpoint holds, resuming, two processes."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import alone
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import default_collate
@@ -291,7 +291,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path: Path, override
     one = run("tiny", *settings, "train.batch_size=4", f"run_dir={tmp_path}/one")
     two = [*settings, "train.batch_size=2", "train.devices=2", "train.strategy=ddp", f"run_dir={tmp_path}/two"]
     command = [sys.executable, "tools/train.py", "config=configs/tiny.yaml", *two]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = alone() | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     torch.testing.assert_close(losses(tmp_path / "two"), losses(one), rtol=1e-4, atol=0)
