@@ -25,25 +25,9 @@ export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e .
 	touch $@
 
-# The library of the matting baseline; it compiles itself when it is first used, which takes a minute.
-.venv/installed-matting: .venv/installed
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[matting]'
-	touch $@
-
-.venv/installed-text: .venv/installed
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[text]'
-	touch $@
-
-.venv/installed-psd: .venv/installed
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[psd]'
-	touch $@
-
-.venv/installed-dev: .venv/installed
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
-	touch $@
-
-.venv/installed-plots: .venv/installed
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[plots]'
+# An extra of setup.cfg. That of the matting baseline compiles itself when it is first used, which takes a minute.
+.venv/installed-%: .venv/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[$*]'
 	touch $@
 
 train: .venv/installed  ## adapt the tiny base: make train CONFIG=configs/flux_fill.yaml DEVICES=8 ARGS="optim.lr=1e-4"

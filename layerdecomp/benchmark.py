@@ -28,7 +28,6 @@ from layerdecomp.models.lora import LoRAConfig, inject_lora
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 
 META = torch.device("meta")
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # of the frozen parts
 
 
 @dataclass

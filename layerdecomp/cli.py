@@ -46,6 +46,14 @@ def device_name(arguments: dict[str, str]) -> str:
     return device
 
 
+def named_dtype(arguments: dict[str, str]) -> torch.dtype:
+    """The value of `dtype=`: what frozen parts may be kept in."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if (name := arguments["dtype"]) not in known:
+        raise InputError(f"dtype={name}: expected one of {', '.join(known)}")
+    return known[name]
+
+
 def frozen_dtype(device: str) -> torch.dtype:
     """What the frozen parts are kept in: bf16 wherever there is an accelerator."""
     return torch.float32 if device == "cpu" else torch.bfloat16

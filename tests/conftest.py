@@ -2,8 +2,11 @@
 
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -18,6 +21,7 @@ from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
+from layerdecomp.training.decomposer import DecomposerJob
 from layerdecomp.weights import save_model
 
 
@@ -25,6 +29,24 @@ def alone() -> dict[str, str]:
     """The environment without what Lightning leaves there when a test of this process had ranks: port, rank, size."""
     left = ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK")
     return {name: value for name, value in os.environ.items() if name not in left}
+
+
+class PowerCutError(Exception):
+    """What ends a run in a test, where a machine would just be off."""
+
+
+@contextmanager
+def power_cut_at(step: int) -> Iterator[None]:
+    """The loss of an adapter's training raises `PowerCutError` once so many steps are done, which is expected."""
+    original = DecomposerJob.loss
+
+    def failing(self: DecomposerJob, batch: dict[str, Any]) -> dict[str, Tensor]:
+        if self.global_step == step:
+            raise PowerCutError
+        return original(self, batch)
+
+    with mock.patch.object(DecomposerJob, "loss", failing), pytest.raises(PowerCutError):
+        yield
 
 
 TRANSFORMER = MMDiTConfig(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import fill
+from conftest import PowerCutError, fill, power_cut_at
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -28,10 +28,6 @@ def settings(tiny_overrides: list[str]) -> list[str]:
 
 
 Tensors = dict[str, Tensor]
-
-
-class PowerCutError(Exception):
-    pass
 
 
 def run(*overrides: str) -> Path:
@@ -97,21 +93,10 @@ def test_the_average_is_validated_and_written(
     assert read_metadata(run_dir / "adapter.safetensors")["ema"] == str(DECAY)
 
 
-def test_a_resumed_run_has_the_same_average(
-    tmp_path: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_has_the_same_average(tmp_path: Path, settings: list[str]) -> None:
     straight = run(*settings, f"run_dir={tmp_path}/straight")
-    original = DecomposerJob.loss
-
-    def failing(self: DecomposerJob, batch: dict[str, Any]) -> dict[str, Tensor]:
-        if self.global_step == 3:
-            raise PowerCutError
-        return original(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DecomposerJob, "loss", failing)
-        with pytest.raises(PowerCutError):
-            run(*settings, f"run_dir={tmp_path}/resumed")
+    with power_cut_at(3):
+        run(*settings, f"run_dir={tmp_path}/resumed")
     resumed = run(*settings, f"run_dir={tmp_path}/resumed")
     one, other = (load_file(path / "adapter.safetensors") for path in (straight, resumed))
     assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)

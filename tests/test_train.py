@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import alone
+from conftest import alone, power_cut_at
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import default_collate
@@ -143,27 +143,14 @@ def test_validation_starts_from_the_base_and_logs_every_metric_with_its_networks
     assert len(state["optimizer_states"][0]["state"]) <= len(state["state_dict"])
 
 
-class PowerCutError(Exception):
-    pass
-
-
 def test_a_resumed_run_equals_a_straight_one_bit_for_bit(
-    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = [*overrides, "train.steps=5", "optim.lr=1e-2"]
     straight = run("tiny", *settings, f"run_dir={tmp_path}/straight")
 
-    original = DecomposerJob.loss
-
-    def failing(self: DecomposerJob, batch: dict) -> dict:
-        if self.global_step == 3:
-            raise PowerCutError
-        return original(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DecomposerJob, "loss", failing)
-        with pytest.raises(PowerCutError):
-            run("tiny", *settings, f"run_dir={tmp_path}/resumed")
+    with power_cut_at(3):
+        run("tiny", *settings, f"run_dir={tmp_path}/resumed")
     capsys.readouterr()
     resumed = run("tiny", *settings, f"run_dir={tmp_path}/resumed")
     assert re.search(r" 5/5 \[", capsys.readouterr().out)  # the progress bar knows where it starts and ends

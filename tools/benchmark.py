@@ -5,17 +5,14 @@ python tools/benchmark.py [device=cpu dtype=bfloat16 size=1024 scale=1 recompute
 
 import sys
 
-from layerdecomp.benchmark import DTYPES, BenchmarkConfig, benchmark
-from layerdecomp.cli import device_name, run_command, take
+from layerdecomp.benchmark import BenchmarkConfig, benchmark
+from layerdecomp.cli import device_name, named_dtype, run_command, take
 from layerdecomp.config import merge_config
-from layerdecomp.errors import InputError
 
 
 def main(arguments: list[str]) -> None:
     own, settings = take(arguments, device="cpu", dtype="bfloat16")
-    if own["dtype"] not in DTYPES:
-        raise InputError(f"dtype={own['dtype']}: expected one of {', '.join(DTYPES)}")
-    print(benchmark(merge_config(BenchmarkConfig(), [], settings), device_name(own), DTYPES[own["dtype"]]))
+    print(benchmark(merge_config(BenchmarkConfig(), [], settings), device_name(own), named_dtype(own)))
 
 
 if __name__ == "__main__":

@@ -17,19 +17,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from layerdecomp.cli import device_name, run_command, take
+from layerdecomp.cli import device_name, named_dtype, run_command, take
 from layerdecomp.config import merge_config
-from layerdecomp.errors import InputError
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.weights import load_mmdit, write_tensors
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main(arguments: list[str]) -> None:
     own, settings = take(arguments, dtype="bfloat16", device="cpu", folder=tempfile.gettempdir())
-    if own["dtype"] not in DTYPES:
-        raise InputError(f"dtype={own['dtype']}: expected one of {', '.join(DTYPES)}")
+    dtype = named_dtype(own)
     config = merge_config(MMDiTConfig(depth=3, depth_single_blocks=4), [], settings)
     with tempfile.TemporaryDirectory(dir=own["folder"]) as folder:
         path = Path(folder) / "transformer.safetensors"
@@ -37,7 +33,7 @@ def main(arguments: list[str]) -> None:
         size, alone = path.stat().st_size / 1e9, read(path)
         forget(path)
         before, start = gigabytes("VmRSS"), time.perf_counter()
-        model = load_mmdit(path, dtype=DTYPES[own["dtype"]], device=device_name(own))
+        model = load_mmdit(path, dtype=dtype, device=device_name(own))
         seconds, peak = time.perf_counter() - start, gigabytes("VmHWM") - before
     held = sum(p.nbytes for p in model.parameters()) / 1e9 if own["device"] == "cpu" else 0.0
     print(f"{size:.2f} GB in {seconds:.1f} s: {size / seconds:.2f} GB/s, the disk alone {size / alone:.2f} GB/s")
