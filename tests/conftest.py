@@ -1,7 +1,9 @@
 """Weights of the smallest models that have every part, all parameters random, for tests that need files."""
 
 import io
+import multiprocessing
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,6 +31,22 @@ def alone() -> dict[str, str]:
     """The environment without what Lightning leaves there when a test of this process had ranks: port, rank, size."""
     left = ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK")
     return {name: value for name, value in os.environ.items() if name not in left}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_left_behind() -> Iterator[None]:
+    """Fails where a module leaves a thread or a process behind that would keep the interpreter from ending."""
+    yield
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.terminate()  # as the interpreter does at its end
+        child.join(10)
+    children = multiprocessing.active_children()
+    others = set(threading.enumerate()) - {threading.main_thread()}
+    threads = [thread for thread in others if not thread.daemon]
+    for child in children:
+        child.kill()
+    assert not children and not threads
 
 
 class PowerCutError(Exception):

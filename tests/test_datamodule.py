@@ -1,7 +1,6 @@
 """Which samples a step sees: the same ones however they are spread over ranks and restarts."""
 
-import os
-import signal
+import subprocess
 from types import SimpleNamespace
 from typing import Any
 
@@ -85,13 +84,17 @@ def test_accumulation_takes_the_batches_of_a_step_one_after_the_other() -> None:
     assert len(positions) == 6
 
 
-def test_workers_do_not_hear_what_stops_a_training() -> None:
-    trainer = {"global_step": 0, "global_rank": 0, "world_size": 1, "accumulate_grad_batches": 1}
-    module = _module(**trainer)
+def test_workers_end_with_their_parent_alone() -> None:
+    module = _module(global_step=0, global_rank=0, world_size=1, accumulate_grad_batches=1)
     module.workers = 1
     batches = iter(module.train_dataloader())
     positions = [next(batches)["position"]]
-    for worker in batches._workers:
-        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            os.kill(worker.pid, name)
+    (worker,) = batches._workers
+    for name in ("INT", "TERM", "USR1"):  # from another process, as a shell or SLURM would send it
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
     assert positions + [batch["position"] for batch in batches] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    batches = iter(module.train_dataloader())
+    (worker,) = batches._workers
+    worker.terminate()  # as the interpreter does at its end
+    worker.join(30)
+    assert worker.exitcode == 0
