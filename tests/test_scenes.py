@@ -141,6 +141,25 @@ def test_truncated_shapes_differ_only_in_the_foreground() -> None:
     assert any(sample["occluder"].any() for sample in truncated)
 
 
+def _many_coloured(split: str) -> list[Sample]:
+    return [Scenes(SceneConfig(many_coloured_probability=1.0), split, 3, COUNT, with_cues=False)[i] for i in range(8)]
+
+
+def test_things_of_many_colours_come_in_training_alone() -> None:
+    def colours(samples: list[Sample]) -> float:
+        """Mean spread of hues inside the objects: of the difference of channels, which shades of a colour share."""
+        spreads = []
+        for sample in samples:
+            inside = sample["foreground"][:3, sample["foreground"][3] > 0.9]
+            spreads.append((inside[0] - inside[1]).std() if inside.numel() else torch.tensor(0.0))
+        return float(torch.stack(spreads).mean())
+
+    assert colours(_many_coloured("train")) > 3 * colours(_samples("train")[:8])
+    assert all(_same(*pair) for pair in zip(_many_coloured("test"), _samples("test"), strict=False))
+    with pytest.raises(InputError, match=r"data\.scenes\.many_coloured_probability is 1\.5"):
+        SceneConfig(many_coloured_probability=1.5)
+
+
 def test_held_out_shapes_are_never_truncated() -> None:
     pairs = zip(_samples("test"), _samples("test", truncated_shapes=True), strict=True)
     assert all(_same(*pair) for pair in pairs)

@@ -22,8 +22,8 @@ from torch.utils.data import Dataset
 
 from layerdecomp.data.sample import SPLITS, Scene, build_cues, build_sample, plane
 from layerdecomp.data.shapes import Matte, draw_shape, inpainting_mask, placed, scaled, whole_shape
-from layerdecomp.data.textures import Picture, material, photograph_crop, procedural
-from layerdecomp.errors import InputError
+from layerdecomp.data.textures import Picture, many_coloured, material, photograph_crop, procedural
+from layerdecomp.errors import InputError, check_probabilities
 from layerdecomp.imaging.compositing import over
 from layerdecomp.imaging.masks import MaskConfig
 
@@ -36,11 +36,14 @@ class SceneConfig:
     photograph_probability: float = 0.65  # that a background is a photograph; else it is procedural
     bystander_probability: float = 0.35  # of another thing behind the object
     occluder_probability: float = 0.35  # of another thing in front of the object
+    many_coloured_probability: float = 0.0  # that a thing has a photograph's colours, not one; training split only
     truncated_shapes: bool = False  # ablation: foregrounds end where an occluder begins; training split only
     cue_dropout: float = 0.1  # probability that a cue is absent; training split only
     masks: MaskConfig = field(default_factory=MaskConfig)
 
     def __post_init__(self) -> None:
+        shares = [name for name in vars(self) if name.endswith("_probability")]
+        check_probabilities(self, "data.scenes.", *shares, "cue_dropout")
         if self.size < 16 or self.size % 16:
             raise InputError(f"data.scenes.size: found {self.size}, expected a positive multiple of 16; correct it")
 
@@ -100,21 +103,26 @@ def make_scene(rng: np.random.Generator, config: SceneConfig, split: str) -> Sce
     if rng.random() < config.bystander_probability:
         bystander = whole_shape(rng, size, split, rng.uniform(0.03, 0.2))
         if (bystander * matte).sum() < 0.5 * bystander.sum():  # what is mostly hidden cannot be guessed
-            background = over(_thing(rng, bystander, split, background), background)
-    foreground = _thing(rng, matte, split, background)
+            background = over(_thing(rng, bystander, config, split, background), background)
+    foreground = _thing(rng, matte, config, split, background)
     occluder = torch.zeros_like(foreground)
     if rng.random() < config.occluder_probability:
         covering = _covering(rng, split, foreground[3].numpy())
         if covering.any():
-            occluder = _thing(rng, covering, split, over(foreground, background), opaque=True)
+            behind = over(foreground, background)
+            occluder = _thing(rng, covering, config, split, behind, opaque=True)
     return Scene(background, foreground, occluder)
 
 
-def _thing(rng: np.random.Generator, matte: Matte, split: str, behind: Tensor, opaque: bool = False) -> Tensor:
+def _thing(
+    rng: np.random.Generator, matte: Matte, config: SceneConfig, split: str, behind: Tensor, opaque: bool = False
+) -> Tensor:
     """Make a thing (4, H, W) of a shape, over a picture `behind` it: mostly opaque, else soft or half-transparent."""
     edge = (maximum_filter(matte, 9) > 0.5) & (matte < 0.5)
     surroundings = behind.permute(1, 2, 0).numpy()[edge] / 2 + 0.5
-    rgb = _lit(material(rng, len(matte), split, surroundings), matte, rng)
+    share = config.many_coloured_probability if split == "train" else 0.0
+    surface = many_coloured if share and rng.random() < share else material
+    rgb = _lit(surface(rng, len(matte), split, surroundings), matte, rng)
     kind = rng.random()
     if kind < 0.15 and not opaque:
         return _layer(rgb, _blurred(matte, rng.uniform(0.006, 0.025) * len(matte)))

@@ -104,6 +104,16 @@ def material(rng: np.random.Generator, size: int, split: str, surroundings: NDAr
     return np.asarray(np.clip(colour + shades[..., None], 0, 1), np.float32)
 
 
+def many_coloured(rng: np.random.Generator, size: int, split: str, surroundings: NDArray[np.float32]) -> Picture:
+    """Make what a thing of many colours is made of (size, size, 3): a crop of a photograph, its channels shuffled.
+
+    Of four crops it is the one least like its surroundings, colours (N, 3) in [0, 1].
+    """
+    crops = [photograph_crop(rng, size, split)[..., rng.permutation(3)] for _ in range(4)]
+    distances = [np.linalg.norm(crop.mean((0, 1)) - surroundings, axis=-1).mean() for crop in crops]
+    return crops[int(np.argmax(distances))]
+
+
 def _field(rng: np.random.Generator, size: int, split: str) -> Field:
     fields = _FIELDS[split]
     return fields[rng.integers(len(fields))](rng, size)
