@@ -76,7 +76,8 @@ class DecomposerJob(FlowJob):
 
     def on_validation_epoch_end(self) -> None:
         figures = {name: value for name, value in self.metrics.compute().items() if not torch.isnan(value)}
-        self.log_dict({f"validation/{name}": value for name, value in figures.items()})
+        # every rank has the same figures already: `sync_dist` keeps Lightning from warning that they might not
+        self.log_dict({f"validation/{name}": value for name, value in figures.items()}, sync_dist=True)
         self.metrics.reset()
 
     def finish(self, run_dir: Path) -> None:
