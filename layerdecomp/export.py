@@ -136,7 +136,7 @@ def _write_merged(parcel: Outgoing) -> list[Path]:
             return trained[name]
         layer, _, kind = name.rpartition(".")
         changed = kind == "weight" and layer in changes
-        return read(name).float() + changes[layer].weight if changed else read(name).float()
+        return read[name]().float() + changes[layer].weight if changed else read[name]().float()
 
     like, give = _in_dtype(model.state_dict(), merged, parcel.dtype or "bfloat16")
     write_tensors(parcel.out, like, give, facts)

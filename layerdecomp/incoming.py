@@ -162,7 +162,7 @@ def frozen_input(config: DecomposerConfig) -> tuple[MMDiT, Tensors]:
     path = config.weights.transformer
     model, layout = empty_mmdit(path)
     read = open_state(model, path, layout=layout)
-    return model, {f"{INPUT}.{kind}": read(f"{INPUT}.{kind}").float() for kind in ("weight", "bias")}
+    return model, {f"{INPUT}.{kind}": read[f"{INPUT}.{kind}"]().float() for kind in ("weight", "bias")}
 
 
 def extras_beside(path: Path) -> Path:

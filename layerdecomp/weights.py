@@ -5,6 +5,8 @@ Every name and shape must fit; what does not is listed in one `InputError`. Noth
 
 import hashlib
 import json
+import math
+import mmap
 import os
 import shutil
 import struct
@@ -79,15 +81,22 @@ def _why_unreadable(path: Path) -> str:
     if size < 8:
         return f"only {size} bytes long, not a safetensors file"
     try:
-        with path.open("rb") as file:
-            (header_size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(header_size, 100_000_000)))
-        end = 8 + header_size + max(entry["data_offsets"][1] for name, entry in header.items() if name[0] != "_")
+        entries, start = _read_header(path)
+        end = start + max(entry["data_offsets"][1] for entry in entries.values())
     except OSError:
         return "cannot be opened"
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         return f"not a safetensors file, or its header is cut off ({size:,} bytes)"
     return f"truncated: {size:,} bytes found, {end:,} expected" if size < end else "damaged"
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors, by name, and where their bytes begin."""
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        entries = json.loads(file.read(min(size, 100_000_000)))
+    entries.pop("__metadata__", None)
+    return entries, 8 + size
 
 
 @cache
@@ -166,6 +175,7 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+TYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Metadata) -> bytes:
@@ -233,30 +243,78 @@ class TensorFile:
     """
 
     def __init__(self, path: str | Path, device: str = "cpu") -> None:
-        self._files: dict[str, Any] = {}
-        for part in weight_files(Path(path)):
-            file = open_safetensors(part, device, backend="pread")
-            self._files |= {name: file for name in file.keys()}  # noqa: SIM118
-        slices = {name: file.get_slice(name) for name, file in self._files.items()}
-        self.dtypes: dict[str, str] = {name: piece.get_dtype() for name, piece in slices.items()}
-        self.in_fp8 = any(dtype in FP8 for dtype in self.dtypes.values())
+        self.places: dict[str, Place] = {}
+        for number, file in enumerate(weight_files(Path(path))):
+            self.places |= _places(file, number)
+        self._device = device
+        self.in_fp8 = any(place.dtype in FP8 for place in self.places.values())
         self.shapes = {
-            name: tuple(piece.get_shape())
-            for name, piece in slices.items()
+            name: place.shape
+            for name, place in self.places.items()
             if not (self.in_fp8 and name.endswith(FP8_COMPANIONS))
         }
 
     def read(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[name].get_tensor(name)
+        tensor = self.places[name].read().to(self._device)
         if not tensor.dtype.is_floating_point or tensor.element_size() > 1:
             return tensor
         tensor, stem = tensor.float(), name.removesuffix("weight")
-        for scale in (f"{stem}{kind}" for kind in FP8_SCALES if f"{stem}{kind}" in self._files):
-            factors = self._files[scale].get_tensor(scale).float()  # one, or one per row
+        for scale in (f"{stem}{kind}" for kind in FP8_SCALES if f"{stem}{kind}" in self.places):
+            factors = self.places[scale].read().to(self._device).float()  # one, or one per row
             tensor *= factors.view(-1, *[1] * (tensor.dim() - 1)) if factors.numel() > 1 else factors.view(())
         return tensor
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor's bytes lie."""
+
+    number: int  # of the file, among several
+    start: int
+    path: Path
+    dtype: str
+    shape: Shape
+
+    def read(self) -> Tensor:
+        """The tensor, on the CPU; `InputError` if the file has become shorter, or holds what torch has no type for."""
+        if self.dtype not in TYPES:
+            raise InputError(f"{self.path}: tensors of {self.dtype} are not read; expected {', '.join(TYPES)}")
+        tensor = empty(self.shape, TYPES[self.dtype])
+        left = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            while left:  # one call gives 2 GiB at most
+                if not (count := file.readinto(left)):
+                    raise InputError(f"{self.path}: {_why_unreadable(self.path)}; download or export it again")
+                left = left[count:]
+        return tensor
+
+
+def _places(path: Path, number: int) -> dict[str, Place]:
+    """Where the tensors of a file lie, once safetensors has found it sound."""
+    with open_safetensors(path):
+        entries, start = _read_header(path)
+    return {
+        name: Place(number, start + entry["data_offsets"][0], path, entry["dtype"], tuple(entry["shape"]))
+        for name, entry in entries.items()
+    }
+
+
+def empty(shape: Shape, dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor on the CPU, in huge pages where there are any.
+
+    A page fault for every 4 KiB of a model takes longer than reading it does.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # of a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+HUGE = 1 << 21  # bytes of a huge page
 FP8 = ("F8_E4M3", "F8_E5M2")
 FP8_SCALES = ("scale_weight", "weight_scale")  # beside a weight, as ComfyUI names them
 FP8_COMPANIONS = (*FP8_SCALES, "scale_input", "input_scale", "scaled_fp8", "comfy_quant")
@@ -293,8 +351,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def open_state(
     module: nn.Module, path: str | Path, device: str = "cpu", layout: Layout = published
-) -> Callable[[str], Tensor]:
-    """A function that reads a tensor of `module`, by its name there, from files that hold exactly its tensors.
+) -> dict[str, Callable[[], Tensor]]:
+    """Functions that read a tensor of `module` each, by its name there, from files that hold exactly its tensors.
+
+    They are in the order in which the tensors lie in the files.
 
     Args:
         module: may be on the meta device.
@@ -306,8 +366,17 @@ def open_state(
     expected = {part: shape for source in sources.values() for part, shape in source.shapes.items()}
     shown = f"{path} (in fp8)" if file.in_fp8 else path
     check_keys(shown, file.shapes, expected, f"this {type(module).__name__}")
-    _check_floating(path, {name: file.dtypes[name] for name in file.shapes})
-    return lambda name: sources[name].join([file.read(part) for part in sources[name].shapes], shapes[name])
+    _check_floating(path, {name: file.places[name].dtype for name in file.shapes})
+
+    def reader(name: str) -> Callable[[], Tensor]:
+        source = sources[name]
+        return lambda: source.join([file.read(part) for part in source.shapes], shapes[name])
+
+    def place(name: str) -> tuple[int, int]:
+        first = file.places[next(iter(sources[name].shapes))]
+        return first.number, first.start
+
+    return {name: reader(name) for name in sorted(sources, key=place)}
 
 
 def load_state(
@@ -318,9 +387,15 @@ def load_state(
     layout: Layout = published,
 ) -> None:
     """Materialises `module`, built on the meta device, tensor by tensor; see `open_state`."""
-    read = open_state(module, path, device, layout)
-    state = {name: read(name).to(dtype or torch.float32) for name in module.state_dict()}
+    dtype = dtype or torch.float32
+    state = {name: _in_dtype(read(), dtype) for name, read in open_state(module, path, device, layout).items()}
     module.load_state_dict(state, assign=True)
+
+
+def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.device.type != "cpu" or tensor.dtype == dtype:
+        return tensor.to(dtype)
+    return empty(tuple(tensor.shape), dtype).copy_(tensor)
 
 
 def config_from(kind: type[ConfigT], text: str | None, where: str) -> ConfigT:
