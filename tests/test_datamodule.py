@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,3 +97,22 @@ def test_workers_do_not_hear_what_stops_a_training() -> None:
         for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             os.kill(worker.pid, name)
     assert positions + [batch["position"] for batch in batches] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+LEFT_BEHIND = """
+from types import SimpleNamespace
+from layerdecomp.data.datamodule import DataConfig, SampleData
+from layerdecomp.data.scenes import SceneConfig
+data = SampleData(DataConfig(workers=1, scenes=SceneConfig(size=32)), seed=3, steps=400, batch_size=2, with_cues=False)
+data.trainer = SimpleNamespace(global_step=0, global_rank=0, world_size=1, accumulate_grad_batches=1)
+batches = iter(data.train_dataloader())
+next(batches)
+print(batches._workers[0].pid)
+"""
+
+
+def test_a_worker_that_is_left_behind_does_not_keep_the_process_from_its_end() -> None:
+    ended = subprocess.run([sys.executable, "-c", LEFT_BEHIND], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(ended.stdout), 0)

@@ -15,7 +15,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -74,19 +73,20 @@ def live(settings: list[str], moment: str, when: float) -> None:
     train(load_config(TINY, settings))
 
 
-def run_life(settings: list[str], moment: str = "", when: float = 0.0) -> int | None:
+def run_life(settings: list[str], moment: str = "", when: float = 0.0) -> int:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["layerdecomp.training.runs"])
     process = context.Process(target=live, args=(settings, moment, when))
     process.start()
-    if moment == "start":
-        process.join(when)
+    try:
+        if moment == "start":
+            process.join(when)
+            process.kill()
+        process.join(60)
+        assert process.exitcode is not None, "a life does not end"
+        return process.exitcode
+    finally:
         process.kill()
-    process.join(60)
-    if process.exitcode is None:
-        process.kill()
-        pytest.fail("a life does not end")
-    return process.exitcode
 
 
 def test_kills_lose_nothing(tmp_path: Path, tiny_overrides: list[str]) -> None:

@@ -1,5 +1,7 @@
 """Batches for training and validation, each a pure function of the seed and the step."""
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -166,3 +168,16 @@ def leave_signals_to_parent(worker: int) -> None:
     """What asks a training to stop reaches its workers too, which the last step may still need."""
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers() -> None:
+    """Ends the workers that an error has left behind.
+
+    At its end, Python asks them to end by SIGTERM, which they ignore, and waits for them for ever.
+    """
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise that a worker was killed
+    for worker in workers:
+        worker.kill()
