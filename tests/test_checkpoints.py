@@ -301,14 +301,24 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert same(result(run("tiny", *settings), "tiny"), result(straight, "tiny"))
 
 
+@pytest.mark.parametrize(("validation", "saved"), [(0, None), (1, 2)])
 def test_a_signal_during_validation_is_heeded_at_once(
-    tmp_path: Path, jobs: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, jobs: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, validation: int, saved: int | None
 ) -> None:
     settings = [*jobs["tiny"], "train.validate_every=2", "train.checkpoint_every=9", f"run_dir={tmp_path}/run"]
-    monkeypatch.setattr(Job, "on_validation_start", lambda self: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(SystemExit):
+    begun: list[int] = []
+
+    def begin(job: Job) -> None:
+        begun.append(job.global_step)
+        if len(begun) == validation + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Job, "on_validation_start", begin)
+    with pytest.raises(SystemExit) as stopped:
         run("tiny", *settings)
-    assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 2
+    assert stopped.value.code == 128 + signal.SIGTERM and begun == [0, 2][: validation + 1]
+    newest = newest_checkpoint(tmp_path / "run")
+    assert (newest and read_checkpoint(newest)["global_step"]) == saved
 
 
 # Two processes
@@ -360,3 +370,23 @@ def test_two_processes_go_on_bit_for_bit_when_one_was_killed(tmp_path: Path, job
         "tiny", *settings, "train.devices=1", "train.batch_size=4", "train.accumulate=1", f"run_dir={tmp_path}/moved"
     )
     assert curve(alone)[4] == pytest.approx(curve(tmp_path / "straight")[4], rel=1e-4)
+
+
+def _train_on_slurm(rank: int, port: int, settings: list[str], seen_at: int) -> None:
+    """A task of a SLURM job, as far as its environment goes, of which the second alone sees SLURM's signal."""
+    torch.set_num_threads(1)
+    job = {"JOB_ID": "7", "JOB_NAME": "train", "NNODES": "1", "NODEID": "0", "NTASKS": "2", "NTASKS_PER_NODE": "2"}
+    task = {**job, "PROCID": str(rank), "LOCALID": str(rank)}
+    os.environ.update({f"SLURM_{name}": value for name, value in task.items()})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PATH": ""})  # no scontrol
+    if rank == 1:
+        cut_off(pytest.MonkeyPatch(), seen_at, 0, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    run("tiny", *settings)
+
+
+def test_the_tasks_of_a_slurm_job_stop_after_the_same_step(tmp_path: Path, jobs: dict[str, list[str]]) -> None:
+    settings = [*jobs["tiny"], "train.devices=2", "train.strategy=ddp", "train.batch_size=1", f"run_dir={tmp_path}/run"]
+    codes = _as_ranks(_train_on_slurm, [*settings, "train.checkpoint_every=9"], 2)
+    assert codes == [128 + signal.SIGUSR1, 0]
+    assert [path.name for path in tmp_path.rglob("*.ckpt")] == [LAST], "a checkpoint that is not ours"
+    assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 3

@@ -25,7 +25,7 @@ from layerdecomp.training.runs import train
 
 TINY = Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml"
 KILLS = int(os.environ.get("KILLS", "4"))
-LIMIT = 60 + 10 * KILLS  # seconds for all lives
+LIMIT = 120 + 20 * KILLS  # seconds for all lives
 # How many there are of each in about three checkpoints of the smallest run, or seconds.
 MOMENTS = {"renaming": 12, "training": 1.0, "writing": 1500, "start": 2.0}
 
@@ -111,8 +111,8 @@ def test_kills_lose_nothing(tmp_path: Path, tiny_overrides: list[str]) -> None:
     assert not (run_dir / DAMAGED).exists()
     assert run_life([*settings, f"run_dir={run_dir}"]) == 0
     assert run_life([*settings, f"run_dir={tmp_path}/straight"]) == 0
-    assert time.monotonic() - began < LIMIT
     one, other = (load_file(tmp_path / name / "adapter.safetensors") for name in ("straight", "killed"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     print(f"killed {killed}; steps reached {reached}; newest checkpoint {found}; {time.monotonic() - began:.0f} s")
     assert sum(killed.values()) >= KILLS // 2
+    assert time.monotonic() - began < LIMIT
