@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -254,26 +255,16 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
-def _fill_disk(folder: Path) -> None:
-    """In a process of its own: no file may grow beyond 10 kB."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-    try:
-        _save(folder, 2)
-    except RunError as error:
-        (folder / "said").write_text(str(error))
-
-
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     _save(tmp_path, 1)
-    process = multiprocessing.get_context("fork").Process(target=_fill_disk, args=(tmp_path,))
-    process.start()
-    process.join(30)
-    assert re.search(
-        r"step 2 could not be saved \(.*File too large.*free some space in", (tmp_path / "said").read_text()
-    )
-    assert {path.name for path in tmp_path.iterdir()} == {LAST, "said"}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # no file may grow beyond 10 kB
+    try:
+        with pytest.raises(RunError, match=r"step 2 could not be saved \(.*File too large.*free some space in"):
+            _save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == [LAST]
     assert read_checkpoint(tmp_path / LAST)["global_step"] == 1
 
 
@@ -310,30 +301,48 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert same(result(run("tiny", *settings), "tiny"), result(straight, "tiny"))
 
 
+@pytest.mark.parametrize(("validation", "saved"), [(0, None), (1, 2)])
 def test_a_signal_during_validation_is_heeded_at_once(
-    tmp_path: Path, jobs: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, jobs: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, validation: int, saved: int | None
 ) -> None:
     settings = [*jobs["tiny"], "train.validate_every=2", "train.checkpoint_every=9", f"run_dir={tmp_path}/run"]
-    monkeypatch.setattr(Job, "on_validation_start", lambda self: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(SystemExit):
+    begun: list[int] = []
+
+    def begin(job: Job) -> None:
+        begun.append(job.global_step)
+        if len(begun) == validation + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Job, "on_validation_start", begin)
+    with pytest.raises(SystemExit) as stopped:
         run("tiny", *settings)
-    assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 2
+    assert stopped.value.code == 128 + signal.SIGTERM and begun == [0, 2][: validation + 1]
+    newest = newest_checkpoint(tmp_path / "run")
+    assert (newest and read_checkpoint(newest)["global_step"]) == saved
 
 
 # Two processes
 
 
-def _ranks(target: Callable[..., None], *arguments: Any) -> list[Any]:
-    """Starts a function as the two ranks of a run, in processes that have imported everything already."""
+def _as_ranks(target: Callable[..., None], *arguments: Any) -> list[int | None]:
+    """The exit codes of a function as the two ranks of a run, in processes that have imported everything already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["layerdecomp.training.runs"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [context.Process(target=target, args=(rank, port, *arguments)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    return processes
+    try:
+        for process in processes:
+            process.start()
+        started = time.monotonic()
+        for process in processes:
+            process.join(60 - (time.monotonic() - started))
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
 
 
 def _train_as(rank: int, port: int, settings: list[str], kill_at: int | None) -> None:
@@ -349,13 +358,8 @@ def test_two_processes_go_on_bit_for_bit_when_one_was_killed(tmp_path: Path, job
     spread = ["train.devices=2", "train.strategy=ddp", "train.batch_size=1", "train.accumulate=2"]
     settings = [*jobs["tiny"], *spread, "train.checkpoint_every=2", "train.validate_every=4"]
     for name, kill_at in (("straight", None), ("resumed", 3), ("resumed", None)):
-        started = time.monotonic()
-        processes = _ranks(_train_as, [*settings, f"run_dir={tmp_path}/{name}"], kill_at)
-        for process in processes:
-            process.join(60)
-        codes = [process.exitcode for process in processes]
-        assert codes == [1, -signal.SIGKILL] if kill_at else codes == [0, 0]
-        assert time.monotonic() - started < 60
+        codes = _as_ranks(_train_as, [*settings, f"run_dir={tmp_path}/{name}"], kill_at)
+        assert codes == ([1, -signal.SIGKILL] if kill_at else [0, 0])
     assert same(result(tmp_path / "straight", "tiny"), result(tmp_path / "resumed", "tiny"))
     one = run("tiny", *jobs["tiny"], "train.batch_size=4", f"run_dir={tmp_path}/one")
     assert list(curve(one).values()) == pytest.approx(list(curve(tmp_path / "straight").values()), rel=1e-4)
@@ -366,3 +370,23 @@ def test_two_processes_go_on_bit_for_bit_when_one_was_killed(tmp_path: Path, job
         "tiny", *settings, "train.devices=1", "train.batch_size=4", "train.accumulate=1", f"run_dir={tmp_path}/moved"
     )
     assert curve(alone)[4] == pytest.approx(curve(tmp_path / "straight")[4], rel=1e-4)
+
+
+def _train_on_slurm(rank: int, port: int, settings: list[str], seen_at: int) -> None:
+    """A task of a SLURM job, as far as its environment goes, of which the second alone sees SLURM's signal."""
+    torch.set_num_threads(1)
+    job = {"JOB_ID": "7", "JOB_NAME": "train", "NNODES": "1", "NODEID": "0", "NTASKS": "2", "NTASKS_PER_NODE": "2"}
+    task = {**job, "PROCID": str(rank), "LOCALID": str(rank)}
+    os.environ.update({f"SLURM_{name}": value for name, value in task.items()})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PATH": ""})  # no scontrol
+    if rank == 1:
+        cut_off(pytest.MonkeyPatch(), seen_at, 0, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    run("tiny", *settings)
+
+
+def test_the_tasks_of_a_slurm_job_stop_after_the_same_step(tmp_path: Path, jobs: dict[str, list[str]]) -> None:
+    settings = [*jobs["tiny"], "train.devices=2", "train.strategy=ddp", "train.batch_size=1", f"run_dir={tmp_path}/run"]
+    codes = _as_ranks(_train_on_slurm, [*settings, "train.checkpoint_every=9"], 2)
+    assert codes == [128 + signal.SIGUSR1, 0]
+    assert [path.name for path in tmp_path.rglob("*.ckpt")] == [LAST], "a checkpoint that is not ours"
+    assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 3

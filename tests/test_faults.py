@@ -2,12 +2,14 @@
 
 import errno
 import math
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -323,19 +325,31 @@ def test_two_processes_end_together(
     assert expected in text and "Traceback" not in text, text[-3000:]
 
 
-def test_a_rank_ends_when_the_process_that_started_it_is_gone() -> None:
-    reading, writing = os.pipe()
-    starter = os.fork()
-    if not starter:
-        if not os.fork():  # the rank
-            sys.stderr = os.fdopen(writing, "w")
+def _start_a_rank(said: Connection) -> None:
+    if not os.fork():  # the rank
+        try:
+            os.dup2(said.fileno(), sys.stderr.fileno())
             end_with_parent(3)
             time.sleep(60)
-        time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGKILL)
-    os.close(writing)
-    os.waitpid(starter, 0)
-    with open(reading) as said:  # ends when the rank does
-        started = time.monotonic()
+        finally:
+            os._exit(0)
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_rank_ends_when_the_process_that_started_it_is_gone() -> None:
+    context = multiprocessing.get_context("forkserver")  # this process has threads
+    context.set_forkserver_preload(["layerdecomp.training.runs"])
+    reading, writing = context.Pipe(duplex=False)
+    starter = context.Process(target=_start_a_rank, args=(writing,))
+    starter.start()
+    writing.close()
+    try:
+        starter.join(120)
+        assert starter.exitcode == -signal.SIGKILL
+    finally:
+        starter.kill()
+    started = time.monotonic()
+    with open(os.dup(reading.fileno())) as said:  # ends when the rank does
         assert said.read() == "error: rank 3: the process that started it is gone; ending as well\n"
     assert time.monotonic() - started < 30

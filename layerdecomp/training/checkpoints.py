@@ -165,8 +165,14 @@ class Checkpoints(Checkpoint):
         self._signal: signal.Signals | None = None
         self._trainer: Trainer | None = None
 
+    def on_validation_start(self, trainer: Trainer, job: LightningModule) -> None:
+        self._listen(trainer)  # the first one is before training
+
     def on_train_start(self, trainer: Trainer, job: LightningModule) -> None:
-        self._signal, self._trainer = None, trainer
+        self._listen(trainer)
+
+    def _listen(self, trainer: Trainer) -> None:
+        self._trainer = trainer
         if threading.current_thread() is threading.main_thread():
             for name in STOPPING:  # after Lightning's own, which it takes back with them at the end
                 signal.signal(name, self._on_signal)
@@ -189,8 +195,9 @@ class Checkpoints(Checkpoint):
         due = stop or step == trainer.max_steps or step % self.every == 0 or step % self.validate_every == 0
         if due and self.sound():
             trainer.save_checkpoint(self.path, weights_only=False)  # the optimizer and loops as well
-        if stop:
-            raise StoppedError(self._signal or signal.SIGTERM, step)
+        if stop:  # the first rank, whose exit status counts, may not have heard it yet
+            heard = torch.tensor(self._signal or 0, device=trainer.strategy.root_device)
+            raise StoppedError(signal.Signals(int(trainer.strategy.reduce(heard, reduce_op="max"))), step)
 
 
 def loops_at(fresh: dict[str, Any], *, step: int, steps: int, batches: int, validates: bool) -> dict[str, Any]:

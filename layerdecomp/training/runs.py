@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning import Trainer
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -187,7 +188,8 @@ def build_trainer(config: RunConfig, run_dir: Path, job: Job) -> Trainer:
         log_every_n_steps=1,
         use_distributed_sampler=False,  # StepSampler shares the batches out
         logger=TensorBoardLogger(run_dir.parent, name=run_dir.name, version=""),
-        plugins=[CheckpointFiles()],
+        # On SLURM, Lightning would write a checkpoint of its own, prefer it to ours, and requeue the job.
+        plugins=[CheckpointFiles(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
         callbacks=[checkpoints, StepBar(refresh_rate=5), *([RunningAverage(train.ema)] if train.ema else [])],
         enable_model_summary=False,
     )
