@@ -22,6 +22,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from layerdecomp.errors import InputError
+from layerdecomp.files import write_whole
 from layerdecomp.metric_networks import Networks
 from layerdecomp.metrics.layers import METRICS, PER_IMAGE, STDERR_SUFFIX, per_image, set_features, summarize, sums
 from layerdecomp.predictions import LAYERS, Prediction, PredictionFolder, is_drawn, write_prediction
@@ -225,8 +226,8 @@ def _why_not(name: str, folder: PredictionFolder, with_truth: bool, missing: Map
 def write_figures(out: Path, evaluation: Evaluation, protocol: Mapping[str, Any]) -> str:
     """Writes metrics.json, per_image.csv and table.md into a folder, and returns the table."""
     table = format_table(evaluation.results)
-    write_atomically(out / "per_image.csv", format_csv(evaluation))
-    write_atomically(out / "table.md", table + "\n")
+    write_whole(out / "per_image.csv", format_csv(evaluation))
+    write_whole(out / "table.md", table + "\n")
     write_metrics(out / "metrics.json", evaluation.results, protocol, evaluation.reasons)
     return table
 
@@ -274,18 +275,7 @@ def write_metrics(
             row: {name: x if math.isfinite(x) else None for name, x in v.items()} for row, v in results.items()
         },
     }
-    write_atomically(Path(path), json.dumps(document, indent=2, allow_nan=False) + "\n")
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file beside its name, then rename it, so that it appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(Path(path), json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
 def format_table(results: Results) -> str:
@@ -313,7 +303,7 @@ def format_published(results: Results, published: Results) -> str:
 def fill(path: Path, name: str, content: str) -> None:
     """Replaces what stands between the lines ``<!-- name -->`` and ``<!-- /name -->`` of a Markdown file."""
     before, after = marked(path, name)
-    write_atomically(path, f"{before}\n{content}\n\n{after}")
+    write_whole(path, f"{before}\n{content}\n\n{after}")
 
 
 def marked(path: Path, name: str) -> tuple[str, str]:
