@@ -37,10 +37,11 @@ from layerdecomp.metrics.layers import METRICS
 from layerdecomp.models.mmdit import MMDiT
 from layerdecomp.predictions import PredictionFolder, describe
 from layerdecomp.report import case_grid, format_report
-from layerdecomp.weights import Adapter, file_sha256, load_mmdit, read_metadata
+from layerdecomp.weights import Adapter, file_sha256, load_mmdit, read_metadata, weight_files
 
 ROWS = ("adapted", "base", "classical", "matting", "maskless")
 WITH_MODEL = ("adapted", "base", "maskless")
+MASKLESS = "runs/tiny_inpainter_maskless/transformer.safetensors"  # which the Makefile trains, for the ablation as well
 SETTINGS = ".settings.json"  # of an evaluation that is not finished: what its layers are drawn by
 TestData = Samples | TestFolder
 
@@ -53,7 +54,7 @@ class EvaluateConfig:
     batch_size: int = 16
     seed: int = 1234  # of the scenes and of the noise
     rows: list[str] = field(default_factory=lambda: ["adapted", "base", "classical"])  # of ROWS
-    maskless: str | None = None  # weights of an image-to-image base, which takes no mask, for the row of that name
+    maskless: str | None = None  # of an image-to-image base, which takes no mask, for the row; null: MASKLESS
     objects: str = "drawn"  # of layered pictures: drawn as in training, or of the test split one or all of each picture
     stretch: bool = False  # whole pictures brought to the size, rather than a crop that holds the object
     measure: MeasureConfig = field(default_factory=MeasureConfig)
@@ -64,8 +65,6 @@ class EvaluateConfig:
         check_at_least(0, self, "evaluate.", "seed")
         if unknown := [row for row in self.rows if row not in ROWS]:
             raise InputError(f"evaluate.rows has {unknown[0]!r}; expected some of {', '.join(ROWS)}")
-        if "maskless" in self.rows and self.maskless is None:
-            raise InputError("evaluate.rows has maskless; name its weights with evaluate.maskless=FILE")
         if unknown := [name for figures in self.published.values() for name in figures if name not in METRICS]:
             raise InputError(f"evaluate.published has {unknown[0]!r}; expected some of {', '.join(METRICS)}")
         if self.objects not in OBJECTS:
@@ -99,8 +98,8 @@ def methods(models: Models | None, config: EvaluateConfig) -> dict[str, Method]:
     Raises:
         InputError: matting is asked for and its library is missing, or the weights of the maskless base are.
     """
-    if config.maskless is not None:
-        read_metadata(config.maskless)  # now, not when the other rows are drawn
+    if "maskless" in config.rows:
+        maskless_weights(config)  # now, not when all is trained
     found = {row: method for row, method in _plain_methods(config).items() if row in config.rows}
     if models is not None:
         found |= _model_methods(models, config)
@@ -142,11 +141,36 @@ def _model_methods(models: Models, config: EvaluateConfig) -> dict[str, Method]:
         "base": inpainting(models.base, decomposer.conditioning),
     }
     if "maskless" in config.rows:
-        assert config.maskless is not None
-        dtype = next(models.base.parameters()).dtype
-        maskless = load_mmdit(config.maskless, dtype=dtype, device=str(device))
-        found["maskless"] = inpainting(maskless, ConditioningConfig(mask=False))
+        found["maskless"] = inpainting(_load_maskless(config, models.base), ConditioningConfig(mask=False))
     return found
+
+
+def maskless_weights(config: EvaluateConfig) -> Path:
+    """The file of the maskless base; `InputError` if it is not there, or cannot be read."""
+    path = Path(config.maskless or MASKLESS)
+    if not path.exists():
+        raise InputError(
+            f"{path} does not exist, which the row maskless needs: `make {MASKLESS}` trains the tiny one, as `python "
+            "tools/train.py config=configs/tiny_inpainter.yaml conditioning.mask=false name=tiny_inpainter_maskless` "
+            "does; or name another with evaluate.maskless=FILE, or leave the row out of evaluate.rows"
+        )
+    for file in weight_files(path):
+        read_metadata(file)
+    return path
+
+
+def _load_maskless(config: EvaluateConfig, base: MMDiT) -> MMDiT:
+    """The maskless base, if it goes with the autoencoder and the prompt of the base that was adapted."""
+    path, weight = maskless_weights(config), next(base.parameters())
+    maskless = load_mmdit(path, dtype=weight.dtype, device=str(weight.device))
+    for name in ("in_channels", "out_channels", "context_in_dim", "vec_in_dim"):
+        found, expected = (getattr(model.config, name) for model in (maskless, base))
+        if found != expected:
+            raise InputError(
+                f"{path} has {name} {found}, the base that was adapted {expected}; the row maskless needs a base of "
+                "the same autoencoder and prompt: name it with evaluate.maskless=FILE"
+            )
+    return maskless
 
 
 def compare(
@@ -264,8 +288,8 @@ def drawn_by(models: Models | None, data: TestData, config: EvaluateConfig) -> d
     told = {**describe_data(data), "count": len(data), "seed": config.seed}
     if models is not None:
         told |= {**asdict(models.decomposer.sample), "weights": dict(models.files)}
-    if "maskless" in config.rows and config.maskless is not None:
-        told["maskless"] = file_sha256(Path(config.maskless))
+    if "maskless" in config.rows:
+        told["maskless"] = file_sha256(maskless_weights(config))
     return told | {"layers": "8-bit files", "versions": _versions(config.rows)}
 
 

@@ -57,15 +57,20 @@ class Share:
 
     rank: int = 0
     world: int = 1
+    group: Any = None  # of torch.distributed, in which they meet; None: its first
 
     @classmethod
     def join(cls) -> "Share":
-        """The share of a process that torchrun has started; all of it in any other."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        """The share of a process that torchrun or a training has started; all of it in any other."""
+        group: Any = None
+        patience = timedelta(days=7)  # some images take others' hours
+        if torch.distributed.is_initialized():  # by a training, which waits for minutes
+            group = torch.distributed.new_group(backend="gloo", timeout=patience)
+        elif int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # some images take others' hours
-        return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        else:
+            torch.distributed.init_process_group("gloo", timeout=patience)
+        return cls(torch.distributed.get_rank(), torch.distributed.get_world_size(), group)
 
     def positions(self, count: int) -> range:
         return range(self.rank, count, self.world)
@@ -73,14 +78,14 @@ class Share:
     def wait(self) -> None:
         """Until every process is here."""
         if self.world > 1:
-            torch.distributed.barrier()
+            torch.distributed.barrier(self.group)
 
     def gather(self, item: Any) -> list[Any]:
         """What every process passes; empty but in the first."""
         if self.world == 1:
             return [item]
         items: list[Any] | None = [None] * self.world if self.rank == 0 else None
-        torch.distributed.gather_object(item, items)
+        torch.distributed.gather_object(item, items, group=self.group)
         return items or []
 
 
@@ -169,11 +174,13 @@ def score(
     positions = share.positions(len(data))
     for position in tqdm(positions, desc="score", unit="image", disable=share.rank > 0):
         batch, found[position] = to_batch([data[position]], device), {}
+        true = set_features(batch["background"], batch, networks.measures)
         for row, folder in folders.items():
             layers = folder.read(names[position], batch["image"])
             background, foreground = (None if layer is None else layer.to(device) for layer in layers)
             values = per_image(background, foreground, batch, networks.measures)
-            features = set_features(background, batch, networks.measures)
+            predicted = set_features(background, batch, networks.measures)
+            features = torch.stack([predicted, true[: len(predicted)]], dim=1)
             found[position][row] = torch.stack(list(values.values())).cpu(), features.cpu()
     with_truth = "foreground" in data[0]
     shares = share.gather((found, [folder.resized for folder in folders.values()]))
