@@ -16,7 +16,8 @@ from pathlib import Path
 from layerdecomp.config import DecomposerJobConfig, changed_keys, load_config, merge_config, read_yaml
 from layerdecomp.decomposer import SHA256_KEYS
 from layerdecomp.errors import InputError
-from layerdecomp.evaluation import markdown_table, metric_title, metric_value, write_atomically
+from layerdecomp.evaluation import markdown_table, metric_title, metric_value
+from layerdecomp.files import write_whole
 from layerdecomp.metrics.layers import METRICS
 from layerdecomp.training.runs import build_job, train
 from layerdecomp.weights import read_metadata
@@ -182,10 +183,10 @@ def report(config: AblationConfig, runs: Sequence[Run], out: Path) -> str:
         "evaluation": documents[0]["protocol"],  # the same for all
     }
     document = {"protocol": protocol, "results": results, "summary": summary}
-    write_atomically(out / "results.json", json.dumps(document, indent=2, allow_nan=False) + "\n")
+    write_whole(out / "results.json", json.dumps(document, indent=2, allow_nan=False) + "\n")
     table = format_rows(config, results)
-    write_atomically(out / "table.md", table + "\n")
-    write_atomically(out / f"{out.name}.png", draw(config, {run.row: run.config for run in runs}, results))
+    write_whole(out / "table.md", table + "\n")
+    write_whole(out / f"{out.name}.png", draw(config, {run.row: run.config for run in runs}, results))
     return table
 
 

@@ -3,7 +3,7 @@
 import json
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -15,35 +15,33 @@ from torch import Tensor
 
 from layerdecomp import __version__
 from layerdecomp.baselines import base_foreground, classical, matted_foreground, matting_library
-from layerdecomp.conditioning import TOKEN_FACTOR, ConditioningConfig
+from layerdecomp.conditioning import ConditioningConfig
 from layerdecomp.data.datamodule import DataConfig, Samples, open_samples
 from layerdecomp.data.scenes import Scenes
 from layerdecomp.data.testset import OBJECTS, TestFolder, drawn_samples, export_samples, name_of, test_objects
-from layerdecomp.decomposer import Decomposer, DecomposerConfig, build_decomposer, inpaint, keep_pixels, latent_noise
+from layerdecomp.decomposer import Decomposer, DecomposerConfig, at_its_size, build_decomposer, inpaint, latent_noise
 from layerdecomp.errors import InputError, check_at_least
 from layerdecomp.evaluation import (
-    Batch,
     Evaluation,
     Method,
     Share,
     draw_layers,
     format_published,
     score,
-    write_atomically,
     write_figures,
 )
-from layerdecomp.imaging.compositing import from_autoencoder, to_autoencoder
-from layerdecomp.imaging.geometry import fitted_size, pad_to_multiple, resize, shrink_mask
+from layerdecomp.files import write_whole
 from layerdecomp.imaging.layers import write_picture
 from layerdecomp.metric_networks import MeasureConfig, Networks, open_networks
 from layerdecomp.metrics.layers import METRICS
 from layerdecomp.models.mmdit import MMDiT
-from layerdecomp.predictions import Prediction, PredictionFolder, describe
+from layerdecomp.predictions import PredictionFolder, describe
 from layerdecomp.report import case_grid, format_report
-from layerdecomp.weights import Adapter, file_sha256, load_mmdit, read_metadata
+from layerdecomp.weights import Adapter, file_sha256, load_mmdit, read_metadata, weight_files
 
 ROWS = ("adapted", "base", "classical", "matting", "maskless")
 WITH_MODEL = ("adapted", "base", "maskless")
+MASKLESS = "runs/tiny_inpainter_maskless/transformer.safetensors"  # which the Makefile trains, for the ablation as well
 SETTINGS = ".settings.json"  # of an evaluation that is not finished: what its layers are drawn by
 TestData = Samples | TestFolder
 
@@ -56,7 +54,7 @@ class EvaluateConfig:
     batch_size: int = 16
     seed: int = 1234  # of the scenes and of the noise
     rows: list[str] = field(default_factory=lambda: ["adapted", "base", "classical"])  # of ROWS
-    maskless: str | None = None  # weights of an image-to-image base, which takes no mask, for the row of that name
+    maskless: str | None = None  # of an image-to-image base, which takes no mask, for the row; null: MASKLESS
     objects: str = "drawn"  # of layered pictures: drawn as in training, or of the test split one or all of each picture
     stretch: bool = False  # whole pictures brought to the size, rather than a crop that holds the object
     measure: MeasureConfig = field(default_factory=MeasureConfig)
@@ -67,8 +65,6 @@ class EvaluateConfig:
         check_at_least(0, self, "evaluate.", "seed")
         if unknown := [row for row in self.rows if row not in ROWS]:
             raise InputError(f"evaluate.rows has {unknown[0]!r}; expected some of {', '.join(ROWS)}")
-        if "maskless" in self.rows and self.maskless is None:
-            raise InputError("evaluate.rows has maskless; name its weights with evaluate.maskless=FILE")
         if unknown := [name for figures in self.published.values() for name in figures if name not in METRICS]:
             raise InputError(f"evaluate.published has {unknown[0]!r}; expected some of {', '.join(METRICS)}")
         if self.objects not in OBJECTS:
@@ -102,8 +98,8 @@ def methods(models: Models | None, config: EvaluateConfig) -> dict[str, Method]:
     Raises:
         InputError: matting is asked for and its library is missing, or the weights of the maskless base are.
     """
-    if config.maskless is not None:
-        read_metadata(config.maskless)  # now, not when the other rows are drawn
+    if "maskless" in config.rows:
+        maskless_weights(config)  # now, not when all is trained
     found = {row: method for row, method in _plain_methods(config).items() if row in config.rows}
     if models is not None:
         found |= _model_methods(models, config)
@@ -123,55 +119,58 @@ def _model_methods(models: Models, config: EvaluateConfig) -> dict[str, Method]:
     decomposer = models.decomposer.eval()
     device = decomposer.prompt.vec.device
 
-    def noise(batch: Batch, layers: int) -> Tensor:
+    def noise(batch: Mapping[str, Tensor], layers: int) -> Tensor:
         return latent_noise(decomposer.autoencoder, batch["image"], config.seed, batch["index"].tolist(), layers)
 
     def inpainting(base: MMDiT, conditioning: ConditioningConfig) -> Method:
         base = base.to(device).eval()
 
-        def draw(batch: Batch) -> Prediction:
+        def draw(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
             parts = (base, decomposer.autoencoder, decomposer.prompt)
             settings = (conditioning, decomposer.flow, decomposer.sample)
             painted = inpaint(*parts, batch["image"], batch["mask"], noise(batch, layers=1)[:, 0], *settings)
             return painted, base_foreground(batch["image"], batch["mask"])
 
-        return Method(at_its_size(draw, decomposer))
+        return Method(lambda batch: at_its_size(draw, batch, decomposer.sample))
+
+    def decomposing(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return decomposer.draw(batch, noise(batch, layers=2 * decomposer.sample.ensemble))
 
     found = {
-        "adapted": Method(
-            at_its_size(lambda b: decomposer.draw(b, noise(b, layers=2 * decomposer.sample.ensemble)), decomposer)
-        )
+        "adapted": Method(lambda batch: at_its_size(decomposing, batch, decomposer.sample)),
+        "base": inpainting(models.base, decomposer.conditioning),
     }
-    found["base"] = inpainting(models.base, decomposer.conditioning)
     if "maskless" in config.rows:
-        assert config.maskless is not None
-        dtype = next(models.base.parameters()).dtype
-        maskless = load_mmdit(config.maskless, dtype=dtype, device=str(device))
-        found["maskless"] = inpainting(maskless, ConditioningConfig(mask=False))
+        found["maskless"] = inpainting(_load_maskless(config, models.base), ConditioningConfig(mask=False))
     return found
 
 
-def at_its_size(draw: Callable[[Batch], Prediction], decomposer: Decomposer) -> Callable[[Batch], Prediction]:
-    """Lets a model draw pictures of any size, as `Decomposer.decompose` does: shrunk to `sample.max_side`, padded.
+def maskless_weights(config: EvaluateConfig) -> Path:
+    """The file of the maskless base; `InputError` if it is not there, or cannot be read."""
+    path = Path(config.maskless or MASKLESS)
+    if not path.exists():
+        raise InputError(
+            f"{path} does not exist, which the row maskless needs: `make {MASKLESS}` trains the tiny one, as `python "
+            "tools/train.py config=configs/tiny_inpainter.yaml conditioning.mask=false name=tiny_inpainter_maskless` "
+            "does; or name another with evaluate.maskless=FILE, or leave the row out of evaluate.rows"
+        )
+    for file in weight_files(path):
+        read_metadata(file)
+    return path
 
-    The layers come back at the pictures' own size, outside the mask with their own pixels if `sample.keep_pixels`.
-    """
 
-    def drawn(batch: Batch) -> Prediction:
-        full = (batch["image"].shape[-2], batch["image"].shape[-1])
-        size = fitted_size(full, decomposer.sample.max_side)
-        pictures = {str(key): resize(batch[key], size) for key in ("image", "cues") if key in batch}
-        pictures |= {"mask": shrink_mask(batch["mask"], size)}
-        padded = {key: pad_to_multiple(value, TOKEN_FACTOR) for key, value in pictures.items()}
-        background, foreground = draw({**batch, **padded})
-        assert background is not None and foreground is not None
-        background = resize(background[..., : size[0], : size[1]], full).clamp(-1, 1)
-        foreground = foreground[..., : size[0], : size[1]]
-        if size != full:  # premultiplied, or the grey under alpha 0 would bleed into the edges
-            foreground = from_autoencoder(resize(to_autoencoder(foreground), full))
-        return keep_pixels(batch["image"], batch["mask"], background, decomposer.sample), foreground
-
-    return drawn
+def _load_maskless(config: EvaluateConfig, base: MMDiT) -> MMDiT:
+    """The maskless base, if it goes with the autoencoder and the prompt of the base that was adapted."""
+    path, weight = maskless_weights(config), next(base.parameters())
+    maskless = load_mmdit(path, dtype=weight.dtype, device=str(weight.device))
+    for name in ("in_channels", "out_channels", "context_in_dim", "vec_in_dim"):
+        found, expected = (getattr(model.config, name) for model in (maskless, base))
+        if found != expected:
+            raise InputError(
+                f"{path} has {name} {found}, the base that was adapted {expected}; the row maskless needs a base of "
+                "the same autoencoder and prompt: name it with evaluate.maskless=FILE"
+            )
+    return maskless
 
 
 def compare(
@@ -217,7 +216,7 @@ def compare(
     evaluation = score(folders, data, names, networks, device=device, share=share)
     if evaluation is not None:
         if config.published:
-            write_atomically(out / "published.md", format_published(evaluation.results, config.published) + "\n")
+            write_whole(out / "published.md", format_published(evaluation.results, config.published) + "\n")
         described = {row: found for row, folder in folders.items() if (found := describe(folder))}
         told = {**drawn, **measured_by(config.measure, networks), **({"predictions": described} if described else {})}
         _write(out, evaluation, folders, data, told)
@@ -256,7 +255,7 @@ def open_folder(out: Path, rows: Mapping[str, Method], told: Mapping[str, Any]) 
         if not settings.is_file() or settings.read_text() != content:
             for row in rows:
                 shutil.rmtree(out / "layers" / row, ignore_errors=True)
-            write_atomically(settings, content)
+            write_whole(settings, content)
     except OSError as error:
         raise InputError(f"{out} cannot be written ({error}); choose another folder") from error
 
@@ -268,7 +267,7 @@ def _write(
     data: TestData,
     told: Mapping[str, Any],
 ) -> None:
-    write_atomically(out / "report.html", format_report(evaluation, folders, data, told))
+    write_whole(out / "report.html", format_report(evaluation, folders, data, told))
     if (grid := case_grid(evaluation, folders, data)) is not None:
         write_picture(out / "samples" / "comparison.png", grid)
     table = write_figures(out, evaluation, told)  # last, since metrics.json says that all is there
@@ -289,8 +288,8 @@ def drawn_by(models: Models | None, data: TestData, config: EvaluateConfig) -> d
     told = {**describe_data(data), "count": len(data), "seed": config.seed}
     if models is not None:
         told |= {**asdict(models.decomposer.sample), "weights": dict(models.files)}
-    if "maskless" in config.rows and config.maskless is not None:
-        told["maskless"] = file_sha256(Path(config.maskless))
+    if "maskless" in config.rows:
+        told["maskless"] = file_sha256(maskless_weights(config))
     return told | {"layers": "8-bit files", "versions": _versions(config.rows)}
 
 

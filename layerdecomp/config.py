@@ -20,7 +20,7 @@ from layerdecomp.conditioning import ConditioningConfig
 from layerdecomp.data.datamodule import DataConfig
 from layerdecomp.decomposer import DecomposerConfig, SampleConfig, WeightFiles
 from layerdecomp.errors import InputError, check_at_least, check_probabilities
-from layerdecomp.evaluation import write_atomically
+from layerdecomp.files import write_whole
 from layerdecomp.flow import FlowConfig
 from layerdecomp.models.autoencoder import AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiTConfig
@@ -217,7 +217,7 @@ def merge_config(
 
 def save_config(path: Path, config: RunConfig) -> None:
     """Writes a config with every default spelled out."""
-    write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+    write_whole(path, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
 
 
 def changed_keys(config: RunConfig, path: Path) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The parts composed: a picture and a mask go in, a clean background and a whole foreground come out."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -295,20 +295,17 @@ class Decomposer(nn.Module):
             raise InputError(f"seed is {seed}; expected a number from 0 to 2^63 - 1")
         pixels = read_image(image)
         marked = read_mask(mask, pixels.shape[:2])
-        size = fitted_size(pixels.shape[:2], self.sample.max_side)
-        full = {"image": to_tensor(pixels), "mask": torch.from_numpy(marked).float()[None, None]}
-        batch = {"image": resize(full["image"], size), "mask": shrink_mask(full["mask"], size)}
-        batch |= self._cues(batch["image"], cues, depth)
+        batch = {"image": to_tensor(pixels), "mask": torch.from_numpy(marked).float()[None, None]}
+        batch |= self._cues(resize(batch["image"], fitted_size(pixels.shape[:2], self.sample.max_side)), cues, depth)
+
+        def draw(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+            rows, columns = (side // LATENT_FACTOR for side in batch["image"].shape[-2:])
+            shape = (1, 2 * self.sample.ensemble, self.autoencoder.config.z_channels, rows, columns)
+            noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            return self.draw(batch, noise.to(batch["image"].device), steps)
+
         device = self.prompt.vec.device
-        padded = {k: v if k == "cues_present" else pad_to_multiple(v, TOKEN_FACTOR) for k, v in batch.items()}
-        rows, columns = (side // LATENT_FACTOR for side in padded["image"].shape[-2:])
-        shape = (1, 2 * self.sample.ensemble, self.autoencoder.config.z_channels, rows, columns)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        drawn = self.draw({name: value.to(device) for name, value in padded.items()}, noise.to(device), steps)
-        background, foreground = (layer[..., : size[0], : size[1]].cpu() for layer in drawn)
-        # premultiplied, or the grey under alpha 0 would bleed into the edges
-        foreground = from_autoencoder(resize(to_autoencoder(foreground), pixels.shape[:2]))
-        background = keep_pixels(full["image"], full["mask"], resize(background, pixels.shape[:2]), self.sample)
+        background, foreground = at_its_size(draw, {k: v.to(device) for k, v in batch.items()}, self.sample)
         rgba = torch.cat([foreground[:, :3], 2 * foreground[:, 3:] - 1], dim=1)
         return Layers(pixels, marked, to_pixels(background[0]), to_pixels(rgba[0]))
 
@@ -525,6 +522,31 @@ def inpaint(
         x = euler(lambda x, t: predict_velocity(transformer, prompt, x, told, t, sample.guidance), x, timesteps)
         painted = autoencoder.decode(unpack(x, *noise.shape[-2:]))
     return painted.float().clamp(-1, 1)
+
+
+def at_its_size(
+    draw: Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor]], batch: Mapping[str, Tensor], sample: SampleConfig
+) -> tuple[Tensor, Tensor]:
+    """What a model draws of pictures of any size: shrunk to `sample.max_side`, padded to whole tokens, brought back.
+
+    Args:
+        draw: from such a batch to a background and a straight foreground of its pictures' size.
+        batch: image (B, 3, H, W), mask (B, 1, H, W) and, of any size, cues (B, M, 3, h, w); the rest goes to `draw`.
+
+    Returns:
+        background (B, 3, H, W) in [-1, 1], with the image's own pixels as `keep_pixels` says, and foreground
+        (B, 4, H, W).
+    """
+    image, mask = batch["image"], batch["mask"]
+    full = (image.shape[-2], image.shape[-1])
+    size = fitted_size(full, sample.max_side)
+    pictures = {name: resize(batch[name], size) for name in ("image", "cues") if name in batch}
+    pictures["mask"] = shrink_mask(mask, size)
+    padded = {name: pad_to_multiple(picture, TOKEN_FACTOR) for name, picture in pictures.items()}
+    background, foreground = (layer[..., : size[0], : size[1]] for layer in draw({**batch, **padded}))
+    if size != full:  # premultiplied, or the grey under alpha 0 would bleed into the edges
+        foreground = from_autoencoder(resize(to_autoencoder(foreground), full))
+    return keep_pixels(image, mask, resize(background, full).clamp(-1, 1), sample), foreground
 
 
 def keep_pixels(image: Tensor, mask: Tensor, painted: Tensor, sample: SampleConfig) -> Tensor:

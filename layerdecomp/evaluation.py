@@ -22,6 +22,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from layerdecomp.errors import InputError
+from layerdecomp.files import write_whole
 from layerdecomp.metric_networks import Networks
 from layerdecomp.metrics.layers import METRICS, PER_IMAGE, STDERR_SUFFIX, per_image, set_features, summarize, sums
 from layerdecomp.predictions import LAYERS, Prediction, PredictionFolder, is_drawn, write_prediction
@@ -56,15 +57,20 @@ class Share:
 
     rank: int = 0
     world: int = 1
+    group: Any = None  # of torch.distributed, in which they meet; None: its first
 
     @classmethod
     def join(cls) -> "Share":
-        """The share of a process that torchrun has started; all of it in any other."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        """The share of a process that torchrun or a training has started; all of it in any other."""
+        group: Any = None
+        patience = timedelta(days=7)  # some images take others' hours
+        if torch.distributed.is_initialized():  # by a training, which waits for minutes
+            group = torch.distributed.new_group(backend="gloo", timeout=patience)
+        elif int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # some images take others' hours
-        return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        else:
+            torch.distributed.init_process_group("gloo", timeout=patience)
+        return cls(torch.distributed.get_rank(), torch.distributed.get_world_size(), group)
 
     def positions(self, count: int) -> range:
         return range(self.rank, count, self.world)
@@ -72,14 +78,14 @@ class Share:
     def wait(self) -> None:
         """Until every process is here."""
         if self.world > 1:
-            torch.distributed.barrier()
+            torch.distributed.barrier(self.group)
 
     def gather(self, item: Any) -> list[Any]:
         """What every process passes; empty but in the first."""
         if self.world == 1:
             return [item]
         items: list[Any] | None = [None] * self.world if self.rank == 0 else None
-        torch.distributed.gather_object(item, items)
+        torch.distributed.gather_object(item, items, group=self.group)
         return items or []
 
 
@@ -168,11 +174,13 @@ def score(
     positions = share.positions(len(data))
     for position in tqdm(positions, desc="score", unit="image", disable=share.rank > 0):
         batch, found[position] = to_batch([data[position]], device), {}
+        true = set_features(batch["background"], batch, networks.measures)
         for row, folder in folders.items():
             layers = folder.read(names[position], batch["image"])
             background, foreground = (None if layer is None else layer.to(device) for layer in layers)
             values = per_image(background, foreground, batch, networks.measures)
-            features = set_features(background, batch, networks.measures)
+            predicted = set_features(background, batch, networks.measures)
+            features = torch.stack([predicted, true[: len(predicted)]], dim=1)
             found[position][row] = torch.stack(list(values.values())).cpu(), features.cpu()
     with_truth = "foreground" in data[0]
     shares = share.gather((found, [folder.resized for folder in folders.values()]))
@@ -225,8 +233,8 @@ def _why_not(name: str, folder: PredictionFolder, with_truth: bool, missing: Map
 def write_figures(out: Path, evaluation: Evaluation, protocol: Mapping[str, Any]) -> str:
     """Writes metrics.json, per_image.csv and table.md into a folder, and returns the table."""
     table = format_table(evaluation.results)
-    write_atomically(out / "per_image.csv", format_csv(evaluation))
-    write_atomically(out / "table.md", table + "\n")
+    write_whole(out / "per_image.csv", format_csv(evaluation))
+    write_whole(out / "table.md", table + "\n")
     write_metrics(out / "metrics.json", evaluation.results, protocol, evaluation.reasons)
     return table
 
@@ -274,18 +282,7 @@ def write_metrics(
             row: {name: x if math.isfinite(x) else None for name, x in v.items()} for row, v in results.items()
         },
     }
-    write_atomically(Path(path), json.dumps(document, indent=2, allow_nan=False) + "\n")
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file beside its name, then rename it, so that it appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(Path(path), json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
 def format_table(results: Results) -> str:
@@ -313,7 +310,7 @@ def format_published(results: Results, published: Results) -> str:
 def fill(path: Path, name: str, content: str) -> None:
     """Replaces what stands between the lines ``<!-- name -->`` and ``<!-- /name -->`` of a Markdown file."""
     before, after = marked(path, name)
-    write_atomically(path, f"{before}\n{content}\n\n{after}")
+    write_whole(path, f"{before}\n{content}\n\n{after}")
 
 
 def marked(path: Path, name: str) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from layerdecomp.adapters import INPUT, LAYOUTS, Tensors, peft_settings, take_changes
 from layerdecomp.decomposer import ADAPTER, REPOSITORY, DecomposerConfig
 from layerdecomp.errors import InputError
+from layerdecomp.files import written_whole
 from layerdecomp.incoming import extras_beside, frozen_input, read_adapters
 from layerdecomp.modelcard import model_card, notice
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
@@ -25,7 +26,6 @@ from layerdecomp.weights import (
     open_state,
     save_tensors,
     write_tensors,
-    written_whole,
 )
 
 
@@ -188,7 +188,6 @@ def _write_folder(parcel: Outgoing) -> list[Path]:
     model, _ = empty_mmdit(parcel.config.weights.transformer)
     licence = _licence(_is_flux(model), Path(parcel.config.weights.transformer))
     with written_whole(parcel.out) as partial:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         names = _copy_parts(parcel, partial)
         metadata = {**_metadata(parcel, "adapter"), "weights": json.dumps(names)}

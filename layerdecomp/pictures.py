@@ -14,7 +14,7 @@ from layerdecomp.metrics.region import dilate
 from layerdecomp.predictions import Prediction
 
 MAX_TILE = 256  # pixels; larger samples are reduced
-GAP, HEADER, GUTTER = 4, 30, 50  # pixels between tiles, above them for column names, left of them for row labels
+GAP, HEADER, GUTTER = 4, 30, 60  # pixels between tiles, above them for column names, left of them for row labels
 ERROR_GAIN = 4  # an error of a quarter of the range is as bright as it gets
 
 

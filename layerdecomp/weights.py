@@ -8,11 +8,10 @@ import json
 import math
 import mmap
 import os
-import shutil
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from layerdecomp import __version__
 from layerdecomp.errors import InputError
+from layerdecomp.files import written_whole
 from layerdecomp.layouts import (
     Layout,
     Shape,
@@ -132,22 +132,6 @@ def write_tensors(
             tensor = read(name).detach().cpu().contiguous()
             assert (tensor.dtype, tensor.shape) == (like[name].dtype, like[name].shape), name
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
-@contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
-    """Gives a name to write to, beside `path`, and renames that file or folder to `path` when it is complete."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(f"{path} could not be written ({error}); free some space or choose another place") from error
-    finally:
-        with suppress(OSError):  # the first error is the one to report
-            shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
 
 
 def date_of_writing(otherwise: str | None = None) -> str:

@@ -11,14 +11,15 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from layerdecomp.baselines import base_foreground, classical, matted_foreground
-from layerdecomp.comparison import EvaluateConfig, Models, compare, export, methods, row_names
+from layerdecomp.comparison import MASKLESS, EvaluateConfig, Models, compare, export, methods, row_names
 from layerdecomp.data.datamodule import DataConfig
 from layerdecomp.data.scenes import SceneConfig, Scenes
 from layerdecomp.data.testset import TestFolder
 from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError
 from layerdecomp.metric_networks import FILES, MeasureConfig
-from layerdecomp.weights import load_mmdit
+from layerdecomp.models.mmdit import MMDiT
+from layerdecomp.weights import load_mmdit, save_model
 
 SCENES = Scenes(SceneConfig(size=32), "test", 1234, 3)
 DATA = DataConfig(scenes=SceneConfig(size=32))
@@ -50,6 +51,13 @@ def test_rows_are_those_that_are_asked_for_in_their_order(models: Models, tiny_w
         assert torch.equal(drawn[row][1], base_foreground(image, mask))
     assert not torch.equal(drawn["base"][0], drawn["maskless"][0])
     assert not torch.equal(drawn["base"][0], drawn["adapted"][0])
+
+
+def test_a_maskless_base_of_another_track_is_refused(models: Models, tmp_path: Path) -> None:
+    path = tmp_path / "transformer.safetensors"
+    save_model(path, MMDiT(replace(models.base.config, context_in_dim=20)), {})
+    with pytest.raises(InputError, match=r"transformer.safetensors has context_in_dim 20, .* adapted \d+; .*maskless"):
+        methods(models, config(rows=["maskless"], maskless=str(path)))
 
 
 def test_pictures_of_any_size_come_back_at_their_own(models: Models) -> None:
@@ -207,14 +215,15 @@ def test_folders_are_told_apart() -> None:
 def test_settings_that_cannot_work(tmp_path: Path) -> None:
     for change, message in {
         ("rows", ("adpated",)): "evaluate.rows has 'adpated'; expected some of adapted, base",
-        ("rows", ("maskless",)): "evaluate.maskless=FILE",
         ("objects", "every"): "evaluate.objects is 'every'; expected one of drawn, one, all",
         ("samples", 0): "evaluate.samples is 0",
     }.items():
         with pytest.raises(InputError, match=message):
             EvaluateConfig(**{change[0]: list(change[1]) if isinstance(change[1], tuple) else change[1]})
-    with pytest.raises(InputError, match=r"absent.safetensors does not exist"):
-        methods(None, config(maskless="absent.safetensors"))
+    for absent in (None, "absent.safetensors"):
+        expected = f"{absent or MASKLESS} does not exist, .*make {MASKLESS}.*conditioning.mask=false"
+        with pytest.raises(InputError, match=expected):  # where there is no model to draw it with as well
+            methods(None, config(rows=["maskless"], maskless=absent))
     with pytest.raises(InputError, match="there is nothing to compare"):
         compare(None, SCENES, config(rows=[]), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -255,7 +255,7 @@ def test_metrics_json_is_written_atomically(tmp_path: Path, monkeypatch: pytest.
         raise OSError("disk full")
 
     monkeypatch.setattr(Path, "write_bytes", interrupted)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match=r"metrics.json could not be written \(disk full\)"):
         write_metrics(path, {"base": {"background/psnr": 1.0}}, {"count": 2})
     assert path.read_text() == before
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.json"]

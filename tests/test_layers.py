@@ -198,7 +198,7 @@ def test_the_preview_shows_input_background_foreground_and_both() -> None:
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
     for folder in (tmp_path / "taken", tmp_path / "taken" / "below"):
-        with pytest.raises(InputError, match="cannot be written .*choose another `out`"):
+        with pytest.raises(InputError, match="could not be written .*choose another place"):
             _layers().save(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the ground up; a file imports files that stand before it, and no others.
 ORDER = [
     # floor 0: tensors and pictures
-    *("__init__", "errors", "cli"),
+    *("__init__", "errors", "files", "cli"),
     *("models.__init__", "models.attention", "models.blocks", "models.mmdit", "models.lora"),
     *("models.context_fusion", "models.autoencoder", "models.depth"),
     *("conditioning", "flow", "sampling"),

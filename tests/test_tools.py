@@ -293,7 +293,7 @@ def test_benchmark_load_tells_rate_and_memory(tmp_path: Path, capsys: pytest.Cap
         ("stpes=3", "unknown argument stpes=3; expected adapter= image= mask="),
         ("format=xcf", "format=xcf: expected some of png, ora, psd"),
         ("transformer=absent", "absent does not exist"),
-        ("out=text.png", "text.png cannot be written"),
+        ("out=text.png", "text.png/background.png could not be written"),
     ],
 )
 def test_decompose(

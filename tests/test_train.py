@@ -190,7 +190,7 @@ def test_settings_that_cannot_work_leave_nothing_behind(tmp_path: Path, override
     for setting in (
         "train.precision=bf61",
         "weights.transformer=nowhere.safetensors",
-        "evaluate.maskless=nowhere.safetensors",
+        "evaluate.rows=[adapted,maskless]",
         "resume=nowhere.ckpt",
     ):
         with pytest.raises(InputError):
@@ -285,6 +285,11 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path: Path, override
     validated = [logged(path, "validation/background/psnr") for path in (one, tmp_path / "two")]
     assert sorted(validated[0]) == sorted(validated[1]) == [0, 3]
     assert validated[1][0] == pytest.approx(validated[0][0], rel=1e-6)
+    assert re.search(r"draw: 100%.* 2/2 ", done.stderr), "the first rank draws two of the three scenes"
+    found = [json.loads((path / "metrics.json").read_text()) for path in (one, tmp_path / "two")]
+    assert [document["protocol"]["count"] for document in found] == [3, 3]
+    for row, figures in found[0]["results"].items():
+        assert found[1]["results"][row]["background/psnr"] == pytest.approx(figures["background/psnr"], rel=1e-2), row
     adapters = [load_file(path / "adapter.safetensors") for path in (one, tmp_path / "two")]
     for name, tensor in adapters[0].items():
         torch.testing.assert_close(adapters[1][name], tensor, rtol=1e-2, atol=1e-4)

@@ -1,13 +1,10 @@
 """Cue maps, made once for every item of an index and left where training finds them (`loading.map_path`)."""
 
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,7 +16,7 @@ from layerdecomp.data.prepare import parallel
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.cues import CUES, edge_map, segmentation_map
 from layerdecomp.imaging.geometry import to_pixels, to_tensor
-from layerdecomp.imaging.layers import Pixels, read_image
+from layerdecomp.imaging.layers import Pixels, read_image, write_picture
 from layerdecomp.models.depth import DepthEstimator
 from layerdecomp.weights import load_depth
 
@@ -98,15 +95,4 @@ def _compute(cue: str, pixels: Pixels, estimator: DepthEstimator | None) -> Tens
 
 def _save(values: Tensor, path: Path) -> None:
     levels = to_pixels(values)
-    partial_path = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(levels[..., 0] if levels.shape[2] == 1 else levels).save(partial_path, "PNG")
-        os.replace(partial_path, path)
-    except OSError as error:
-        raise InputError(
-            f"{path} could not be written ({error}); free some space, or make its folder writable"
-        ) from error
-    finally:
-        with suppress(OSError):  # the first error is the one to report
-            partial_path.unlink(missing_ok=True)
+    write_picture(path, levels[..., 0] if levels.shape[2] == 1 else levels)

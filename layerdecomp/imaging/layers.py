@@ -1,9 +1,8 @@
 """What goes in and out of a decomposition: pictures and masks read from files, the two layers written to files."""
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from layerdecomp.errors import InputError
+from layerdecomp.files import written_whole
 from layerdecomp.imaging.layered import Raster, check_psd, write_ora, write_psd
 
 logger = logging.getLogger(__name__)
@@ -102,17 +102,9 @@ def _open(source: Picture) -> Image.Image:
 
 
 def write_picture(path: Path, pixels: Pixels) -> None:
-    """Writes a PNG beside its name, then renames it; `InputError` if it cannot be written."""
-    partial = path.with_name(f".{path.stem}.partial.png")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a picture, whole or not at all; `InputError` if it cannot be written."""
+    with written_whole(path) as partial:
         Image.fromarray(pixels).save(partial)
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error}); free some space or choose another `out`") from error
-    finally:
-        with suppress(OSError):  # the first error is the one to report
-            partial.unlink(missing_ok=True)
 
 
 def check_pixels(source: str | Path, picture: Image.Image) -> None:
@@ -142,22 +134,9 @@ class Layers:
         """
         check_formats(formats)
         folder = Path(folder)
-        writers = {name: write for format in formats for name, write in FORMATS[format].items()}
-        partials = {name: folder / f".partial.{name}" for name in writers}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, write in writers.items():
-                write(self, partials[name])
-            for name, partial in partials.items():
-                os.replace(partial, folder / name)
-        except OSError as error:
-            raise InputError(
-                f"{folder} cannot be written ({error}); free some space or choose another `out`"
-            ) from error
-        finally:
-            for partial in partials.values():
-                with suppress(OSError):  # the first error is the one to report
-                    partial.unlink(missing_ok=True)
+        with ExitStack() as files:  # all are written before one gets its name
+            for name, write in {name: write for format in formats for name, write in FORMATS[format].items()}.items():
+                write(self, files.enter_context(written_whole(folder / name)))
         return folder
 
     def recomposed(self) -> Pixels:

@@ -3,11 +3,12 @@
 Images are (B, 3, H, W) in [-1, 1]. Every function returns (B,) and holds NaN where an image does not define the metric.
 """
 
+import math
+
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
-from layerdecomp.metrics.region import mean_over
+from layerdecomp.metrics.region import mean_over, weighted
 
 DATA_RANGE = 2.0  # of images in [-1, 1]
 PSNR_CEILING = 100.0  # dB; an exact copy would be infinite, and so would every mean it enters
@@ -16,6 +17,7 @@ FLAT = 2 / 255  # root-mean-square difference of neighbours: one level of an 8-b
 
 _SSIM_SIGMA = 1.5
 _SSIM_RADIUS = 5  # the Gaussian is cut at 3.5 sigma
+_SSIM_C1, _SSIM_C2 = 0.01**2, 0.03**2  # of images in [0, 1]
 
 
 def psnr(prediction: Tensor, target: Tensor, region: Tensor | None = None) -> Tensor:
@@ -51,20 +53,22 @@ def ssim(prediction: Tensor, target: Tensor, region: Tensor | None = None) -> Te
         (B,) in [-1, 1]; NaN for an image whose region is empty.
     """
     assert min(target.shape[-2:]) > 2 * _SSIM_RADIUS, f"SSIM needs more than {2 * _SSIM_RADIUS} pixels a side"
-    with torch.autocast(target.device.type, enabled=False):  # bf16 convolutions would ruin the variances
-        _, similarity = structural_similarity_index_measure(
-            (prediction + 1) / 2,
-            (target + 1) / 2,
-            gaussian_kernel=True,
-            sigma=_SSIM_SIGMA,
-            data_range=1.0,
-            reduction="none",
-            return_full_image=True,
-        )
-    inside = slice(_SSIM_RADIUS, -_SSIM_RADIUS)
+    x, y = (prediction.float() + 1) / 2, (target.float() + 1) / 2
+    mean_x, mean_y, square_x, square_y, product = (_window_mean(z) for z in (x, y, x * x, y * y, x * y))
+    variances = square_x - mean_x.square() + square_y - mean_y.square()
+    contrast = (2 * (product - mean_x * mean_y) + _SSIM_C2) / (variances + _SSIM_C2)
+    similarity = contrast * (2 * mean_x * mean_y + _SSIM_C1) / (mean_x.square() + mean_y.square() + _SSIM_C1)
     if region is None:
         region = torch.ones_like(target[:, :1], dtype=torch.bool)
-    return mean_over(similarity[..., inside, inside], region[..., inside, inside])
+    inside = slice(_SSIM_RADIUS, -_SSIM_RADIUS)
+    return mean_over(similarity, region[..., inside, inside])
+
+
+def _window_mean(images: Tensor) -> Tensor:
+    """The Gaussian mean of every whole window: (B, 3, H, W) to (B, 3, H - 10, W - 10)."""
+    gaussian = [math.exp(-(x**2) / (2 * _SSIM_SIGMA**2)) for x in range(-_SSIM_RADIUS, _SSIM_RADIUS + 1)]
+    weights = [weight / sum(gaussian) for weight in gaussian]
+    return weighted(weighted(images, weights, dim=2), weights, dim=3)
 
 
 def sharpness(prediction: Tensor, target: Tensor, region: Tensor) -> Tensor:

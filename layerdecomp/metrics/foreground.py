@@ -12,7 +12,7 @@ from skimage.measure import label
 from torch import Tensor
 from torch.nn import functional as F
 
-from layerdecomp.metrics.region import dilate, mean_over
+from layerdecomp.metrics.region import dilate, mean_over, weighted
 
 OPAQUE = 0.5  # alpha above which a pixel belongs to an object
 VISIBLE = 0.05  # alpha, or change of alpha, that the eye would notice
@@ -64,13 +64,12 @@ def alpha_grad(prediction: Tensor, target: Tensor) -> Tensor:
 
 def _gradient_magnitude(alpha: Tensor) -> Tensor:
     """(B, 1, H, W) to (B, 1, H, W) float32."""
-    x = torch.arange(-_GRAD_RADIUS, _GRAD_RADIUS + 1, device=alpha.device)
+    x = torch.arange(-_GRAD_RADIUS, _GRAD_RADIUS + 1)
     gaussian = torch.exp(-x.square() / (2 * _GRAD_SIGMA**2))
-    across = torch.outer(gaussian, x * gaussian)  # the derivative's factors cancel in the norm
-    kernels = torch.stack([across, across.T])[:, None] / across.norm()  # (2, 1, 9, 9)
-    with torch.autocast(alpha.device.type, enabled=False):
-        padded = F.pad(alpha.float(), [_GRAD_RADIUS] * 4, mode="replicate")
-        return F.conv2d(padded, kernels).square().sum(dim=1, keepdim=True).sqrt()
+    smooth, slope = ((k / k.norm()).tolist() for k in (gaussian, x * gaussian))  # the factors cancel in the norm
+    padded = F.pad(alpha.float(), [_GRAD_RADIUS] * 4, mode="replicate")
+    derivatives = (weighted(weighted(padded, smooth, dim), slope, 5 - dim) for dim in (2, 3))
+    return torch.hypot(*derivatives)
 
 
 def alpha_conn(prediction: Tensor, target: Tensor) -> Tensor:

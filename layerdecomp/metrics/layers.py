@@ -142,23 +142,22 @@ def _recomposition(rgb: Tensor, rgba: Tensor, truth: Mapping[str, Tensor], measu
 
 
 @torch.no_grad()
-def set_features(prediction_background: Layer, batch: Mapping[str, Tensor], measures: Measures) -> Tensor:
-    """What the metrics of a whole set are made of: Inception's features of predicted and true backgrounds.
+def set_features(background: Layer, batch: Mapping[str, Tensor], measures: Measures) -> Tensor:
+    """What the metrics of a whole set compare: Inception's features of backgrounds, predicted or the batch's own.
 
     Returns:
-        (B, 2, 2048) float32; of no images, (0, 2, 2048), if the network or the prediction is missing.
+        (B, 2048) float32; of no images, (0, 2048), if the network or the background is missing.
     """
-    if measures.inception is None or prediction_background is None:
-        return torch.empty(0, 2, FEATURES, device=batch["image"].device)
-    rgb, _, truth = _brought_to(measures.resolution, prediction_background, None, batch)
+    if measures.inception is None or background is None:
+        return torch.empty(0, FEATURES, device=batch["image"].device)
+    rgb, _, truth = _brought_to(measures.resolution, background, None, batch)
     assert rgb is not None
     pasted = paste(rgb, truth["background"], select(measures.region, truth["mask"]))
-    network = measures.inception.to(rgb.device)
-    return torch.stack([inception_features(network, images) for images in (pasted, truth["background"])], dim=1)
+    return inception_features(measures.inception.to(rgb.device), pasted)
 
 
 def set_metrics(features: Tensor) -> dict[str, Tensor]:
-    """The metrics of a whole set, float64 scalars, from what ``set_features`` gives for all its images together."""
+    """The metrics of a whole set, float64 scalars, from ``set_features`` (N, 2, 2048) of predictions and truth."""
     predicted, true = features.unbind(1)
     return {
         "background/fid": frechet_distance(predicted, true),
@@ -220,7 +219,11 @@ def sums(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def summarize(total: Tensor, total_squared: Tensor, count: Tensor, features: Tensor) -> dict[str, Tensor]:
-    """Figures of a set from what ``sums`` (of PER_IMAGE) and ``set_features`` return, over any number of batches.
+    """Figures of a set from what ``sums`` (of PER_IMAGE) returns, over any number of batches, and its features.
+
+    Args:
+        total, total_squared, count: (names,) each.
+        features: as in ``set_metrics``.
 
     Returns:
         Scalars under each name of METRICS: the mean (NaN where count is 0), or the set's own; then the standard error
@@ -262,7 +265,9 @@ class LayerMetrics(Metric):
         self.total += total
         self.total_squared += total_squared
         self.count += count
-        self.features.append(set_features(prediction_background, batch, self.measures).flatten())
+        predicted = set_features(prediction_background, batch, self.measures)
+        true = set_features(batch["background"], batch, self.measures)
+        self.features.append(torch.stack([predicted, true[: len(predicted)]], dim=1).flatten())
 
     def compute(self) -> dict[str, Tensor]:
         """Figures as ``summarize`` names them; an image counts for the metrics it defines."""

@@ -1,5 +1,7 @@
 """Which pixels of an image count, means over them, and the growing of regions."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,6 +29,18 @@ def mean_over(values: Tensor, region: Tensor) -> Tensor:
     """
     inside = torch.where(region, values, 0).sum(dim=(1, 2, 3))
     return inside / (region.sum(dim=(1, 2, 3)) * values.shape[1])
+
+
+def weighted(values: Tensor, weights: Sequence[float], dim: int) -> Tensor:
+    """Weighted sums of neighbours along an axis, which loses ``len(weights) - 1`` entries: a correlation.
+
+    By additions, since what a convolution rounds to depends on the device (TF32) and on autocast.
+    """
+    length = values.shape[dim] - len(weights) + 1
+    total = torch.zeros_like(values.narrow(dim, 0, length))
+    for start, weight in enumerate(weights):
+        total.add_(values.narrow(dim, start, length), alpha=weight)
+    return total
 
 
 def dilate(region: Tensor, radius: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from layerdecomp.config import AutoencoderJobConfig
 from layerdecomp.data.datamodule import collate, open_samples
+from layerdecomp.evaluation import Share
 from layerdecomp.flow import seeded_normal
 from layerdecomp.imaging.compositing import from_autoencoder, on_checkerboard, to_autoencoder
 from layerdecomp.imaging.geometry import to_pixels
@@ -127,7 +128,9 @@ class AutoencoderJob(Job):
         if batch_idx == 0 and self.trainer.is_global_zero:
             self.show("validation/reconstruction", reconstruction_grid(decoded, pictures))
 
-    def finish(self, run_dir: Path) -> None:
+    def finish(self, run_dir: Path, share: Share) -> None:
+        if share.rank > 0:  # a few scenes, which one rank does as soon
+            return
         self.autoencoder.eval()
         if self.teacher is None:
             self.normalise_latents()

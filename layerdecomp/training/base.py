@@ -22,7 +22,7 @@ from torch.optim import AdamW, Optimizer
 from layerdecomp.config import RunConfig
 from layerdecomp.data.datamodule import Positions, collate, open_samples
 from layerdecomp.errors import InputError
-from layerdecomp.evaluation import write_metrics
+from layerdecomp.evaluation import Share, write_metrics
 from layerdecomp.training.checkpoints import loops_at
 from layerdecomp.training.faults import FaultCount, StepGuard, fitting_settings, poisoned
 from layerdecomp.training.muon import Muon
@@ -69,8 +69,12 @@ class Job(LightningModule):
         """The scalar to minimise, under "loss", and others worth a curve."""
 
     @abstractmethod
-    def finish(self, run_dir: Path) -> None:
-        """Writes what the run is for into its directory: weights, metrics, pictures. Called on one rank."""
+    def finish(self, run_dir: Path, share: Share) -> None:
+        """Writes what the run is for into its directory: weights, metrics, pictures. Called on every rank.
+
+        Args:
+            share: of the work that this rank may do; the first one writes.
+        """
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch with its tensors where the model is."""

@@ -12,6 +12,7 @@ from layerdecomp.comparison import Models, compare, methods
 from layerdecomp.config import DecomposerJobConfig
 from layerdecomp.data.datamodule import open_samples
 from layerdecomp.decomposer import build_decomposer
+from layerdecomp.evaluation import Share
 from layerdecomp.flow import flow_loss
 from layerdecomp.metric_networks import open_networks
 from layerdecomp.metrics.layers import LayerMetrics
@@ -80,16 +81,17 @@ class DecomposerJob(FlowJob):
         self.log_dict({f"validation/{name}": value for name, value in figures.items()}, sync_dist=True)
         self.metrics.reset()
 
-    def finish(self, run_dir: Path) -> None:
-        self._save_adapter(run_dir, {})
+    def finish(self, run_dir: Path, share: Share) -> None:
+        if share.rank == 0:
+            self._save_adapter(run_dir, {})
         dtype = next(self.decomposer.autoencoder.parameters()).dtype
         base = load_mmdit(self.run.weights.transformer, dtype=dtype, device=str(self.device))
         config = self.run.evaluate
         data = open_samples(self.run.data, "test", config.seed, config.samples)
         models = Models(self.decomposer, base, {path: file_sha256(Path(path)) for path in self.frozen_files})
-        evaluation = compare(models, data, config, run_dir, device=self.device)
-        assert evaluation is not None
-        self._save_adapter(run_dir, evaluation.results.get("adapted", {}))
+        evaluation = compare(models, data, config, run_dir, device=self.device, share=share)
+        if evaluation is not None:
+            self._save_adapter(run_dir, evaluation.results.get("adapted", {}))
 
     def _save_adapter(self, run_dir: Path, figures: Mapping[str, float]) -> None:
         metadata = {**self.run.to_metadata(), **self.provenance(figures)}

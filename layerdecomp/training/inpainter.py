@@ -10,6 +10,7 @@ from torch import Tensor
 from layerdecomp.conditioning import context, masked_images, pack
 from layerdecomp.config import InpainterJobConfig
 from layerdecomp.decomposer import Context, Prompt, inpaint, latent_noise, predict_velocity, token_ids
+from layerdecomp.evaluation import Share
 from layerdecomp.flow import flow_loss
 from layerdecomp.imaging.geometry import to_pixels
 from layerdecomp.metrics.background import psnr
@@ -75,7 +76,9 @@ class InpainterJob(FlowJob):
         if batch_idx == 0 and self.trainer.is_global_zero:
             self.show("validation/inpainting", inpainting_grid(filled, batch))
 
-    def finish(self, run_dir: Path) -> None:
+    def finish(self, run_dir: Path, share: Share) -> None:
+        if share.rank > 0:  # a few scenes, which one rank does as soon
+            return
         self.transformer.eval()
         batch = self.held_out()
         filled = self.fill(batch)

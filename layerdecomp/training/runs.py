@@ -25,6 +25,7 @@ from layerdecomp.config import (
 )
 from layerdecomp.data.datamodule import SampleData
 from layerdecomp.errors import InputError
+from layerdecomp.evaluation import Share
 from layerdecomp.training.autoencoder import AutoencoderJob
 from layerdecomp.training.average import RunningAverage
 from layerdecomp.training.base import Job, resolve_precision
@@ -75,10 +76,9 @@ def train(config: RunConfig) -> None:
         if checkpoint is None:
             trainer.validate(job, data, verbose=False)  # where training starts from
         trainer.fit(job, data, ckpt_path=checkpoint, weights_only=True)
-        if trainer.is_global_zero:
-            job.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
-            with averaged(trainer, job):
-                job.finish(run_dir)
+        job.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
+        with averaged(trainer, job):
+            job.finish(run_dir, Share.join() if trainer.world_size > 1 else Share())
 
 
 def averaged(trainer: Trainer, job: Job) -> AbstractContextManager[None]:
