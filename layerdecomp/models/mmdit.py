@@ -131,6 +131,14 @@ class MMDiT(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
+    def compile_blocks(self) -> None:
+        """Compiles the forward pass of every block, in place, so that no name changes.
+
+        All blocks of a kind share their code, which is compiled once for each kind, on its first use.
+        """
+        for block in (*self.double_blocks, *self.single_blocks):
+            block.compile()
+
     def embed_condition(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
         """Sum of the embeddings of time (B,), pooled text (B, vec_in_dim) and guidance (B,): (B, D)."""
         dtype = self.time_in.in_layer.weight.dtype
