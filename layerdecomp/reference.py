@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from layerdecomp.adapters import Change, to_diffusers
-from layerdecomp.benchmark import BenchmarkConfig, machine, random_transformer, stopwatch
+from layerdecomp.benchmark import BenchmarkConfig, flop_counter, machine, random_transformer, stopwatch
 from layerdecomp.conditioning import TOKEN_FACTOR, position_ids
 from layerdecomp.decomposer import mixed_precision
 from layerdecomp.errors import InputError
@@ -201,7 +200,7 @@ def _measured(
     both = partial(ours, inputs), partial(theirs, inputs)
     operations = []
     for run in both:  # which also warms up
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             run()
         operations.append(counter.get_total_flops())
         run()

@@ -131,13 +131,14 @@ class MMDiT(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
-    def compile_blocks(self) -> None:
-        """Compiles the forward pass of every block, in place, so that no name changes.
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compiles every block in place, on first use, so that no name changes.
 
-        All blocks of a kind share their code, which is compiled once for each kind, on its first use.
+        The blocks of a kind share what is compiled. The first size of picture has code of its own, from the second on
+        all share code for any size. LoRA may be merged afterwards.
         """
         for block in (*self.double_blocks, *self.single_blocks):
-            block.compile()
+            block.compile(backend=backend)
 
     def embed_condition(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
         """Sum of the embeddings of time (B,), pooled text (B, vec_in_dim) and guidance (B,): (B, D)."""

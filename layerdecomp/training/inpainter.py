@@ -30,6 +30,8 @@ class InpainterJob(FlowJob):
         self.transformer = MMDiT(config.model)
         self.transformer.init_weights()
         self.transformer.recompute = config.recompute
+        if config.compile:
+            self.transformer.compile_blocks()
         self.prompt = Prompt.load(config.weights.prompt, self.transformer)
 
     @property
