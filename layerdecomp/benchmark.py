@@ -289,7 +289,9 @@ def benchmark(config: BenchmarkConfig, device: str, dtype: torch.dtype) -> str:
         f"{transformer.depth_single_blocks} blocks of width {transformer.hidden_size}, LoRA rank {config.lora.rank}, "
         f"recompute {config.recompute}, {str(dtype).removeprefix('torch.')}"
     )
-    where = f"measured on {machine(device)}, largest product {limit / 1e12:.3g} TFLOP/s" if config.measure else "counted"
+    where = (
+        f"measured on {machine(device)}, largest product {limit / 1e12:.3g} TFLOP/s" if config.measure else "counted"
+    )
     encode = counts["encode image, mask, cues"]
     step = encode + counts["encode targets"] + counts[TRAINING]
     sample = encode + config.steps * counts["one sampling step"] + counts["decode"]
@@ -316,4 +318,8 @@ def _cells(operations: float, limit: float, measured: tuple[float, float] | None
 def machine(device: str) -> str:
     """What a device is called in a table."""
     place = torch.device(device)
-    return torch.cuda.get_device_name(place) if place.type == "cuda" else f"{torch.get_num_threads()} CPU thread{'s' * (torch.get_num_threads() > 1)}"
+    return (
+        torch.cuda.get_device_name(place)
+        if place.type == "cuda"
+        else f"{torch.get_num_threads()} CPU thread{'s' * (torch.get_num_threads() > 1)}"
+    )

@@ -73,7 +73,9 @@ def reference_transformer(ours: MMDiT, lora_scale: float) -> Any:
         import peft  # noqa: F401
         from diffusers import FluxTransformer2DModel
     except ImportError as error:
-        raise InputError(f"reference=diffusers: {error}; both come with the extra dev: pip install -e .[dev]") from error
+        raise InputError(
+            f"reference=diffusers: {error}; both come with the extra dev: pip install -e .[dev]"
+        ) from error
     config = ours.config
     with torch.device("meta"):
         theirs = FluxTransformer2DModel(
