@@ -7,7 +7,8 @@ what is left out (norms, gates, the optimizer) costs bandwidth, and shows in the
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -42,6 +43,8 @@ class BenchmarkConfig:
     recompute: int = 0
     repeats: int = 5  # medians are over these, after one that is not counted
     measure: bool = True  # False: counts alone, which take no memory
+    compile: bool = False  # the transformer's blocks
+    reference: str | None = None  # diffusers: its transformer and peft's LoRA are measured beside ours
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     fusion: ContextFusionConfig = field(default_factory=ContextFusionConfig)
 
@@ -52,6 +55,8 @@ class BenchmarkConfig:
             raise InputError(f"size is {self.size}; expected a positive multiple of 16")
         if not 0 < self.scale <= 1:
             raise InputError(f"scale is {self.scale}; expected more than 0 and at most 1")
+        if self.reference not in (None, "diffusers"):
+            raise InputError(f"reference is {self.reference!r}; expected diffusers, or null for none")
 
     @property
     def transformer(self) -> MMDiTConfig:
@@ -62,23 +67,39 @@ class BenchmarkConfig:
         return replace(full, hidden_size=width, num_heads=heads, depth=depths[0], depth_single_blocks=depths[1])
 
 
-def build(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> Decomposer:
-    """A decomposer with random weights, made where it will run: frozen parts in `dtype`, trained ones in float32."""
+@contextmanager
+def made_as(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Tensors are made on a device and in a precision: a float32 copy of the transformer would not fit beside it."""
     default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # a float32 copy of the transformer would not fit beside it
+    torch.set_default_dtype(dtype)
     try:
         with device:
-            transformer = MMDiT(config.transformer).requires_grad_(False)
-            rgb, rgba = (Autoencoder(AutoencoderConfig(in_channels=n)).requires_grad_(False) for n in (3, 4))
-            prompt = Prompt(
-                torch.randn(config.text_tokens, transformer.config.context_in_dim),
-                torch.randn(transformer.config.vec_in_dim),
-            )
+            yield
     finally:
         torch.set_default_dtype(default)
+
+
+def random_transformer(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> MMDiT:
+    """The adapted transformer with random weights: frozen parts in `dtype`, trained ones in float32."""
+    with made_as(device, dtype):
+        transformer = MMDiT(config.transformer).requires_grad_(False)
     inject_lora(transformer, config.lora)
     transformer.img_in.float().requires_grad_(True)
     transformer.recompute = config.recompute
+    return transformer
+
+
+def build(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> Decomposer:
+    """A decomposer with random weights, made where it will run."""
+    transformer = random_transformer(config, device, dtype)
+    if config.compile and device != META:
+        transformer.compile_blocks()
+    with made_as(device, dtype):
+        rgb, rgba = (Autoencoder(AutoencoderConfig(in_channels=n)).requires_grad_(False) for n in (3, 4))
+        prompt = Prompt(
+            torch.randn(config.text_tokens, transformer.config.context_in_dim),
+            torch.randn(transformer.config.vec_in_dim),
+        )
     fusion = None
     if config.fusion.enabled:
         heads = min(config.fusion.num_heads, transformer.config.num_heads)  # fewer in a scaled transformer
@@ -186,8 +207,17 @@ def _training(config: BenchmarkConfig) -> float:
     return _operations(Workload(config, META, torch.float32), Workload.train)
 
 
+def flop_counter() -> FlopCounterMode:
+    """Counts multiplications and additions, those of products that are added in place as well."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _added_in_place})
+
+
+def _added_in_place(out: Sequence[int], a: Sequence[int], b: Sequence[int], **kwargs: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
 def _operations(workload: Workload, piece: Callable[[Workload], None], of: Sequence[str] = ("",)) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         piece(workload)
     found: dict[Any, int] = counter.get_flop_counts().get("Global", {})
     return sum(n for operation, n in found.items() if any(part in str(operation) for part in of))
@@ -215,16 +245,21 @@ def measure(workload: Workload, device: torch.device) -> dict[str, tuple[float, 
     return measured
 
 
-def _seconds(function: Callable[[], Tensor | None], device: torch.device, repeats: int) -> list[float]:
-    def run() -> float:
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
+def stopwatch(function: Callable[[], Tensor | None], device: torch.device) -> float:
+    """Seconds that a call takes; on one CPU thread those of the processor, which others on the machine disturb less."""
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = clock()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock() - start
 
-    run()
-    return [run() for _ in range(repeats)]
+
+def _seconds(function: Callable[[], Tensor | None], device: torch.device, repeats: int) -> list[float]:
+    stopwatch(function, device)
+    return [stopwatch(function, device) for _ in range(repeats)]
 
 
 def _peak_memory(device: torch.device) -> float:
@@ -254,7 +289,9 @@ def benchmark(config: BenchmarkConfig, device: str, dtype: torch.dtype) -> str:
         f"{transformer.depth_single_blocks} blocks of width {transformer.hidden_size}, LoRA rank {config.lora.rank}, "
         f"recompute {config.recompute}, {str(dtype).removeprefix('torch.')}"
     )
-    where = f"measured on {_name(device)}, largest product {limit / 1e12:.3g} TFLOP/s" if config.measure else "counted"
+    where = (
+        f"measured on {machine(device)}, largest product {limit / 1e12:.3g} TFLOP/s" if config.measure else "counted"
+    )
     encode = counts["encode image, mask, cues"]
     step = encode + counts["encode targets"] + counts[TRAINING]
     sample = encode + config.steps * counts["one sampling step"] + counts["decode"]
@@ -278,6 +315,11 @@ def _cells(operations: float, limit: float, measured: tuple[float, float] | None
     return [f"{seconds:.3g}", f"{rate / 1e12:.3g}", f"{rate / limit:.0%}", f"{memory / 1e9:.3g}"]
 
 
-def _name(device: str) -> str:
+def machine(device: str) -> str:
+    """What a device is called in a table."""
     place = torch.device(device)
-    return torch.cuda.get_device_name(place) if place.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return (
+        torch.cuda.get_device_name(place)
+        if place.type == "cuda"
+        else f"{torch.get_num_threads()} CPU thread{'s' * (torch.get_num_threads() > 1)}"
+    )

@@ -35,6 +35,13 @@ def whole_number(arguments: dict[str, str], key: str) -> int:
         raise InputError(f"{key}={arguments[key]}: expected a whole number") from error
 
 
+def truth(arguments: dict[str, str], key: str) -> bool:
+    """The value of a tool's own argument that must be true or false."""
+    if arguments[key] not in ("true", "false"):
+        raise InputError(f"{key}={arguments[key]}: expected true or false")
+    return arguments[key] == "true"
+
+
 def device_name(arguments: dict[str, str]) -> str:
     """The value of `device=`, once it is known that tensors can be made there."""
     device = arguments["device"]

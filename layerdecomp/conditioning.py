@@ -40,7 +40,7 @@ def pack_mask(mask: Tensor) -> Tensor:
 def position_ids(height: int, width: int, layer: int = 0, device: torch.device | str | None = None) -> Tensor:
     """(layer, row, column) of every token of a layer with height x width tokens, row by row: (L, 3) in float32."""
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
-    layers = torch.tensor([layer], device=device)
+    layers = torch.full((1,), layer, device=device)
     return torch.cartesian_prod(layers, rows, columns).float()
 
 

@@ -107,6 +107,7 @@ class FlowJobConfig(RunConfig):
     sample: SampleConfig = field(default_factory=SampleConfig)
     weights: WeightFiles = field(default_factory=WeightFiles)
     recompute: int = 0  # every how many transformer blocks activations are computed again, to save memory; 0: none
+    compile: bool = False  # the transformer's blocks, which takes a minute or two at first; faster steps on a GPU
     latent_cache: str | None = None  # a folder: each of `data.samples` is encoded once; null: each time that it comes
 
     def __post_init__(self) -> None:
@@ -161,10 +162,10 @@ JOBS: dict[str, type[Any]] = {
     "autoencoder": AutoencoderJobConfig,
     "inpainter": InpainterJobConfig,
 }
-# What may change when a run is continued: none of it changes what is trained.
+# What may change when a run is continued: none of it changes what is trained (`compile` no more than rounding).
 RESUMABLE: frozenset[str] = frozenset(
     {
-        *("resume", "run_dir", "recompute", "data.workers", "data.validation", "data.max_faulty"),
+        *("resume", "run_dir", "recompute", "compile", "data.workers", "data.validation", "data.max_faulty"),
         *("train.checkpoint_every", "train.validate_every", "train.max_skipped", "train.strategy"),
     }
 )

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,7 @@ class Prompt(nn.Module):
         super().__init__()
         self.register_buffer("txt", txt, persistent=False)  # (T, context_in_dim)
         self.register_buffer("vec", vec, persistent=False)  # (vec_in_dim,)
+        self._inputs: dict[tuple[int, torch.dtype, torch.device], dict[str, Tensor]] = {}
 
     @classmethod
     def load(cls, path: str | None, transformer: MMDiT) -> "Prompt":
@@ -144,9 +146,14 @@ class Prompt(nn.Module):
             return cls(file.get_tensor("txt"), file.get_tensor("vec"))
 
     def inputs(self, batch: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The transformer's text arguments for a batch."""
-        txt = self.txt.to(dtype).expand(batch, -1, -1)
-        return {"txt": txt, "txt_ids": txt.new_zeros(txt.shape[1], 3), "y": self.vec.to(dtype).expand(batch, -1)}
+        """The transformer's text arguments for a batch, made once: the next of that kind gets the same tensors."""
+        kind = batch, dtype, self.txt.device
+        if kind not in self._inputs:
+            with torch.inference_mode(False):
+                txt, vec = self.txt.to(dtype), self.vec.to(dtype)
+                ids = txt.new_zeros(len(txt), 3)
+                self._inputs[kind] = {"txt": txt.expand(batch, -1, -1), "txt_ids": ids, "y": vec.expand(batch, -1)}
+        return self._inputs[kind]
 
 
 class Decomposer(nn.Module):
@@ -207,25 +214,25 @@ class Decomposer(nn.Module):
         pictures = torch.stack(masked_images(image, mask), dim=1)
         if self.context_fusion is not None:
             assert cues is not None
-            pictures = torch.cat([pictures, cues[:, self._used_cues]], dim=1)
+            pictures = torch.cat([pictures, self._used(cues)], dim=1)
         latents = self.autoencoder.encode(pictures.flatten(0, 1))  # all pictures of a batch at once
         return rearrange(latents, "(B M) C h w -> B M C h w", B=len(image))
 
-    @property
-    def _used_cues(self) -> list[int]:
+    def _used(self, cues: Tensor) -> Tensor:
+        """Of what there is of all `CUES` (B, len(CUES), ...), that of those which the fusion looks at."""
         assert self.context_fusion is not None
-        return [CUES.index(name) for name in self.context_fusion.config.cues]
+        # One by one: a GPU would wait for a list of numbers.
+        return torch.stack([cues[:, CUES.index(name)] for name in self.context_fusion.config.cues], dim=1)
 
     def condition(self, latents: Tensor, mask: Tensor, cues_present: Tensor | None = None) -> Context:
         """The context that `latents` from `encode_pictures` make; the other arguments as in `encode`."""
         told = contexts(latents[:, 0], latents[:, 1], mask, self.conditioning)
-        ids = torch.cat([token_ids(mask, layer) for layer in (0, 1)])
+        ids = token_ids(mask, 0, 1)
         if self.context_fusion is None:
             return Context(told, ids)
         assert cues_present is not None
         tokens = torch.stack([pack(cue) for cue in latents[:, 2:].unbind(1)], dim=1)  # (B, M, L, 64)
-        present = cues_present[:, self._used_cues]
-        return Context(told, ids, self.context_fusion(tokens, present, token_ids(mask, layer=0)))
+        return Context(told, ids, self.context_fusion(tokens, self._used(cues_present), token_ids(mask, 0)))
 
     def velocity(self, x: Tensor, context: Context, timesteps: Tensor, guidance: float | None = None) -> Tensor:
         """Velocity (B, 2L, 64) of both layers' tokens.
@@ -465,10 +472,16 @@ def mixed_precision(frozen: nn.Module) -> torch.autocast:
     return torch.autocast(place, torch.bfloat16, enabled=weight.dtype == torch.bfloat16)
 
 
-def token_ids(image: Tensor, layer: int) -> Tensor:
-    """Positions (L, 3) of the tokens of one layer of an image (B, C, H, W)."""
+def token_ids(image: Tensor, *layers: int) -> Tensor:
+    """Positions (layers * L, 3) of the tokens of some layers of an image (B, C, H, W): for a size, the same tensor."""
     rows, columns = (side // TOKEN_FACTOR for side in image.shape[-2:])
-    return position_ids(rows, columns, layer, device=image.device)
+    return _token_ids(rows, columns, layers, image.device)
+
+
+@lru_cache(maxsize=64)
+def _token_ids(rows: int, columns: int, layers: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.cat([position_ids(rows, columns, layer, device=device) for layer in layers])
 
 
 def latent_noise(autoencoder: Autoencoder, image: Tensor, seed: int, positions: Sequence[int], layers: int) -> Tensor:
@@ -518,7 +531,7 @@ def inpaint(
     x = pack(noise)
     timesteps = schedule(sample.steps, x.shape[1], flow).to(x)
     with mixed_precision(autoencoder):
-        told = Context(context(autoencoder.encode(hole), mask, conditioning.mask), token_ids(image, layer=0))
+        told = Context(context(autoencoder.encode(hole), mask, conditioning.mask), token_ids(image, 0))
         x = euler(lambda x, t: predict_velocity(transformer, prompt, x, told, t, sample.guidance), x, timesteps)
         painted = autoencoder.decode(unpack(x, *noise.shape[-2:]))
     return painted.float().clamp(-1, 1)

@@ -32,12 +32,14 @@ ORDER = [
     *("data.loading", "data.check", "data.maps", "data.blending", "data.triplets", "data.benchmark"),
     *("data.latents", "data.datamodule", "data.testset"),
     *("baselines", "metric_networks", "predictions", "pictures", "evaluation", "report", "comparison", "benchmark"),
+    "reference",
     # floor 2: everything that can be set
     "config",
     # floor 3: training
     *(
         "training.__init__",
         "training.muon",
+        "training.late",
         "training.checkpoints",
         "training.faults",
         "training.base",
@@ -103,7 +105,8 @@ def test_models_are_plain_torch(name: str) -> None:
 
 @pytest.mark.parametrize("path", [*FILES.values(), *TOOLS], ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_no_reference_implementation_is_imported(path: Path) -> None:
-    needed = {"transformers"} if path == FILES["text"] else set()  # an extra: a tool that runs once
+    # Extras: a tool that runs once, and what is measured beside our transformer.
+    needed = {FILES["text"]: {"transformers"}, FILES["reference"]: {"diffusers", "peft"}}.get(path, set())
     foreign = {"diffusers", "transformers", "accelerate", "peft", "tests"}
     assert {name.split(".")[0] for name in imported(path)} & foreign == needed
 

@@ -33,12 +33,13 @@ def _angles(position: Tensor, dim: int, theta: float) -> Tensor:
 
 def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
     """Rotates neighbouring channel pairs (2i, 2i + 1) of `x` (B, heads, L, head_dim) by the angles of `rope`."""
-    cos, sin = pe.unbind(-1)  # (..., L, head_dim / 2)
-    cos, sin = torch.stack([cos, cos], dim=-1).flatten(-2), torch.stack([-sin, sin], dim=-1).flatten(-2)
-    straight = x.float()
-    # Whole rows, since picking out every other channel defeats vector units: ten times faster on a CPU.
-    swapped = straight.reshape(*x.shape[:-1], -1, 2).flip(-1).flatten(-2)
-    return (cos * straight + sin * swapped).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # which fuses real numbers with what stands before and behind them
+        (cos, sin), (first, second) = pe.unbind(-1), pairs.unbind(-1)
+        turned = torch.stack([cos * first - sin * second, sin * first + cos * second], dim=-1)
+    else:  # one product of complex numbers: a fifth of the time on a CPU
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(pe))
+    return turned.flatten(-2).to(x.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:

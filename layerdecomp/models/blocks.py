@@ -41,6 +41,14 @@ class MLPEmbedder(nn.Module):
         return self.out_layer(F.silu(self.in_layer(x)))
 
 
+def own_precision(x: Tensor) -> torch.autocast:
+    """Without autocast, which would keep a float32 copy of a norm's input for the backward pass.
+
+    The norms' kernels compute in float32 whatever they read and write.
+    """
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, computed in float32; its gain is published as `scale`."""
 
@@ -50,6 +58,9 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.scale.dtype:
+            with own_precision(x):
+                return F.rms_norm(x, self.scale.shape, self.scale, self.eps)
         return F.rms_norm(x.float(), self.scale.shape, self.scale.float(), self.eps).to(x.dtype)
 
 
@@ -73,7 +84,12 @@ class ModulationOut(NamedTuple):
     gate: Tensor
 
     def apply(self, x: Tensor) -> Tensor:
+        """The branch's input: `x` (B, L, D), normalised and modulated."""
         return modulate(x, self.shift, self.scale)
+
+    def add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """`x` plus the branch's output, both (B, L, D), as far as the gate lets it through."""
+        return torch.addcmul(x, self.gate, branch)
 
 
 class Modulation(nn.Module):
@@ -90,12 +106,13 @@ class Modulation(nn.Module):
 
 def layer_norm(x: Tensor) -> Tensor:
     """The parameter-free LayerNorm in front of every branch; the modulation plays the part of its affine map."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    with own_precision(x):
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Normalises (B, L, D), then applies the modulation's affine map, whose tensors are (B, 1, D)."""
-    return (1 + scale) * layer_norm(x) + shift
+    return torch.addcmul(shift, 1 + scale, layer_norm(x))
 
 
 def mlp(dim: int, hidden_dim: int) -> nn.Sequential:
@@ -150,10 +167,10 @@ class DoubleStreamBlock(nn.Module):
         attn = attention(apply_rope(q, pe), apply_rope(k, pe), v)  # (B, T + L, D)
         txt_attn, img_attn = attn[:, : txt.shape[1]], attn[:, txt.shape[1] :]
 
-        img = img + img_attn_mod.gate * self.img_attn.proj(img_attn)
-        img = img + img_mlp_mod.gate * self.img_mlp(img_mlp_mod.apply(img))
-        txt = txt + txt_attn_mod.gate * self.txt_attn.proj(txt_attn)
-        txt = txt + txt_mlp_mod.gate * self.txt_mlp(txt_mlp_mod.apply(txt))
+        img = img_attn_mod.add(img, self.img_attn.proj(img_attn))
+        img = img_mlp_mod.add(img, self.img_mlp(img_mlp_mod.apply(img)))
+        txt = txt_attn_mod.add(txt, self.txt_attn.proj(txt_attn))
+        txt = txt_mlp_mod.add(txt, self.txt_mlp(txt_mlp_mod.apply(txt)))
         return img, txt
 
 
@@ -178,7 +195,7 @@ class SingleStreamBlock(nn.Module):
         q, k = self.norm(q, k)
         attn = attention(apply_rope(q, pe), apply_rope(k, pe), v)
         hidden = F.gelu(hidden, approximate="tanh")
-        return x + mod.gate * self.linear2(torch.cat([attn, hidden], dim=-1))
+        return mod.add(x, self.linear2(torch.cat([attn, hidden], dim=-1)))
 
 
 class LastLayer(nn.Module):

@@ -68,8 +68,11 @@ class LoRALinear(nn.Linear):
         """(..., in_features) -> (..., out_features)."""
         if self._cheaper_as_one(x.numel() // self.in_features):
             return F.linear(x, self._sum().to(x.dtype), self.bias)
-        low_rank = self.scale * F.linear(x, self.lora_A.weight.to(x.dtype))  # (..., rank)
-        return super().forward(x) + F.linear(low_rank, self.lora_B.weight.to(low_rank.dtype))
+        rows = x.flatten(0, -2)  # (N, in_features)
+        low_rank = F.linear(rows, self.lora_A.weight.to(x.dtype))  # (N, rank)
+        # In place: the product is added while it is computed, so that no pass over the output is spent on a sum.
+        out = super().forward(rows).addmm_(low_rank, self.lora_B.weight.to(low_rank.dtype).t(), alpha=self.scale)
+        return out.unflatten(0, x.shape[:-1])
 
     def _cheaper_as_one(self, tokens: int) -> bool:
         """Whether W + scale * B A, forward and backward, takes fewer multiplications than its two parts one by one.

@@ -64,6 +64,7 @@ class MMDiT(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = 0  # every how many blocks activations are recomputed in training: 1 all, 0 none
+        self._rotary: tuple[tuple[Tensor, Tensor, int] | None, Tensor] = None, torch.empty(0)
         size = config.hidden_size
         self.img_in = nn.Linear(config.in_channels, size)
         self.txt_in = nn.Linear(config.context_in_dim, size)
@@ -110,13 +111,11 @@ class MMDiT(nn.Module):
             InputError: a model with `guidance_embed` gets no guidance.
         """
         vec = self.embed_condition(timesteps, y, guidance)  # (B, D)
+        pe = self._rotary_table(img_ids, txt_ids, 0 if fused is None else fused.shape[1])
         img = self.img_in(img)  # (B, L, D)
         txt = self.txt_in(txt)  # (B, T, D)
         if fused is not None:
             txt = torch.cat([txt, fused.to(txt.dtype)], dim=1)  # (B, T + N, D)
-            txt_ids = F.pad(txt_ids, (0, 0, 0, fused.shape[1]))
-        ids = torch.cat([txt_ids, img_ids], dim=-2)
-        pe = rope(ids, self.config.axes_dim, self.config.theta)
 
         for number, block in enumerate(self.double_blocks):
             img, txt = self._run(number, block, img, txt, vec, pe)
@@ -130,6 +129,25 @@ class MMDiT(nn.Module):
         if self.recompute and number % self.recompute == 0 and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
+
+    def _rotary_table(self, img_ids: Tensor, txt_ids: Tensor, fused: int) -> Tensor:
+        """What `rope` makes of the positions of all tokens; made once for as long as the same tensors come."""
+        made_for, table = self._rotary
+        if made_for is None or not (made_for[0] is img_ids and made_for[1] is txt_ids and made_for[2] == fused):
+            with torch.inference_mode(False):
+                ids = torch.cat([F.pad(txt_ids, (0, 0, 0, fused)), img_ids], dim=-2)
+                table = rope(ids, self.config.axes_dim, self.config.theta)
+            self._rotary = (img_ids, txt_ids, fused), table
+        return table
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compiles every block in place, on first use, so that no name changes.
+
+        The blocks of a kind share what is compiled. The first size of picture has code of its own, from the second on
+        all share code for any size. LoRA may be merged afterwards.
+        """
+        for block in (*self.double_blocks, *self.single_blocks):
+            block.compile(backend=backend)
 
     def embed_condition(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
         """Sum of the embeddings of time (B,), pooled text (B, vec_in_dim) and guidance (B,): (B, D)."""

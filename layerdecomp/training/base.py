@@ -16,6 +16,7 @@ from lightning import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 
@@ -25,6 +26,7 @@ from layerdecomp.errors import InputError
 from layerdecomp.evaluation import Share, write_metrics
 from layerdecomp.training.checkpoints import loops_at
 from layerdecomp.training.faults import FaultCount, StepGuard, fitting_settings, poisoned
+from layerdecomp.training.late import Late, to_device
 from layerdecomp.training.muon import Muon
 from layerdecomp.weights import Metadata, copy_tensors, date_of_writing, file_sha256
 
@@ -40,7 +42,7 @@ def resolve_precision(setting: str) -> str:
 
 def every_fourth(places: Sequence[int], like: Tensor) -> Tensor:
     """Which samples of a batch get a rarer treatment: a quarter of all places, (B, 1, 1, 1) bool, where `like` is."""
-    return (torch.tensor(places, device=like.device) % 4 == 3).view(-1, 1, 1, 1)
+    return to_device(torch.tensor([place % 4 == 3 for place in places]), like.device).view(-1, 1, 1, 1)
 
 
 def source_commit() -> str:
@@ -61,7 +63,9 @@ class Job(LightningModule):
         torch.manual_seed(config.seed)  # the first weights of whatever a job builds
         self._commit = source_commit()  # now: the files may move on while the run trains
         self._step_started: float | None = None
-        self._losses: list[dict[str, Tensor]] = []  # of the batches of a step
+        self._losses: list[Tensor] = []  # of the batches of a step
+        self._pending: tuple[int, list[str], Late] | None = None  # a step whose losses are not logged yet
+        self.shown: dict[str, float] = {}  # beside the progress bar
         self.guard, self.faults = StepGuard(config.train.max_skipped), FaultCount(config.data.max_faulty)
 
     @abstractmethod
@@ -90,23 +94,41 @@ class Job(LightningModule):
         losses = self.loss(batch)
         size = len(batch["position"])
         self.guard.note(batch["position"], losses["loss"])
-        self._losses.append({name: value.detach() for name, value in losses.items()})
+        self._losses.append(torch.stack([value.detach() for value in losses.values()]))
         if len(self._losses) == self.trainer.accumulate_grad_batches:
-            for name in losses:
-                mean = torch.stack([one[name] for one in self._losses]).mean()
-                self.log(f"train/{name}", mean, prog_bar=name == "loss", sync_dist=True, batch_size=size)
+            means = self.trainer.strategy.reduce(torch.stack(self._losses).mean(dim=0), reduce_op="mean")
             self._losses = []
-        self._log_rate(size * self.trainer.world_size)
+            self.log_pending()
+            self._pending = self.global_step, [*losses], Late(means)
+        self._rate_samples(size * self.trainer.world_size)
         return poisoned(losses["loss"])
 
+    def log_pending(self) -> None:
+        """Logs the step before, whose numbers have arrived by now."""
+        if self._pending is None:
+            return
+        (step, names, numbers), self._pending = self._pending, None
+        losses = dict(zip(names, numbers.read(), strict=True))
+        self.shown["loss"] = losses["loss"]
+        figures = {f"train/{name}": value for name, value in losses.items()}
+        rates = {name: value for name, value in self.shown.items() if name != "loss"}
+        if self.logger is not None:
+            self.logger.log_metrics({**figures, **rates, "train/skipped": self.guard.skipped}, step)
+
     def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        """Clips the gradient of a step, or leaves the step out: without gradients, an optimizer changes nothing."""
+        """Clips the gradient of a step, or leaves the step out: without gradients, an optimizer changes nothing.
+
+        A fused optimizer leaves it out by itself, so that the host does not wait for the backward pass to learn of it.
+        """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.run.optim.clip if self.run.optim.clip > 0 else math.inf)
-        if not self.guard.judge(norm, self.trainer.global_step + 1, self.sample_names):
+        step = self.trainer.global_step + 1
+        if all(group.get("fused") for group in optimizer.param_groups) and not isinstance(norm, DTensor):
+            optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # its kernel looks at it
+            self.guard.judge_later(norm, step, self.sample_names)
+        elif not self.guard.judge(norm, step, self.sample_names):
             for parameter in parameters:
                 parameter.grad = None
-        self.log("train/skipped", float(self.guard.skipped))
 
     def sample_names(self, positions: Sequence[int]) -> list[str]:
         """How a log calls the samples at some positions: of those whose loss alone is not finite, or else of all."""
@@ -131,12 +153,14 @@ class Job(LightningModule):
 
     def sound(self) -> bool:
         """Whether what is trained is worth keeping: the last step counted, and all numbers are finite."""
+        self.log_pending()
+        self.guard.settle(self.sample_names)
         return self.guard.in_a_row == 0 and all(bool(value.isfinite().all()) for _, value in self.trained())
 
-    def _log_rate(self, samples: int) -> None:
+    def _rate_samples(self, samples: int) -> None:
         now = time.perf_counter()
         if self._step_started is not None:
-            self.log("samples/s", samples / (now - self._step_started), prog_bar=True, batch_size=samples)
+            self.shown["samples/s"] = samples / (now - self._step_started)
         self._step_started = now
 
     def on_validation_start(self) -> None:
@@ -187,7 +211,10 @@ class Job(LightningModule):
             matrices, others = ([p for name, p in trained.items() if inside[name] is kind] for kind in (True, False))
             optimizer = Muon(matrices, others, config.lr, betas)
         else:
-            optimizer = AdamW(trained.values(), lr=config.lr, betas=betas, weight_decay=config.weight_decay)
+            fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained.values())
+            optimizer = AdamW(
+                trained.values(), lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=fused
+            )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

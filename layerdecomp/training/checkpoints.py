@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from layerdecomp.errors import InputError, RunError
+from layerdecomp.training.late import Late, to_device
 
 logger = logging.getLogger(__name__)
 LAST, PREVIOUS, DAMAGED = "last.ckpt", "previous.ckpt", "damaged.ckpt"
@@ -153,8 +154,9 @@ def _sync_folder(folder: Path) -> None:
 class Checkpoints(Checkpoint):
     """Saves a run every `every` steps, before every validation, at its end, and when it is told to stop.
 
-    A signal is acted on when the step is finished, by all ranks after the same step. During a validation there is
-    nothing to save, so that the first rank leaves at once. A second Ctrl-C ends the process there and then.
+    A signal is acted on when the step is finished, by several ranks when the next one is, by all after the same. During
+    a validation there is nothing to save, so that the first rank leaves at once. A second Ctrl-C ends the process there
+    and then.
 
     Args:
         sound: whether what is trained is worth keeping.
@@ -164,6 +166,7 @@ class Checkpoints(Checkpoint):
         self.path, self.every, self.validate_every, self.sound = run_dir / LAST, every, validate_every, sound
         self._signal: signal.Signals | None = None
         self._trainer: Trainer | None = None
+        self._asked: Late | None = None  # how many ranks had a signal when the last step ended
 
     def on_validation_start(self, trainer: Trainer, job: LightningModule) -> None:
         self._listen(trainer)  # the first one is before training
@@ -191,13 +194,21 @@ class Checkpoints(Checkpoint):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:  # in the middle of a step
             return
         step = trainer.global_step
-        stop = trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
+        stop = self._told_to_stop(trainer)
         due = stop or step == trainer.max_steps or step % self.every == 0 or step % self.validate_every == 0
         if due and self.sound():
             trainer.save_checkpoint(self.path, weights_only=False)  # the optimizer and loops as well
         if stop:  # the first rank, whose exit status counts, may not have heard it yet
             heard = torch.tensor(self._signal or 0, device=trainer.strategy.root_device)
             raise StoppedError(signal.Signals(int(trainer.strategy.reduce(heard, reduce_op="max"))), step)
+
+    def _told_to_stop(self, trainer: Trainer) -> bool:
+        """Whether any rank has a signal: of several, whether one had when the step before ended, which is known now."""
+        if trainer.world_size == 1:
+            return self._signal is not None
+        told = to_device(torch.tensor([float(self._signal is not None)]), trainer.strategy.root_device)
+        asked, self._asked = self._asked, Late(trainer.strategy.reduce(told, reduce_op="sum"))
+        return asked is not None and asked.read()[0] > 0
 
 
 def loops_at(fresh: dict[str, Any], *, step: int, steps: int, batches: int, validates: bool) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class DecomposerJob(FlowJob):
         methods(None, config.evaluate)  # so that a row which cannot be drawn is an error now
         self.metrics = LayerMetrics(open_networks(config.evaluate.measure).measures)
         self.decomposer.transformer.recompute = config.recompute
+        if config.compile:
+            self.decomposer.transformer.compile_blocks()
 
     @property
     def frozen_files(self) -> list[str]:

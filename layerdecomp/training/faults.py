@@ -23,6 +23,7 @@ from torch import Tensor
 
 from layerdecomp.errors import InputError, RunError
 from layerdecomp.training.checkpoints import StoppedError
+from layerdecomp.training.late import Late
 
 logger = logging.getLogger(__name__)
 FAULTS_FROM = 1000  # samples on, the share of those that cannot be read is taken as it is
@@ -41,6 +42,7 @@ class StepGuard:
         self.limit = limit
         self.skipped = self.in_a_row = 0
         self._seen: list[tuple[Sequence[int], Tensor]] = []  # positions and loss of the batches of a step
+        self._waiting: tuple[list[tuple[Sequence[int], Tensor]], int, Late] | None = None
 
     def note(self, positions: Sequence[int], loss: Tensor) -> None:
         """Remembers a batch of the step that is being made."""
@@ -52,8 +54,23 @@ class StepGuard:
         Raises:
             RunError: it is one too many in a row that may not.
         """
-        seen, self._seen = self._seen, []
-        if math.isfinite(norm.item()):
+        self.judge_later(norm, step, names)
+        return self.settle(names)
+
+    def judge_later(self, norm: Tensor, step: int, names: Names) -> None:
+        """Judges the step before, and this one when the next comes: by then, its norm is known without waiting.
+
+        For an optimizer that leaves a step out by itself. Raises as `judge` does.
+        """
+        self.settle(names)
+        self._waiting, self._seen = (self._seen, step, Late(norm[None])), []
+
+    def settle(self, names: Names) -> bool:
+        """Judges the step that waits to be judged, if there is one; as `judge`."""
+        if self._waiting is None:
+            return self.in_a_row == 0
+        (seen, step, norm), self._waiting = self._waiting, None
+        if math.isfinite(norm.read()[0]):
             self.in_a_row = 0
             return True
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1

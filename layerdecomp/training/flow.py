@@ -11,6 +11,7 @@ from layerdecomp.config import FlowJobConfig
 from layerdecomp.data.latents import LatentCache
 from layerdecomp.flow import interpolate, sample_times, seeded_normal, velocity_target
 from layerdecomp.training.base import Job
+from layerdecomp.training.late import to_device
 
 
 class FlowJob(Job):
@@ -58,8 +59,12 @@ class FlowJob(Job):
         Returns:
             noisy latents (B, S, 64), times (B,) and the velocities to predict (B, S, 64).
         """
-        noise = seeded_normal(self.run.seed, positions, z.shape[1:], stream=0).to(z)
-        normal = seeded_normal(self.run.seed, positions, (1,), stream=1).to(z).flatten()
+        drawn = (
+            seeded_normal(self.run.seed, positions, z.shape[1:], 0),
+            seeded_normal(self.run.seed, positions, (1,), 1),
+        )
+        noise, normal = (to_device(numbers, z.device).to(z.dtype) for numbers in drawn)
+        normal = normal.flatten()
         t = sample_times(normal, tokens, self.run.flow)
         return interpolate(z, noise, t), t, velocity_target(z, noise)
 

@@ -31,6 +31,8 @@ class InpainterJob(FlowJob):
         self.transformer = MMDiT(config.model)
         self.transformer.init_weights()
         self.transformer.recompute = config.recompute
+        if config.compile:
+            self.transformer.compile_blocks()
         self.prompt = Prompt.load(config.weights.prompt, self.transformer)
 
     @property
@@ -49,7 +51,7 @@ class InpainterJob(FlowJob):
 
     def flow_losses(self, latents: dict[str, Tensor], positions: Sequence[int]) -> dict[str, Tensor]:
         z, hole = pack(latents["z"]), latents["hole"].float()
-        told = Context(context(latents["told"], hole, self.run.conditioning.mask), token_ids(hole, layer=0))
+        told = Context(context(latents["told"], hole, self.run.conditioning.mask), token_ids(hole, 0))
         x, t, target = self.noisy(z, z.shape[1], positions)
         velocity = predict_velocity(self.transformer, self.prompt, x, told, t, guidance=1.0)
         return {"loss": flow_loss(velocity, target)}

@@ -154,6 +154,9 @@ def quiet_lightning() -> None:
 class StepBar(TQDMProgressBar):
     """A progress bar that knows its total, and rates the steps since the start, when a run is continued as well."""
 
+    def get_metrics(self, trainer: Trainer, job: Job) -> dict[str, Any]:  # type: ignore[override]
+        return {**super().get_metrics(trainer, job), **{name: f"{value:.4g}" for name, value in job.shown.items()}}
+
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
         super().on_train_start(trainer)
         bar = self.train_progress_bar

@@ -1,0 +1,211 @@
+"""The same transformer in diffusers, its LoRA by peft, measured beside ours in one run.
+
+Both are for tests and for this comparison alone, which is why they are imported where they are used.
+"""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerdecomp.adapters import Change, to_diffusers
+from layerdecomp.benchmark import BenchmarkConfig, flop_counter, machine, random_transformer, stopwatch
+from layerdecomp.conditioning import TOKEN_FACTOR, position_ids
+from layerdecomp.decomposer import mixed_precision
+from layerdecomp.errors import InputError
+from layerdecomp.evaluation import markdown_table
+from layerdecomp.layouts import diffusers_transformer
+from layerdecomp.models.lora import LoRALinear, merge_lora
+from layerdecomp.models.mmdit import MMDiT
+
+# Largest difference of outputs and gradients, as a share of the largest value.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+# Our arguments, as theirs are called.
+ARGUMENTS = {"img": "hidden_states", "txt": "encoder_hidden_states", "y": "pooled_projections", "timesteps": "timestep"}
+Inputs = dict[str, Tensor]
+
+
+@dataclass
+class Side:
+    """One of the two implementations."""
+
+    model: nn.Module
+    names: dict[str, str] = field(default_factory=dict)  # of our arguments, where they differ
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        with mixed_precision(self.model):
+            output = self.model(**{self.names.get(name, name): tensor for name, tensor in inputs.items()})
+        return output if isinstance(output, Tensor) else output[0]
+
+    def train(self, inputs: Inputs) -> None:
+        """Forward and backward."""
+        torch.autograd.backward(self(inputs).float().square().mean())
+
+    @torch.no_grad()
+    def sample(self, inputs: Inputs) -> None:
+        """What one step of sampling computes."""
+        self(inputs)
+
+
+def pair(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> tuple[MMDiT, Any]:
+    """Our transformer and theirs, with LoRA that changes something, sharing the memory of the frozen weights."""
+    torch.manual_seed(0)
+    ours = random_transformer(config, device, dtype)
+    for layer in ours.modules():
+        if isinstance(layer, LoRALinear):
+            nn.init.normal_(layer.lora_B.weight, std=layer.out_features**-0.5)
+    return ours, reference_transformer(ours, config.lora.scale)
+
+
+def reference_transformer(ours: MMDiT, lora_scale: float) -> Any:
+    """diffusers' `FluxTransformer2DModel` with the weights of `ours`, and its LoRA as peft has it.
+
+    What is trained, and in which precision, is as in `ours`. The frozen weights are views of ours.
+
+    Raises:
+        InputError: diffusers or peft is not installed.
+    """
+    try:
+        import peft  # noqa: F401
+        from diffusers import FluxTransformer2DModel
+    except ImportError as error:
+        raise InputError(
+            f"reference=diffusers: {error}; both come with the extra dev: pip install -e .[dev]"
+        ) from error
+    config = ours.config
+    with torch.device("meta"):
+        theirs = FluxTransformer2DModel(
+            in_channels=config.in_channels,
+            out_channels=config.out_channels,
+            num_layers=config.depth,
+            num_single_layers=config.depth_single_blocks,
+            attention_head_dim=config.hidden_size // config.num_heads,
+            num_attention_heads=config.num_heads,
+            joint_attention_dim=config.context_in_dim,
+            pooled_projection_dim=config.vec_in_dim,
+            guidance_embeds=config.guidance_embed,
+            axes_dims_rope=tuple(config.axes_dim),
+        )
+    theirs.load_state_dict(_frozen(ours), assign=True)
+    adapters = [(name, layer) for name, layer in ours.named_modules() if isinstance(layer, LoRALinear)]
+    changes = {name: Change(lora.lora_A.weight.data, lora.lora_B.weight.data, lora_scale) for name, lora in adapters}
+    tensors = to_diffusers(changes, config.hidden_size)
+    theirs.load_lora_adapter(tensors, prefix="transformer")
+    for name, parameter in theirs.named_parameters():
+        adapted = ".lora_" in name
+        parameter.requires_grad_(adapted or name.startswith("x_embedder."))
+        if adapted:  # which was loaded in the precision of the base
+            module, _, adapter_and_kind = name.rpartition(".lora_")
+            parameter.data = tensors[f"transformer.{module}.lora_{adapter_and_kind[0]}.weight"].clone()
+    return theirs
+
+
+def _frozen(ours: MMDiT) -> dict[str, Tensor]:
+    """All but the LoRA, in their layout."""
+    layout, tensors = diffusers_transformer(ours.config.hidden_size), {}
+    for name, tensor in ours.state_dict().items():
+        if ".lora_" not in name:
+            source = layout(name, tuple(tensor.shape))
+            whole = tensor.roll(len(tensor) // 2, 0) if source.swapped else tensor
+            rows = whole.split([shape[0] for shape in source.shapes.values()])
+            tensors |= dict(zip(source.shapes, rows, strict=True))
+    return tensors
+
+
+def random_inputs(config: BenchmarkConfig, model: MMDiT) -> Inputs:
+    """Tokens of both layers and of the text; what fusion would add is more text."""
+    side, sizes, weight = config.size // TOKEN_FACTOR, model.config, model.txt_in.weight
+    text, batch = config.text_tokens + config.fusion.num_queries * config.fusion.enabled, config.batch_size
+    with weight.device:
+        ids = torch.cat([position_ids(side, side, layer, weight.device) for layer in (0, 1)])
+        inputs = {
+            "img": torch.randn(batch, len(ids), sizes.in_channels),
+            "img_ids": ids,
+            "txt": torch.randn(batch, text, sizes.context_in_dim).to(weight.dtype),
+            "txt_ids": torch.zeros(text, 3),
+            "timesteps": torch.rand(batch),
+            "y": torch.randn(batch, sizes.vec_in_dim).to(weight.dtype),
+        }
+        if sizes.guidance_embed:
+            inputs["guidance"] = torch.full((batch,), 30.0)
+    return inputs
+
+
+def differences(ours: Side, theirs: Side, inputs: Inputs) -> dict[str, float]:
+    """Largest differences, as shares of the largest value: of outputs, and of gradients of the input and its layer."""
+    found = []
+    for side, layer in ((ours, "img_in"), (theirs, "x_embedder")):
+        img = inputs["img"].clone().requires_grad_(True)
+        output = side({**inputs, "img": img})
+        weight = side.model.get_submodule(layer).weight
+        found.append([output, *torch.autograd.grad(output.float().square().mean(), [img, weight])])
+    return {
+        name: ((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
+        for name, a, b in zip(("output", "gradient of the input", "gradient of img_in"), *found, strict=True)
+    }
+
+
+def compare(config: BenchmarkConfig, device: str, dtype: torch.dtype) -> str:
+    """Measures both, eager and with `compile` compiled as well, and returns the table.
+
+    Raises:
+        InputError: they do not compute the same, so that a comparison of their speed would say nothing.
+    """
+    place = torch.device(device)
+    rows, found = [], {}
+    for compiled in (False, True)[: 1 + config.compile]:
+        models = pair(config, place, dtype)
+        ours, theirs = Side(models[0]), Side(models[1], ARGUMENTS)
+        inputs = random_inputs(config, models[0])
+        if compiled:
+            models[0].compile_blocks()
+            models[1].compile_repeated_blocks()
+        found = differences(ours, theirs, inputs)
+        if max(found.values()) > TOLERANCES[dtype]:
+            raise InputError(f"the two do not compute the same, by {_listed(found)} of the largest value")
+        how = "compiled" if compiled else "eager"
+        rows.append([f"forward + backward, {how}", *_measured(ours.train, theirs.train, inputs, config, place)])
+        merge_lora(models[0])  # in place, and so into their weights as well
+        models[1].unload_lora()
+        rows.append([f"one sampling step, {how}", *_measured(ours.sample, theirs.sample, inputs, config, place)])
+    header = ["", "TFLOP", "theirs", "seconds", "theirs", "ours / theirs"]
+    sizes = models[0].config
+    tokens = inputs["img"].shape[1], inputs["txt"].shape[1]
+    from diffusers import __version__ as diffusers_version
+    from peft import __version__ as peft_version
+
+    told = (
+        f"{tokens[0]} + {tokens[1]} tokens, batch {config.batch_size}, {sizes.depth} + {sizes.depth_single_blocks} "
+        f"blocks of width {sizes.hidden_size}, LoRA rank {config.lora.rank}, {str(dtype).removeprefix('torch.')}; "
+        f"medians of {config.repeats} repeats in turn on {machine(device)}, torch {torch.__version__}, diffusers "
+        f"{diffusers_version}, peft {peft_version}"
+    )
+    return f"{told}\n\n{markdown_table([header, *rows])}\n\nlargest differences: {_listed(found)}"
+
+
+def _listed(found: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.1e}" for name, value in found.items())
+
+
+def _measured(
+    ours: Callable[[Inputs], None],
+    theirs: Callable[[Inputs], None],
+    inputs: Inputs,
+    config: BenchmarkConfig,
+    device: torch.device,
+) -> list[str]:
+    """Operations and median seconds of both, and the ratio of the seconds; their repeats take turns."""
+    both = partial(ours, inputs), partial(theirs, inputs)
+    operations = []
+    for run in both:  # which also warms up
+        with flop_counter() as counter:
+            run()
+        operations.append(counter.get_total_flops())
+        run()
+    times = [[stopwatch(run, device) for run in both] for _ in range(config.repeats)]
+    a, b = (statistics.median(column) for column in zip(*times, strict=True))
+    return [*(f"{count / 1e12:.4g}" for count in operations), f"{a:.4g}", f"{b:.4g}", f"{a / b:.3f}"]
