@@ -38,7 +38,7 @@ from layerdecomp.imaging.geometry import (
     to_tensor,
 )
 from layerdecomp.imaging.layers import Layers, Picture, read_image, read_mask
-from layerdecomp.models.autoencoder import Autoencoder
+from layerdecomp.models.autoencoder import Autoencoder, Tiling
 from layerdecomp.models.context_fusion import ContextFusion, ContextFusionConfig
 from layerdecomp.models.depth import DepthEstimator
 from layerdecomp.models.lora import LoRAConfig, inject_lora, merge_lora
@@ -82,17 +82,29 @@ class SampleConfig:
     max_side: int = 1024  # larger pictures are decomposed at this size, the layers brought back
     ensemble: int = 1  # draws, of whose foregrounds the median is taken: what differs from draw to draw is a guess
     alpha_margin: float = 0.0  # alphas nearer to 0 or 1 become 0 or 1: a small model's are never quite there
+    tile: int = 1024  # pixels: larger pictures pass the autoencoder in tiles of this side, so that they fit,
+    tile_overlap: int = 256  # each of which fades into its neighbours over so many
     keep_pixels: bool = True  # the background outside the mask is the input itself
     grow: float = 0.015  # by how much the mask grows before that, and over how much it
     feather: float = 0.01  # fades; both as shares of the longer side
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "sample.", "steps", "max_side", "ensemble")
-        check_at_least(0, self, "sample.", "grow", "feather", "alpha_margin")
+        check_at_least(64, self, "sample.", "tile")
+        check_at_least(0, self, "sample.", "grow", "feather", "alpha_margin", "tile_overlap")
         if self.alpha_margin >= 0.5:
             raise InputError(
                 f"sample.alpha_margin is {self.alpha_margin}; expected less than 0.5, which leaves no alpha between"
             )
+        if self.tile_overlap > self.tile // 2:
+            raise InputError(
+                f"sample.tile_overlap is {self.tile_overlap}; expected at most half of a tile, {self.tile}"
+            )
+
+    @property
+    def tiling(self) -> Tiling:
+        """How the autoencoder sees large pictures."""
+        return Tiling(self.tile, self.tile_overlap)
 
 
 @dataclass(frozen=True)
@@ -181,8 +193,8 @@ class Decomposer(nn.Module):
     @torch.no_grad()
     def encode_targets(self, background: Tensor, foreground: Tensor) -> Tensor:
         """Packed latents (B, 2L, 64) of a background (B, 3, H, W) and a straight foreground (B, 4, H, W)."""
-        z_b = self.autoencoder.encode(background)
-        z_f = self.rgba_autoencoder.encode(to_autoencoder(foreground))
+        z_b = self.autoencoder.encode(background, tiling=self.sample.tiling)
+        z_f = self.rgba_autoencoder.encode(to_autoencoder(foreground), tiling=self.sample.tiling)
         return torch.cat([pack(z_b), pack(z_f)], dim=1)
 
     def encode(
@@ -208,7 +220,7 @@ class Decomposer(nn.Module):
         if self.context_fusion is not None:
             assert cues is not None
             pictures = torch.cat([pictures, cues[:, self._used_cues]], dim=1)
-        latents = self.autoencoder.encode(pictures.flatten(0, 1))  # all pictures of a batch at once
+        latents = self.autoencoder.encode(pictures.flatten(0, 1), tiling=self.sample.tiling)  # all of a batch at once
         return rearrange(latents, "(B M) C h w -> B M C h w", B=len(image))
 
     @property
@@ -260,7 +272,8 @@ class Decomposer(nn.Module):
             context = context.repeat(draws)
             x = euler(lambda x, t: self.velocity(x, context, t), x, timesteps)
             z_b, z_f = (unpack(tokens, *noise.shape[-2:]) for tokens in x.chunk(2, dim=1))
-            background, foregrounds = self.autoencoder.decode(z_b[::draws]), self.rgba_autoencoder.decode(z_f)
+            background = self.autoencoder.decode(z_b[::draws], tiling=self.sample.tiling)
+            foregrounds = self.rgba_autoencoder.decode(z_f, tiling=self.sample.tiling)
         foreground = rearrange(foregrounds.float(), "(B E) C H W -> E B C H W", E=draws).median(0).values
         return background.float().clamp(-1, 1), from_autoencoder(foreground, margin=self.sample.alpha_margin)
 
@@ -521,9 +534,10 @@ def inpaint(
     x = pack(noise)
     timesteps = schedule(sample.steps, x.shape[1], flow).to(x)
     with mixed_precision(autoencoder):
-        told = Context(context(autoencoder.encode(hole), mask, conditioning.mask), token_ids(image, layer=0))
+        latents = autoencoder.encode(hole, tiling=sample.tiling)
+        told = Context(context(latents, mask, conditioning.mask), token_ids(image, layer=0))
         x = euler(lambda x, t: predict_velocity(transformer, prompt, x, told, t, sample.guidance), x, timesteps)
-        painted = autoencoder.decode(unpack(x, *noise.shape[-2:]))
+        painted = autoencoder.decode(unpack(x, *noise.shape[-2:]), tiling=sample.tiling)
     return painted.float().clamp(-1, 1)
 
 
