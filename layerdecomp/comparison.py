@@ -15,11 +15,19 @@ from torch import Tensor
 
 from layerdecomp import __version__
 from layerdecomp.baselines import base_foreground, classical, matted_foreground, matting_library
-from layerdecomp.conditioning import TOKEN_FACTOR, ConditioningConfig
+from layerdecomp.conditioning import ConditioningConfig
 from layerdecomp.data.datamodule import DataConfig, Samples, open_samples
 from layerdecomp.data.scenes import Scenes
 from layerdecomp.data.testset import OBJECTS, TestFolder, drawn_samples, export_samples, name_of, test_objects
-from layerdecomp.decomposer import Decomposer, DecomposerConfig, build_decomposer, inpaint, keep_pixels, latent_noise
+from layerdecomp.decomposer import (
+    Decomposer,
+    DecomposerConfig,
+    build_decomposer,
+    inpaint,
+    latent_noise,
+    to_model_size,
+    to_own_size,
+)
 from layerdecomp.errors import InputError, check_at_least
 from layerdecomp.evaluation import (
     Batch,
@@ -32,8 +40,6 @@ from layerdecomp.evaluation import (
     write_atomically,
     write_figures,
 )
-from layerdecomp.imaging.compositing import from_autoencoder, to_autoencoder
-from layerdecomp.imaging.geometry import fitted_size, pad_to_multiple, resize, shrink_mask
 from layerdecomp.imaging.layers import write_picture
 from layerdecomp.metric_networks import MeasureConfig, Networks, open_networks
 from layerdecomp.metrics.layers import METRICS
@@ -152,24 +158,12 @@ def _model_methods(models: Models, config: EvaluateConfig) -> dict[str, Method]:
 
 
 def at_its_size(draw: Callable[[Batch], Prediction], decomposer: Decomposer) -> Callable[[Batch], Prediction]:
-    """Lets a model draw pictures of any size, as `Decomposer.decompose` does: shrunk to `sample.max_side`, padded.
-
-    The layers come back at the pictures' own size, outside the mask with their own pixels if `sample.keep_pixels`.
-    """
+    """Lets a model draw pictures of any size, as `Decomposer.decompose` does."""
 
     def drawn(batch: Batch) -> Prediction:
-        full = (batch["image"].shape[-2], batch["image"].shape[-1])
-        size = fitted_size(full, decomposer.sample.max_side)
-        pictures = {str(key): resize(batch[key], size) for key in ("image", "cues") if key in batch}
-        pictures |= {"mask": shrink_mask(batch["mask"], size)}
-        padded = {key: pad_to_multiple(value, TOKEN_FACTOR) for key, value in pictures.items()}
-        background, foreground = draw({**batch, **padded})
+        background, foreground = draw(to_model_size(batch, decomposer.sample))
         assert background is not None and foreground is not None
-        background = resize(background[..., : size[0], : size[1]], full).clamp(-1, 1)
-        foreground = foreground[..., : size[0], : size[1]]
-        if size != full:  # premultiplied, or the grey under alpha 0 would bleed into the edges
-            foreground = from_autoencoder(resize(to_autoencoder(foreground), full))
-        return keep_pixels(batch["image"], batch["mask"], background, decomposer.sample), foreground
+        return to_own_size(background, foreground, batch, decomposer.sample)
 
     return drawn
 

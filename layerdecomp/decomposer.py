@@ -37,13 +37,13 @@ from layerdecomp.imaging.geometry import (
     to_pixels,
     to_tensor,
 )
-from layerdecomp.imaging.layers import Layers, Picture, read_image, read_mask
+from layerdecomp.imaging.layers import Layers, Picture, Pixels, read_image, read_mask
 from layerdecomp.models.autoencoder import Autoencoder, Tiling
 from layerdecomp.models.context_fusion import ContextFusion, ContextFusionConfig
 from layerdecomp.models.depth import DepthEstimator
 from layerdecomp.models.lora import LoRAConfig, inject_lora, merge_lora
 from layerdecomp.models.mmdit import MMDiT
-from layerdecomp.sampling import euler, schedule
+from layerdecomp.sampling import Progress, euler, schedule
 from layerdecomp.weights import (
     FORMAT_VERSION,
     LICENCE,
@@ -161,6 +161,26 @@ class Prompt(nn.Module):
         return {"txt": txt, "txt_ids": txt.new_zeros(txt.shape[1], 3), "y": self.vec.to(dtype).expand(batch, -1)}
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A picture that has been read and is ready to be split."""
+
+    pixels: Pixels  # (H, W, 3)
+    mask: NDArray[np.bool_]  # (H, W)
+    full: dict[str, Tensor]  # image and mask, (1, C, H, W) each
+    inputs: dict[str, Tensor]  # what a model takes: image, mask, cues and cues_present, as `to_model_size` makes them
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) that the layers are drawn at."""
+        return self.inputs["image"].shape[-2], self.inputs["image"].shape[-1]
+
+    def layers(self, background: Tensor, foreground: Tensor) -> Layers:
+        """The layers (1, 3 or 4, H, W), straight, as pixels."""
+        rgba = torch.cat([foreground[:, :3], 2 * foreground[:, 3:] - 1], dim=1)
+        return Layers(self.pixels, self.mask, to_pixels(background[0]), to_pixels(rgba[0]))
+
+
 class Decomposer(nn.Module):
     """Background by inpainting inside the mask, foreground by outpainting outside it, drawn together.
 
@@ -251,13 +271,16 @@ class Decomposer(nn.Module):
         return predict_velocity(self.transformer, self.prompt, x, context, timesteps, guidance)
 
     @torch.no_grad()
-    def draw(self, batch: Mapping[str, Tensor], noise: Tensor, steps: int | None = None) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, batch: Mapping[str, Tensor], noise: Tensor, steps: int | None = None, progress: Progress = iter
+    ) -> tuple[Tensor, Tensor]:
         """Both layers of a batch.
 
         Args:
             batch: image, mask, cues, cues_present as in `encode`.
             noise: standard normal (B, 2 E, 16, H/8, W/8): for each of E draws the background's, then the foreground's.
             steps: Euler steps; `sample.steps` unless given.
+            progress: shows how far they are, as `tqdm` does.
 
         Returns:
             background (B, 3, H, W) in [-1, 1], of the first draw, and straight foreground (B, 4, H, W), the median of
@@ -270,7 +293,7 @@ class Decomposer(nn.Module):
         with mixed_precision(self.autoencoder):
             context = self.encode(batch["image"], batch["mask"], batch.get("cues"), batch.get("cues_present"))
             context = context.repeat(draws)
-            x = euler(lambda x, t: self.velocity(x, context, t), x, timesteps)
+            x = euler(lambda x, t: self.velocity(x, context, t), x, timesteps, progress)
             z_b, z_f = (unpack(tokens, *noise.shape[-2:]) for tokens in x.chunk(2, dim=1))
             background = self.autoencoder.decode(z_b[::draws], tiling=self.sample.tiling)
             foregrounds = self.rgba_autoencoder.decode(z_f, tiling=self.sample.tiling)
@@ -285,6 +308,7 @@ class Decomposer(nn.Module):
         seed: int = 0,
         cues: NDArray[np.float32] | None = None,
         depth: DepthEstimator | None = None,
+        progress: Progress = iter,
     ) -> Layers:
         """Splits a picture of any size.
 
@@ -295,6 +319,7 @@ class Decomposer(nn.Module):
             seed: of the noise; the same seed gives the same layers.
             cues: maps (M, 3, H, W) in [-1, 1] in the order of `CUES`, all present, instead of those computed here.
             depth: on the CPU; computes the depth cue, which is absent without it.
+            progress: shows how far the steps are, as `tqdm` does.
 
         Returns:
             `Layers` at the image's own size.
@@ -302,35 +327,50 @@ class Decomposer(nn.Module):
         Raises:
             InputError: a file cannot be read, or mask and image do not go together.
         """
-        if steps is not None and steps < 1:
-            raise InputError(f"steps is {steps}; expected at least 1")
-        if not 0 <= seed < 2**63:
-            raise InputError(f"seed is {seed}; expected a number from 0 to 2^63 - 1")
+        return self.decompose_batch([self.prepare(image, mask, cues, depth)], steps, seed, progress)[0]
+
+    def prepare(
+        self,
+        image: Picture,
+        mask: Picture,
+        cues: NDArray[np.float32] | None = None,
+        depth: DepthEstimator | None = None,
+    ) -> Prepared:
+        """Reads a picture for `decompose_batch`; arguments and errors as in `decompose`."""
         pixels = read_image(image)
         marked = read_mask(mask, pixels.shape[:2])
-        size = fitted_size(pixels.shape[:2], self.sample.max_side)
         full = {"image": to_tensor(pixels), "mask": torch.from_numpy(marked).float()[None, None]}
-        batch = {"image": resize(full["image"], size), "mask": shrink_mask(full["mask"], size)}
-        batch |= self._cues(batch["image"], cues, depth)
+        return Prepared(pixels, marked, full, to_model_size({**full, **self._cues(full, cues, depth)}, self.sample))
+
+    def decompose_batch(
+        self, pictures: Sequence[Prepared], steps: int | None = None, seed: int = 0, progress: Progress = iter
+    ) -> list[Layers]:
+        """Splits pictures whose `Prepared.size` is the same, at once; arguments as in `decompose`.
+
+        Each is given the noise of the seed, so that its layers are what they would be alone, up to rounding.
+        """
+        if steps is not None and steps < 1:
+            raise InputError(f"steps is {steps}; expected at least 1")
+        check_seed(seed)
         device = self.prompt.vec.device
-        padded = {k: v if k == "cues_present" else pad_to_multiple(v, TOKEN_FACTOR) for k, v in batch.items()}
-        rows, columns = (side // LATENT_FACTOR for side in padded["image"].shape[-2:])
-        shape = (1, 2 * self.sample.ensemble, self.autoencoder.config.z_channels, rows, columns)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        drawn = self.draw({name: value.to(device) for name, value in padded.items()}, noise.to(device), steps)
-        background, foreground = (layer[..., : size[0], : size[1]].cpu() for layer in drawn)
-        # premultiplied, or the grey under alpha 0 would bleed into the edges
-        foreground = from_autoencoder(resize(to_autoencoder(foreground), pixels.shape[:2]))
-        background = keep_pixels(full["image"], full["mask"], resize(background, pixels.shape[:2]), self.sample)
-        rgba = torch.cat([foreground[:, :3], 2 * foreground[:, 3:] - 1], dim=1)
-        return Layers(pixels, marked, to_pixels(background[0]), to_pixels(rgba[0]))
+        inputs = [picture.inputs for picture in pictures]
+        batch = {name: torch.cat([one[name] for one in inputs]).to(device) for name in inputs[0]}
+        rows, columns = (side // LATENT_FACTOR for side in pictures[0].size)
+        shape = (2 * self.sample.ensemble, self.autoencoder.config.z_channels, rows, columns)
+        noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed))
+        background, foreground = self.draw(batch, noise.expand(len(pictures), *shape).to(device), steps, progress)
+        return [
+            picture.layers(*to_own_size(background[i : i + 1], foreground[i : i + 1], picture.full, self.sample))
+            for i, picture in enumerate(pictures)
+        ]
 
     def _cues(
-        self, image: Tensor, given: NDArray[np.float32] | None, depth: DepthEstimator | None
+        self, full: Mapping[str, Tensor], given: NDArray[np.float32] | None, depth: DepthEstimator | None
     ) -> dict[str, Tensor]:
         if self.context_fusion is None:
             return {}
-        if given is None:
+        if given is None:  # at the size that they are looked at
+            image = resize(full["image"], model_size(full["image"], self.sample))
             estimated = {} if depth is None else {"depth": depth.estimate(image)[0].numpy()}
             computed, present = compute_cues(to_pixels(image[0]), estimated)
             return {"cues": torch.from_numpy(computed)[None], "cues_present": torch.from_numpy(present)[None]}
@@ -338,7 +378,7 @@ class Decomposer(nn.Module):
             raise InputError(
                 f"cues of shape {given.shape}; expected ({len(CUES)}, 3, H, W), the maps {', '.join(CUES)}"
             )
-        maps = resize(torch.from_numpy(given).float()[None], (image.shape[-2], image.shape[-1]))
+        maps = torch.from_numpy(given).float()[None]
         return {"cues": maps, "cues_present": torch.ones(1, len(CUES), dtype=torch.bool)}
 
     def adapter(self, metadata: Metadata) -> Adapter:
@@ -411,6 +451,11 @@ class DecomposerConfig:
         return {"lora": json.dumps(asdict(self.lora)), **settings}
 
 
+def adapter_file(path: str | Path) -> Path:
+    """The file of an adapter that is named by itself or by the folder that it was published in."""
+    return Path(path) / ADAPTER if Path(path).is_dir() else Path(path)
+
+
 def describe_adapter(path: str | Path, **files: str) -> tuple[Adapter, DecomposerConfig]:
     """An adapter file and the decomposer it belongs to, the paths of whose frozen parts exist and fit.
 
@@ -420,7 +465,7 @@ def describe_adapter(path: str | Path, **files: str) -> tuple[Adapter, Decompose
     Raises:
         InputError: a file is missing, or the base is not the one that was adapted.
     """
-    path = Path(path) / ADAPTER if Path(path).is_dir() else Path(path)
+    path = adapter_file(path)
     adapter = Adapter.load(path)
     return adapter, described_config(adapter.metadata, path, **files)
 
@@ -539,6 +584,41 @@ def inpaint(
         x = euler(lambda x, t: predict_velocity(transformer, prompt, x, told, t, sample.guidance), x, timesteps)
         painted = autoencoder.decode(unpack(x, *noise.shape[-2:]), tiling=sample.tiling)
     return painted.float().clamp(-1, 1)
+
+
+def check_seed(seed: int) -> None:
+    """Raises `InputError` unless noise can be drawn from it."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed is {seed}; expected a number from 0 to 2^63 - 1")
+
+
+def model_size(image: Tensor, sample: SampleConfig) -> tuple[int, int]:
+    """The (height, width) that a model looks at of an image (B, 3, H, W), before it is padded."""
+    return fitted_size((image.shape[-2], image.shape[-1]), sample.max_side)
+
+
+def to_model_size(batch: Mapping[str, Tensor], sample: SampleConfig) -> dict[str, Tensor]:
+    """A batch with its image, mask and cues shrunk to `sample.max_side` and padded to multiples of 16."""
+    size = model_size(batch["image"], sample)
+    pictures = {name: resize(batch[name], size) for name in ("image", "cues") if name in batch}
+    pictures["mask"] = shrink_mask(batch["mask"], size)
+    return {**batch, **{name: pad_to_multiple(values, TOKEN_FACTOR) for name, values in pictures.items()}}
+
+
+def to_own_size(
+    background: Tensor, foreground: Tensor, batch: Mapping[str, Tensor], sample: SampleConfig
+) -> tuple[Tensor, Tensor]:
+    """Layers that were drawn of `to_model_size(batch)`, at the batch's own size and where it is.
+
+    Outside the mask the background is the image's own if `sample.keep_pixels`.
+    """
+    image = batch["image"]
+    full, size = (image.shape[-2], image.shape[-1]), model_size(image, sample)
+    background, foreground = (layer[..., : size[0], : size[1]].to(image.device) for layer in (background, foreground))
+    if size != full:  # premultiplied, or the grey under alpha 0 would bleed into the edges
+        foreground = from_autoencoder(resize(to_autoencoder(foreground), full))
+    background = resize(background, full).clamp(-1, 1)
+    return keep_pixels(image, batch["mask"], background, sample), foreground
 
 
 def keep_pixels(image: Tensor, mask: Tensor, painted: Tensor, sample: SampleConfig) -> Tensor:
