@@ -352,6 +352,9 @@ class Decomposer(nn.Module):
         if steps is not None and steps < 1:
             raise InputError(f"steps is {steps}; expected at least 1")
         check_seed(seed)
+        first, *others = dict.fromkeys(f"{width} x {height}" for height, width in (one.size for one in pictures))
+        if others:
+            raise InputError(f"pictures of {first} and of {others[0]} pixels; expected one size to draw them at")
         device = self.prompt.vec.device
         inputs = [picture.inputs for picture in pictures]
         batch = {name: torch.cat([one[name] for one in inputs]).to(device) for name in inputs[0]}
