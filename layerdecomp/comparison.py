@@ -3,7 +3,7 @@
 import json
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,16 @@ from layerdecomp.conditioning import ConditioningConfig
 from layerdecomp.data.datamodule import DataConfig, Samples, open_samples
 from layerdecomp.data.scenes import Scenes
 from layerdecomp.data.testset import OBJECTS, TestFolder, drawn_samples, export_samples, name_of, test_objects
-from layerdecomp.decomposer import Decomposer, DecomposerConfig, at_its_size, build_decomposer, inpaint, latent_noise
+from layerdecomp.decomposer import (
+    Decomposer,
+    DecomposerConfig,
+    SampleConfig,
+    build_decomposer,
+    inpaint,
+    latent_noise,
+    to_model_size,
+    to_own_size,
+)
 from layerdecomp.errors import InputError, check_at_least
 from layerdecomp.evaluation import (
     Evaluation,
@@ -173,6 +182,13 @@ def _load_maskless(config: EvaluateConfig, base: MMDiT) -> MMDiT:
     return maskless
 
 
+def at_its_size(
+    draw: Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor]], batch: Mapping[str, Tensor], sample: SampleConfig
+) -> tuple[Tensor, Tensor]:
+    """What a model draws of pictures of any size, brought to its size and back."""
+    return to_own_size(*draw(to_model_size(batch, sample)), batch, sample)
+
+
 def compare(
     models: Models | None,
     data: TestData,
@@ -210,7 +226,7 @@ def compare(
     if share.rank == 0:
         open_folder(out, rows, drawn)
     share.wait()
-    draw_layers(rows, data, names, out / "layers", batch_size=config.batch_size, device=device, share=share)
+    seconds = draw_layers(rows, data, names, out / "layers", batch_size=config.batch_size, device=device, share=share)
     share.wait()
     folders = {row: PredictionFolder(out / "layers" / row, names) for row in rows} | others
     evaluation = score(folders, data, names, networks, device=device, share=share)
@@ -218,7 +234,12 @@ def compare(
         if config.published:
             write_whole(out / "published.md", format_published(evaluation.results, config.published) + "\n")
         described = {row: found for row, folder in folders.items() if (found := describe(folder))}
-        told = {**drawn, **measured_by(config.measure, networks), **({"predictions": described} if described else {})}
+        told = {
+            **drawn,
+            **measured_by(config.measure, networks),
+            "seconds_per_image": seconds,
+            **({"predictions": described} if described else {}),
+        }
         _write(out, evaluation, folders, data, told)
     return evaluation
 

@@ -1,7 +1,7 @@
 """The parts composed: a picture and a mask go in, a clean background and a whole foreground come out."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -38,13 +38,13 @@ from layerdecomp.imaging.geometry import (
     to_pixels,
     to_tensor,
 )
-from layerdecomp.imaging.layers import Layers, Picture, read_image, read_mask
-from layerdecomp.models.autoencoder import Autoencoder
+from layerdecomp.imaging.layers import Layers, Picture, Pixels, read_image, read_mask
+from layerdecomp.models.autoencoder import Autoencoder, Tiling
 from layerdecomp.models.context_fusion import ContextFusion, ContextFusionConfig
 from layerdecomp.models.depth import DepthEstimator
 from layerdecomp.models.lora import LoRAConfig, inject_lora, merge_lora
 from layerdecomp.models.mmdit import MMDiT
-from layerdecomp.sampling import euler, schedule
+from layerdecomp.sampling import Progress, euler, schedule
 from layerdecomp.weights import (
     FORMAT_VERSION,
     LICENCE,
@@ -83,17 +83,29 @@ class SampleConfig:
     max_side: int = 1024  # larger pictures are decomposed at this size, the layers brought back
     ensemble: int = 1  # draws, of whose foregrounds the median is taken: what differs from draw to draw is a guess
     alpha_margin: float = 0.0  # alphas nearer to 0 or 1 become 0 or 1: a small model's are never quite there
+    tile: int = 1024  # pixels: larger pictures pass the autoencoder in tiles of this side, so that they fit,
+    tile_overlap: int = 256  # each of which fades into its neighbours over so many
     keep_pixels: bool = True  # the background outside the mask is the input itself
     grow: float = 0.015  # by how much the mask grows before that, and over how much it
     feather: float = 0.01  # fades; both as shares of the longer side
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "sample.", "steps", "max_side", "ensemble")
-        check_at_least(0, self, "sample.", "grow", "feather", "alpha_margin")
+        check_at_least(64, self, "sample.", "tile")
+        check_at_least(0, self, "sample.", "grow", "feather", "alpha_margin", "tile_overlap")
         if self.alpha_margin >= 0.5:
             raise InputError(
                 f"sample.alpha_margin is {self.alpha_margin}; expected less than 0.5, which leaves no alpha between"
             )
+        if self.tile_overlap > self.tile // 2:
+            raise InputError(
+                f"sample.tile_overlap is {self.tile_overlap}; expected at most half of a tile, {self.tile}"
+            )
+
+    @property
+    def tiling(self) -> Tiling:
+        """How the autoencoder sees large pictures."""
+        return Tiling(self.tile, self.tile_overlap)
 
 
 @dataclass(frozen=True)
@@ -156,6 +168,26 @@ class Prompt(nn.Module):
         return self._inputs[kind]
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A picture that has been read and is ready to be split."""
+
+    pixels: Pixels  # (H, W, 3)
+    mask: NDArray[np.bool_]  # (H, W)
+    full: dict[str, Tensor]  # image and mask, (1, C, H, W) each
+    inputs: dict[str, Tensor]  # what a model takes: image, mask, cues and cues_present, as `to_model_size` makes them
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) that the layers are drawn at."""
+        return self.inputs["image"].shape[-2], self.inputs["image"].shape[-1]
+
+    def layers(self, background: Tensor, foreground: Tensor) -> Layers:
+        """The layers (1, 3 or 4, H, W), straight, as pixels."""
+        rgba = torch.cat([foreground[:, :3], 2 * foreground[:, 3:] - 1], dim=1)
+        return Layers(self.pixels, self.mask, to_pixels(background[0]), to_pixels(rgba[0]))
+
+
 class Decomposer(nn.Module):
     """Background by inpainting inside the mask, foreground by outpainting outside it, drawn together.
 
@@ -188,8 +220,8 @@ class Decomposer(nn.Module):
     @torch.no_grad()
     def encode_targets(self, background: Tensor, foreground: Tensor) -> Tensor:
         """Packed latents (B, 2L, 64) of a background (B, 3, H, W) and a straight foreground (B, 4, H, W)."""
-        z_b = self.autoencoder.encode(background)
-        z_f = self.rgba_autoencoder.encode(to_autoencoder(foreground))
+        z_b = self.autoencoder.encode(background, tiling=self.sample.tiling)
+        z_f = self.rgba_autoencoder.encode(to_autoencoder(foreground), tiling=self.sample.tiling)
         return torch.cat([pack(z_b), pack(z_f)], dim=1)
 
     def encode(
@@ -215,7 +247,7 @@ class Decomposer(nn.Module):
         if self.context_fusion is not None:
             assert cues is not None
             pictures = torch.cat([pictures, self._used(cues)], dim=1)
-        latents = self.autoencoder.encode(pictures.flatten(0, 1))  # all pictures of a batch at once
+        latents = self.autoencoder.encode(pictures.flatten(0, 1), tiling=self.sample.tiling)  # all of a batch at once
         return rearrange(latents, "(B M) C h w -> B M C h w", B=len(image))
 
     def _used(self, cues: Tensor) -> Tensor:
@@ -246,13 +278,16 @@ class Decomposer(nn.Module):
         return predict_velocity(self.transformer, self.prompt, x, context, timesteps, guidance)
 
     @torch.no_grad()
-    def draw(self, batch: Mapping[str, Tensor], noise: Tensor, steps: int | None = None) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, batch: Mapping[str, Tensor], noise: Tensor, steps: int | None = None, progress: Progress = iter
+    ) -> tuple[Tensor, Tensor]:
         """Both layers of a batch.
 
         Args:
             batch: image, mask, cues, cues_present as in `encode`.
             noise: standard normal (B, 2 E, 16, H/8, W/8): for each of E draws the background's, then the foreground's.
             steps: Euler steps; `sample.steps` unless given.
+            progress: shows how far they are, as `tqdm` does.
 
         Returns:
             background (B, 3, H, W) in [-1, 1], of the first draw, and straight foreground (B, 4, H, W), the median of
@@ -265,9 +300,10 @@ class Decomposer(nn.Module):
         with mixed_precision(self.autoencoder):
             context = self.encode(batch["image"], batch["mask"], batch.get("cues"), batch.get("cues_present"))
             context = context.repeat(draws)
-            x = euler(lambda x, t: self.velocity(x, context, t), x, timesteps)
+            x = euler(lambda x, t: self.velocity(x, context, t), x, timesteps, progress)
             z_b, z_f = (unpack(tokens, *noise.shape[-2:]) for tokens in x.chunk(2, dim=1))
-            background, foregrounds = self.autoencoder.decode(z_b[::draws]), self.rgba_autoencoder.decode(z_f)
+            background = self.autoencoder.decode(z_b[::draws], tiling=self.sample.tiling)
+            foregrounds = self.rgba_autoencoder.decode(z_f, tiling=self.sample.tiling)
         foreground = rearrange(foregrounds.float(), "(B E) C H W -> E B C H W", E=draws).median(0).values
         return background.float().clamp(-1, 1), from_autoencoder(foreground, margin=self.sample.alpha_margin)
 
@@ -279,6 +315,7 @@ class Decomposer(nn.Module):
         seed: int = 0,
         cues: NDArray[np.float32] | None = None,
         depth: DepthEstimator | None = None,
+        progress: Progress = iter,
     ) -> Layers:
         """Splits a picture of any size.
 
@@ -289,6 +326,7 @@ class Decomposer(nn.Module):
             seed: of the noise; the same seed gives the same layers.
             cues: maps (M, 3, H, W) in [-1, 1] in the order of `CUES`, all present, instead of those computed here.
             depth: on the CPU; computes the depth cue, which is absent without it.
+            progress: shows how far the steps are, as `tqdm` does.
 
         Returns:
             `Layers` at the image's own size.
@@ -296,32 +334,53 @@ class Decomposer(nn.Module):
         Raises:
             InputError: a file cannot be read, or mask and image do not go together.
         """
-        if steps is not None and steps < 1:
-            raise InputError(f"steps is {steps}; expected at least 1")
-        if not 0 <= seed < 2**63:
-            raise InputError(f"seed is {seed}; expected a number from 0 to 2^63 - 1")
+        return self.decompose_batch([self.prepare(image, mask, cues, depth)], steps, seed, progress)[0]
+
+    def prepare(
+        self,
+        image: Picture,
+        mask: Picture,
+        cues: NDArray[np.float32] | None = None,
+        depth: DepthEstimator | None = None,
+    ) -> Prepared:
+        """Reads a picture for `decompose_batch`; arguments and errors as in `decompose`."""
         pixels = read_image(image)
         marked = read_mask(mask, pixels.shape[:2])
-        batch = {"image": to_tensor(pixels), "mask": torch.from_numpy(marked).float()[None, None]}
-        batch |= self._cues(resize(batch["image"], fitted_size(pixels.shape[:2], self.sample.max_side)), cues, depth)
+        full = {"image": to_tensor(pixels), "mask": torch.from_numpy(marked).float()[None, None]}
+        return Prepared(pixels, marked, full, to_model_size({**full, **self._cues(full, cues, depth)}, self.sample))
 
-        def draw(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-            rows, columns = (side // LATENT_FACTOR for side in batch["image"].shape[-2:])
-            shape = (1, 2 * self.sample.ensemble, self.autoencoder.config.z_channels, rows, columns)
-            noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-            return self.draw(batch, noise.to(batch["image"].device), steps)
+    def decompose_batch(
+        self, pictures: Sequence[Prepared], steps: int | None = None, seed: int = 0, progress: Progress = iter
+    ) -> list[Layers]:
+        """Splits pictures whose `Prepared.size` is the same, at once; arguments as in `decompose`.
 
+        Each is given the noise of the seed, so that its layers are what they would be alone, up to rounding.
+        """
+        if steps is not None and steps < 1:
+            raise InputError(f"steps is {steps}; expected at least 1")
+        check_seed(seed)
+        first, *others = dict.fromkeys(f"{width} x {height}" for height, width in (one.size for one in pictures))
+        if others:
+            raise InputError(f"pictures of {first} and of {others[0]} pixels; expected one size to draw them at")
         device = self.prompt.vec.device
-        background, foreground = at_its_size(draw, {k: v.to(device) for k, v in batch.items()}, self.sample)
-        rgba = torch.cat([foreground[:, :3], 2 * foreground[:, 3:] - 1], dim=1)
-        return Layers(pixels, marked, to_pixels(background[0]), to_pixels(rgba[0]))
+        inputs = [picture.inputs for picture in pictures]
+        batch = {name: torch.cat([one[name] for one in inputs]).to(device) for name in inputs[0]}
+        rows, columns = (side // LATENT_FACTOR for side in pictures[0].size)
+        shape = (2 * self.sample.ensemble, self.autoencoder.config.z_channels, rows, columns)
+        noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed))
+        background, foreground = self.draw(batch, noise.expand(len(pictures), *shape).to(device), steps, progress)
+        return [
+            picture.layers(*to_own_size(background[i : i + 1], foreground[i : i + 1], picture.full, self.sample))
+            for i, picture in enumerate(pictures)
+        ]
 
     def _cues(
-        self, image: Tensor, given: NDArray[np.float32] | None, depth: DepthEstimator | None
+        self, full: Mapping[str, Tensor], given: NDArray[np.float32] | None, depth: DepthEstimator | None
     ) -> dict[str, Tensor]:
         if self.context_fusion is None:
             return {}
-        if given is None:
+        if given is None:  # at the size that they are looked at
+            image = resize(full["image"], model_size(full["image"], self.sample))
             estimated = {} if depth is None else {"depth": depth.estimate(image)[0].numpy()}
             computed, present = compute_cues(to_pixels(image[0]), estimated)
             return {"cues": torch.from_numpy(computed)[None], "cues_present": torch.from_numpy(present)[None]}
@@ -329,7 +388,7 @@ class Decomposer(nn.Module):
             raise InputError(
                 f"cues of shape {given.shape}; expected ({len(CUES)}, 3, H, W), the maps {', '.join(CUES)}"
             )
-        maps = resize(torch.from_numpy(given).float()[None], (image.shape[-2], image.shape[-1]))
+        maps = torch.from_numpy(given).float()[None]
         return {"cues": maps, "cues_present": torch.ones(1, len(CUES), dtype=torch.bool)}
 
     def adapter(self, metadata: Metadata) -> Adapter:
@@ -402,6 +461,11 @@ class DecomposerConfig:
         return {"lora": json.dumps(asdict(self.lora)), **settings}
 
 
+def adapter_file(path: str | Path) -> Path:
+    """The file of an adapter that is named by itself or by the folder that it was published in."""
+    return Path(path) / ADAPTER if Path(path).is_dir() else Path(path)
+
+
 def describe_adapter(path: str | Path, **files: str) -> tuple[Adapter, DecomposerConfig]:
     """An adapter file and the decomposer it belongs to, the paths of whose frozen parts exist and fit.
 
@@ -411,7 +475,7 @@ def describe_adapter(path: str | Path, **files: str) -> tuple[Adapter, Decompose
     Raises:
         InputError: a file is missing, or the base is not the one that was adapted.
     """
-    path = Path(path) / ADAPTER if Path(path).is_dir() else Path(path)
+    path = adapter_file(path)
     adapter = Adapter.load(path)
     return adapter, described_config(adapter.metadata, path, **files)
 
@@ -531,35 +595,46 @@ def inpaint(
     x = pack(noise)
     timesteps = schedule(sample.steps, x.shape[1], flow).to(x)
     with mixed_precision(autoencoder):
-        told = Context(context(autoencoder.encode(hole), mask, conditioning.mask), token_ids(image, 0))
+        latents = autoencoder.encode(hole, tiling=sample.tiling)
+        told = Context(context(latents, mask, conditioning.mask), token_ids(image, 0))
         x = euler(lambda x, t: predict_velocity(transformer, prompt, x, told, t, sample.guidance), x, timesteps)
-        painted = autoencoder.decode(unpack(x, *noise.shape[-2:]))
+        painted = autoencoder.decode(unpack(x, *noise.shape[-2:]), tiling=sample.tiling)
     return painted.float().clamp(-1, 1)
 
 
-def at_its_size(
-    draw: Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor]], batch: Mapping[str, Tensor], sample: SampleConfig
-) -> tuple[Tensor, Tensor]:
-    """What a model draws of pictures of any size: shrunk to `sample.max_side`, padded to whole tokens, brought back.
+def check_seed(seed: int) -> None:
+    """Raises `InputError` unless noise can be drawn from it."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed is {seed}; expected a number from 0 to 2^63 - 1")
 
-    Args:
-        draw: from such a batch to a background and a straight foreground of its pictures' size.
-        batch: image (B, 3, H, W), mask (B, 1, H, W) and, of any size, cues (B, M, 3, h, w); the rest goes to `draw`.
 
-    Returns:
-        background (B, 3, H, W) in [-1, 1], with the image's own pixels as `keep_pixels` says, and foreground
-        (B, 4, H, W).
-    """
-    image, mask = batch["image"], batch["mask"]
-    full = (image.shape[-2], image.shape[-1])
-    size = fitted_size(full, sample.max_side)
+def model_size(image: Tensor, sample: SampleConfig) -> tuple[int, int]:
+    """The (height, width) that a model looks at of an image (B, 3, H, W), before it is padded."""
+    return fitted_size((image.shape[-2], image.shape[-1]), sample.max_side)
+
+
+def to_model_size(batch: Mapping[str, Tensor], sample: SampleConfig) -> dict[str, Tensor]:
+    """A batch with its image, mask and cues shrunk to `sample.max_side` and padded to multiples of 16."""
+    size = model_size(batch["image"], sample)
     pictures = {name: resize(batch[name], size) for name in ("image", "cues") if name in batch}
-    pictures["mask"] = shrink_mask(mask, size)
-    padded = {name: pad_to_multiple(picture, TOKEN_FACTOR) for name, picture in pictures.items()}
-    background, foreground = (layer[..., : size[0], : size[1]] for layer in draw({**batch, **padded}))
+    pictures["mask"] = shrink_mask(batch["mask"], size)
+    return {**batch, **{name: pad_to_multiple(values, TOKEN_FACTOR) for name, values in pictures.items()}}
+
+
+def to_own_size(
+    background: Tensor, foreground: Tensor, batch: Mapping[str, Tensor], sample: SampleConfig
+) -> tuple[Tensor, Tensor]:
+    """Layers that were drawn of `to_model_size(batch)`, at the batch's own size and where it is.
+
+    Outside the mask the background is the image's own if `sample.keep_pixels`.
+    """
+    image = batch["image"]
+    full, size = (image.shape[-2], image.shape[-1]), model_size(image, sample)
+    background, foreground = (layer[..., : size[0], : size[1]].to(image.device) for layer in (background, foreground))
     if size != full:  # premultiplied, or the grey under alpha 0 would bleed into the edges
         foreground = from_autoencoder(resize(to_autoencoder(foreground), full))
-    return keep_pixels(image, mask, resize(background, full).clamp(-1, 1), sample), foreground
+    background = resize(background, full).clamp(-1, 1)
+    return keep_pixels(image, batch["mask"], background, sample), foreground
 
 
 def keep_pixels(image: Tensor, mask: Tensor, painted: Tensor, sample: SampleConfig) -> Tensor:

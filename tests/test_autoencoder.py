@@ -1,14 +1,25 @@
 """Autoencoder against the published names and against diffusers' AutoencoderKL."""
 
 import json
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import skimage.data
 import torch
 from reference import build_reference_autoencoder, randomize, relative_error
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig, rescale_latents
+from layerdecomp.imaging.geometry import to_tensor
+from layerdecomp.metrics.background import psnr
+from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig, Tiling, rescale_latents
+from layerdecomp.weights import load_autoencoder
 
 TINY = AutoencoderConfig(ch=8, ch_mult=[1, 2, 3, 3], num_res_blocks=2, z_channels=16, norm_groups=4)
 
@@ -65,3 +76,98 @@ def test_rescaled_latents_decode_to_the_same_picture() -> None:
     deviation = torch.exp(0.5 * log_variance) * factors.view(-1, 1, 1)
     assert relative_error(torch.exp(0.5 * rescaled_log_variance), deviation) < 1e-5
     assert relative_error(model.decoder(rescaled), picture) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(160, 48), (48, 160)])
+@torch.no_grad()
+def test_tiles_equal_diffusers(size: tuple[int, int]) -> None:
+    """But for its last tile, which is as narrow as what is left over, and for corners, which it blends twice."""
+    model, tiling = build(), Tiling(size=64, overlap=16)
+    reference = build_reference_autoencoder(model)
+    reference.tile_sample_min_size, reference.tile_latent_min_size, reference.tile_overlap_factor = 64, 8, 0.25
+    x = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean, log_variance = model.posterior(x, tiling)
+    moments, expected = torch.cat([mean, log_variance], 1), reference._tiled_encode(x)
+    z = (mean - model.config.shift_factor) * model.config.scale_factor
+    assert torch.equal(model.encode(x, tiling=tiling), z)
+    painted, expected_painted = model.decode(z, tiling=tiling), reference.tiled_decode(mean).sample
+    dim = size.index(160) - 2
+    assert relative_error(moments.narrow(dim, 0, 18), expected.narrow(dim, 0, 18)) < 2e-5
+    assert relative_error(painted.narrow(dim, 0, 144), expected_painted.narrow(dim, 0, 144)) < 2e-5
+    assert relative_error(painted, model.decode(z)) > 1e-3
+
+
+@pytest.mark.parametrize("overlap", [0, 8, 24, 32])
+@pytest.mark.parametrize(("height", "width"), [(72, 64), (8, 2048), (200, 136), (64, 64)])
+def test_tiles_cover_every_size(height: int, width: int, overlap: int) -> None:
+    """With coders that look at one latent at a time, tiles change nothing."""
+    model, tiling = build(), Tiling(64, overlap)
+    model.encoder.forward = lambda x: F.avg_pool2d(x, 8).repeat(1, 16, 1, 1)[:, :32]  # type: ignore[method-assign]
+    model.decoder.forward = lambda z: F.interpolate(z[:, :3], scale_factor=8)  # type: ignore[method-assign]
+    x = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    z = model.encode(x)
+    torch.testing.assert_close(model.encode(x, tiling=tiling), z)
+    torch.testing.assert_close(model.decode(z, tiling=tiling), model.decode(z))
+
+
+@torch.no_grad()
+def test_what_fits_a_tile_does_not_change() -> None:
+    model, x = build(), torch.rand(1, 3, 64, 48, generator=torch.Generator().manual_seed(0))
+    for tiling in (Tiling(), Tiling(64, 16)):
+        z = model.encode(x, tiling=tiling)
+        assert torch.equal(z, model.encode(x)) and torch.equal(model.decode(z, tiling=tiling), model.decode(z))
+
+
+@torch.no_grad()
+def test_tiles_of_a_photograph_show_no_seams() -> None:
+    model = load_autoencoder("checkpoints/tiny/autoencoder.safetensors").eval()
+    x = to_tensor(skimage.data.coffee()[:160, 100:260])
+    z = model.encode(x)
+    whole = model.decode(z)
+    hard, soft = (psnr(model.decode(z, tiling=Tiling(80, overlap)), whole).item() for overlap in (0, 32))
+    assert soft > max(38, hard + 1)
+    assert psnr(model.decode(model.encode(x, tiling=Tiling(80, 32)), tiling=Tiling(80, 32)), x) > psnr(whole, x) - 0.3
+
+
+class LiveBytes(TorchDispatchMode):
+    """How much all tensors take that live at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, call, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = call(*args, **(kwargs or {}))
+        for tensor in (leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, storage._cdata)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return out
+
+
+@pytest.fixture
+def in_bf16() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(before)
+
+
+@torch.no_grad()
+def test_2048_in_tiles_takes_the_memory_of_1024(in_bf16: None) -> None:
+    """FLUX's autoencoder, counted without computing anything."""
+    peaks = {}
+    with FakeTensorMode():
+        model = Autoencoder(AutoencoderConfig())
+        for side, tiling in ((1024, None), (2048, None), (2048, Tiling())):
+            for run, shape in ((model.encode, (1, 3, side, side)), (model.decode, (1, 16, side // 8, side // 8))):
+                with LiveBytes() as live:
+                    run(torch.empty(shape), tiling=tiling)
+                peaks[f"{run.__name__} {side}{' in tiles' if tiling else ''}"] = live.peak / 1e9
+    print(*(f"{name}: {peak:.2f} GB" for name, peak in peaks.items()), sep="\n")
+    for name in ("encode", "decode"):
+        assert peaks[f"{name} 2048"] > 3.5 * peaks[f"{name} 1024"]
+        assert peaks[f"{name} 2048 in tiles"] < 1.1 * peaks[f"{name} 1024"]

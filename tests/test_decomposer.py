@@ -88,6 +88,42 @@ def test_layers_have_the_size_of_the_picture(tiny_decomposer: Decomposer, size: 
         assert layers.background[mask].std() > 0 and layers.foreground[..., 3].std() > 0
 
 
+@pytest.mark.parametrize("size", [(48, 2048), (601, 19), (5, 17), (17, 5), (1, 2)])
+def test_layers_of_extreme_sizes(tiny_decomposer: Decomposer, size: tuple[int, int]) -> None:
+    """Unshrunk up to 2048, and larger than a tile along one side."""
+    image, mask = picture(*size), box(*size)
+    drawn = changed(tiny_decomposer, max_side=2048, tile=512, tile_overlap=128)
+    layers = drawn.decompose(image, mask, steps=1)
+    assert layers.background.shape == (*size, 3) and layers.foreground.shape == (*size, 4)
+    if min(size) > 4:
+        assert layers.foreground[..., 3].std() > 0
+    if max(size) > 512:
+        whole = changed(tiny_decomposer, max_side=2048, tile=2048).decompose(image, mask, steps=1)
+        assert (whole.foreground != layers.foreground).any()  # the norms see other pixels
+
+
+def test_pictures_of_two_sizes_are_no_batch(tiny_decomposer: Decomposer) -> None:
+    prepared = [tiny_decomposer.prepare(picture(*size), box(*size)) for size in ((32, 48), (37, 53), (30, 40))]
+    assert [one.size for one in prepared] == [(32, 48), (48, 64), (32, 48)]
+    first, third = tiny_decomposer.decompose_batch([prepared[0], prepared[2]], steps=1)
+    assert first.foreground.shape == (32, 48, 4) and third.background.shape == (30, 40, 3)
+    with pytest.raises(InputError, match=r"pictures of 48 x 32 and of 64 x 48 pixels; expected one size"):
+        tiny_decomposer.decompose_batch(prepared[:2], steps=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tile": 32}, "sample.tile is 32; expected at least 64"),
+        ({"tile": 256}, "sample.tile_overlap is 256; expected at most half of a tile, 256"),
+        ({"tile_overlap": -8}, "sample.tile_overlap is -8; expected at least 0"),
+    ],
+)
+def test_tiles_that_cannot_be(change: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SampleConfig(**change)
+
+
 def test_the_seed_decides(tiny_decomposer: Decomposer) -> None:
     image, mask = picture(32, 48), box(32, 48)
     first, again, other = (tiny_decomposer.decompose(image, mask, steps=STEPS, seed=seed) for seed in (0, 0, 1))

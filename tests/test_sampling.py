@@ -1,5 +1,7 @@
 """Schedule against diffusers' scheduler with FLUX's settings; Euler against known solutions."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from layerdecomp.flow import FlowConfig
 from layerdecomp.sampling import euler, schedule
 
 
-@pytest.mark.parametrize("tokens", [64, 256, 1536, 4096])
+@pytest.mark.parametrize("tokens", [2, 64, 256, 1536, 4096, 16384])  # the last of 2048 x 2048, beyond the line's end
 @pytest.mark.parametrize("steps", [1, 4, 28, 50])
 def test_schedule_equals_diffusers(steps: int, tokens: int) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)  # FLUX.1's scheduler_config.json
@@ -55,6 +57,20 @@ def test_euler_keeps_no_graph_and_leaves_its_input_alone() -> None:
     assert not result.requires_grad
     assert torch.equal(x, torch.ones(1, 2))
     assert not torch.equal(result, x)
+
+
+def test_progress_goes_through_the_steps() -> None:
+    seen: list[int] = []
+
+    def progress(steps: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        for step in steps:
+            yield step
+            seen.append(len(steps))
+
+    noise = torch.ones(2, 3)
+    expected = euler(lambda x, t: x, noise, schedule(5, 256))
+    assert torch.equal(euler(lambda x, t: x, noise, schedule(5, 256), progress), expected)
+    assert seen == [5] * 5
 
 
 def test_less_than_one_step_is_told() -> None:

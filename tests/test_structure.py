@@ -31,8 +31,18 @@ ORDER = [
     *("data.sample", "data.textures", "data.shapes", "data.scenes"),
     *("data.loading", "data.check", "data.maps", "data.blending", "data.triplets", "data.benchmark"),
     *("data.latents", "data.datamodule", "data.testset"),
-    *("baselines", "metric_networks", "predictions", "pictures", "evaluation", "report", "comparison", "benchmark"),
-    "reference",
+    *(
+        "baselines",
+        "metric_networks",
+        "predictions",
+        "pictures",
+        "evaluation",
+        "report",
+        "comparison",
+        "bulk",
+        "benchmark",
+        "reference",
+    ),
     # floor 2: everything that can be set
     "config",
     # floor 3: training

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -102,6 +103,29 @@ def test_decompose_writes_layers(
     )
     np.testing.assert_array_equal(np.asarray(Image.open(out / "foreground.png")), layers.foreground)
     np.testing.assert_array_equal(np.asarray(Image.open(out / "background.png")), layers.background)
+
+
+def test_decompose_takes_folders(
+    tiny_weights: Path, tmp_path: Path, pictures: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, out = f"adapter={tiny_weights / 'adapter.safetensors'}", tmp_path / "out"
+    for folder, source in (("images", "a.png"), ("masks", "m.png")):
+        for stem in ("one", "two"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            shutil.copy(tmp_path / source, tmp_path / folder / f"{stem}.png")
+    (tmp_path / "images" / "two.png").write_bytes(b"no picture")
+    where = [adapter, f"image={tmp_path / 'images'}", f"mask={tmp_path / 'masks'}", f"out={out}", "batch_size=2"]
+    run = partial(run_command, TOOLS["decompose"].main, [*where, "steps=1", "sample.max_side=32", "format=png,ora"])
+    with pytest.raises(SystemExit) as stopped:
+        run()
+    said = capsys.readouterr()
+    assert stopped.value.code == 1 and said.out == "" and said.err.endswith("1 of 2 pictures have no layers: two\n")
+    shutil.copy(tmp_path / "a.png", tmp_path / "images" / "two.png")
+    run()
+    assert capsys.readouterr().out == f"2 pictures split into {out}\n"
+    assert all((out / stem / "layers.ora").is_file() for stem in ("one", "two"))
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["max_side"] == 32 and settings["steps"] == 1 and len(settings["adapter"]) == 64
 
 
 def test_decompose_takes_a_published_folder_and_writes_layered_files(
@@ -290,6 +314,10 @@ def test_benchmark_load_tells_rate_and_memory(tmp_path: Path, capsys: pytest.Cap
         (f"seed={10**30}", "expected a number from 0"),
         ("device=gpu", "device=gpu: Expected one of cpu, cuda"),
         ("depth=absent.safetensors", "absent.safetensors does not exist; put the file there"),
+        ("sample.maxside=64", "unknown key sample.maxside; the nearest known one is sample.max_side"),
+        ("sample.tile=8", "sample.tile is 8; expected at least 64"),
+        ("batch_size=none", "batch_size=none: expected a whole number"),
+        ("mask=.", "a.png is no folder and . is; expected two folders, or two files"),
         ("stpes=3", "unknown argument stpes=3; expected adapter= image= mask="),
         ("format=xcf", "format=xcf: expected some of png, ora, psd"),
         ("transformer=absent", "absent does not exist"),

@@ -1,53 +1,79 @@
-"""Splits a picture.
+"""Splits a picture, or a folder of them.
 
 python tools/decompose.py adapter=... image=a.jpg mask=a.png out=layers/ [format=png,ora,psd steps=28 seed=0 device=cpu
-    compile=true depth=WEIGHTS transformer=... autoencoder=... rgba_autoencoder=... prompt=...]
+    compile=true sample.KEY=... depth=WEIGHTS transformer=... autoencoder=... rgba_autoencoder=... prompt=...]
+python tools/decompose.py adapter=... image=FOLDER mask=FOLDER out=FOLDER [batch_size=4 ...]
 
-adapter= is a file or a published folder. format=ora also writes layers.ora (Krita, GIMP), format=psd layers.psd. depth=
-names Depth-Anything-V2-Small's weights, for adapters that were trained with depth maps; transformer= and so on other
-places for the frozen parts.
+adapter= is a file or a published folder. format=ora also writes layers.ora (Krita, GIMP), format=psd layers.psd.
+sample.max_side=2048 and so on change how the adapter samples. depth= names Depth-Anything-V2-Small's weights, for
+adapters that were trained with depth maps; transformer= and so on other places for the frozen parts.
+
+Of folders, a picture and the mask of the same name make out/<name>/; the same command again goes on where it stopped.
 """
 
 import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
+from tqdm import tqdm
+
+from layerdecomp.bulk import decompose_folder, pair_up
 from layerdecomp.cli import device_name, frozen_dtype, run_command, take, truth, whole_number
-from layerdecomp.decomposer import Decomposer
-from layerdecomp.errors import InputError
+from layerdecomp.config import merge_config
+from layerdecomp.decomposer import Decomposer, SampleConfig, adapter_file
+from layerdecomp.errors import InputError, RunError
 from layerdecomp.imaging.layers import FORMATS, check_formats
-from layerdecomp.weights import load_depth
+from layerdecomp.weights import file_sha256, load_depth
 
 PARTS = ("transformer", "autoencoder", "rgba_autoencoder", "prompt")
+ARGUMENTS: dict[str, str | None] = {
+    **{"adapter": "checkpoints/tiny/adapter.safetensors", "image": None, "mask": None, "out": "layers"},
+    **{"format": "png", "steps": "", "seed": "0", "batch_size": "1", "device": "cpu", "compile": "false", "depth": ""},
+    **dict.fromkeys(PARTS, ""),
+}
+STEPS = partial(tqdm, desc="sample", unit="step", leave=False, disable=None)  # a bar, where stderr is a terminal
+
+
+@dataclass
+class Overrides:
+    """What the command line may change of how an adapter samples."""
+
+    sample: SampleConfig = field(default_factory=SampleConfig)
 
 
 def main(arguments: list[str]) -> None:
-    own, rest = take(
-        arguments,
-        adapter="checkpoints/tiny/adapter.safetensors",
-        image=None,
-        mask=None,
-        out="layers",
-        format="png",
-        steps="",
-        seed="0",
-        device="cpu",
-        compile="false",
-        depth="",
-        **dict.fromkeys(PARTS, ""),
-    )
-    if rest:
-        known = ("adapter", "image", "mask", "out", "format", "steps", "seed", "device", "compile", "depth", *PARTS)
-        raise InputError(f"unknown argument {rest[0]}; expected {' '.join(f'{key}=' for key in known)}")
+    own, rest = take(arguments, **ARGUMENTS)
+    if unknown := [argument for argument in rest if not argument.startswith("sample.")]:
+        raise InputError(
+            f"unknown argument {unknown[0]}; expected {' '.join(f'{key}=' for key in ARGUMENTS)} sample.*="
+        )
     check_formats(formats := own["format"].split(","))
-    seed, steps = whole_number(own, "seed"), whole_number(own, "steps") if own["steps"] else None
+    seed, batch_size = whole_number(own, "seed"), whole_number(own, "batch_size")
+    if own["steps"]:
+        rest.append(f"sample.steps={whole_number(own, 'steps')}")
+    merge_config(Overrides(), [], rest)  # what is wrong with them is told now, not when everything is loaded
+    out, folders = Path(own["out"]), any(Path(own[key]).is_dir() for key in ("image", "mask"))
+    pairs = pair_up(Path(own["image"]), Path(own["mask"]), out) if folders else []
     device, compiled = device_name(own), truth(own, "compile")
     files = {part: own[part] for part in PARTS if own[part]}
-    decomposer = Decomposer.from_pretrained(own["adapter"], dtype=frozen_dtype(device), device=device, **files)
+    decomposer = Decomposer.from_pretrained(own["adapter"], dtype=frozen_dtype(device), device=device, **files).merge()
     if compiled:
         decomposer.transformer.compile_blocks()
+    decomposer.sample = merge_config(Overrides(decomposer.sample), [], rest).sample
     depth = load_depth(own["depth"]) if own["depth"] else None
-    layers = decomposer.merge().decompose(own["image"], own["mask"], steps=steps, seed=seed, depth=depth)
-    names = [name for format in formats for name in FORMATS[format]]
-    print(f"wrote {', '.join(names)} into {layers.save(own['out'], formats)}")
+    if not folders:
+        layers = decomposer.decompose(own["image"], own["mask"], seed=seed, depth=depth, progress=STEPS)
+        names = [name for format in formats for name in FORMATS[format]]
+        print(f"wrote {', '.join(names)} into {layers.save(out, formats)}")
+        return
+    told = {"adapter": file_sha256(adapter_file(own["adapter"])), "depth": own["depth"], "prompt": own["prompt"]}
+    failed = decompose_folder(
+        decomposer, pairs, out, told, formats=formats, seed=seed, depth=depth, batch_size=batch_size, progress=STEPS
+    )
+    if failed:
+        raise RunError(f"{len(failed)} of {len(pairs)} pictures have no layers: {', '.join(failed)}")
+    print(f"{len(pairs)} pictures split into {out}")
 
 
 if __name__ == "__main__":

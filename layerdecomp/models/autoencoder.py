@@ -4,7 +4,10 @@ One class serves both layers: three channels for the background, four for the fo
 Parameter names are those of the published `ae.safetensors`, so an official file loads with no renaming.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import cast
 
@@ -43,6 +46,17 @@ class AutoencoderConfig:
     def factor(self) -> int:
         """Pixels per latent, along each axis."""
         return 2 ** (len(self.ch_mult) - 1)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How pictures that are longer than a tile pass an autoencoder: piece by piece, so that memory stays bounded.
+
+    Norms and the attention in the middle then see their own tile alone: the result is near what one pass gives.
+    """
+
+    size: int = 1024  # pixels along each side of a tile
+    overlap: int = 256  # pixels, or more, over which a tile fades into the next
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
@@ -182,24 +196,32 @@ class Autoencoder(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
-    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def posterior(self, x: Tensor, tiling: Tiling | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log variance, each (B, z_channels, H/8, W/8), of the unscaled latents of x (B, channels, H, W)."""
-        mean, log_variance = self.encoder(x).chunk(2, dim=1)
+        mean, log_variance = self._in_tiles(self.encoder, x, tiling, self.config.factor).chunk(2, dim=1)
         return mean, log_variance.clamp(-30.0, 20.0)
 
-    def encode(self, x: Tensor, *, noise: Tensor | None = None) -> Tensor:
+    def encode(self, x: Tensor, *, noise: Tensor | None = None, tiling: Tiling | None = None) -> Tensor:
         """Scaled latents (B, z_channels, H/8, W/8) of x (B, in_channels, H, W) in [-1, 1], H and W multiples of 8.
 
         The posterior mean, unless standard normal `noise` of the latents' shape asks for a sample.
         """
-        mean, log_variance = self.posterior(x)
+        mean, log_variance = self.posterior(x, tiling)
         if noise is not None:
             mean = mean + torch.exp(0.5 * log_variance) * noise
         return self.config.scale_factor * (mean - self.config.shift_factor)
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor, *, tiling: Tiling | None = None) -> Tensor:
         """The picture (B, in_channels, H, W), about in [-1, 1], of scaled latents z (B, z_channels, H/8, W/8)."""
-        return cast(Tensor, self.decoder(z / self.config.scale_factor + self.config.shift_factor))
+        return self._in_tiles(self.decoder, z / self.config.scale_factor + self.config.shift_factor, tiling, 1)
+
+    def _in_tiles(self, run: Callable[[Tensor], Tensor], x: Tensor, tiling: Tiling | None, cell: int) -> Tensor:
+        """`run` on x (B, C, H, W), which has `cell` elements per latent along each axis."""
+        if tiling is None:
+            return run(x)
+        size, overlap = (cell * (pixels // self.config.factor) for pixels in (tiling.size, tiling.overlap))
+        strip = partial(blend_tiles, run, dim=-1, size=size, overlap=overlap, grid=cell)
+        return blend_tiles(strip, x, dim=-2, size=size, overlap=overlap, grid=cell)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -222,6 +244,37 @@ class Autoencoder(nn.Module):
         for conv in (*shortcuts, *resamplers, *ends):
             if isinstance(conv, nn.Conv2d):
                 _rotate(conv)
+
+
+def blend_tiles(run: Callable[[Tensor], Tensor], x: Tensor, *, dim: int, size: int, overlap: int, grid: int) -> Tensor:
+    """`run` on x, tile by tile along a dimension that is longer than a tile, each faded into the one before.
+
+    All tiles have one size, so that none is too small for the norms, and are spread evenly.
+
+    Args:
+        run: maps a tile to one that is longer or shorter by a fixed factor.
+        dim: -1 or -2.
+        size, overlap: of tiles, in elements of x; what two of them share is `overlap` or more.
+        grid: tiles start at multiples of it; it divides `size` and x's length.
+    """
+    length = x.shape[dim]
+    if length <= size:
+        return run(x)
+    last = math.ceil((length - size) / (size - overlap))
+    starts = [grid * round(tile / last * (length - size) / grid) for tile in range(last + 1)]
+    tile = run(x.narrow(dim, 0, size))
+    end = tile.shape[dim]
+    out = tile.new_empty([length * n // size if axis == dim else n for axis, n in enumerate(tile.shape, -tile.dim())])
+    out.narrow(dim, 0, end).copy_(tile)
+    for start in starts[1:]:
+        tile = run(x.narrow(dim, start, size))
+        place, extent = start * tile.shape[dim] // size, tile.shape[dim]
+        shared = end - place
+        ramp = (torch.arange(shared, device=tile.device) / shared).to(tile.dtype)
+        out.narrow(dim, place, shared).lerp_(tile.narrow(dim, 0, shared), ramp.view(-1, *[1] * (-1 - dim)))
+        out.narrow(dim, end, extent - shared).copy_(tile.narrow(dim, shared, extent - shared))
+        end = place + extent
+    return out
 
 
 def _zero(conv: nn.Conv2d) -> None:

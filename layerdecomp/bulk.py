@@ -1,0 +1,170 @@
+"""Folders of pictures and masks, each pair split into layers in a folder of its own name; goes on where it stopped."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from layerdecomp.conditioning import TOKEN_FACTOR
+from layerdecomp.data.folders import by_stem, upright_size
+from layerdecomp.decomposer import Decomposer, Prepared, check_seed
+from layerdecomp.errors import InputError, RunError
+from layerdecomp.files import write_whole
+from layerdecomp.imaging.geometry import fitted_size
+from layerdecomp.imaging.layers import FORMATS, READABLE, Layers
+from layerdecomp.models.depth import DepthEstimator
+from layerdecomp.sampling import Progress
+
+logger = logging.getLogger(__name__)
+SETTINGS = "settings.json"  # in the folder of all layers: what they are drawn by
+NAMED = 5  # of what an error lists
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A picture and its mask."""
+
+    stem: str  # of both files, below their folders
+    image: Path
+    mask: Path
+
+    def is_split(self, folder: Path, names: Sequence[str]) -> bool:
+        """Whether the files of these names are there, and no older than picture and mask."""
+        try:
+            newest = max(self.image.stat().st_mtime_ns, self.mask.stat().st_mtime_ns)
+            return all((folder / name).stat().st_mtime_ns >= newest for name in names)
+        except FileNotFoundError:
+            return False
+
+    def padded_size(self, max_side: int) -> tuple[int, int]:
+        """The (height, width) that it is drawn at, by the head of its file; (0, 0) if that cannot be read."""
+        try:
+            with Image.open(self.image, formats=READABLE) as picture:
+                width, height = upright_size(picture)
+        except Exception:  # a damaged file can raise anything; what is wrong is told when it is read
+            return 0, 0
+        height, width = (-(-side // TOKEN_FACTOR) * TOKEN_FACTOR for side in fitted_size((height, width), max_side))
+        return height, width
+
+
+def pair_up(images: Path, masks: Path, out: Path) -> list[Pair]:
+    """The pictures below two folders that go together by their paths without extensions, to be split into a third.
+
+    Raises:
+        InputError: a folder is missing or empty, a file has no partner, or layers would be taken for pictures.
+    """
+    for key, path, other in (("image", images, masks), ("mask", masks, images)):
+        if not path.is_dir() and other.is_dir():
+            raise InputError(f"{key}={path} is no folder and {other} is; expected two folders, or two files")
+        if out.resolve().is_relative_to(path.resolve()):
+            raise InputError(f"out={out} lies in {key}={path}, whose pictures are read; choose another folder")
+    pictures, marked = by_stem(images), by_stem(masks)
+    lacking = [
+        f"{len(stems)} of {folder} have no {partner} ({', '.join(stems[:NAMED])}{', ...' if stems[NAMED:] else ''})"
+        for folder, partner, stems in (
+            (images, f"mask in {masks}", [name for stem, name in pictures.items() if stem not in marked]),
+            (masks, f"picture in {images}", [name for stem, name in marked.items() if stem not in pictures]),
+        )
+        if stems
+    ]
+    if lacking:
+        raise InputError(f"{' and '.join(lacking)}; expected a picture and a mask of each name")
+    return [Pair(stem, images / name, masks / marked[stem]) for stem, name in pictures.items()]
+
+
+def decompose_folder(
+    decomposer: Decomposer,
+    pairs: Sequence[Pair],
+    out: Path,
+    told: Mapping[str, Any],
+    *,
+    formats: Sequence[str] = ("png",),
+    seed: int = 0,
+    depth: DepthEstimator | None = None,
+    batch_size: int = 1,
+    progress: Progress = iter,
+) -> list[str]:
+    """Splits every pair into ``out / stem``; what is there already, and newer than its picture and mask, is left alone.
+
+    Args:
+        told: what tells the decomposer and its estimator of depth from others; noted in `SETTINGS`, with seed and
+            sampling, so that no folder holds layers of two kinds.
+        formats: as `Layers.save` takes them.
+        seed, depth: as `Decomposer.decompose` takes them, for every picture.
+        batch_size: pictures that are drawn at once if they are of one size.
+        progress: of the steps of a batch, beside a bar of the pictures.
+
+    Returns:
+        the stems of pictures that could not be read, each of which a warning tells; nothing is written for them.
+
+    Raises:
+        InputError: an argument is out of range, or `out` cannot be used.
+        RunError: a batch does not fit into memory.
+    """
+    check_seed(seed)
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; expected at least 1")
+    _open_folder(out, {**told, "seed": seed, **asdict(decomposer.sample)})
+    names = [name for format in formats for name in FORMATS[format]]
+    left = [pair for pair in pairs if not pair.is_split(out / pair.stem, names)]
+    left.sort(key=lambda pair: pair.padded_size(decomposer.sample.max_side))  # so that batches are full
+    failed: list[str] = []
+    done = len(pairs) - len(left)
+    with logging_redirect_tqdm(), tqdm(total=len(pairs), initial=done, desc="decompose", unit="image") as bar:
+        for start in range(0, len(left), batch_size):
+            chunk = left[start : start + batch_size]
+            read = {pair.stem: found for pair in chunk if (found := _read(decomposer, pair, depth))}
+            failed += [pair.stem for pair in chunk if pair.stem not in read]
+            bar.update(len(chunk) - len(read))
+            for same in _by_size(read):
+                for stem, layers in _drawn(decomposer, same, seed, progress).items():
+                    layers.save(out / stem, formats)
+                    bar.update()
+    return failed
+
+
+def _open_folder(out: Path, settings: Mapping[str, Any]) -> None:
+    """Makes the folder of all layers, and refuses one that has layers of other settings."""
+    path = out / SETTINGS
+    try:
+        before = json.loads(path.read_text()) if path.is_file() else settings
+        if changed := [key for key in settings if before.get(key) != settings[key]]:
+            raise InputError(
+                f"{path}: the layers there were drawn with {changed[0]} {before.get(changed[0])}, now it is "
+                f"{settings[changed[0]]}; choose another out=, or remove that folder"
+            )
+        write_whole(path, json.dumps(settings, indent=2) + "\n")
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} cannot be used ({error}); choose another out=") from error
+
+
+def _drawn(decomposer: Decomposer, same: Mapping[str, Prepared], seed: int, progress: Progress) -> dict[str, Layers]:
+    try:
+        drawn = decomposer.decompose_batch(list(same.values()), seed=seed, progress=progress)
+    except torch.OutOfMemoryError as error:
+        height, width = next(iter(same.values())).size
+        raise RunError(
+            f"{len(same)} pictures of {width} x {height} pixels do not fit into memory at once; what is drawn stays: "
+            "go on with a smaller batch_size=, or start anew with a smaller sample.max_side="
+        ) from error
+    return dict(zip(same, drawn, strict=True))
+
+
+def _read(decomposer: Decomposer, pair: Pair, depth: DepthEstimator | None) -> Prepared | None:
+    try:
+        return decomposer.prepare(pair.image, pair.mask, depth=depth)
+    except InputError as error:
+        logger.warning("%s is left out: %s", pair.stem, error)
+        return None
+
+
+def _by_size(read: Mapping[str, Prepared]) -> Iterator[dict[str, Prepared]]:
+    for size in dict.fromkeys(picture.size for picture in read.values()):
+        yield {stem: picture for stem, picture in read.items() if picture.size == size}

@@ -1,0 +1,144 @@
+"""Folders of pictures: the same layers as one by one, and nothing lost to a bad picture or an interruption."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from layerdecomp.bulk import SETTINGS, decompose_folder, pair_up
+from layerdecomp.decomposer import Decomposer
+from layerdecomp.errors import InputError, RunError
+from layerdecomp.imaging.layers import Layers
+
+SIZES = {"a": (40, 56), "b": (24, 30), "c": (39, 50), "deep/d": (40, 56), "e": (33, 60)}  # all but b padded to 48 x 64
+TOLD = {"adapter": "a sum"}
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """Folders of five pictures and their masks, and where to split them."""
+    rng = np.random.default_rng(0)
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    for stem, (height, width) in SIZES.items():
+        for folder in (images, masks):
+            (folder / stem).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(images / f"{stem}.jpg")
+        mask = np.zeros((height, width), np.uint8)
+        mask[8:20, 8:24] = 255
+        Image.fromarray(mask).save(masks / f"{stem}.png")
+    return images, masks, tmp_path / "out"
+
+
+@pytest.fixture
+def drawn(tiny_decomposer: Decomposer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pictures each batch has that is drawn from here on."""
+    counts: list[int] = []
+    draw = Decomposer.draw
+
+    def recorded(self: Decomposer, batch: dict[str, torch.Tensor], *args: object) -> object:
+        counts.append(len(batch["image"]))
+        return draw(self, batch, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Decomposer, "draw", recorded)
+    monkeypatch.setattr(tiny_decomposer.sample, "steps", 2)
+    return counts
+
+
+def test_a_picture_is_the_same_alone_and_in_a_batch(
+    tiny_decomposer: Decomposer, folders: tuple[Path, Path, Path], drawn: list[int]
+) -> None:
+    pairs = pair_up(*folders)
+    assert [pair.stem for pair in pairs] == list(SIZES)
+    assert decompose_folder(tiny_decomposer, pairs, folders[2], TOLD, seed=3, batch_size=3) == []
+    assert drawn == [1, 2, 2]  # b, then the others: a chunk does not wait for the next one's
+    for pair in pairs:
+        alone = tiny_decomposer.decompose(pair.image, pair.mask, seed=3)
+        for name in ("background", "foreground"):
+            found = np.asarray(Image.open(folders[2] / pair.stem / f"{name}.png"))
+            difference = np.abs(found.astype(int) - getattr(alone, name))
+            assert difference.max() <= 1 and difference.mean() < 0.01, (pair.stem, name)
+
+
+def test_an_interrupted_run_goes_on(
+    tiny_decomposer: Decomposer, folders: tuple[Path, Path, Path], drawn: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs, out, save = pair_up(*folders), folders[2], Layers.save
+
+    def interrupted(self: Layers, folder: Path, formats: object) -> Path:
+        if folder == out / "c":
+            raise KeyboardInterrupt
+        return save(self, folder, formats)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Layers, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            decompose_folder(tiny_decomposer, pairs, out, TOLD, batch_size=2)
+    assert drawn == [1, 1, 2] and not (out / "c").exists()
+    drawn.clear()
+    assert decompose_folder(tiny_decomposer, pairs, out, TOLD, batch_size=2) == []
+    assert drawn == [2, 1]
+    decompose_folder(tiny_decomposer, pairs, out, TOLD)
+    assert drawn == [2, 1]
+    later = (out / "a" / "background.png").stat().st_mtime + 10
+    os.utime(pairs[0].mask, (later, later))  # a mask that was mended
+    decompose_folder(tiny_decomposer, pairs, out, TOLD)
+    assert drawn == [2, 1, 1]
+    with pytest.raises(InputError, match=r"settings\.json: the layers there were drawn with seed 0, now it is 1"):
+        decompose_folder(tiny_decomposer, pairs, out, TOLD, seed=1)
+    with pytest.raises(InputError, match="drawn with adapter a sum, now it is another"):
+        decompose_folder(tiny_decomposer, pairs, out, {"adapter": "another"})
+    assert json.loads((out / SETTINGS).read_text())["steps"] == 2
+
+
+def test_a_bad_picture_does_not_lose_the_others(
+    tiny_decomposer: Decomposer, folders: tuple[Path, Path, Path], drawn: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    images, masks, out = folders
+    (images / "a.jpg").write_bytes(b"no picture")
+    Image.new("L", (50, 39), 0).save(masks / "c.png")
+    assert sorted(decompose_folder(tiny_decomposer, pair_up(*folders), out, TOLD, batch_size=8)) == ["a", "c"]
+    assert drawn == [1, 2]
+    assert "a is left out: " in caplog.text and "a.jpg cannot be read as an image" in caplog.text
+    assert "c is left out: " in caplog.text and "c.png is empty" in caplog.text
+    split = {path.parent.relative_to(out).as_posix() for path in out.rglob("preview.png")}
+    assert split == {"b", "deep/d", "e"}
+
+
+def test_a_batch_that_does_not_fit(
+    tiny_decomposer: Decomposer, folders: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Decomposer, "draw", full)
+    with pytest.raises(RunError, match=r"1 pictures of 32 x 32 pixels do not fit .* smaller batch_size="):
+        decompose_folder(tiny_decomposer, pair_up(*folders), folders[2], TOLD, batch_size=5)
+
+
+def test_partners_that_are_missing(folders: tuple[Path, Path, Path]) -> None:
+    images, masks, out = folders
+    for stem in ("a", "c", "deep/d"):
+        (masks / f"{stem}.png").unlink()
+    (images / "e.jpg").unlink()
+    with pytest.raises(InputError) as error:
+        pair_up(images, masks, out)
+    message = f"3 of {images} have no mask in {masks} (a.jpg, c.jpg, deep/d.jpg) and 1 of {masks} have no picture in "
+    assert str(error.value).startswith(f"{message}{images} (e.png); ")
+    assert not out.exists()
+
+
+def test_folders_that_cannot_work(folders: tuple[Path, Path, Path]) -> None:
+    images, masks, out = folders
+    with pytest.raises(InputError, match=r"image=.*a\.jpg is no folder and .*masks is; expected two folders"):
+        pair_up(images / "a.jpg", masks, out)
+    with pytest.raises(InputError, match=r"mask=.*a\.png is no folder"):
+        pair_up(images, masks / "a.png", out)
+    with pytest.raises(InputError, match=r"out=.*layers lies in image=.*images, whose pictures are read"):
+        pair_up(images, masks, images / "layers")
+    (images / "a.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"a\.jpg and a\.png differ in their extension alone"):
+        pair_up(images, masks, out)
