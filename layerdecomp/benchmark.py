@@ -61,6 +61,10 @@ class BenchmarkConfig:
         width = full.hidden_size // full.num_heads * heads
         return replace(full, hidden_size=width, num_heads=heads, depth=depths[0], depth_single_blocks=depths[1])
 
+    def autoencoder(self, channels: int) -> AutoencoderConfig:
+        """FLUX's, of RGB or RGBA pictures."""
+        return AutoencoderConfig(in_channels=channels)
+
 
 def build(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> Decomposer:
     """A decomposer with random weights, made where it will run: frozen parts in `dtype`, trained ones in float32."""
@@ -69,7 +73,7 @@ def build(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> 
     try:
         with device:
             transformer = MMDiT(config.transformer).requires_grad_(False)
-            rgb, rgba = (Autoencoder(AutoencoderConfig(in_channels=n)).requires_grad_(False) for n in (3, 4))
+            rgb, rgba = (Autoencoder(config.autoencoder(n)).requires_grad_(False) for n in (3, 4))
             prompt = Prompt(
                 torch.randn(config.text_tokens, transformer.config.context_in_dim),
                 torch.randn(transformer.config.vec_in_dim),
