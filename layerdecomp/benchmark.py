@@ -66,6 +66,10 @@ class BenchmarkConfig:
         width = full.hidden_size // full.num_heads * heads
         return replace(full, hidden_size=width, num_heads=heads, depth=depths[0], depth_single_blocks=depths[1])
 
+    def autoencoder(self, channels: int) -> AutoencoderConfig:
+        """FLUX's, of RGB or RGBA pictures."""
+        return AutoencoderConfig(in_channels=channels)
+
 
 @contextmanager
 def made_as(device: torch.device, dtype: torch.dtype) -> Iterator[None]:

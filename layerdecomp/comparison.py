@@ -87,16 +87,24 @@ class Models:
     decomposer: Decomposer
     base: MMDiT
     files: Mapping[str, str] = field(default_factory=dict)  # what they come from: name -> sha256
+    quantize: str | None = None  # the format of both transformers' frozen weights
 
 
-def load_models(adapter: Adapter, path: str, config: DecomposerConfig, dtype: torch.dtype, device: str) -> Models:
+def load_models(
+    adapter: Adapter,
+    path: str,
+    config: DecomposerConfig,
+    dtype: torch.dtype,
+    device: str,
+    quantize: str | None = None,
+) -> Models:
     """The models of an adapter that was read from `path`; `config` is its own."""
     weights = config.weights
-    decomposer = build_decomposer(config, dtype, device)
+    decomposer = build_decomposer(config, dtype, device, quantize)
     decomposer.load_adapter(adapter, path)
     files = (path, weights.transformer, weights.autoencoder, weights.rgba_autoencoder)
-    base = load_mmdit(weights.transformer, dtype=dtype, device=device)
-    return Models(decomposer, base, {file: file_sha256(Path(file)) for file in files})
+    base = load_mmdit(weights.transformer, dtype=dtype, device=device, quantize=quantize)
+    return Models(decomposer, base, {file: file_sha256(Path(file)) for file in files}, quantize)
 
 
 def methods(models: Models | None, config: EvaluateConfig) -> dict[str, Method]:
@@ -309,6 +317,7 @@ def drawn_by(models: Models | None, data: TestData, config: EvaluateConfig) -> d
     told = {**describe_data(data), "count": len(data), "seed": config.seed}
     if models is not None:
         told |= {**asdict(models.decomposer.sample), "weights": dict(models.files)}
+        told |= {"quantize": models.quantize} if models.quantize else {}
     if "maskless" in config.rows:
         told["maskless"] = file_sha256(maskless_weights(config))
     return told | {"layers": "8-bit files", "versions": _versions(config.rows)}

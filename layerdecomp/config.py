@@ -24,6 +24,7 @@ from layerdecomp.files import write_whole
 from layerdecomp.flow import FlowConfig
 from layerdecomp.models.autoencoder import AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiTConfig
+from layerdecomp.quantization import check_format
 
 ConfigT = TypeVar("ConfigT")
 
@@ -44,6 +45,7 @@ class TrainConfig:
     max_skipped: int = 5  # steps in a row whose gradient is not finite: after them, training stops
     ema: float = 0.0  # decay of a running average of what is trained, which is validated and written; 0: none
     deterministic: bool = False  # the same bits on the same machine, on a GPU as well, for some speed
+    dry_run: bool = False  # only print what training would take, and which files are missing
 
     @property
     def global_batch(self) -> int:
@@ -72,12 +74,17 @@ class OptimConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 0.0
     clip: float = 1.0  # norm of the whole gradient
+    bits: int = 32  # of AdamW's averages: 32, or 8 with a scale per 256 of them (torchao's)
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2:
             raise InputError(f"optim.betas is {self.betas}; expected two numbers")
         if self.muon and self.weight_decay:
             raise InputError(f"optim.weight_decay is {self.weight_decay}, which optim.muon does not use; set it to 0")
+        if self.bits not in (32, 8):
+            raise InputError(f"optim.bits is {self.bits}; expected 32 or 8")
+        if self.muon and self.bits != 32:
+            raise InputError(f"optim.bits is {self.bits}, which optim.muon does not have; set it to 32")
 
 
 @dataclass
@@ -120,6 +127,13 @@ class DecomposerJobConfig(FlowJobConfig, DecomposerConfig):
     """Adapt a frozen inpainting transformer to layer decomposition."""
 
     training_guidance: float = 1.0  # the scale fed to guidance-distilled models while they are adapted
+    quantize: str | None = None  # the frozen transformer's matrices: int8, fp8 or nf4; null: as they compute
+    pictures_at_once: int = 0  # that an autoencoder encodes, to save memory; 0: all of a batch
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(0, self, "", "pictures_at_once")
+        check_format(self.quantize)
 
 
 @dataclass
@@ -165,7 +179,8 @@ JOBS: dict[str, type[Any]] = {
 # What may change when a run is continued: none of it changes what is trained (`compile` no more than rounding).
 RESUMABLE: frozenset[str] = frozenset(
     {
-        *("resume", "run_dir", "recompute", "compile", "data.workers", "data.validation", "data.max_faulty"),
+        *("resume", "run_dir", "recompute", "compile", "pictures_at_once", "train.dry_run"),
+        *("data.workers", "data.validation", "data.max_faulty"),
         *("train.checkpoint_every", "train.validate_every", "train.max_skipped", "train.strategy"),
     }
 )

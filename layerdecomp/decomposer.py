@@ -410,20 +410,26 @@ class Decomposer(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", **files: str
+        cls,
+        path: str | Path,
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        quantize: str | None = None,
+        **files: str,
     ) -> "Decomposer":
         """The decomposer that an adapter file describes, ready to sample.
 
         Args:
             path: adapter.safetensors, or the folder that it was published in.
             dtype: of the frozen parts; float32 unless given.
+            quantize: int8, fp8 or nf4, for the frozen transformer.
             files: other places for the frozen parts (transformer=, autoencoder=, rgba_autoencoder=, prompt=).
 
         Raises:
             InputError: a file is missing or does not fit, or the base is not the one that was adapted.
         """
         adapter, config = describe_adapter(path, **files)
-        decomposer = build_decomposer(config, dtype, device)
+        decomposer = build_decomposer(config, dtype, device, quantize)
         decomposer.load_adapter(adapter, path)
         return decomposer.requires_grad_(False).eval()
 
@@ -505,9 +511,11 @@ def described_config(metadata: Metadata, path: Path, **files: str) -> Decomposer
     return config
 
 
-def build_decomposer(config: DecomposerConfig, dtype: torch.dtype | None = None, device: str = "cpu") -> Decomposer:
+def build_decomposer(
+    config: DecomposerConfig, dtype: torch.dtype | None = None, device: str = "cpu", quantize: str | None = None
+) -> Decomposer:
     """The whole architecture on a page: frozen parts from their files, what is trained in float32."""
-    transformer = load_mmdit(config.weights.transformer, dtype=dtype, device=device)
+    transformer = load_mmdit(config.weights.transformer, dtype=dtype, device=device, quantize=quantize)
     inject_lora(transformer, config.lora)
     transformer.img_in.float().requires_grad_(True)
     if unknown := [name for name in config.fusion.cues if name not in CUES]:

@@ -41,6 +41,7 @@ from layerdecomp.layouts import (
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.depth import DepthConfig, DepthEstimator, published_names
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
+from layerdecomp.quantization import block_matrices
 
 FORMAT_VERSION = "1"
 TOOL_VERSION = f"layerdecomp {__version__}"
@@ -369,10 +370,16 @@ def load_state(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     layout: Layout = published,
+    convert: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
 ) -> None:
-    """Materialises `module`, built on the meta device, tensor by tensor; see `open_state`."""
+    """Materialises `module`, built on the meta device, tensor by tensor; see `open_state`.
+
+    Args:
+        convert: what becomes of a tensor of some name, in `dtype`, before the next one is read.
+    """
     dtype = dtype or torch.float32
-    state = {name: _in_dtype(read(), dtype) for name, read in open_state(module, path, device, layout).items()}
+    read = open_state(module, path, device, layout)
+    state = {name: convert(name, _in_dtype(one(), dtype)) for name, one in read.items()}
     module.load_state_dict(state, assign=True)
 
 
@@ -395,15 +402,20 @@ def config_from(kind: type[ConfigT], text: str | None, where: str) -> ConfigT:
 
 
 def load_mmdit(
-    path: str | Path, config: MMDiTConfig | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
+    path: str | Path,
+    config: MMDiTConfig | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    quantize: str | None = None,
 ) -> MMDiT:
     """The transformer of a single file or of a diffusers folder, in `dtype` (float32 unless given), frozen.
 
     Without a `config`, the file's metadata or the folder's config.json say what model it is; a file without any is
-    FLUX.1-Fill-dev.
+    FLUX.1-Fill-dev. With `quantize` (int8, fp8, nf4) the matrices of its blocks are kept so, each from when it is read.
     """
+    convert = block_matrices(quantize)
     model, layout = empty_mmdit(path, config)
-    load_state(model, path, dtype, device, layout)
+    load_state(model, path, dtype, device, layout, convert)
     return model.requires_grad_(False).eval()
 
 

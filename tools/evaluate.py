@@ -4,7 +4,8 @@ python tools/evaluate.py [adapter=FILE predictions=FOLDER,FOLDER data=FOLDER con
 python tools/evaluate.py export=FOLDER [the same settings]    # inputs and truth as files, for other methods to run on
 
 data= names a folder of triplets; without it samples are drawn as the adapter's training drew them. fill= names a
-Markdown file whose table of published figures gets ours beside them (docs/evaluation.md).
+Markdown file whose table of published figures gets ours beside them (docs/evaluation.md). quantize= keeps the frozen
+transformer in int8, fp8 or nf4.
 """
 
 import os
@@ -37,7 +38,7 @@ class EvaluationConfig:
 
 
 def main(arguments: list[str]) -> None:
-    own, overrides = take(arguments, **PATHS, out="runs/evaluate", device="cpu")
+    own, overrides = take(arguments, **PATHS, out="runs/evaluate", device="cpu", quantize="")
     path = own["adapter"] or ("" if own["predictions"] or own["export"] else SHIPPED)
     defaults, fused = EvaluationConfig(), False
     if path:
@@ -59,7 +60,7 @@ def main(arguments: list[str]) -> None:
     device, models = device_name(own), None
     if path:
         described.sample = config.sample
-        models = load_models(adapter, path, described, frozen_dtype(device), device)
+        models = load_models(adapter, path, described, frozen_dtype(device), device, own["quantize"] or None)
     else:
         config.evaluate.rows = [row for row in config.evaluate.rows if row not in WITH_MODEL]
     settings = config.evaluate

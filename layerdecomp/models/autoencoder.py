@@ -147,6 +147,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
+        self.at_once = 0  # pictures of a batch that are encoded together, to save memory; 0: all
         widths = [config.ch * mult for mult in config.ch_mult]
         groups, last = config.norm_groups, len(widths) - 1
         self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
@@ -159,6 +160,8 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if 0 < self.at_once < len(x):
+            return torch.cat([self(part) for part in x.split(self.at_once)])
         h = self.mid(self.down(self.conv_in(x)))
         return cast(Tensor, self.conv_out(F.silu(self.norm_out(h))))
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,12 +46,39 @@ class LoRAConfig:
         return any(fnmatchcase(name, pattern) for pattern in self.targets)
 
 
+def is_quantized(weight: Tensor) -> bool:
+    """Whether a weight is one of torchao's tensors instead of a plain one."""
+    return type(weight) not in (Tensor, nn.Parameter) and hasattr(weight, "__tensor_flatten__")
+
+
+def dense(weight: Tensor) -> Tensor:
+    """The numbers of a weight that may be quantised."""
+    if not is_quantized(weight):
+        return weight
+    plain: Tensor = getattr(weight, "get_original_weight", weight.dequantize)()  # as NF4Tensor calls it
+    return plain
+
+
+class _QuantizedLinear(torch.autograd.Function):
+    """x W^T + b of a quantised W, which each pass makes dense for itself: autograd would keep that of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, dense(weight), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return gradient @ dense(ctx.weight).to(gradient.dtype), None, None
+
+
 class LoRALinear(nn.Linear):
     """A frozen linear layer plus `scale * B A`.
 
     It takes over the very `weight` and `bias` of the layer that it replaces, so their names stay as they were;
     `lora_A.weight` (rank, in) and `lora_B.weight` (out, rank) are added. B starts at zero: at first the output is the
-    base's, bit for bit. The low-rank weights are float32 for the optimizer's sake and are cast to the input's dtype.
+    base's, bit for bit. The weight may be quantised; the low-rank ones are float32 for the optimizer's sake and are
+    cast to the input's dtype.
     """
 
     def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
@@ -71,8 +99,14 @@ class LoRALinear(nn.Linear):
         rows = x.flatten(0, -2)  # (N, in_features)
         low_rank = F.linear(rows, self.lora_A.weight.to(x.dtype))  # (N, rank)
         # In place: the product is added while it is computed, so that no pass over the output is spent on a sum.
-        out = super().forward(rows).addmm_(low_rank, self.lora_B.weight.to(low_rank.dtype).t(), alpha=self.scale)
+        out = self._base(rows).addmm_(low_rank, self.lora_B.weight.to(low_rank.dtype).t(), alpha=self.scale)
         return out.unflatten(0, x.shape[:-1])
+
+    def _base(self, x: Tensor) -> Tensor:
+        if not is_quantized(self.weight):
+            return super().forward(x)
+        base: Tensor = _QuantizedLinear.apply(x, self.weight, self.bias)
+        return base
 
     def _cheaper_as_one(self, tokens: int) -> bool:
         """Whether W + scale * B A, forward and backward, takes fewer multiplications than its two parts one by one.
@@ -85,14 +119,20 @@ class LoRALinear(nn.Linear):
 
     def _sum(self) -> Tensor:
         """W + scale * B A in float32, (out_features, in_features)."""
-        return self.weight.float() + self.scale * self.lora_B.weight.float() @ self.lora_A.weight.float()
+        return dense(self.weight).float() + self.scale * self.lora_B.weight.float() @ self.lora_A.weight.float()
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """A plain linear layer with weight W + scale * B A, which reuses (and changes) this layer's own weight."""
-        self.weight.copy_(self._sum())
+        """A plain linear layer with weight W + scale * B A, which reuses (and changes) this layer's own weight.
+
+        A quantised weight is left as it is: the sum would not be itself in so few bits.
+        """
         linear = nn.Linear(self.in_features, self.out_features, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
+        if is_quantized(self.weight):
+            linear.weight = nn.Parameter(self._sum().to(self.weight.dtype), requires_grad=False)
+        else:
+            self.weight.copy_(self._sum())
         return linear
 
 

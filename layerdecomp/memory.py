@@ -1,0 +1,221 @@
+"""What a training step takes of a device's memory, counted without the device: no file, no GPU, no numbers.
+
+A step's forward and backward pass run on tensors that have shapes and no content (`FakeTensorMode`), while every storage
+is counted from when it is made until it is given up: the peak is that of what autograd keeps and of all that is needed
+for a moment. Blocks are alike, so that a few of them tell what many take.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from layerdecomp.benchmark import META, BenchmarkConfig, Workload
+from layerdecomp.models.autoencoder import AutoencoderConfig
+from layerdecomp.models.mmdit import MMDiTConfig
+from layerdecomp.quantization import BITS
+
+# At the moment when a weight is made dense again: bytes per number, its dense form in bf16 among them.
+DENSE_BYTES = {"int8": 7, "fp8": 10, "nf4": 14}
+OPTIMIZER_BYTES = {32: 8.0, 8: 2 * (1 + 4 / 256)}  # of both averages, per number
+
+
+@dataclass
+class TrainingWork(BenchmarkConfig):
+    """What a step of some training works on: a benchmark of the models that it names."""
+
+    model: MMDiTConfig = field(default_factory=MMDiTConfig)
+    rgb: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    quantize: str | None = None
+    bits: int = 32  # of the optimizer's averages
+    pictures_at_once: int = 0
+
+    @property
+    def transformer(self) -> MMDiTConfig:
+        return self.model
+
+    def autoencoder(self, channels: int) -> AutoencoderConfig:
+        return replace(self.rgb, in_channels=channels)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on a device that computes in bf16."""
+
+    frozen: float  # weights
+    trained: float  # weights, float32
+    gradients: float
+    optimizer: float
+    step: float  # at the peak of forward and backward pass, beside all that
+    encode: float  # at the peak of the autoencoders' pass, which comes before it
+
+    @property
+    def total(self) -> float:
+        return self.frozen + self.trained + self.gradients + self.optimizer + max(self.step, self.encode)
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of the storages that are made while it is on and alive at once; `but` were there before."""
+
+    def __init__(self, *but: Tensor) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = {tensor.untyped_storage()._cdata: 0 for tensor in but}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and not hasattr(tensor, "__tensor_flatten__"):
+                self._note(tensor.untyped_storage())
+        return out
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self._known:
+            self._known[storage._cdata] = size = storage.nbytes()
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, storage._cdata)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self._known.pop(key)
+
+
+@contextmanager
+def norms_as_on_gpu() -> Iterator[None]:
+    """CUDA's autocast computes norms in float32, the CPU's does not: what they give and keep is twice as large there."""
+
+    def in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def computed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return norm(x.float() if torch.is_autocast_enabled("cpu") else x, *args, **kwargs)
+
+        return computed
+
+    # A function mode would be off where the backward pass computes blocks again.
+    norms = {name: getattr(F, name) for name in ("layer_norm", "group_norm")}
+    try:
+        for name, norm in norms.items():
+            setattr(F, name, in_float32(norm))
+        yield
+    finally:
+        for name, norm in norms.items():
+            setattr(F, name, norm)
+
+
+def parameter_counts(work: TrainingWork) -> dict[str, int]:
+    """How many numbers each part has."""
+    decomposer = Workload(work, META, torch.bfloat16).decomposer
+    counts = dict.fromkeys(("transformer, frozen", "LoRA", "img_in", "fusion", "autoencoders"), 0)
+    for name, parameter in decomposer.named_parameters():
+        counts[_part(name)] += parameter.numel()
+    return counts
+
+
+def _part(name: str) -> str:
+    if ".lora_" in name:
+        return "LoRA"
+    if name.startswith("transformer."):
+        return "img_in" if ".img_in." in name else "transformer, frozen"
+    return "fusion" if name.startswith("context_fusion.") else "autoencoders"
+
+
+def training_memory(work: TrainingWork) -> Memory:
+    """Counts a step's memory."""
+    model = work.model
+    return Memory(**linear_in_blocks(lambda depths: vars(_memory(with_depths(work, depths))), model, work.recompute))
+
+
+def linear_in_blocks(
+    values: Callable[[tuple[int, int]], dict[str, float]], model: MMDiTConfig, period: int = 1
+) -> dict[str, float]:
+    """Values that are linear in the numbers of both kinds of block, from three small models.
+
+    Args:
+        values: by name, of a model with so many double and single blocks.
+        period: blocks of a kind are alike in groups of so many; 0 as 1.
+    """
+    full, period = (model.depth, model.depth_single_blocks), max(1, period)
+    few = tuple(n if n <= 2 * period else period + n % period for n in full)
+    first = values((few[0], few[1]))
+    total = dict(first)
+    for kind in (0, 1):
+        if full[kind] > few[kind]:
+            more = values((few[0] + period * (kind == 0), few[1] + period * (kind == 1)))
+            times = (full[kind] - few[kind]) // period
+            total = {name: total[name] + times * (more[name] - first[name]) for name in total}
+    return total
+
+
+def with_depths(work: TrainingWork, depths: tuple[int, int]) -> TrainingWork:
+    """The same with other numbers of double and single blocks."""
+    return replace(work, model=replace(work.model, depth=depths[0], depth_single_blocks=depths[1]))
+
+
+def _memory(work: TrainingWork) -> Memory:
+    workload = Workload(work, META, torch.bfloat16)
+    decomposer = workload.decomposer
+    frozen, trained = 0.0, 0
+    for name, parameter in decomposer.named_parameters():
+        if parameter.requires_grad:
+            trained += parameter.numel()
+        elif work.quantize and "_blocks." in name and parameter.dim() == 2:
+            frozen += parameter.numel() * BITS[work.quantize] / 8
+        else:
+            frozen += parameter.nbytes
+    dense = 0
+    if work.quantize:
+        matrices = (p.numel() for n, p in decomposer.transformer.named_parameters() if "_blocks." in n)
+        dense = DENSE_BYTES[work.quantize] * max(matrices)
+    step, encode = _peaks(workload)
+    return Memory(frozen, 4.0 * trained, 4.0 * trained, OPTIMIZER_BYTES[work.bits] * trained, step + dense, encode)
+
+
+def _peaks(workload: Workload) -> tuple[int, int]:
+    """Bytes at the peaks of a step of the transformer and of the autoencoders' work."""
+    work: TrainingWork = workload.config  # type: ignore[assignment]
+    decomposer = workload.decomposer
+    for autoencoder in (decomposer.autoencoder, decomposer.rgba_autoencoder):
+        autoencoder.encoder.at_once = work.pictures_at_once
+    with FakeTensorMode():
+        known = _materialise(workload)
+        peaks = []
+        for piece in ((workload.train,), (workload.encode, workload.encode_targets)):
+            with norms_as_on_gpu(), Peak(*known) as peak:
+                for run in piece:
+                    run()
+            peaks.append(peak.peak)
+    return peaks[0], peaks[1]
+
+
+def _materialise(workload: Workload) -> list[Tensor]:
+    """Brings a workload from the meta device to the CPU, where autocast works; still without numbers.
+
+    Gradients are there from the start, as they are while accumulating. Returns all tensors that it keeps.
+    """
+
+    def made(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+    for module in workload.decomposer.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(made(parameter), parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = made(buffer)
+    for name, value in vars(workload).items():
+        if isinstance(value, Tensor):
+            setattr(workload, name, made(value))
+    for parameter in workload.decomposer.parameters():
+        if parameter.requires_grad:
+            parameter.grad = made(parameter)
+    kept = [*workload.decomposer.parameters(), *workload.decomposer.buffers()]
+    kept += [parameter.grad for parameter in kept if parameter.grad is not None]
+    return kept + [value for value in vars(workload).values() if isinstance(value, Tensor)]

@@ -1,0 +1,73 @@
+"""The frozen base in eight or four bits, by torchao: its tensors take the place of weights, under the same names."""
+
+import importlib
+import math
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from layerdecomp.errors import InputError
+
+# Bits that a number takes: the code, and its share of the scales (int8, fp8: one per row, which is next to nothing).
+BITS = {"int8": 8.0, "fp8": 8.0, "nf4": 4 + 8 / 64}
+
+
+def check_format(name: str | None) -> None:
+    """Raises `InputError` for a format that nobody knows, or one whose library is missing; None is no quantisation."""
+    if name is None:
+        return
+    if name not in BITS:
+        raise InputError(f"quantize is {name!r}; expected null, {', '.join(BITS)}")
+    torchao(f"quantize={name}")
+
+
+def torchao(needed_by: str, module: str = "torchao.quantization") -> ModuleType:
+    """A module of the library; `InputError` where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f"{needed_by} needs torchao, which cannot be imported ({error}); pip install -e '.[quantize]'"
+        ) from error
+
+
+def quantized(tensor: Tensor, name: str) -> Tensor:
+    """A matrix (out, in) in one of the formats of `BITS`, where it is; its dtype stays what it computes in.
+
+    int8 and fp8 (e4m3): a scale per row. nf4: normal floats with a scale per 64 numbers, which is in int8 itself
+    (Dettmers et al. 2023, arXiv 2305.14314).
+    """
+    library = torchao(f"quantize={name}")
+    if name == "nf4":
+        if tensor.numel() % 64:
+            raise InputError(f"quantize=nf4: found a matrix of {tensor.numel()} numbers, expected a multiple of 64")
+        blocks = tensor.numel() // 64
+        return torchao(name, "torchao.quantization.quantize_.workflows.nf4.nf4_tensor").to_nf4(
+            tensor, 64, math.gcd(blocks, 256)
+        )
+    kind = library.Int8Tensor if name == "int8" else library.Float8Tensor
+    found: Tensor = kind.from_hp(tensor, granularity=library.PerRow())
+    return found
+
+
+def block_matrices(format: str | None) -> Callable[[str, Tensor], Tensor]:
+    """What a transformer's weights become as they are read: matrices inside the blocks are quantised, all else is not.
+
+    What stands outside the blocks is half a percent of FLUX.1-Fill-dev, and is not under LoRA.
+    """
+    check_format(format)
+
+    def convert(name: str, tensor: Tensor) -> Tensor:
+        return quantized(tensor, format) if format and "_blocks." in name and tensor.dim() == 2 else tensor
+
+    return convert
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes that a tensor takes, quantised or not."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return tensor.nbytes
+    parts: list[str] = tensor.__tensor_flatten__()[0]  # type: ignore[attr-defined]
+    return sum(stored_bytes(getattr(tensor, part)) for part in parts)
