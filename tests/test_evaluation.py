@@ -141,7 +141,11 @@ def test_two_processes_find_what_one_finds(tmp_path: Path):
     environment = {**os.environ, **meeting, "PYTHONPATH": f"{root}:{root}/tests", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(tmp_path / "two.py"), str(tmp_path)]
     processes = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in (0, 1)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    try:
+        assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
     results, per_image = torch.load(tmp_path / "found.pt")
     expected = evaluated(tmp_path / "alone")
     assert str(per_image) == str(expected.per_image) and str(results) == str(expected.results)
