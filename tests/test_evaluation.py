@@ -142,7 +142,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path):
     command = [sys.executable, str(tmp_path / "two.py"), str(tmp_path)]
     processes = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in (0, 1)]
     try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+        assert [process.wait(timeout=300) for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()
