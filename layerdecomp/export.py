@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -164,6 +165,7 @@ def _in_fp8(like: Mapping[str, Tensor], read: Read) -> tuple[dict[str, Tensor], 
     }
     mark = torch.zeros(2).to(small)  # of two elements: multiply in full precision
 
+    @cache  # scales are written first, and needed again
     def scale(name: str) -> Tensor:
         return read(name).abs().max().clamp(min=1e-12) / torch.finfo(small).max
 
@@ -247,7 +249,7 @@ MODIFIED = {
 
 def _metadata(parcel: Outgoing, format: str) -> Metadata:
     """The adapter's metadata, and whatever an older one may lack of what every file tells."""
-    metadata = {**parcel.config.lora_metadata(), **parcel.adapter.metadata}
+    metadata = {"data": "unknown", **parcel.config.lora_metadata(), **parcel.adapter.metadata}
     metadata["date"] = date_of_writing(metadata.get("date", "unknown"))  # so that a file depends on its input alone
     metadata["tool_version"] = TOOL_VERSION
     metadata["modified"] = MODIFIED.get(format, metadata.get("modified", "yes"))

@@ -54,14 +54,20 @@ def read_adapters(
         taken.append(take_changes(other.tensors, other_config.lora, base))
     changes = add_changes([(changes, share) for (changes, _), share in zip(taken, weights, strict=True)])
     rest = average([(rest, share) for (_, rest), share in zip(taken, weights, strict=True)]) if taken[0][1] else {}
-    notes = {}
+    notes: Metadata = {}
     if len(paths) > 1 or weights[0] != 1:
         shares = (f"{share:g} x {path.name}" for path, share in zip(paths, weights, strict=True))
-        notes["merged_from"] = " + ".join(shares)
+        notes = {"merged_from": " + ".join(shares), **_told_together([other.metadata for other, _ in read])}
     if rank is not None:
         changes, notes["reduced"] = _reduce(changes, rank)
     figures = {"figures": "{}"}  # they were another adapter's
     return _adapter(changes, rest, base, config, {**adapter.metadata, **notes, **figures}), config
+
+
+def _told_together(told: Sequence[Metadata]) -> Metadata:
+    """How adapters were trained: what is the same for all once, what differs one after the other."""
+    keys = [key for key in ("data", "steps", "seed", "ema", "commit") if any(key in metadata for metadata in told)]
+    return {key: " + ".join(dict.fromkeys(metadata.get(key, "unknown") for metadata in told)) for key in keys}
 
 
 def _reduce(changes: Changes, rank: int) -> tuple[Changes, str]:

@@ -245,7 +245,12 @@ class TensorFile:
             return tensor
         tensor, stem = tensor.float(), name.removesuffix("weight")
         for scale in (f"{stem}{kind}" for kind in FP8_SCALES if f"{stem}{kind}" in self.places):
-            factors = self.places[scale].read().to(self._device).float()  # one, or one per row
+            factors = self.places[scale].read().to(self._device).float()
+            if factors.numel() not in (1, len(tensor)):
+                raise InputError(
+                    f"{self.places[scale].path}: {scale} has {factors.numel()} numbers; expected one, or one for each "
+                    f"of the {len(tensor)} rows: scales of blocks are not read"
+                )
             tensor *= factors.view(-1, *[1] * (tensor.dim() - 1)) if factors.numel() > 1 else factors.view(())
         return tensor
 

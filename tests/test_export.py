@@ -121,12 +121,60 @@ def test_comfyui_uses_every_key_with_equal_outputs(
     assert output_error(model, ours) < 1e-5
 
 
-def test_comfyui_leaves_only_biases_of_files_for_diffusers(adapter_file: Path, host: nn.Module, tmp_path: Path) -> None:
+def _comfy_diffusers_keys(config: MMDiTConfig) -> dict[str, tuple[str, int, int]]:
+    """Where ComfyUI (`comfy/utils.py`: flux_to_diffusers) puts diffusers' layers: published layer, first row, rows."""
+    hidden, keys = config.hidden_size, {}
+    whole = {
+        "x_embedder": "img_in",
+        "context_embedder": "txt_in",
+        "proj_out": "final_layer.linear",
+        "norm_out.linear": "final_layer.adaLN_modulation.1",
+        "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+        "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+        "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+        "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+    }
+    for i in range(config.depth):
+        theirs, ours = f"transformer_blocks.{i}", f"double_blocks.{i}"
+        for part, row in zip("qkv", range(3), strict=True):
+            keys[f"{theirs}.attn.to_{part}"] = (f"{ours}.img_attn.qkv", row * hidden, hidden)
+            keys[f"{theirs}.attn.add_{part}_proj"] = (f"{ours}.txt_attn.qkv", row * hidden, hidden)
+        whole |= {
+            f"{theirs}.attn.to_out.0": f"{ours}.img_attn.proj",
+            f"{theirs}.attn.to_add_out": f"{ours}.txt_attn.proj",
+            f"{theirs}.norm1.linear": f"{ours}.img_mod.lin",
+            f"{theirs}.norm1_context.linear": f"{ours}.txt_mod.lin",
+            f"{theirs}.ff.net.0.proj": f"{ours}.img_mlp.0",
+            f"{theirs}.ff.net.2": f"{ours}.img_mlp.2",
+            f"{theirs}.ff_context.net.0.proj": f"{ours}.txt_mlp.0",
+            f"{theirs}.ff_context.net.2": f"{ours}.txt_mlp.2",
+        }
+    for i in range(config.depth_single_blocks):
+        theirs, ours = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
+        for part, row in zip("qkv", range(3), strict=True):
+            keys[f"{theirs}.attn.to_{part}"] = (f"{ours}.linear1", row * hidden, hidden)
+        keys[f"{theirs}.proj_mlp"] = (f"{ours}.linear1", 3 * hidden, 4 * hidden)
+        whole |= {f"{theirs}.norm.linear": f"{ours}.modulation.lin", f"{theirs}.proj_out": f"{ours}.linear2"}
+    return keys | {theirs: (ours, 0, -1) for theirs, ours in whole.items()}
+
+
+def test_comfyui_leaves_only_biases_of_files_for_diffusers(
+    adapter_file: Path, ours: MMDiT, tiny_config: DecomposerConfig, tmp_path: Path
+) -> None:
     export(adapter_file, "diffusers", tmp_path / "lora.safetensors")
-    layers = [name.removesuffix(".weight") for name in host.state_dict() if name.endswith(".weight")]
-    used = {f"transformer.{layer}.{part}.weight" for layer in layers for part in ("lora_A", "lora_B")}
-    left = load_file(tmp_path / "lora.safetensors").keys() - used
-    assert left and all(name.endswith(".lora_B.bias") for name in left)
+    model, lora = load_mmdit(tiny_config.weights.transformer), load_file(tmp_path / "lora.safetensors")
+    for theirs, (layer, row, rows) in _comfy_diffusers_keys(model.config).items():
+        down, up = (lora.pop(f"transformer.{theirs}.lora_{kind}.weight", None) for kind in "AB")
+        if up is not None and down is not None:
+            patch = up @ down  # no alpha: a scale of 1
+            if layer == "final_layer.adaLN_modulation.1":
+                patch = torch.cat(patch.chunk(2)[::-1])
+            weight = model.get_parameter(f"{layer}.weight").data
+            weight[row : row + rows if rows > 0 else None] += patch
+    assert lora and all(name.endswith(".lora_B.bias") for name in lora)
+    assert {name for name, bias in lora.items() if bias.any()} == {"transformer.x_embedder.lora_B.bias"}
+    model.img_in.bias.data += lora["transformer.x_embedder.lora_B.bias"]  # the one thing that is lost there
+    assert output_error(model, ours) < 1e-5
 
 
 # merged
@@ -313,7 +361,10 @@ def test_the_adapter_is_saved_again_in_bf16(tiny_weights: Path, tmp_path: Path) 
     source, out = tiny_weights / "adapter.safetensors", tmp_path / "new" / "adapter.safetensors"
     assert export(source, "adapter", out) == [out]
     before, after = Adapter.load(source), Adapter.load(out)
-    assert after.metadata == {**before.metadata, "date": "unknown"} and after.tensors.keys() == before.tensors.keys()
+    assert (
+        after.metadata == {"data": "unknown", **before.metadata, "date": "unknown"}
+        and after.tensors.keys() == before.tensors.keys()
+    )
     assert all(after.tensors[name].equal(tensor.bfloat16()) for name, tensor in before.tensors.items())
     assert out.stat().st_size < 0.7 * source.stat().st_size
     loaded = Decomposer.from_pretrained(out)

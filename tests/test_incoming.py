@@ -59,6 +59,7 @@ def test_a_lora_from_elsewhere(adapter_file: Path, ours: MMDiT, tiny_config: Dec
     decomposer = Decomposer.from_pretrained(tmp_path / "back.safetensors")
     assert decomposer.context_fusion is None and output_error(decomposer.transformer, ours) < 1e-5
     assert read_metadata(tmp_path / "back.safetensors")["origin"] == "imported from lora.safetensors"
+    assert read_metadata(tmp_path / "back.safetensors")["data"] == "unknown"
 
 
 def test_an_input_projection_that_was_changed_elsewhere_counts(adapter_file: Path, tmp_path: Path) -> None:
@@ -107,13 +108,14 @@ def test_lora_files_are_not_taken_for_adapters(tiny_weights: Path, tmp_path: Pat
 def test_the_weighted_sum_of_adapters(adapter_file: Path, ours: MMDiT, tmp_path: Path) -> None:
     first = Adapter.load(adapter_file)
     other = {name: tensor.flip(0) for name, tensor in first.tensors.items()}
-    Adapter(other, first.metadata).save(tmp_path / "other.safetensors")
+    Adapter(other, {**first.metadata, "data": "others"}).save(tmp_path / "other.safetensors")
     files = [adapter_file, tmp_path / "other.safetensors"]
     export(files, "import", tmp_path / "sum.safetensors", weights=[0.75, 0.5])
     total = Decomposer.from_pretrained(tmp_path / "sum.safetensors")
     assert read_metadata(tmp_path / "sum.safetensors")["merged_from"] == (
         "0.75 x adapter.safetensors + 0.5 x other.safetensors"
     )
+    assert read_metadata(tmp_path / "sum.safetensors")["data"] == f"{first.metadata['data']} + others"
     assert json.loads(read_metadata(tmp_path / "sum.safetensors")["lora"])["targets"] == first_targets(first)
     parts = [merge_lora(Decomposer.from_pretrained(file).transformer).state_dict() for file in files]
     base = load_mmdit(json.loads(first.metadata["weights"])["transformer"]).state_dict()

@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,15 +21,19 @@ from torch import Tensor
 
 from layerdecomp.decomposer import Decomposer, DecomposerConfig, build_decomposer, describe_adapter
 from layerdecomp.errors import InputError
+from layerdecomp.layouts import diffusers_transformer, published
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.weights import (
     Adapter,
+    TensorFile,
     config_from,
+    empty,
     file_sha256,
     find_weights,
     load_autoencoder,
     load_mmdit,
+    open_state,
     read_metadata,
     save_model,
     save_tensors,
@@ -219,7 +225,9 @@ def test_folders_that_are_not_whole(diffusers_folder: tuple[Path, MMDiT, Autoenc
     with pytest.raises(InputError, match=r"unexpected: transformer_blocks.1.attn") as error:
         load_mmdit(folder)
     assert str(error.value).count("transformer_blocks.1") == 10  # the first ten, and how many
-    assert "24 unexpected" not in str(error.value) and "unexpected: transformer_blocks.1" in str(error.value)
+    names = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())["weight_map"]
+    surplus = sum(name.startswith("transformer_blocks.1.") for name in names)
+    assert f"  {surplus} unexpected: transformer_blocks.1." in str(error.value) and surplus > 10
     for text in ("{", "[1]", "7", '{"num_layers": 1}'):
         (folder / "config.json").write_text(text)
         with pytest.raises(InputError, match="config.json"):
@@ -256,6 +264,59 @@ def test_fp8_files_are_read_with_their_scales(tmp_path: Path) -> None:
         InputError, match=r"fp8.safetensors \(in fp8\) does not fit .*\n.* unexpected: img_in.odd_scale"
     ):
         load_mmdit(path, TRANSFORMER)
+
+
+def test_scales_of_blocks_are_not_taken_for_scales_of_rows(tmp_path: Path) -> None:
+    model, path = MMDiT(TRANSFORMER), tmp_path / "fp8.safetensors"
+    scales = torch.ones(len(model.txt_in.weight), 2)
+    save_file({**model.to(torch.float8_e4m3fn).state_dict(), "txt_in.weight_scale": scales}, path)
+    with pytest.raises(InputError, match=r"fp8.safetensors: txt_in.weight_scale has 64 numbers; expected one, or one"):
+        load_mmdit(path, TRANSFORMER)
+
+
+def test_tensors_are_read_as_they_lie(diffusers_folder: tuple[Path, MMDiT, Autoencoder], tmp_path: Path) -> None:
+    folder, mmdit, _ = diffusers_folder
+    save_model(tmp_path / "a.safetensors", mmdit, {})
+    for path, layout in (
+        (tmp_path / "a.safetensors", published),
+        (folder / "transformer", diffusers_transformer(TRANSFORMER.hidden_size)),
+    ):
+        file, names = TensorFile(path), list(open_state(mmdit, path, layout=layout))
+        assert names != list(mmdit.state_dict()) and set(names) == mmdit.state_dict().keys()
+        first = [file.places[next(iter(layout(name, (96, 1)).shapes))] for name in names]
+        assert all((a.path, a.start) < (b.path, b.start) for a, b in pairwise(first))
+
+
+def test_a_file_that_is_cut_off_while_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_tensors(path, {"x": torch.ones(9)}, {})
+    file = TensorFile(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"a\.safetensors: truncated: .* bytes found"):
+        file.read("x")
+
+
+def test_types_that_torch_does_not_have(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(_with_header(b'{"x": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}') + bytes(3))
+    with pytest.raises(InputError, match=r"a\.safetensors: tensors of F6_E2M3 are not read; expected F64, F32"):
+        TensorFile(path).read("x")
+
+
+def test_large_tensors_are_in_huge_pages() -> None:
+    """As far as the system has been asked for them: the flag hg of their part of memory."""
+    for size, huge in ((1 << 23, True), (1 << 16, False)):
+        tensor = empty((size, 2), torch.uint8).fill_(1)
+        assert tensor.shape == (size, 2) and tensor.sum() == 2 * size
+        parts = Path("/proc/self/smaps").read_text().split("VmFlags:")
+        found = [flags for part, flags in pairwise(parts) if _spans(part, tensor.data_ptr())]
+        assert len(found) == 1 and (" hg" in found[0].splitlines()[0]) == huge
+
+
+def _spans(part: str, address: int) -> bool:
+    """Whether the last part of memory that a piece of smaps describes holds an address."""
+    (*_, (start, end)) = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) ", part, re.MULTILINE)
+    return int(start, 16) <= address < int(end, 16)
 
 
 def test_loading_takes_little_memory_beside_the_model(tmp_path: Path) -> None:
