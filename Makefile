@@ -95,7 +95,8 @@ test-kill: .venv/installed-dev  ## a training killed fifty times ends with the w
 
 audit: .venv/installed-dev  ## known vulnerabilities of what is installed; what cannot be looked up is an error
 	$(RUN) -m pip freeze --exclude-editable > .venv/audited.txt
-	$(RUN) -m pip_audit --strict --no-deps --disable-pip -r .venv/audited.txt $(ARGS)
+	$(RUN) -m pip_audit --strict --no-deps --disable-pip -r .venv/audited.txt $(ARGS) || \
+		{ echo "error: a known vulnerability, or a package that could not be looked up (see above; it asks https://pypi.org)"; exit 1; }
 
 lint: .venv/installed-dev
 	$(RUN) -m ruff check layerdecomp tools tests

@@ -82,7 +82,7 @@ def run_life(settings: list[str], moment: str = "", when: float = 0.0) -> int:
         if moment == "start":
             process.join(when)
             process.kill()
-        process.join(60)
+        process.join(LIMIT)
         assert process.exitcode is not None, "a life does not end"
         return process.exitcode
     finally:
