@@ -1,10 +1,22 @@
 """Blocks: the conventions that a comparison of whole models in float32 does not show."""
 
+from collections.abc import Callable
+
 import torch
 from reference import randomize
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layerdecomp.models.blocks import DoubleStreamBlock, Modulation, RMSNorm, SingleStreamBlock, timestep_embedding
+from layerdecomp.models.attention import rope
+from layerdecomp.models.blocks import (
+    DoubleStreamBlock,
+    Modulation,
+    RMSNorm,
+    SingleStreamBlock,
+    modulate,
+    timestep_embedding,
+)
+from layerdecomp.models.lora import LoRAConfig, inject_lora
 
 
 def test_timestep_embedding_is_cosines_then_sines() -> None:
@@ -47,3 +59,69 @@ def test_blocks_with_closed_gates_are_the_identity() -> None:
     assert all(torch.equal(a, b) for a, b in zip(double(img, txt, vec, pe), (img, txt), strict=True))
     x = torch.cat([txt, img], dim=1)
     assert torch.equal(single(x, vec, pe), x)
+
+
+# What the forward pass keeps for the backward pass. Sizes are in numbers of a token, D = width, H = heads, r = rank.
+
+D, H, RANK, IMG, TXT = 32, 2, 3, 20, 6
+PER_TOKEN = D // H  # of the rotary table
+
+
+def saved_numbers(run: Callable[[], Tensor | tuple[Tensor, ...]], module: nn.Module) -> int:
+    """How many float32 numbers autograd keeps, each once, besides the parameters."""
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        output = run()  # which holds what is kept: no place is used twice
+    assert output is not None
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    return sum(size for place, size in kept.items() if place not in own) // 4
+
+
+def adapted(block: nn.Module, targets: list[str]) -> nn.Module:
+    block.requires_grad_(False)
+    inject_lora(block, LoRAConfig(rank=RANK, targets=targets))
+    return block
+
+
+def table(tokens: int) -> Tensor:
+    return rope(torch.arange(3.0 * tokens).view(tokens, 3), [4, 6, 6], 100)
+
+
+def test_a_single_stream_block_keeps_what_its_gradients_need() -> None:
+    block = adapted(SingleStreamBlock(D, H, 4.0), ["linear*"])
+    x, vec = torch.randn(1, IMG, D, requires_grad=True), torch.randn(1, D)
+    norm = D + 2  # its input; mean and deviation
+    linears = (D + RANK) + (5 * D + RANK)  # for the gradients of A and B; nothing for the frozen weights
+    projected = 7 * D  # queries, keys, values, and the input of GELU
+    attention = 2 * H + 2 * D + D + H  # deviations of q and k; both turned; what comes out, and its log-sum-exp
+    modulation = 3 * D + D  # for all tokens together: the gate, in one piece with shift and scale; 1 + scale
+    expected = IMG * (norm + linears + projected + attention + PER_TOKEN) + modulation
+    pe = table(IMG)
+    assert saved_numbers(lambda: block(x, vec, pe), block) == expected
+
+
+def test_a_double_stream_block_keeps_what_its_gradients_need() -> None:
+    block = adapted(DoubleStreamBlock(D, H, 4.0, qkv_bias=True), ["*attn.*", "*mlp.*"])
+    img, txt = (torch.randn(1, tokens, D, requires_grad=True) for tokens in (IMG, TXT))
+    norms = 2 * (D + 2)
+    linears = (D + RANK) + RANK + (D + RANK) + (4 * D + RANK)  # proj's input is what attention keeps anyway
+    attention = 3 * D + 2 * H + 3 * D + D + H  # values are kept twice: in one piece with q and k, and behind the text's
+    stream = norms + linears + attention + 4 * D + PER_TOKEN  # 4 D: the input of GELU
+    modulation = 2 * (6 * D + 2 * D)
+    expected = (IMG + TXT) * stream + modulation
+    vec, pe = torch.randn(1, D), table(IMG + TXT)
+    assert saved_numbers(lambda: block(img, txt, vec, pe), block) == expected
+
+
+def test_autocast_keeps_no_float32_copy_of_what_is_normalised() -> None:
+    x = torch.randn(1, IMG, D).bfloat16().requires_grad_()
+    shift, scale = torch.randn(2, 1, 1, D).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert modulate(x, shift, scale).dtype == torch.bfloat16
+        numbers = saved_numbers(lambda: modulate(x, shift, scale), nn.Identity())
+    assert numbers <= (IMG * D + D) // 2 + 2 * IMG  # bf16 counts half

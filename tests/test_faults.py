@@ -68,8 +68,11 @@ def test_a_poisoned_loss_is_the_loss_wherever_it_is_finite() -> None:
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "muon", ["true", "false"]
+)  # AdamW leaves it out by itself; the host learns later
 def test_a_step_that_is_not_finite_changes_nothing_and_names_its_sample(
-    overrides: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, factor: float
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, factor: float, muon: str
 ) -> None:
     weights: list[dict[str, Tensor]] = []
     original = Job.training_step
@@ -80,7 +83,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_its_sample(
 
     monkeypatch.setattr(Job, "training_step", watching)
     spoil(monkeypatch, {5}, factor)  # in step 3, of positions 4 and 5
-    run_dir = run(overrides)
+    run_dir = run(overrides, f"optim.muon={muon}", "train.checkpoint_every=6")
     assert re.findall(r"step (\d+) is left out: its (\w+) is not finite; samples: (.*)", caplog.text) == [
         ("3", "loss", "5 (scene 5)")
     ]
@@ -105,12 +108,13 @@ def test_a_gradient_that_is_not_finite_is_left_out_too(
     assert "step 2 is left out: its gradient is not finite; samples: 2 (scene 2); 3 (scene 3)" in caplog.text
 
 
+@pytest.mark.parametrize("muon", ["true", "false"])
 def test_training_stops_after_some_in_a_row_with_the_last_good_checkpoint(
-    overrides: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path, muon: str
 ) -> None:
     spoil(monkeypatch, set(range(5, 100)))
     with pytest.raises(RunError, match=r"3 steps in a row, up to step 5, had a loss .* resume=FILE; .*run keeps what"):
-        run(overrides, "train.max_skipped=3")
+        run(overrides, "train.max_skipped=3", f"optim.muon={muon}")
     assert caplog.text.count("is left out") == 3
     assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 2  # no step that was left out is saved
 
@@ -136,6 +140,30 @@ def test_the_count_starts_again_after_a_good_step() -> None:
     assert (guard.skipped, guard.in_a_row) == (3, 1)
     with pytest.raises(RunError, match="2 steps in a row"):
         guard.judge(torch.tensor(math.nan), 2, names)
+
+
+def test_a_fused_optimizer_is_not_touched_by_a_step_that_is_left_out() -> None:
+    layer = nn.Linear(3, 1)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+    states = []
+    for scale in (1.0, math.nan, 1.0):
+        layer.weight.grad, layer.bias.grad = torch.full((1, 3), scale), torch.full((1,), scale)
+        optimizer.found_inf = (~torch.tensor(scale).isfinite()).float()
+        optimizer.step()
+        kept = [tensor for state in optimizer.state.values() for tensor in state.values()]
+        states.append([tensor.clone() for tensor in (*layer.parameters(), *kept)])
+    assert all(a.equal(b) for a, b in zip(states[0], states[1], strict=True))
+    assert not any(a.equal(b) for a, b in zip(states[1], states[2], strict=True))
+
+
+def test_a_step_is_judged_when_the_next_one_comes() -> None:
+    guard, names = StepGuard(limit=2), lambda positions: [str(position) for position in positions]
+    for step, (norm, skipped) in enumerate([(math.nan, 0), (1.0, 1), (math.inf, 1)], 1):
+        guard.note([step], torch.tensor(norm))
+        guard.judge_later(torch.tensor(norm), step, names)
+        assert guard.skipped == skipped
+    assert not guard.settle(names) and guard.skipped == 2
+    assert not guard.settle(names) and guard.skipped == 2, "judged once"
 
 
 # Files

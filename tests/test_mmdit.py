@@ -1,6 +1,7 @@
 """MMDiT against the published names and against diffusers' FluxTransformer2DModel."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from reference import build_reference_transformer, randomize, relative_error
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from layerdecomp.conditioning import position_ids
 from layerdecomp.errors import InputError
-from layerdecomp.models.lora import LoRAConfig, inject_lora
+from layerdecomp.models.attention import rope
+from layerdecomp.models.lora import LoRAConfig, inject_lora, merge_lora
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 
 TINY = MMDiTConfig(
@@ -115,6 +118,71 @@ def test_compiles_to_one_graph() -> None:
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     fused = torch.randn(2, 4, TINY.hidden_size, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(compiled(**x, fused=fused), model(**x, fused=fused))
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def adapted_gradients(model: MMDiT, x: Inputs, wrapped: nn.Module | None = None) -> list[Tensor]:
+    """The output, and the gradients of the input and of all LoRA weights."""
+    img = x["img"].clone().requires_grad_()
+    velocity = (wrapped or model)(**{**x, "img": img})
+    velocity.square().mean().backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = [parameter.grad.clone() for parameter in trained if parameter.grad is not None]
+    model.zero_grad()
+    assert img.grad is not None and len(gradients) == len(trained) > 0
+    return [velocity.detach(), img.grad, *gradients]
+
+
+@pytest.mark.parametrize("how", ["plain", "recompute", "ddp"])
+def test_compiled_blocks_equal_eager_ones_at_any_size(fresh_compiler: None, how: str) -> None:
+    """By the compiler's tracing and differentiation; `test_blocks` has one block compiled down to machine code."""
+    model = build(replace(TINY, depth=2, depth_single_blocks=2)).requires_grad_(False)
+    inject_lora(model, LoRAConfig(rank=2))
+    randomize(model)
+    sizes = [inputs(height=height, width=width, text=text) for height, width, text in ((3, 5, 7), (4, 6, 5), (2, 7, 3))]
+    expected, names = [adapted_gradients(model, x) for x in sizes], list(model.state_dict())
+    model.compile_blocks(backend="aot_eager")
+    model.recompute = int(how == "recompute")
+    wrapped: nn.Module = model
+    if how == "ddp":
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    counts = []
+    for x, eager in zip(sizes, expected, strict=True):
+        for compiled, one in zip(adapted_gradients(model, x, wrapped), eager, strict=True):
+            assert relative_error(compiled, one) < 1e-5
+        counts.append(counters["stats"]["unique_graphs"])
+    assert 0 < counts[0] < counts[1] == counts[2], "code for the first size, then code for all"
+    assert counts[0] == 2 and list(model.state_dict()) == names  # one for each kind of block
+    with torch.no_grad():
+        torch.testing.assert_close(merge_lora(model)(**sizes[0]), expected[0][0], atol=1e-4, rtol=1e-4)
+
+
+def test_the_rotary_table_is_made_once_for_the_same_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def counting(ids: Tensor, *args: Any) -> Tensor:
+        made.append(len(ids))
+        return rope(ids, *args)
+
+    monkeypatch.setattr("layerdecomp.models.mmdit.rope", counting)
+    model, x = build(), inputs()
+    first = model(**x)
+    assert torch.equal(model(**x), first) and len(made) == 1
+    fused = torch.zeros(2, 4, TINY.hidden_size)
+    model(**x, fused=fused)
+    assert made == [37, 41]
+    moved = {**x, "img_ids": x["img_ids"] + torch.tensor([0, 0, 1]) * x["img_ids"][:, :1]}
+    assert not torch.equal(model(**moved), first) and len(made) == 3
+    assert torch.equal(model(**x), first)
 
 
 def test_weights_from_scratch_start_at_zero_velocity_and_can_learn() -> None:

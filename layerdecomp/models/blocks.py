@@ -126,6 +126,14 @@ def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def join(txt: Tensor, img: Tensor) -> Tensor:
+    """(B, heads, T, head_dim) and (B, heads, L, head_dim) -> (B, heads, T + L, head_dim), text first.
+
+    It lies in memory token by token. So will what attention makes of it, and merging the heads copies nothing.
+    """
+    return torch.cat([txt.transpose(1, 2), img.transpose(1, 2)], dim=1).transpose(1, 2)
+
+
 class SelfAttention(nn.Module):
     """The projections of one stream; the attention itself runs over both streams at once, in the block."""
 
@@ -163,7 +171,7 @@ class DoubleStreamBlock(nn.Module):
 
         img_qkv = self.img_attn.project(img_attn_mod.apply(img))
         txt_qkv = self.txt_attn.project(txt_attn_mod.apply(txt))
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))  # text comes first
+        q, k, v = (join(*pair) for pair in zip(txt_qkv, img_qkv, strict=True))
         attn = attention(apply_rope(q, pe), apply_rope(k, pe), v)  # (B, T + L, D)
         txt_attn, img_attn = attn[:, : txt.shape[1]], attn[:, txt.shape[1] :]
 

@@ -1,0 +1,86 @@
+"""Nothing in a training step makes the host wait for the device."""
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from layerdecomp.config import load_config
+from layerdecomp.training.base import Job
+from layerdecomp.training.decomposer import DecomposerJob
+from layerdecomp.training.late import Late, to_device
+from layerdecomp.training.runs import train
+
+ROOT = Path(__file__).resolve().parent.parent
+aten = torch.ops.aten
+WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default}
+
+
+class Waits(TorchDispatchMode):
+    """Records where an operation needs the value of a tensor, for which a GPU would have to finish first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        indices = args[1] if func in (aten.index.Tensor, aten.index_put_.default) else ()
+        if func in WAITING or any(index is not None and index.dtype == torch.bool for index in indices):
+            self.found.append(f"{func} in\n" + "".join(traceback.format_stack(limit=12)))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_recorder_sees_what_waits() -> None:
+    x = torch.arange(3.0)
+    for waiting in (lambda: x.sum().item(), lambda: x[x > 1], lambda: bool((x > 0).all()), lambda: x.nonzero()):
+        with Waits() as waits:
+            waiting()
+        assert waits.found
+    with Waits() as waits:
+        torch.where(x > 1, x, 0).sum()
+    assert not waits.found
+
+
+@pytest.mark.parametrize("careless", [False, True])
+def test_no_step_waits(
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, careless: bool
+) -> None:
+    waits, steps = Waits(), list[int]()
+    starts, ends, loss = Job.on_train_batch_start, Job.on_train_batch_end, DecomposerJob.loss
+
+    def start(self: Job, batch: dict[str, Any], index: int) -> None:
+        waits.__enter__()
+        starts(self, batch, index)
+
+    def end(self: Job, *args: Any) -> None:
+        ends(self, *args)
+        waits.__exit__(None, None, None)
+        steps.append(self.global_step)
+        if self.global_step == 4:  # is saved, which may wait
+            assert bool(waits.found) is careless, waits.found[0]
+            waits.found.clear()
+
+    def looking(self: DecomposerJob, batch: dict[str, Any]) -> dict[str, Tensor]:
+        losses = loss(self, batch)
+        assert losses["loss"].item() > 0
+        return losses
+
+    monkeypatch.setattr(Job, "on_train_batch_start", start)
+    monkeypatch.setattr(Job, "on_train_batch_end", end)
+    if careless:
+        monkeypatch.setattr(DecomposerJob, "loss", looking)
+    settings = ["optim.muon=false", "train.steps=5", "train.validate_every=5", "train.checkpoint_every=5"]
+    few = ["data.validation=1", "evaluate.samples=1", "sample.steps=1", "evaluate.rows=[adapted]"]
+    train(load_config(ROOT / "configs" / "tiny.yaml", [*tiny_overrides, *settings, *few, f"run_dir={tmp_path}/run"]))
+    assert steps == [1, 2, 3, 4, 5]
+
+
+def test_numbers_arrive() -> None:
+    assert Late(torch.tensor([1.5, -2.0])).read() == [1.5, -2.0]
+    numbers = torch.arange(3)
+    assert to_device(numbers, torch.device("cpu")).equal(numbers)
+    assert to_device(numbers, torch.device("meta")).is_meta
