@@ -205,7 +205,7 @@ def compare(
     if share.rank == 0:
         open_folder(out, rows, drawn)
     share.wait()
-    draw_layers(rows, data, names, out / "layers", batch_size=config.batch_size, device=device, share=share)
+    seconds = draw_layers(rows, data, names, out / "layers", batch_size=config.batch_size, device=device, share=share)
     share.wait()
     folders = {row: PredictionFolder(out / "layers" / row, names) for row in rows} | others
     evaluation = score(folders, data, names, networks, device=device, share=share)
@@ -213,7 +213,12 @@ def compare(
         if config.published:
             write_atomically(out / "published.md", format_published(evaluation.results, config.published) + "\n")
         described = {row: found for row, folder in folders.items() if (found := describe(folder))}
-        told = {**drawn, **measured_by(config.measure, networks), **({"predictions": described} if described else {})}
+        told = {
+            **drawn,
+            **measured_by(config.measure, networks),
+            "seconds_per_image": seconds,
+            **({"predictions": described} if described else {}),
+        }
         _write(out, evaluation, folders, data, told)
     return evaluation
 

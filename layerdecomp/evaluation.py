@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -111,13 +112,17 @@ def draw_layers(
     batch_size: int = 8,
     device: torch.device | str = "cpu",
     share: Share | None = None,
-) -> None:
+) -> dict[str, float]:
     """Lets every method draw the samples of this process's share into ``folder / row``; what is there is left alone.
+
+    Returns:
+        row -> seconds that it took to draw and write an image's layers, of rows that had any left to draw.
 
     Raises:
         ValueError: a method draws NaN or infinity.
     """
     positions = (share or Share()).positions(len(data))
+    spent: dict[str, list[float]] = {}
     with tqdm(total=len(positions), desc="draw", unit="image", disable=positions.start > 0) as progress:
         for start in range(0, len(positions), batch_size):
             chunk = positions[start : start + batch_size]
@@ -129,8 +134,11 @@ def draw_layers(
             for group, batch in _batches(data, chunk if waiting else (), device):
                 for row, method in waiting.items():
                     progress.set_postfix_str(row)
+                    started = time.perf_counter()
                     write_prediction(folder / row, [names[position] for position in group], method.draw(batch))
+                    spent.setdefault(row, []).extend([(time.perf_counter() - started) / len(group)] * len(group))
             progress.update(len(chunk))
+    return {row: sum(seconds) / len(seconds) for row, seconds in spent.items()}
 
 
 def _batches(data: Samples, positions: Sequence[int], device: torch.device | str) -> Iterator[tuple[list[int], Batch]]:

@@ -100,6 +100,8 @@ def test_a_comparison_leaves_figures_layers_and_a_report(
     assert {"region": "mask", "lpips_net": "squeeze", "steps": 2, "guidance": 30.0}.items() <= told.items()
     assert told["metric_weights"].keys() == {FILES["squeeze"]} and told["weights"] == {"adapter": "a sum"}
     assert told["versions"].keys() >= {"layerdecomp", "torch", "python", "torchmetrics"}
+    assert list(told["seconds_per_image"]) == ["adapted", "base", "classical"]
+    assert 0 < min(told["seconds_per_image"].values()) < 60
     assert INCEPTION_REASON in told["undefined"]["base"]["background/kid"]
 
 
