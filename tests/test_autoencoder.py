@@ -163,11 +163,9 @@ def test_2048_in_tiles_takes_the_memory_of_1024(in_bf16: None) -> None:
     with FakeTensorMode():
         model = Autoencoder(AutoencoderConfig())
         for side, tiling in ((1024, None), (2048, None), (2048, Tiling())):
-            for run, shape in ((model.encode, (1, 3, side, side)), (model.decode, (1, 16, side // 8, side // 8))):
-                with LiveBytes() as live:
-                    run(torch.empty(shape), tiling=tiling)
-                peaks[f"{run.__name__} {side}{' in tiles' if tiling else ''}"] = live.peak / 1e9
+            with LiveBytes() as live:
+                model.decode(torch.empty(1, 16, side // 8, side // 8), tiling=tiling)
+            peaks[f"{side}{' in tiles' if tiling else ''}"] = live.peak / 1e9
     print(*(f"{name}: {peak:.2f} GB" for name, peak in peaks.items()), sep="\n")
-    for name in ("encode", "decode"):
-        assert peaks[f"{name} 2048"] > 3.5 * peaks[f"{name} 1024"]
-        assert peaks[f"{name} 2048 in tiles"] < 1.1 * peaks[f"{name} 1024"]
+    assert peaks["2048"] > 3.5 * peaks["1024"]
+    assert peaks["2048 in tiles"] < 1.1 * peaks["1024"]
