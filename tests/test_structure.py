@@ -32,8 +32,9 @@ ORDER = [
     *("data.loading", "data.check", "data.maps", "data.blending", "data.triplets", "data.benchmark"),
     *("data.latents", "data.datamodule", "data.testset"),
     *("baselines", "metric_networks", "predictions", "pictures", "evaluation", "report", "comparison", "benchmark"),
+    "memory",
     # floor 2: everything that can be set
-    "config",
+    *("config", "dry_run"),
     # floor 3: training
     *(
         "training.__init__",

@@ -76,8 +76,9 @@ class LoRALinear(nn.Linear):
     """A frozen linear layer plus `scale * B A`.
 
     It takes over the very `weight` and `bias` of the layer that it replaces, so their names stay as they were;
-    `lora_A.weight` (rank, in) and `lora_B.weight` (out, rank) are added; the weight may be quantised. B starts at zero: at first the output is the
-    base's, bit for bit. The low-rank weights are float32 for the optimizer's sake and are cast to the input's dtype.
+    `lora_A.weight` (rank, in) and `lora_B.weight` (out, rank) are added. B starts at zero: at first the output is the
+    base's, bit for bit. The weight may be quantised; the low-rank ones are float32 for the optimizer's sake and are
+    cast to the input's dtype.
     """
 
     def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
