@@ -189,7 +189,7 @@ def _stacked(pieces: list[Change]) -> Change:
         zero = first.b.new_zeros
         rows = [piece.b if piece.rank else zero(len(piece.b), first.rank) for piece in pieces]
         return Change(first.a, torch.cat(rows), first.scale, bias)
-    b = torch.block_diag(*(piece.baked().b for piece in pieces))  # type: ignore[no-untyped-call]
+    b = torch.block_diag(*(piece.baked().b for piece in pieces))
     return Change(torch.cat([piece.a for piece in used]), b, bias=bias)
 
 

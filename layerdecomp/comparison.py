@@ -103,7 +103,7 @@ def load_models(
     decomposer = build_decomposer(config, dtype, device, quantize)
     decomposer.load_adapter(adapter, path)
     files = (path, weights.transformer, weights.autoencoder, weights.rgba_autoencoder)
-    base = load_mmdit(weights.transformer, dtype=dtype, device=device, quantize=quantize)
+    base = decomposer.frozen_base(weights.transformer)
     return Models(decomposer, base, {file: file_sha256(Path(file)) for file in files}, quantize)
 
 

@@ -189,20 +189,33 @@ SPREAD: frozenset[str] = frozenset({"train.batch_size", "train.accumulate", "tra
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
-    """The config dataclass of a job from a YAML file and `key=value` overrides.
+    """The config dataclass of a job from a YAML file, the file that its `base` names, and `key=value` overrides.
 
     Raises:
         InputError: the file is missing or no YAML, a key is unknown (with the nearest known one), a value of another
             type, or a combination that its class refuses.
     """
-    given = read_yaml(Path(path))
+    files = _with_base(Path(path))
+    given = OmegaConf.merge(*(content for _, content in files))
     job = cast(dict[str, Any], OmegaConf.to_container(given)).get("job")
     if job not in list(JOBS):
         raise InputError(f"{path}: job is {job!r}; expected one of {', '.join(JOBS)}")
-    config = merge_config(JOBS[job], [(str(path), given)], overrides)
+    config = merge_config(JOBS[job], files, overrides)
     if config.job != job:
         raise InputError(f"argument 'job={config.job}': {path} describes a {job} job; name another config= instead")
     return config
+
+
+def _with_base(path: Path) -> list[tuple[str, DictConfig]]:
+    """A file's content, after that of the one file which its key `base` may name, beside it."""
+    content = read_yaml(path)
+    base = content.pop("base", None)
+    if base is None:
+        return [(str(path), content)]
+    below = read_yaml(path.parent / str(base))
+    if "base" in below:
+        raise InputError(f"{path}: base is {base}, which has a base itself; expected a file without one")
+    return [(str(path.parent / str(base)), below), (str(path), content)]
 
 
 def merge_config(

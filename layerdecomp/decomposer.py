@@ -54,11 +54,13 @@ from layerdecomp.weights import (
     check_keys,
     config_from,
     copy_tensors,
+    empty_mmdit,
     file_sha256,
     find_weights,
     load_autoencoder,
     load_mmdit,
     open_safetensors,
+    open_state,
     read_metadata,
     weight_files,
 )
@@ -399,6 +401,15 @@ class Decomposer(nn.Module):
     def load_adapter(self, adapter: Adapter, path: str | Path) -> None:
         """Fills in the trained tensors; `InputError` unless they are exactly those of this model."""
         copy_tensors(path, adapter.tensors, self.adapter({}).tensors, "this decomposer")
+
+    def frozen_base(self, path: str | Path) -> MMDiT:
+        """The base in the file at `path` that was adapted; it shares all weights but its input projection's."""
+        base, layout = empty_mmdit(path, self.transformer.config)
+        dtype, device = next(self.autoencoder.parameters()).dtype, self.prompt.vec.device
+        readers, shared = open_state(base, path, str(device), layout), self.transformer.state_dict()
+        own = {name: read().to(dtype) for name, read in readers.items() if name.startswith("img_in.")}
+        base.load_state_dict({name: own.get(name, shared.get(name)) for name in readers}, assign=True)
+        return base.requires_grad_(False).eval()
 
     def merge(self) -> "Decomposer":
         """Folds the LoRA into the transformer's weights, so that a step of sampling costs what the base's costs.

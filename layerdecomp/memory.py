@@ -1,8 +1,8 @@
 """What a training step takes of a device's memory, counted without the device: no file, no GPU, no numbers.
 
-A step's forward and backward pass run on tensors that have shapes and no content (`FakeTensorMode`), while every storage
-is counted from when it is made until it is given up: the peak is that of what autograd keeps and of all that is needed
-for a moment. Blocks are alike, so that a few of them tell what many take.
+A step's forward and backward pass run on tensors that have shapes and no content (`FakeTensorMode`), while every
+storage is counted from when it is made until it is given up: the peak is that of what autograd keeps and of all that is
+needed for a moment. Blocks are alike, so that a few of them tell what many take.
 """
 
 import weakref
@@ -66,7 +66,7 @@ class Peak(TorchDispatchMode):
     """Counts the bytes of the storages that are made while it is on and alive at once; `but` were there before."""
 
     def __init__(self, *but: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known = {tensor.untyped_storage()._cdata: 0 for tensor in but}
 
@@ -90,7 +90,7 @@ class Peak(TorchDispatchMode):
 
 @contextmanager
 def norms_as_on_gpu() -> Iterator[None]:
-    """CUDA's autocast computes norms in float32, the CPU's does not: what they give and keep is twice as large there."""
+    """CUDA's autocast computes norms in float32, the CPU's does not: what they give and keep is larger there."""
 
     def in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def computed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

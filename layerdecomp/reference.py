@@ -78,7 +78,7 @@ def reference_transformer(ours: MMDiT, lora_scale: float) -> Any:
         ) from error
     config = ours.config
     with torch.device("meta"):
-        theirs = FluxTransformer2DModel(
+        theirs: Any = FluxTransformer2DModel(  # type: ignore[no-untyped-call]
             in_channels=config.in_channels,
             out_channels=config.out_channels,
             num_layers=config.depth,
@@ -106,7 +106,8 @@ def reference_transformer(ours: MMDiT, lora_scale: float) -> Any:
 
 def _frozen(ours: MMDiT) -> dict[str, Tensor]:
     """All but the LoRA, in their layout."""
-    layout, tensors = diffusers_transformer(ours.config.hidden_size), {}
+    layout = diffusers_transformer(ours.config.hidden_size)
+    tensors: dict[str, Tensor] = {}
     for name, tensor in ours.state_dict().items():
         if ".lora_" not in name:
             source = layout(name, tuple(tensor.shape))
@@ -141,7 +142,7 @@ def differences(ours: Side, theirs: Side, inputs: Inputs) -> dict[str, float]:
     for side, layer in ((ours, "img_in"), (theirs, "x_embedder")):
         img = inputs["img"].clone().requires_grad_(True)
         output = side({**inputs, "img": img})
-        weight = side.model.get_submodule(layer).weight
+        weight: Any = side.model.get_submodule(layer).weight
         found.append([output, *torch.autograd.grad(output.float().square().mean(), [img, weight])])
     return {
         name: ((a.float() - b.float()).abs().max() / b.float().abs().max()).item()

@@ -59,6 +59,10 @@ def test_the_run_directory_follows_the_name() -> None:
         ("optim.betas=[0.9]", "optim.betas is \\[0.9\\]; expected two"),
         ("optim={muon: true, weight_decay: 0.1}", "optim.weight_decay is 0.1"),
         ("name=${nobody}", "nobody"),
+        ("optim.bits=4", "optim.bits is 4; expected 32 or 8"),
+        ("optim.bits=8", "optim.bits is 8, which optim.muon does not have"),
+        ("quantize=int4", "quantize is 'int4'; expected null, int8, fp8, nf4"),
+        ("pictures_at_once=-1", "pictures_at_once is -1; expected at least 0"),
         ("train.steps=0", "train.steps is 0; expected at least 1"),
         ("train.devices=-1", "train.devices is -1; expected at least 1"),
         ("lora.rank=0", "lora.rank = 0"),
@@ -147,6 +151,8 @@ def test_what_changes_no_result_may_change(tmp_path: Path) -> None:
             "resume": "x",
             "run_dir": "/y",
             "recompute": 2,
+            "pictures_at_once": 1,
+            "train.dry_run": True,
             "data.workers": 7,
             "data.validation": 3,
             "data.max_faulty": 0.5,
@@ -174,3 +180,21 @@ def test_a_key_that_an_older_run_did_not_know_counts_as_its_default(tmp_path: Pa
     assert changed_keys(load_config(TINY), path) == {"forgotten": "3 then, absent now"}
     changed = changed_keys(load_config(TINY, ["train.deterministic=true"]), path)
     assert changed["train.deterministic"] == "False then, True now"
+
+
+def test_a_file_lies_over_its_base(tmp_path: Path) -> None:
+    (tmp_path / "below.yaml").write_text("job: decomposer\nname: below\nlora: {rank: 3}\noptim: {bits: 8, lr: 1e-3}")
+    config = load_config(_written(tmp_path, "base: below.yaml\nname: a\noptim: {lr: 2e-3}"), ["lora.alpha=4"])
+    assert (config.name, config.lora.rank, config.lora.alpha) == ("a", 3, 4.0)
+    assert (config.optim.bits, config.optim.lr) == (8, 2e-3)
+
+
+def test_wrong_bases_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"config .*absent.yaml does not exist"):
+        load_config(_written(tmp_path, "base: absent.yaml"))
+    (tmp_path / "b.yaml").write_text("base: c.yaml")
+    with pytest.raises(InputError, match=r"a\.yaml: base is b\.yaml, which has a base itself"):
+        load_config(_written(tmp_path, "base: b.yaml"))
+    (tmp_path / "b.yaml").write_text("job: decomposer\nlora: {rnak: 3}")
+    with pytest.raises(InputError, match=r"b\.yaml: unknown key lora\.rnak"):
+        load_config(_written(tmp_path, "base: b.yaml"))

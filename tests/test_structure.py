@@ -42,9 +42,10 @@ ORDER = [
         "bulk",
         "benchmark",
         "reference",
+        "memory",
     ),
     # floor 2: everything that can be set
-    "config",
+    *("config", "dry_run"),
     # floor 3: training
     *(
         "training.__init__",

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import time
 from abc import abstractmethod
@@ -24,6 +25,7 @@ from layerdecomp.config import RunConfig
 from layerdecomp.data.datamodule import Positions, collate, open_samples
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import Share, write_metrics
+from layerdecomp.quantization import torchao
 from layerdecomp.training.checkpoints import loops_at
 from layerdecomp.training.faults import FaultCount, StepGuard, fitting_settings, poisoned
 from layerdecomp.training.late import Late, to_device
@@ -38,6 +40,13 @@ def resolve_precision(setting: str) -> str:
     if torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() else "32-true"
+
+
+def local_device() -> str:
+    """Where this process trains: of the GPUs of a node, the one that its launcher gave it by number."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK') or os.environ.get('SLURM_LOCALID') or 0}"
 
 
 def every_fourth(places: Sequence[int], like: Tensor) -> Tensor:
@@ -60,6 +69,8 @@ class Job(LightningModule):
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
         self.run = config
+        if config.optim.bits == 8:
+            torchao("optim.bits=8", "torchao.optim")  # now, so that checkpoints with its tensors can be read
         torch.manual_seed(config.seed)  # the first weights of whatever a job builds
         self._commit = source_commit()  # now: the files may move on while the run trains
         self._step_started: float | None = None
@@ -210,6 +221,9 @@ class Job(LightningModule):
             inside = {name: parameter.dim() == 2 and "blocks." in name for name, parameter in trained.items()}
             matrices, others = ([p for name, p in trained.items() if inside[name] is kind] for kind in (True, False))
             optimizer = Muon(matrices, others, config.lr, betas)
+        elif config.bits == 8:
+            kind = torchao("optim.bits=8", "torchao.optim").AdamW8bit
+            optimizer = kind(list(trained.values()), lr=config.lr, betas=betas, weight_decay=config.weight_decay)
         else:
             fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained.values())
             optimizer = AdamW(

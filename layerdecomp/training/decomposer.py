@@ -17,9 +17,9 @@ from layerdecomp.flow import flow_loss
 from layerdecomp.metric_networks import open_networks
 from layerdecomp.metrics.layers import LayerMetrics
 from layerdecomp.pictures import comparison_grid
-from layerdecomp.training.base import resolve_precision
+from layerdecomp.training.base import local_device, resolve_precision
 from layerdecomp.training.flow import FlowJob
-from layerdecomp.weights import file_sha256, load_mmdit
+from layerdecomp.weights import file_sha256
 
 
 class DecomposerJob(FlowJob):
@@ -32,12 +32,14 @@ class DecomposerJob(FlowJob):
         # On a GPU the frozen parts are kept in the precision that they compute in; a CPU casts faster than it mixes.
         mixed = torch.cuda.is_available() and resolve_precision(config.train.precision) == "bf16-mixed"
         dtype = torch.bfloat16 if mixed else torch.float32
-        self.decomposer = build_decomposer(config, dtype)
+        self.decomposer = build_decomposer(config, dtype, local_device(), config.quantize)
         methods(None, config.evaluate)  # so that a row which cannot be drawn is an error now
         self.metrics = LayerMetrics(open_networks(config.evaluate.measure).measures)
         self.decomposer.transformer.recompute = config.recompute
         if config.compile:
             self.decomposer.transformer.compile_blocks()
+        for autoencoder in (self.decomposer.autoencoder, self.decomposer.rgba_autoencoder):
+            autoencoder.encoder.at_once = config.pictures_at_once
 
     @property
     def frozen_files(self) -> list[str]:
@@ -86,11 +88,11 @@ class DecomposerJob(FlowJob):
     def finish(self, run_dir: Path, share: Share) -> None:
         if share.rank == 0:
             self._save_adapter(run_dir, {})
-        dtype = next(self.decomposer.autoencoder.parameters()).dtype
-        base = load_mmdit(self.run.weights.transformer, dtype=dtype, device=str(self.device))
+        base = self.decomposer.frozen_base(self.run.weights.transformer)
         config = self.run.evaluate
         data = open_samples(self.run.data, "test", config.seed, config.samples)
-        models = Models(self.decomposer, base, {path: file_sha256(Path(path)) for path in self.frozen_files})
+        files = {path: file_sha256(Path(path)) for path in self.frozen_files}
+        models = Models(self.decomposer, base, files, self.run.quantize)
         evaluation = compare(models, data, config, run_dir, device=self.device, share=share)
         if evaluation is not None:
             self._save_adapter(run_dir, evaluation.results.get("adapted", {}))

@@ -13,6 +13,7 @@ from lightning import Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from layerdecomp.config import (
@@ -24,6 +25,7 @@ from layerdecomp.config import (
     save_config,
 )
 from layerdecomp.data.datamodule import SampleData
+from layerdecomp.dry_run import dry_run
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import Share
 from layerdecomp.training.autoencoder import AutoencoderJob
@@ -54,6 +56,9 @@ def train(config: RunConfig) -> None:
         RunError: a full disk, a dead process, memory, a loss that is not finite; what was saved is kept.
         SystemExit: a signal told it to stop; it has said how to go on.
     """
+    if config.train.dry_run:
+        print(dry_run(config))
+        return
     run_dir = Path(config.run_dir)
     quiet_lightning()
     job = build_job(config)  # all this first, so that a missing file or device leaves no directory behind
@@ -165,6 +170,17 @@ class StepBar(TQDMProgressBar):
         bar.n = bar.initial
 
 
+def build_strategy(name: str) -> str | DDPStrategy:
+    """Lightning's strategy; ddp shares gradients in buckets while the backward pass goes on, and nothing else.
+
+    All ranks read the same files and draw the same first weights, so that none need be sent at the start (torchao's
+    tensors cannot be). Gradients lie in the buckets, which would double them.
+    """
+    if name != "ddp":
+        return name
+    return DDPStrategy(init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
 def build_trainer(config: RunConfig, run_dir: Path, job: Job) -> Trainer:
     """Lightning's trainer: one pass over the batches of `train.steps` steps, validated and saved at fixed steps."""
     train = config.train
@@ -181,7 +197,7 @@ def build_trainer(config: RunConfig, run_dir: Path, job: Job) -> Trainer:
         accelerator="cuda" if available else "cpu",  # metrics sum in float64, which mps lacks
         devices=train.devices,
         num_nodes=train.nodes,
-        strategy=train.strategy,
+        strategy=build_strategy(train.strategy),
         precision=resolve_precision(train.precision),  # type: ignore[arg-type]
         accumulate_grad_batches=train.accumulate,
         deterministic=train.deterministic,

@@ -1,0 +1,107 @@
+"""What a training would take, told without a GPU, without a weight file and without a trace on the disk."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from layerdecomp.benchmark import TRAINING, count
+from layerdecomp.config import DecomposerJobConfig, RunConfig
+from layerdecomp.decomposer import WeightFiles
+from layerdecomp.errors import InputError
+from layerdecomp.evaluation import markdown_table
+from layerdecomp.memory import TrainingWork, linear_in_blocks, parameter_counts, training_memory, with_depths
+from layerdecomp.models.autoencoder import AutoencoderConfig
+from layerdecomp.models.mmdit import MMDiTConfig
+from layerdecomp.weights import config_from, read_metadata
+
+ModelT = TypeVar("ModelT", MMDiTConfig, AutoencoderConfig)
+FLUX_TEXT_TOKENS = 512
+MAKE = {
+    "rgba_autoencoder": "made by tools/train.py config=configs/flux_rgba_autoencoder.yaml",
+    "prompt": "made by make embed-prompt",
+}
+
+
+def dry_run(config: RunConfig) -> str:
+    """Parameters, memory and operations of a step, and which files are missing.
+
+    Models are those that the files describe; where there is no file, FLUX.1-Fill-dev's.
+
+    Raises:
+        InputError: the job trains no adapter.
+    """
+    if not isinstance(config, DecomposerJobConfig):
+        raise InputError(f"train.dry_run counts a decomposer job; found job={config.job}")
+    work = training_work(config)
+    memory = training_memory(work)
+    other = training_memory(replace(work, recompute=0 if config.recompute else 1))
+    counts = linear_in_blocks(lambda depths: count(with_depths(work, depths)), work.model, work.recompute)
+    encode = counts["encode image, mask, cues"] + counts["encode targets"]
+    samples = config.train.global_batch
+    per_sample = (counts[TRAINING] + encode) / work.batch_size
+    rows = [
+        ("frozen weights", memory.frozen, f"bf16, blocks in {config.quantize}" if config.quantize else "bf16"),
+        ("trained weights", memory.trained, "float32"),
+        ("gradients", memory.gradients, "float32"),
+        ("optimizer", memory.optimizer, f"AdamW's averages in {config.optim.bits} bits"),
+        (
+            "activations",
+            memory.step,
+            f"recompute={work.recompute}; {other.step / 1e9:.1f} with {1 - bool(work.recompute)}",
+        ),
+        ("or autoencoders'", memory.encode, f"pictures_at_once={work.pictures_at_once}; before the step"),
+        ("together", memory.total, "with the larger of the last two; CUDA itself takes about 0.5 more"),
+    ]
+    return "\n".join(
+        [
+            f"{config.name}: {work.size} x {work.size}, batch {work.batch_size} on each of "
+            f"{config.train.devices * config.train.nodes} devices, {work.model.depth} + "
+            f"{work.model.depth_single_blocks} blocks of width {work.model.hidden_size}, LoRA rank {work.lora.rank}",
+            "",
+            markdown_table([["part", "parameters"], *([k, f"{n:,}"] for k, n in parameter_counts(work).items())]),
+            "",
+            markdown_table([["memory of a device", "GB", "in"], *([k, f"{n / 1e9:.1f}", why] for k, n, why in rows)]),
+            "",
+            f"a step of {samples} samples: {samples * per_sample / 1e12:.4g} TFLOP, "
+            f"{encode / work.batch_size / 1e12:.4g} of a sample's {per_sample / 1e12:.4g} in the autoencoders, "
+            f"{counts['of it recomputed'] / work.batch_size / 1e12:.4g} recomputed",
+            "",
+            *missing_files(config.weights),
+        ]
+    )
+
+
+def training_work(config: DecomposerJobConfig) -> TrainingWork:
+    """What a step of one process works on."""
+    found = config.weights
+    triplets = config.data.source == "triplets"
+    return TrainingWork(
+        size=config.data.triplets.size if triplets else config.data.scenes.size,
+        batch_size=config.train.batch_size,
+        text_tokens=1 if found.prompt is None else FLUX_TEXT_TOKENS,
+        recompute=config.recompute,
+        lora=config.lora,
+        fusion=config.fusion,
+        model=_described(found.transformer, MMDiTConfig()),
+        rgb=_described(found.autoencoder, AutoencoderConfig()),
+        quantize=config.quantize,
+        bits=config.optim.bits,
+        pictures_at_once=config.pictures_at_once,
+    )
+
+
+def _described(path: str, default: ModelT) -> ModelT:
+    """The model of a file, if it is there and says so."""
+    if not Path(path).is_file():
+        return default
+    return config_from(type(default), read_metadata(path).get("config"), path)
+
+
+def missing_files(weights: WeightFiles) -> list[str]:
+    """A line for each weight file that is not there, with what belongs there; or that all are."""
+    lines = []
+    for name, path in vars(weights).items():
+        if path is not None and not Path(path).exists():
+            how = MAKE.get(name, "checkpoints/README.md says where to get it")
+            lines.append(f"missing: {path} (weights.{name}); {how}")
+    return lines or ["all weight files are there"]
