@@ -270,7 +270,7 @@ class Place:
         if self.dtype not in TYPES:
             raise InputError(f"{self.path}: tensors of {self.dtype} are not read; expected {', '.join(TYPES)}")
         tensor = empty(self.shape, TYPES[self.dtype])
-        left = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        left = tensor.view(-1).view(torch.uint8).numpy().data
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start)
             while left:  # one call gives 2 GiB at most
