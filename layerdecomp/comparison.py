@@ -3,7 +3,7 @@
 import json
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -19,18 +19,9 @@ from layerdecomp.conditioning import ConditioningConfig
 from layerdecomp.data.datamodule import DataConfig, Samples, open_samples
 from layerdecomp.data.scenes import Scenes
 from layerdecomp.data.testset import OBJECTS, TestFolder, drawn_samples, export_samples, name_of, test_objects
-from layerdecomp.decomposer import (
-    Decomposer,
-    DecomposerConfig,
-    build_decomposer,
-    inpaint,
-    latent_noise,
-    to_model_size,
-    to_own_size,
-)
+from layerdecomp.decomposer import Decomposer, DecomposerConfig, at_its_size, build_decomposer, inpaint, latent_noise
 from layerdecomp.errors import InputError, check_at_least
 from layerdecomp.evaluation import (
-    Batch,
     Evaluation,
     Method,
     Share,
@@ -44,7 +35,7 @@ from layerdecomp.imaging.layers import write_picture
 from layerdecomp.metric_networks import MeasureConfig, Networks, open_networks
 from layerdecomp.metrics.layers import METRICS
 from layerdecomp.models.mmdit import MMDiT
-from layerdecomp.predictions import Prediction, PredictionFolder, describe
+from layerdecomp.predictions import PredictionFolder, describe
 from layerdecomp.report import case_grid, format_report
 from layerdecomp.weights import Adapter, file_sha256, load_mmdit, read_metadata
 
@@ -129,43 +120,33 @@ def _model_methods(models: Models, config: EvaluateConfig) -> dict[str, Method]:
     decomposer = models.decomposer.eval()
     device = decomposer.prompt.vec.device
 
-    def noise(batch: Batch, layers: int) -> Tensor:
+    def noise(batch: Mapping[str, Tensor], layers: int) -> Tensor:
         return latent_noise(decomposer.autoencoder, batch["image"], config.seed, batch["index"].tolist(), layers)
 
     def inpainting(base: MMDiT, conditioning: ConditioningConfig) -> Method:
         base = base.to(device).eval()
 
-        def draw(batch: Batch) -> Prediction:
+        def draw(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
             parts = (base, decomposer.autoencoder, decomposer.prompt)
             settings = (conditioning, decomposer.flow, decomposer.sample)
             painted = inpaint(*parts, batch["image"], batch["mask"], noise(batch, layers=1)[:, 0], *settings)
             return painted, base_foreground(batch["image"], batch["mask"])
 
-        return Method(at_its_size(draw, decomposer))
+        return Method(lambda batch: at_its_size(draw, batch, decomposer.sample))
+
+    def decomposing(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return decomposer.draw(batch, noise(batch, layers=2 * decomposer.sample.ensemble))
 
     found = {
-        "adapted": Method(
-            at_its_size(lambda b: decomposer.draw(b, noise(b, layers=2 * decomposer.sample.ensemble)), decomposer)
-        )
+        "adapted": Method(lambda batch: at_its_size(decomposing, batch, decomposer.sample)),
+        "base": inpainting(models.base, decomposer.conditioning),
     }
-    found["base"] = inpainting(models.base, decomposer.conditioning)
     if "maskless" in config.rows:
         assert config.maskless is not None
         dtype = next(models.base.parameters()).dtype
         maskless = load_mmdit(config.maskless, dtype=dtype, device=str(device))
         found["maskless"] = inpainting(maskless, ConditioningConfig(mask=False))
     return found
-
-
-def at_its_size(draw: Callable[[Batch], Prediction], decomposer: Decomposer) -> Callable[[Batch], Prediction]:
-    """Lets a model draw pictures of any size, as `Decomposer.decompose` does."""
-
-    def drawn(batch: Batch) -> Prediction:
-        background, foreground = draw(to_model_size(batch, decomposer.sample))
-        assert background is not None and foreground is not None
-        return to_own_size(background, foreground, batch, decomposer.sample)
-
-    return drawn
 
 
 def compare(
