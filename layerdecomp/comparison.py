@@ -3,7 +3,7 @@
 import json
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -19,16 +19,7 @@ from layerdecomp.conditioning import ConditioningConfig
 from layerdecomp.data.datamodule import DataConfig, Samples, open_samples
 from layerdecomp.data.scenes import Scenes
 from layerdecomp.data.testset import OBJECTS, TestFolder, drawn_samples, export_samples, name_of, test_objects
-from layerdecomp.decomposer import (
-    Decomposer,
-    DecomposerConfig,
-    SampleConfig,
-    build_decomposer,
-    inpaint,
-    latent_noise,
-    to_model_size,
-    to_own_size,
-)
+from layerdecomp.decomposer import Decomposer, DecomposerConfig, at_its_size, build_decomposer, inpaint, latent_noise
 from layerdecomp.errors import InputError, check_at_least
 from layerdecomp.evaluation import (
     Evaluation,
@@ -188,13 +179,6 @@ def _load_maskless(config: EvaluateConfig, base: MMDiT) -> MMDiT:
                 "the same autoencoder and prompt: name it with evaluate.maskless=FILE"
             )
     return maskless
-
-
-def at_its_size(
-    draw: Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor]], batch: Mapping[str, Tensor], sample: SampleConfig
-) -> tuple[Tensor, Tensor]:
-    """What a model draws of pictures of any size, brought to its size and back."""
-    return to_own_size(*draw(to_model_size(batch, sample)), batch, sample)
 
 
 def compare(

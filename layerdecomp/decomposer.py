@@ -1,7 +1,7 @@
 """The parts composed: a picture and a mask go in, a clean background and a whole foreground come out."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -654,6 +654,13 @@ def to_own_size(
         foreground = from_autoencoder(resize(to_autoencoder(foreground), full))
     background = resize(background, full).clamp(-1, 1)
     return keep_pixels(image, batch["mask"], background, sample), foreground
+
+
+def at_its_size(
+    draw: Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor]], batch: Mapping[str, Tensor], sample: SampleConfig
+) -> tuple[Tensor, Tensor]:
+    """What a model draws of a batch of pictures of any size, at that size."""
+    return to_own_size(*draw(to_model_size(batch, sample)), batch, sample)
 
 
 def keep_pixels(image: Tensor, mask: Tensor, painted: Tensor, sample: SampleConfig) -> Tensor:

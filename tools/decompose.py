@@ -4,11 +4,10 @@ python tools/decompose.py adapter=... image=a.jpg mask=a.png out=layers/ [format
     compile=true sample.KEY=... depth=WEIGHTS transformer=... autoencoder=... rgba_autoencoder=... prompt=...]
 python tools/decompose.py adapter=... image=FOLDER mask=FOLDER out=FOLDER [batch_size=4 ...]
 
+Of folders, a picture and the mask of the same name make out/<name>/; the same command again goes on where it stopped.
 adapter= is a file or a published folder. format=ora also writes layers.ora (Krita, GIMP), format=psd layers.psd.
 sample.max_side=2048 and so on change how the adapter samples. depth= names Depth-Anything-V2-Small's weights, for
 adapters that were trained with depth maps; transformer= and so on other places for the frozen parts.
-
-Of folders, a picture and the mask of the same name make out/<name>/; the same command again goes on where it stopped.
 """
 
 import sys
