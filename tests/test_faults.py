@@ -66,9 +66,7 @@ def test_a_poisoned_loss_is_the_loss_wherever_it_is_finite() -> None:
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf])
-@pytest.mark.parametrize(
-    "muon", ["true", "false"]
-)  # AdamW leaves it out by itself; the host learns later
+@pytest.mark.parametrize("muon", ["true", "false"])  # AdamW leaves it out by itself; the host learns later
 def test_a_step_that_is_not_finite_changes_nothing_and_names_its_sample(
     overrides: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, factor: float, muon: str
 ) -> None:
