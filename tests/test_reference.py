@@ -8,7 +8,7 @@ import torch
 from layerdecomp.benchmark import BenchmarkConfig
 from layerdecomp.errors import InputError
 from layerdecomp.models.lora import LoRALinear
-from layerdecomp.reference import ARGUMENTS, Side, compare, differences, pair, random_inputs
+from layerdecomp.reference import NAMES, Side, compare, differences, pair, random_inputs
 
 CPU = torch.device("cpu")
 SMALL = BenchmarkConfig(size=32, scale=0.04, text_tokens=2, repeats=1, reference="diffusers")
@@ -19,7 +19,7 @@ SMALL.lora.rank, SMALL.lora.alpha, SMALL.fusion.num_queries = 4, 6.0, 2
 def test_both_sides_train_the_same_weights_and_compute_the_same(dtype: torch.dtype) -> None:
     ours, theirs = pair(SMALL, CPU, dtype)
     inputs = random_inputs(SMALL, ours)
-    found = differences(Side(ours), Side(theirs, ARGUMENTS), inputs)
+    found = differences(Side(ours), Side(theirs, NAMES), inputs)
     assert 0 < max(found.values()) < (1e-5 if dtype == torch.float32 else 0.1)
     trained = {name for name, parameter in theirs.named_parameters() if parameter.requires_grad}
     assert {"x_embedder.weight", "x_embedder.bias"} < trained
