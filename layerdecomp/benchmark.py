@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerdecomp.conditioning import LATENT_FACTOR, ConditioningConfig
+from layerdecomp.conditioning import LATENT_FACTOR, TOKEN_FACTOR, ConditioningConfig
 from layerdecomp.decomposer import Context, Decomposer, Prompt, SampleConfig, mixed_precision
 from layerdecomp.errors import InputError, check_at_least
 from layerdecomp.evaluation import markdown_table
@@ -44,6 +45,7 @@ class BenchmarkConfig:
     repeats: int = 5  # medians are over these, after one that is not counted
     measure: bool = True  # False: counts alone, which take no memory
     compile: bool = False  # the transformer's blocks
+    sync_debug: str = "default"  # on a GPU: error stops where a piece makes the host wait for it, warn says where
     reference: str | None = None  # diffusers: its transformer and peft's LoRA are measured beside ours
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     fusion: ContextFusionConfig = field(default_factory=ContextFusionConfig)
@@ -55,6 +57,8 @@ class BenchmarkConfig:
             raise InputError(f"size is {self.size}; expected a positive multiple of 16")
         if not 0 < self.scale <= 1:
             raise InputError(f"scale is {self.scale}; expected more than 0 and at most 1")
+        if self.sync_debug not in ("default", "warn", "error"):
+            raise InputError(f"sync_debug is {self.sync_debug!r}; expected default, warn or error")
         if self.reference not in (None, "diffusers"):
             raise InputError(f"reference is {self.reference!r}; expected diffusers, or null for none")
 
@@ -242,11 +246,39 @@ def measure(workload: Workload, device: torch.device) -> dict[str, tuple[float, 
     for name, piece in PIECES.items():
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        seconds = statistics.median(_seconds(partial(piece, workload), device, workload.config.repeats))
+        with watched(workload.config.sync_debug, device):
+            seconds = statistics.median(_seconds(partial(piece, workload), device, workload.config.repeats))
         measured[name] = seconds, _peak_memory(device)
         for parameter in workload.decomposer.parameters():
             parameter.grad = None
     return measured
+
+
+@contextmanager
+def watched(sync_debug: str, device: torch.device) -> Iterator[None]:
+    """Operations that make the host wait for a GPU are told or refused, but for a stopwatch's own waiting."""
+    if device.type != "cuda":
+        if sync_debug != "default":
+            raise InputError(f"sync_debug={sync_debug} looks at a GPU; expected device=cuda with it")
+        yield
+        return
+    torch.cuda.set_sync_debug_mode(sync_debug)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def attention_backend(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """What scaled-dot-product attention runs on for the tokens of a step: FLASH_ATTENTION, CUDNN_ATTENTION, ..."""
+    model = config.transformer
+    text = config.text_tokens + config.fusion.num_queries * config.fusion.enabled
+    tokens = text + 2 * (config.size // TOKEN_FACTOR) ** 2
+    shape = (config.batch_size, model.num_heads, tokens, model.hidden_size // model.num_heads)
+    if device.type == "cpu":
+        dtype = torch.float32  # as `attention` casts
+    q, k, v = (torch.empty(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    return SDPBackend(torch._fused_sdp_choice(q, k, v)).name
 
 
 def stopwatch(function: Callable[[], Tensor | None], device: torch.device) -> float:
@@ -278,9 +310,10 @@ def benchmark(config: BenchmarkConfig, device: str, dtype: torch.dtype) -> str:
     counts = count(config)
     header = ["", "TFLOP", "seconds", "TFLOP/s", "of the largest product", "peak memory GB"]
     measured: dict[str, tuple[float, float]] = {}
-    limit = float("nan")
+    limit, backend = float("nan"), ""
     if config.measure:
         place = torch.device(device)
+        backend = f", attention by {attention_backend(config, place, dtype)}"
         limit = largest_product(place, dtype)
         measured = measure(Workload(config, place, dtype), place)
     rows = [
@@ -291,11 +324,10 @@ def benchmark(config: BenchmarkConfig, device: str, dtype: torch.dtype) -> str:
     told = (
         f"{config.size} x {config.size}, batch {config.batch_size}, {transformer.depth} + "
         f"{transformer.depth_single_blocks} blocks of width {transformer.hidden_size}, LoRA rank {config.lora.rank}, "
-        f"recompute {config.recompute}, {str(dtype).removeprefix('torch.')}"
+        f"recompute {config.recompute}, {'compiled, ' * config.compile}{str(dtype).removeprefix('torch.')}"
     )
-    where = (
-        f"measured on {machine(device)}, largest product {limit / 1e12:.3g} TFLOP/s" if config.measure else "counted"
-    )
+    largest = f"largest product {limit / 1e12:.3g} TFLOP/s"
+    where = f"measured on {machine(device)}, {largest}{backend}" if config.measure else "counted"
     encode = counts["encode image, mask, cues"]
     step = encode + counts["encode targets"] + counts[TRAINING]
     sample = encode + config.steps * counts["one sampling step"] + counts["decode"]

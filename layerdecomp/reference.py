@@ -24,8 +24,15 @@ from layerdecomp.models.mmdit import MMDiT
 
 # Largest difference of outputs and gradients, as a share of the largest value.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-# Our arguments, as theirs are called.
-ARGUMENTS = {"img": "hidden_states", "txt": "encoder_hidden_states", "y": "pooled_projections", "timesteps": "timestep"}
+# Our arguments and layers, as theirs are called.
+NAMES = {
+    "img": "hidden_states",
+    "txt": "encoder_hidden_states",
+    "y": "pooled_projections",
+    "timesteps": "timestep",
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+}
 Inputs = dict[str, Tensor]
 
 
@@ -34,12 +41,16 @@ class Side:
     """One of the two implementations."""
 
     model: nn.Module
-    names: dict[str, str] = field(default_factory=dict)  # of our arguments, where they differ
+    names: dict[str, str] = field(default_factory=dict)  # of our arguments and layers, where they differ
 
     def __call__(self, inputs: Inputs) -> Tensor:
-        with mixed_precision(self.model):
+        with mixed_precision(self.layer("txt_in")):  # which is frozen
             output = self.model(**{self.names.get(name, name): tensor for name, tensor in inputs.items()})
         return output if isinstance(output, Tensor) else output[0]
+
+    def layer(self, name: str) -> nn.Module:
+        """The layer that has this name in ours."""
+        return self.model.get_submodule(self.names.get(name, name))
 
     def train(self, inputs: Inputs) -> None:
         """Forward and backward."""
@@ -139,10 +150,10 @@ def random_inputs(config: BenchmarkConfig, model: MMDiT) -> Inputs:
 def differences(ours: Side, theirs: Side, inputs: Inputs) -> dict[str, float]:
     """Largest differences, as shares of the largest value: of outputs, and of gradients of the input and its layer."""
     found = []
-    for side, layer in ((ours, "img_in"), (theirs, "x_embedder")):
+    for side in (ours, theirs):
         img = inputs["img"].clone().requires_grad_(True)
         output = side({**inputs, "img": img})
-        weight: Any = side.model.get_submodule(layer).weight
+        weight = side.layer("img_in").weight
         found.append([output, *torch.autograd.grad(output.float().square().mean(), [img, weight])])
     return {
         name: ((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
@@ -160,7 +171,7 @@ def compare(config: BenchmarkConfig, device: str, dtype: torch.dtype) -> str:
     rows, found = [], {}
     for compiled in (False, True)[: 1 + config.compile]:
         models = pair(config, place, dtype)
-        ours, theirs = Side(models[0]), Side(models[1], ARGUMENTS)
+        ours, theirs = Side(models[0]), Side(models[1], NAMES)
         inputs = random_inputs(config, models[0])
         if compiled:
             models[0].compile_blocks()

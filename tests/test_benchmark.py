@@ -55,7 +55,7 @@ def test_without_fusion() -> None:
 
 def test_a_small_model_is_measured() -> None:
     told = benchmark(BenchmarkConfig(size=32, scale=0.04, text_tokens=2, repeats=1), "cpu", torch.float32)
-    assert "measured on" in told and "1 + 2 blocks of width 128" in told
+    assert "measured on" in told and "attention by FLASH_ATTENTION" in told and "1 + 2 blocks of width 128" in told
     rows = [line.split("|") for line in told.splitlines() if line.startswith("|")][2:]
     measured = [row for row in rows if row[3].strip()]
     assert len(rows) == 9 and len(measured) == 6
@@ -63,7 +63,17 @@ def test_a_small_model_is_measured() -> None:
     assert re.search(r"a decomposition in 28 steps: [0-9.]+ TFLOP", told)
 
 
-@pytest.mark.parametrize("setting", ["size=40", "scale=0", "scale=2", "batch_size=0", "recompute=-1"])
+def test_waiting_for_a_gpu_is_looked_for_on_a_gpu() -> None:
+    with pytest.raises(InputError, match="sync_debug=error looks at a GPU"):
+        benchmark(BenchmarkConfig(size=32, scale=0.04, sync_debug="error"), "cpu", torch.float32)
+
+
+def test_fusion_with_three_cues_is_no_more_than_three_hundredths_of_a_step() -> None:
+    counts = count(BenchmarkConfig())
+    assert 0 < counts[FUSION] < 0.03 * counts[TRAINING]
+
+
+@pytest.mark.parametrize("setting", ["size=40", "scale=0", "scale=2", "batch_size=0", "recompute=-1", "sync_debug=yes"])
 def test_settings_that_make_no_sense_are_named(setting: str) -> None:
     with pytest.raises(InputError, match=setting.split("=")[0]):
         merge_config(BenchmarkConfig(), [], [setting])

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from reference import randomize
+from reference import randomize, relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -59,6 +59,25 @@ def test_blocks_with_closed_gates_are_the_identity() -> None:
     assert all(torch.equal(a, b) for a, b in zip(double(img, txt, vec, pe), (img, txt), strict=True))
     x = torch.cat([txt, img], dim=1)
     assert torch.equal(single(x, vec, pe), x)
+
+
+def test_a_block_compiled_to_machine_code_equals_the_eager_one() -> None:
+    block = adapted(SingleStreamBlock(D, H, 4.0), ["linear*"])
+    randomize(block)
+    x, vec, pe = torch.randn(1, IMG, D, generator=torch.Generator().manual_seed(0)), torch.ones(1, D), table(IMG)
+
+    def results() -> list[Tensor]:
+        entering = x.clone().requires_grad_()
+        trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
+        output = block(entering, vec, pe)
+        return [output, *torch.autograd.grad(output.square().mean(), [entering, *trained])]
+
+    eager, names = results(), list(block.state_dict())
+    block.compile()
+    for compiled, expected in zip(results(), eager, strict=True):
+        assert relative_error(compiled, expected) < 1e-5
+    assert len(eager) == 6 and list(block.state_dict()) == names
+    torch.compiler.reset()
 
 
 # What the forward pass keeps for the backward pass. Sizes are in numbers of a token, D = width, H = heads, r = rank.

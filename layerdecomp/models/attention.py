@@ -33,7 +33,7 @@ def _angles(position: Tensor, dim: int, theta: float) -> Tensor:
 
 def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
     """Rotates neighbouring channel pairs (2i, 2i + 1) of `x` (B, heads, L, head_dim) by the angles of `rope`."""
-    pairs = x.float().unflatten(-1, (-1, 2))
+    pairs = x.float().reshape(*x.shape[:-1], -1, 2)
     if torch.compiler.is_compiling():  # which fuses real numbers with what stands before and behind them
         (cos, sin), (first, second) = pe.unbind(-1), pairs.unbind(-1)
         turned = torch.stack([cos * first - sin * second, sin * first + cos * second], dim=-1)

@@ -100,7 +100,7 @@ class LoRALinear(nn.Linear):
         low_rank = F.linear(rows, self.lora_A.weight.to(x.dtype))  # (N, rank)
         # In place: the product is added while it is computed, so that no pass over the output is spent on a sum.
         out = self._base(rows).addmm_(low_rank, self.lora_B.weight.to(low_rank.dtype).t(), alpha=self.scale)
-        return out.unflatten(0, x.shape[:-1])
+        return out.view(*x.shape[:-1], self.out_features)
 
     def _base(self, x: Tensor) -> Tensor:
         if not is_quantized(self.weight):
