@@ -148,6 +148,7 @@ def quiet_lightning() -> None:
         "Checkpoint directory .* exists",  # a run's directory holds its config before its checkpoint
         "Found .* in eval mode",  # the frozen parts
         "You're resuming from a checkpoint that ended before the epoch",  # StepSampler starts at the right step
+        "`broadcast_buffers` is deprecated",  # what takes its place is newer than the oldest PyTorch that will do
         "The '.*_dataloader' does not have many workers",  # `data.workers` is the user's choice
     )
     for message in expected:
