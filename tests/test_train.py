@@ -346,7 +346,8 @@ def test_gradients_are_shared_once_a_step_while_accumulating(
     original = torch.nn.parallel.DistributedDataParallel.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        shared.append(self.require_backward_grad_sync)
+        if torch.is_grad_enabled():  # else it validates
+            shared.append(self.require_backward_grad_sync)
         assert not self.broadcast_buffers and self.gradient_as_bucket_view
         return original(self, *args, **kwargs)
 
@@ -400,17 +401,6 @@ def test_a_dry_run_tells_and_leaves_nothing(
     frozen = sum(p.numel() for name, p in model.named_parameters() if "img_in" not in name)
     assert re.search(rf"transformer, frozen \| +{frozen:,} ", said) and "1 + 1 blocks of width 32" in said
     assert "all weight files are there" in said and re.search(r"together +\| +\d", said)
-    run(
-        "tiny",
-        *small,
-        "weights.transformer=nowhere.safetensors",
-        "weights.prompt=prompt.safetensors",
-        "fusion.num_heads=24",
-    )
-    said = capsys.readouterr().out
-    assert "missing: nowhere.safetensors (weights.transformer); checkpoints/README.md" in said
-    assert "missing: prompt.safetensors (weights.prompt); made by make embed-prompt" in said
-    assert "transformer, frozen | 11,901,208,640" in said
     with pytest.raises(InputError, match="train.dry_run counts a decomposer job; found job=autoencoder"):
         run("tiny_autoencoder", *SMALL, "train.dry_run=true", f"run_dir={tmp_path}/run")
     assert not (tmp_path / "run").exists()
