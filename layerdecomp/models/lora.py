@@ -68,7 +68,7 @@ class _QuantizedLinear(torch.autograd.Function):
         return F.linear(x, dense(weight), bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return gradient @ dense(ctx.weight).to(gradient.dtype), None, None
 
 
