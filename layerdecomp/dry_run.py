@@ -37,20 +37,21 @@ def dry_run(config: RunConfig) -> str:
     other = training_memory(replace(work, recompute=0 if config.recompute else 1))
     counts = linear_in_blocks(lambda depths: count(with_depths(work, depths)), work.model, work.recompute)
     encode = counts["encode image, mask, cues"] + counts["encode targets"]
-    samples = config.train.global_batch
+    samples, average = config.train.global_batch, memory.trained * bool(config.train.ema)
     per_sample = (counts[TRAINING] + encode) / work.batch_size
     rows = [
         ("frozen weights", memory.frozen, f"bf16, blocks in {config.quantize}" if config.quantize else "bf16"),
         ("trained weights", memory.trained, "float32"),
         ("gradients", memory.gradients, "float32"),
-        ("optimizer", memory.optimizer, f"AdamW's averages in {config.optim.bits} bits"),
+        ("optimizer", memory.optimizer, f"two averages in {config.optim.bits} bits; Muon has fewer"),
+        ("running average", average, f"train.ema={config.train.ema:g}"),
         (
             "activations",
             memory.step,
             f"recompute={work.recompute}; {other.step / 1e9:.1f} with {1 - bool(work.recompute)}",
         ),
         ("or autoencoders'", memory.encode, f"pictures_at_once={work.pictures_at_once}; before the step"),
-        ("together", memory.total, "with the larger of the last two; CUDA itself takes about 0.5 more"),
+        ("together", memory.total + average, "with the larger of the last two; CUDA itself takes about 0.5 more"),
     ]
     return "\n".join(
         [

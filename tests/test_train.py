@@ -1,7 +1,10 @@
 """The training jobs end to end, at toy size: files, what a checkpoint holds, resuming, two processes."""
 
 import json
+import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -294,3 +297,116 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path: Path, override
     for name, tensor in adapters[0].items():
         torch.testing.assert_close(adapters[1][name], tensor, rtol=1e-2, atol=1e-4)
     assert losses(one)[0] != losses(one)[-1]
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def run_ranks(folder: Path, overrides: list[str], nodes: int, devices: int) -> None:
+    """Starts every rank as torchrun and srun do, by the environment, and ends whatever is left of them."""
+    command = [sys.executable, "tools/train.py", "config=configs/tiny.yaml", *overrides]
+    command += [f"train.nodes={nodes}", f"train.devices={devices}", f"run_dir={folder}"]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(nodes * devices)}
+    ranks: list[subprocess.Popen[str]] = []
+    try:
+        for rank in range(nodes * devices):
+            place = {"RANK": rank, "NODE_RANK": rank // devices, "LOCAL_RANK": rank % devices}
+            environment = alone() | world | {"OMP_NUM_THREADS": "1"} | {name: str(n) for name, n in place.items()}
+            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            ranks.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True, **pipes))
+        for process in ranks:
+            said, _ = process.communicate(timeout=900)
+            assert process.returncode == 0, said[-3000:]
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+
+
+def test_one_node_of_four_equals_two_of_two(tmp_path: Path, overrides: list[str]) -> None:
+    settings = [*overrides, "train.strategy=ddp", "train.batch_size=1", "train.accumulate=2", "train.steps=2"]
+    settings += ["optim.lr=1e-2", "train.validate_every=2", "data.validation=4", "evaluate.samples=1"]
+    settings += ["evaluate.rows=[adapted]"]
+    run_ranks(tmp_path / "1x4", settings, nodes=1, devices=4)
+    run_ranks(tmp_path / "2x2", settings, nodes=2, devices=2)
+    one, two = tmp_path / "1x4", tmp_path / "2x2"
+    assert len(losses(one)) == 2 and losses(one) == losses(two)
+    assert logged(one, "validation/background/psnr") == logged(two, "validation/background/psnr")
+    adapters = [load_file(path / "adapter.safetensors") for path in (one, two)]
+    assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
+    alone_too = run("tiny", *settings, "train.strategy=auto", "train.batch_size=4", f"run_dir={tmp_path}/alone")
+    torch.testing.assert_close(losses(alone_too), losses(one), rtol=1e-4, atol=0)
+
+
+def test_gradients_are_shared_once_a_step_while_accumulating(
+    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    shared: list[bool] = []
+    original = torch.nn.parallel.DistributedDataParallel.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():  # else it validates
+            shared.append(self.require_backward_grad_sync)
+        assert not self.broadcast_buffers and self.gradient_as_bucket_view
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.parallel.DistributedDataParallel, "forward", forward)
+    settings = ["train.strategy=ddp", "train.accumulate=3", "train.steps=2", "evaluate.samples=1"]
+    settings += ["quantize=int8"]  # whose tensors cannot be sent, as DDP does with all at the start unless told not to
+    try:
+        run("tiny", *overrides, *settings, "evaluate.rows=[adapted]", f"run_dir={tmp_path}/run")
+    finally:
+        torch.distributed.destroy_process_group()
+    assert shared == [False, False, True] * 2
+
+
+def test_eight_bit_averages_train_and_resume(tmp_path: Path, overrides: list[str]) -> None:
+    """Without torchao's compilation, which takes minutes on a CPU."""
+    settings = [*overrides, "train.steps=4", "optim.lr=1e-2", "optim.muon=false", "evaluate.samples=1", "lora.rank=256"]
+    settings += ["optim.warmup=0", "evaluate.rows=[adapted]"]
+    torch.compiler.set_stance("force_eager")
+    try:
+        straight = run("tiny", *settings, "optim.bits=8", f"run_dir={tmp_path}/straight")
+        with power_cut_at(3):
+            run("tiny", *settings, "optim.bits=8", f"run_dir={tmp_path}/resumed")
+        resumed = run("tiny", *settings, "optim.bits=8", f"run_dir={tmp_path}/resumed")
+    finally:
+        torch.compiler.set_stance("default")
+    full = run("tiny", *settings, f"run_dir={tmp_path}/full")
+    one, other = (load_file(path / "adapter.safetensors") for path in (straight, resumed))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert losses(straight) != losses(full)
+    torch.testing.assert_close(losses(straight), losses(full), rtol=0.02, atol=0)
+    assert (straight / "last.ckpt").stat().st_size < 0.7 * (full / "last.ckpt").stat().st_size
+
+
+@pytest.mark.parametrize("format", ["int8", "nf4"])
+def test_an_adapter_of_a_quantised_base_is_trained_and_fits_the_whole_one(
+    tmp_path: Path, overrides: list[str], format: str
+) -> None:
+    settings = [*overrides, f"quantize={format}", "recompute=1", "pictures_at_once=1", "train.steps=2"]
+    run_dir = run("tiny", *settings, "evaluate.samples=1", f"run_dir={tmp_path}/run")
+    assert json.loads((run_dir / "metrics.json").read_text())["results"]["base"]
+    assert len(losses(run_dir)) == 2
+    Decomposer.from_pretrained(run_dir / "adapter.safetensors")
+
+
+def test_a_dry_run_tells_and_leaves_nothing(
+    tmp_path: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = [*overrides, f"run_dir={tmp_path}/run", "train.dry_run=true", "data.scenes.size=32", "recompute=1"]
+    run("tiny", *small)
+    said = capsys.readouterr().out
+    model = load_mmdit(overrides[0].partition("=")[2])
+    frozen = sum(p.numel() for name, p in model.named_parameters() if "img_in" not in name)
+    assert re.search(rf"transformer, frozen \| +{frozen:,} ", said) and "1 + 1 blocks of width 32" in said
+    assert "all weight files are there" in said and re.search(r"together +\| +\d", said)
+    with pytest.raises(InputError, match="train.dry_run counts a decomposer job; found job=autoencoder"):
+        run("tiny_autoencoder", *SMALL, "train.dry_run=true", f"run_dir={tmp_path}/run")
+    assert not (tmp_path / "run").exists()

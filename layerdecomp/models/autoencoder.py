@@ -161,7 +161,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if 0 < self.at_once < len(x):
-            return torch.cat([self(part) for part in x.split(self.at_once)])
+            return torch.cat([self(part) for part in torch.split(x, self.at_once)])
         h = self.mid(self.down(self.conv_in(x)))
         return cast(Tensor, self.conv_out(F.silu(self.norm_out(h))))
 

@@ -180,6 +180,11 @@ class Job(LightningModule):
     def trained(self) -> Iterator[tuple[str, Parameter]]:
         return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DDP does not send when it starts: frozen parts, which all ranks read from the same files."""
+        return [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         return {name: parameter.detach() for name, parameter in self.trained()}
 

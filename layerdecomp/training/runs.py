@@ -149,6 +149,7 @@ def quiet_lightning() -> None:
         "Checkpoint directory .* exists",  # a run's directory holds its config before its checkpoint
         "Found .* in eval mode",  # the frozen parts
         "You're resuming from a checkpoint that ended before the epoch",  # StepSampler starts at the right step
+        "`broadcast_buffers` is deprecated",  # what takes its place is newer than the oldest PyTorch that will do
         "The '.*_dataloader' does not have many workers",  # `data.workers` is the user's choice
     )
     for message in expected:
@@ -171,14 +172,13 @@ class StepBar(TQDMProgressBar):
 
 
 def build_strategy(name: str) -> str | DDPStrategy:
-    """Lightning's strategy; ddp shares gradients in buckets while the backward pass goes on, and nothing else.
+    """Lightning's strategy; ddp shares gradients in buckets while the backward pass goes on.
 
-    All ranks read the same files and draw the same first weights, so that none need be sent at the start (torchao's
-    tensors cannot be). Gradients lie in the buckets, which would double them.
+    Gradients lie in the buckets, which would double them otherwise.
     """
     if name != "ddp":
         return name
-    return DDPStrategy(init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def build_trainer(config: RunConfig, run_dir: Path, job: Job) -> Trainer:

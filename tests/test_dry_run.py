@@ -1,0 +1,34 @@
+"""What a dry run says of files and of models that nobody has yet; the command itself is run by test_train.py."""
+
+from pathlib import Path
+
+from layerdecomp.config import load_config
+from layerdecomp.dry_run import missing_files, training_work
+from layerdecomp.models.autoencoder import AutoencoderConfig
+from layerdecomp.models.mmdit import MMDiTConfig
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def test_missing_files_are_listed_with_what_belongs_there(tmp_path: Path) -> None:
+    weights = load_config(CONFIGS / "flux_fill.yaml").weights
+    for name, path in vars(weights).items():
+        setattr(weights, name, str(tmp_path / Path(path).name))
+    told = missing_files(weights)
+    assert len(told) == 4 and all(line.startswith(f"missing: {tmp_path}") for line in told)
+    assert told[0].endswith("transformer); checkpoints/README.md says where to get it")
+    assert told[2].endswith("made by tools/train.py config=configs/flux_rgba_autoencoder.yaml")
+    assert told[3].endswith("(weights.prompt); made by make embed-prompt")
+
+
+def test_a_model_is_the_one_in_its_file_or_else_the_published_one(tiny_weights: Path) -> None:
+    config = load_config(CONFIGS / "flux_fill_24gb.yaml")
+    config.weights.transformer = config.weights.autoencoder = "nowhere.safetensors"
+    work = training_work(config)
+    assert (work.model, work.rgb, work.text_tokens) == (MMDiTConfig(), AutoencoderConfig(), 512)
+    assert (work.quantize, work.bits, work.recompute, work.pictures_at_once) == ("nf4", 8, 1, 1)
+    config.weights.transformer = str(tiny_weights / "transformer.safetensors")
+    config.weights.autoencoder = str(tiny_weights / "autoencoder.safetensors")
+    config.weights.prompt = None
+    work = training_work(config)
+    assert (work.model.hidden_size, work.rgb.ch, work.text_tokens) == (32, 8, 1)
