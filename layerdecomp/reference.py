@@ -153,7 +153,7 @@ def differences(ours: Side, theirs: Side, inputs: Inputs) -> dict[str, float]:
     for side in (ours, theirs):
         img = inputs["img"].clone().requires_grad_(True)
         output = side({**inputs, "img": img})
-        weight = side.layer("img_in").weight
+        weight: Any = side.layer("img_in").weight
         found.append([output, *torch.autograd.grad(output.float().square().mean(), [img, weight])])
     return {
         name: ((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
