@@ -66,7 +66,7 @@ class Peak(TorchDispatchMode):
     """Counts the bytes of the storages that are made while it is on and alive at once; `but` were there before."""
 
     def __init__(self, *but: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known = {tensor.untyped_storage()._cdata: 0 for tensor in but}
 
