@@ -558,11 +558,11 @@ def mixed_precision(frozen: nn.Module) -> torch.autocast:
 def token_ids(image: Tensor, *layers: int) -> Tensor:
     """Positions (layers * L, 3) of the tokens of some layers of an image (B, C, H, W): for a size, the same tensor."""
     rows, columns = (side // TOKEN_FACTOR for side in image.shape[-2:])
-    return _token_ids(rows, columns, layers, image.device)
+    return cached_token_ids(rows, columns, layers, image.device)
 
 
 @lru_cache(maxsize=64)
-def _token_ids(rows: int, columns: int, layers: tuple[int, ...], device: torch.device) -> Tensor:
+def cached_token_ids(rows: int, columns: int, layers: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.cat([position_ids(rows, columns, layer, device=device) for layer in layers])
 

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from layerdecomp.benchmark import META, BenchmarkConfig, Workload
+from layerdecomp.decomposer import cached_token_ids
 from layerdecomp.models.autoencoder import AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiTConfig
 from layerdecomp.quantization import BITS
@@ -183,7 +184,7 @@ def _peaks(workload: Workload) -> tuple[int, int]:
     decomposer = workload.decomposer
     for autoencoder in (decomposer.autoencoder, decomposer.rgba_autoencoder):
         autoencoder.encoder.at_once = work.pictures_at_once
-    with FakeTensorMode():
+    with FakeTensorMode(), position_cache_aside():
         known = _materialise(workload)
         peaks = []
         for piece in ((workload.train,), (workload.encode, workload.encode_targets)):
@@ -192,6 +193,16 @@ def _peaks(workload: Workload) -> tuple[int, int]:
                     run()
             peaks.append(peak.peak)
     return peaks[0], peaks[1]
+
+
+@contextmanager
+def position_cache_aside() -> Iterator[None]:
+    """Positions that have numbers, and those that have none, are kept from each other's use."""
+    cached_token_ids.cache_clear()
+    try:
+        yield
+    finally:
+        cached_token_ids.cache_clear()
 
 
 def _materialise(workload: Workload) -> list[Tensor]:

@@ -1,9 +1,8 @@
 """The frozen base in eight or four bits, by torchao: its tensors take the place of weights, under the same names."""
 
-import importlib
 import math
-from collections.abc import Callable
-from types import ModuleType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -20,16 +19,18 @@ def check_format(name: str | None) -> None:
         return
     if name not in BITS:
         raise InputError(f"quantize is {name!r}; expected null, {', '.join(BITS)}")
-    torchao(f"quantize={name}")
+    with needs_torchao(f"quantize={name}"):
+        import torchao.quantization  # noqa: F401
 
 
-def torchao(needed_by: str, module: str = "torchao.quantization") -> ModuleType:
-    """A module of the library; `InputError` where it is not installed."""
+@contextmanager
+def needs_torchao(what: str) -> Iterator[None]:
+    """Turns a failed import of the library inside into an `InputError` that says what needs it."""
     try:
-        return importlib.import_module(module)
+        yield
     except ImportError as error:
         raise InputError(
-            f"{needed_by} needs torchao, which cannot be imported ({error}); pip install -e '.[quantize]'"
+            f"{what} needs torchao, which cannot be imported ({error}); pip install -e '.[quantize]'"
         ) from error
 
 
@@ -39,16 +40,18 @@ def quantized(tensor: Tensor, name: str) -> Tensor:
     int8 and fp8 (e4m3): a scale per row. nf4: normal floats with a scale per 64 numbers, which is in int8 itself
     (Dettmers et al. 2023, arXiv 2305.14314).
     """
-    library = torchao(f"quantize={name}")
     if name == "nf4":
+        with needs_torchao("quantize=nf4"):
+            from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+
         if tensor.numel() % 64:
             raise InputError(f"quantize=nf4: found a matrix of {tensor.numel()} numbers, expected a multiple of 64")
         blocks = tensor.numel() // 64
-        return torchao(name, "torchao.quantization.quantize_.workflows.nf4.nf4_tensor").to_nf4(
-            tensor, 64, math.gcd(blocks, 256)
-        )
-    kind = library.Int8Tensor if name == "int8" else library.Float8Tensor
-    found: Tensor = kind.from_hp(tensor, granularity=library.PerRow())
+        return to_nf4(tensor, 64, math.gcd(blocks, 256))
+    with needs_torchao(f"quantize={name}"):
+        from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
+    kind = Int8Tensor if name == "int8" else Float8Tensor
+    found: Tensor = kind.from_hp(tensor, granularity=PerRow())
     return found
 
 

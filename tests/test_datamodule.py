@@ -1,6 +1,9 @@
 """Which samples a step sees: the same ones however they are spread over ranks and restarts."""
 
+import os
+import signal
 import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -84,17 +87,32 @@ def test_accumulation_takes_the_batches_of_a_step_one_after_the_other() -> None:
     assert len(positions) == 6
 
 
-def test_workers_end_with_their_parent_alone() -> None:
-    module = _module(global_step=0, global_rank=0, world_size=1, accumulate_grad_batches=1)
+def test_workers_do_not_hear_what_stops_a_training() -> None:
+    trainer = {"global_step": 0, "global_rank": 0, "world_size": 1, "accumulate_grad_batches": 1}
+    module = _module(**trainer)
     module.workers = 1
     batches = iter(module.train_dataloader())
     positions = [next(batches)["position"]]
-    (worker,) = batches._workers
-    for name in ("INT", "TERM", "USR1"):  # from another process, as a shell or SLURM would send it
-        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    for worker in batches._workers:
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(worker.pid, name)
     assert positions + [batch["position"] for batch in batches] == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    batches = iter(module.train_dataloader())
-    (worker,) = batches._workers
-    worker.terminate()  # as the interpreter does at its end
-    worker.join(30)
-    assert worker.exitcode == 0
+
+
+LEFT_BEHIND = """
+from types import SimpleNamespace
+from layerdecomp.data.datamodule import DataConfig, SampleData
+from layerdecomp.data.scenes import SceneConfig
+data = SampleData(DataConfig(workers=1, scenes=SceneConfig(size=32)), seed=3, steps=400, batch_size=2, with_cues=False)
+data.trainer = SimpleNamespace(global_step=0, global_rank=0, world_size=1, accumulate_grad_batches=1)
+batches = iter(data.train_dataloader())
+next(batches)
+print(batches._workers[0].pid)
+"""
+
+
+def test_a_worker_that_is_left_behind_does_not_keep_the_process_from_its_end() -> None:
+    ended = subprocess.run([sys.executable, "-c", LEFT_BEHIND], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(ended.stdout), 0)

@@ -1,8 +1,8 @@
 """Batches for training and validation, each a pure function of the seed and the step."""
 
-import os
+import atexit
+import multiprocessing
 import signal
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -165,18 +165,19 @@ class SampleData(LightningDataModule):
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """What asks a training to stop reaches its workers too, which the last step may still need.
-
-    A worker that its parent terminates ends: the parent does so when it ends itself, and then waits for it.
-    """
-    for name in (signal.SIGINT, signal.SIGUSR1):
+    """What asks a training to stop reaches its workers too, which the last step may still need."""
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # macOS has no way to tell who sent a signal
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_parent_says, daemon=True).start()
 
 
-def _end_when_parent_says() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+@atexit.register
+def end_workers() -> None:
+    """Ends the workers that an error has left behind.
+
+    At its end, Python asks them to end by SIGTERM, which they ignore, and waits for them for ever.
+    """
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise that a worker was killed
+    for worker in workers:
+        worker.kill()

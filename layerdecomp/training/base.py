@@ -25,7 +25,7 @@ from layerdecomp.config import RunConfig
 from layerdecomp.data.datamodule import Positions, collate, open_samples
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import Share, write_metrics
-from layerdecomp.quantization import torchao
+from layerdecomp.quantization import needs_torchao
 from layerdecomp.training.checkpoints import loops_at
 from layerdecomp.training.faults import FaultCount, StepGuard, fitting_settings, poisoned
 from layerdecomp.training.late import Late, to_device
@@ -70,7 +70,8 @@ class Job(LightningModule):
         super().__init__()
         self.run = config
         if config.optim.bits == 8:
-            torchao("optim.bits=8", "torchao.optim")  # now, so that checkpoints with its tensors can be read
+            with needs_torchao("optim.bits=8"):
+                import torchao.optim  # noqa: F401  # now, so that checkpoints with its tensors can be read
         torch.manual_seed(config.seed)  # the first weights of whatever a job builds
         self._commit = source_commit()  # now: the files may move on while the run trains
         self._step_started: float | None = None
@@ -227,8 +228,9 @@ class Job(LightningModule):
             matrices, others = ([p for name, p in trained.items() if inside[name] is kind] for kind in (True, False))
             optimizer = Muon(matrices, others, config.lr, betas)
         elif config.bits == 8:
-            kind = torchao("optim.bits=8", "torchao.optim").AdamW8bit
-            optimizer = kind(list(trained.values()), lr=config.lr, betas=betas, weight_decay=config.weight_decay)
+            from torchao.optim import AdamW8bit
+
+            optimizer = AdamW8bit([*trained.values()], lr=config.lr, betas=betas, weight_decay=config.weight_decay)
         else:
             fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained.values())
             optimizer = AdamW(
