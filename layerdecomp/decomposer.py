@@ -40,6 +40,7 @@ from layerdecomp.imaging.geometry import (
 )
 from layerdecomp.imaging.layers import Layers, Picture, Pixels, read_image, read_mask
 from layerdecomp.models.autoencoder import Autoencoder, Tiling
+from layerdecomp.models.blocks import autocast_device
 from layerdecomp.models.context_fusion import ContextFusion, ContextFusionConfig
 from layerdecomp.models.depth import DepthEstimator
 from layerdecomp.models.lora import LoRAConfig, inject_lora, merge_lora
@@ -549,10 +550,7 @@ def build_decomposer(
 def mixed_precision(frozen: nn.Module) -> torch.autocast:
     """Autocast where the frozen parts are in bf16, since what was trained beside them is in float32."""
     weight = next(frozen.parameters())
-    place = (
-        "cpu" if weight.is_meta else weight.device.type
-    )  # there, operations are counted; autocast knows no meta device
-    return torch.autocast(place, torch.bfloat16, enabled=weight.dtype == torch.bfloat16)
+    return torch.autocast(autocast_device(weight), torch.bfloat16, enabled=weight.dtype == torch.bfloat16)
 
 
 def token_ids(image: Tensor, *layers: int) -> Tensor:

@@ -20,7 +20,7 @@ from layerdecomp.errors import InputError
 from layerdecomp.evaluation import markdown_table
 from layerdecomp.layouts import diffusers_transformer
 from layerdecomp.models.lora import LoRALinear, merge_lora
-from layerdecomp.models.mmdit import MMDiT
+from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 
 # Largest difference of outputs and gradients, as a share of the largest value.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
@@ -72,10 +72,8 @@ def pair(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> t
     return ours, reference_transformer(ours, config.lora.scale)
 
 
-def reference_transformer(ours: MMDiT, lora_scale: float) -> Any:
-    """diffusers' `FluxTransformer2DModel` with the weights of `ours`, and its LoRA as peft has it.
-
-    What is trained, and in which precision, is as in `ours`. The frozen weights are views of ours.
+def empty_reference(config: MMDiTConfig) -> Any:
+    """diffusers' `FluxTransformer2DModel` of the same sizes, with weights as it draws them.
 
     Raises:
         InputError: diffusers or peft is not installed.
@@ -87,24 +85,32 @@ def reference_transformer(ours: MMDiT, lora_scale: float) -> Any:
         raise InputError(
             f"reference=diffusers: {error}; both come with the extra dev: pip install -e .[dev]"
         ) from error
-    config = ours.config
+    return FluxTransformer2DModel(  # type: ignore[no-untyped-call]
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        num_layers=config.depth,
+        num_single_layers=config.depth_single_blocks,
+        attention_head_dim=config.hidden_size // config.num_heads,
+        num_attention_heads=config.num_heads,
+        joint_attention_dim=config.context_in_dim,
+        pooled_projection_dim=config.vec_in_dim,
+        guidance_embeds=config.guidance_embed,
+        axes_dims_rope=tuple(config.axes_dim),
+    )
+
+
+def reference_transformer(ours: MMDiT, lora_scale: float) -> Any:
+    """diffusers' `FluxTransformer2DModel` with the weights of `ours`, and its LoRA as peft has it.
+
+    What is trained, and in which precision, is as in `ours`. The frozen weights are views of ours. Errors are those of
+    `empty_reference`.
+    """
     with torch.device("meta"):
-        theirs: Any = FluxTransformer2DModel(  # type: ignore[no-untyped-call]
-            in_channels=config.in_channels,
-            out_channels=config.out_channels,
-            num_layers=config.depth,
-            num_single_layers=config.depth_single_blocks,
-            attention_head_dim=config.hidden_size // config.num_heads,
-            num_attention_heads=config.num_heads,
-            joint_attention_dim=config.context_in_dim,
-            pooled_projection_dim=config.vec_in_dim,
-            guidance_embeds=config.guidance_embed,
-            axes_dims_rope=tuple(config.axes_dim),
-        )
+        theirs = empty_reference(ours.config)
     theirs.load_state_dict(_frozen(ours), assign=True)
     adapters = [(name, layer) for name, layer in ours.named_modules() if isinstance(layer, LoRALinear)]
     changes = {name: Change(lora.lora_A.weight.data, lora.lora_B.weight.data, lora_scale) for name, lora in adapters}
-    tensors = to_diffusers(changes, config.hidden_size)
+    tensors = to_diffusers(changes, ours.config.hidden_size)
     theirs.load_lora_adapter(tensors, prefix="transformer")
     for name, parameter in theirs.named_parameters():
         adapted = ".lora_" in name

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
+from layerdecomp.reference import empty_reference
 
 TRANSFORMER_PREFIXES = {
     "img_in.": "x_embedder.",
@@ -72,18 +73,7 @@ def build_reference_transformer(mmdit: MMDiT) -> FluxTransformer2DModel:
     """A FluxTransformer2DModel with a copy of the weights of `mmdit`."""
     config = mmdit.config
     assert (config.mlp_ratio, config.theta, config.qkv_bias) == (4.0, 10_000, True)  # fixed in diffusers
-    reference = FluxTransformer2DModel(
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        num_layers=config.depth,
-        num_single_layers=config.depth_single_blocks,
-        attention_head_dim=config.hidden_size // config.num_heads,
-        num_attention_heads=config.num_heads,
-        joint_attention_dim=config.context_in_dim,
-        pooled_projection_dim=config.vec_in_dim,
-        guidance_embeds=config.guidance_embed,
-        axes_dims_rope=tuple(config.axes_dim),
-    )
+    reference: FluxTransformer2DModel = empty_reference(config)
     reference.load_state_dict(flux_to_diffusers(mmdit.state_dict(), config))
     return reference.eval()
 

@@ -1,7 +1,6 @@
 """Autoencoder against the published names and against diffusers' AutoencoderKL."""
 
 import json
-import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +9,11 @@ import pytest
 import skimage.data
 import torch
 from reference import build_reference_autoencoder, randomize, relative_error
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from layerdecomp.imaging.geometry import to_tensor
+from layerdecomp.memory import Peak
 from layerdecomp.metrics.background import psnr
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig, Tiling, rescale_latents
 from layerdecomp.weights import load_autoencoder
@@ -129,25 +126,6 @@ def test_tiles_of_a_photograph_show_no_seams() -> None:
     assert psnr(model.decode(model.encode(x, tiling=Tiling(80, 32)), tiling=Tiling(80, 32)), x) > psnr(whole, x) - 0.3
 
 
-class LiveBytes(TorchDispatchMode):
-    """How much all tensors take that live at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, call, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = call(*args, **(kwargs or {}))
-        for tensor in (leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.sizes:
-                self.sizes[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.sizes.pop, storage._cdata)
-        self.peak = max(self.peak, sum(self.sizes.values()))
-        return out
-
-
 @pytest.fixture
 def in_bf16() -> Iterator[None]:
     before = torch.get_default_dtype()
@@ -163,7 +141,7 @@ def test_2048_in_tiles_takes_the_memory_of_1024(in_bf16: None) -> None:
     with FakeTensorMode():
         model = Autoencoder(AutoencoderConfig())
         for side, tiling in ((1024, None), (2048, None), (2048, Tiling())):
-            with LiveBytes() as live:
+            with Peak() as live:
                 model.decode(torch.empty(1, 16, side // 8, side // 8), tiling=tiling)
             peaks[f"{side}{' in tiles' if tiling else ''}"] = live.peak / 1e9
     print(*(f"{name}: {peak:.2f} GB" for name, peak in peaks.items()), sep="\n")

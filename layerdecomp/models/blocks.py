@@ -41,12 +41,17 @@ class MLPEmbedder(nn.Module):
         return self.out_layer(F.silu(self.in_layer(x)))
 
 
+def autocast_device(x: Tensor) -> str:
+    """The kind of device whose autocast goes for `x`: the CPU's on the meta device, which has none of its own."""
+    return "cpu" if x.is_meta else x.device.type
+
+
 def own_precision(x: Tensor) -> torch.autocast:
     """Without autocast, which would keep a float32 copy of a norm's input for the backward pass.
 
     The norms' kernels compute in float32 whatever they read and write.
     """
-    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
+    return torch.autocast(autocast_device(x), enabled=False)
 
 
 class RMSNorm(nn.Module):

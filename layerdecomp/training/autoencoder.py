@@ -12,13 +12,11 @@ from torch import Tensor
 from layerdecomp.config import AutoencoderJobConfig
 from layerdecomp.data.datamodule import collate, open_samples
 from layerdecomp.evaluation import Share
-from layerdecomp.flow import seeded_normal
 from layerdecomp.imaging.compositing import from_autoencoder, on_checkerboard, to_autoencoder
 from layerdecomp.imaging.geometry import to_pixels
 from layerdecomp.metrics.background import psnr
 from layerdecomp.models.autoencoder import Autoencoder, extend_to_rgba, rescale_latents
 from layerdecomp.training.base import Job, every_fourth
-from layerdecomp.training.late import to_device
 from layerdecomp.training.projection import SPECTRUM, BlockProjection
 from layerdecomp.weights import load_autoencoder, save_model
 
@@ -96,12 +94,8 @@ class AutoencoderJob(Job):
 
     def _deviation(self, mean: Tensor, log_variance: Tensor, positions: Sequence[int]) -> Tensor:
         """How far the decoded latents lie from their mean: a draw from the posterior, and `noise` of a random level."""
-        drawn = (
-            seeded_normal(self.run.seed, positions, mean.shape[1:]),
-            seeded_normal(self.run.seed, positions, (1, 1, 1), 1),
-        )
-        noise, level = (to_device(numbers, mean.device).to(mean.dtype) for numbers in drawn)
-        level = level.abs()
+        noise = self.drawn_normal(positions, mean.shape[1:], mean)
+        level = self.drawn_normal(positions, (1, 1, 1), mean, stream=1).abs()
         return (torch.exp(0.5 * log_variance) + level * self.run.noise / self.autoencoder.config.scale_factor) * noise
 
     def _fit_projection(self) -> BlockProjection:

@@ -25,6 +25,7 @@ from layerdecomp.config import RunConfig
 from layerdecomp.data.datamodule import Positions, collate, open_samples
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import Share, write_metrics
+from layerdecomp.flow import seeded_normal
 from layerdecomp.quantization import needs_torchao
 from layerdecomp.training.checkpoints import loops_at
 from layerdecomp.training.faults import FaultCount, StepGuard, fitting_settings, poisoned
@@ -95,6 +96,10 @@ class Job(LightningModule):
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch with its tensors where the model is."""
         return {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+    def drawn_normal(self, positions: Sequence[int], shape: Sequence[int], like: Tensor, stream: int = 0) -> Tensor:
+        """Standard normal numbers (B, *shape), where and as precise as `like` is; see `seeded_normal`."""
+        return to_device(seeded_normal(self.run.seed, positions, shape, stream), like.device).to(like.dtype)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Makes whatever else a model draws, such as dropout, a pure function of the seed and the samples as well."""

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from layerdecomp.config import FlowJobConfig
 from layerdecomp.data.latents import LatentCache
-from layerdecomp.flow import interpolate, sample_times, seeded_normal, velocity_target
+from layerdecomp.flow import interpolate, sample_times, velocity_target
 from layerdecomp.training.base import Job
-from layerdecomp.training.late import to_device
 
 
 class FlowJob(Job):
@@ -59,12 +58,8 @@ class FlowJob(Job):
         Returns:
             noisy latents (B, S, 64), times (B,) and the velocities to predict (B, S, 64).
         """
-        drawn = (
-            seeded_normal(self.run.seed, positions, z.shape[1:], 0),
-            seeded_normal(self.run.seed, positions, (1,), 1),
-        )
-        noise, normal = (to_device(numbers, z.device).to(z.dtype) for numbers in drawn)
-        normal = normal.flatten()
+        noise = self.drawn_normal(positions, z.shape[1:], z)
+        normal = self.drawn_normal(positions, (1,), z, stream=1).flatten()
         t = sample_times(normal, tokens, self.run.flow)
         return interpolate(z, noise, t), t, velocity_target(z, noise)
 
