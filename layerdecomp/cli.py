@@ -71,9 +71,22 @@ def run_command(main: Callable[[list[str]], None], arguments: list[str]) -> None
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         main(arguments)
+        leave_group()
+    except SystemExit:  # a training was told to stop, on every rank
+        leave_group()
+        raise
     except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def leave_group() -> None:
+    """Leaves the process group, if there is one: gloo's threads, met by Python's end, abort the process at times.
+
+    Not after an error: other ranks may be waiting for this one, and it would wait with them.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
