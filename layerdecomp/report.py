@@ -28,13 +28,13 @@ RANKED_BY = ("background/psnr", "foreground/alpha_iou")
 EXTREMES = 10  # best, and as many worst, images by each
 
 _STYLE = """
-body { font: 14px/1.4 system-ui, sans-serif; margin: 2em; color: #222; }
+body { font: 14px/1.4 system-ui, sans-serif; margin: 1.5em; color: #222; }
 table { border-collapse: collapse; margin: 1em 0 2em; }
-th, td { padding: 3px 8px; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top; }
+th, td { padding: 3px 6px; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; }
-thead th { position: sticky; top: 0; background: #f4f4f4; cursor: pointer; }
+thead th { position: sticky; top: 0; background: #f4f4f4; cursor: pointer; vertical-align: bottom; font-size: 12px; }
 thead th[aria-sort]::after { content: " ▲"; } thead th[aria-sort=descending]::after { content: " ▼"; }
-img { display: block; max-width: 192px; image-rendering: auto; }
+img { display: block; width: 128px; margin: 0 0 2px auto; }
 pre { background: #f4f4f4; padding: 1em; overflow: auto; max-height: 30em; }
 """
 _SCRIPT = """
@@ -145,10 +145,15 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
 
 
 def _table_parts(heads: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Iterator[str]:
-    yield f"<table><thead><tr>{''.join(f'<th>{html.escape(head)}</th>' for head in heads)}</tr></thead><tbody>"
+    yield f"<table><thead><tr>{''.join(f'<th>{_breakable(head)}</th>' for head in heads)}</tr></thead><tbody>"
     for cells in rows:
         yield f"<tr>{''.join(_cell(shown, key) for shown, key in cells)}</tr>"
     yield "</tbody></table>"
+
+
+def _breakable(head: str) -> str:
+    """Heads are narrow, so that figures and pictures fit beside one another."""
+    return html.escape(head).replace("/", "/<wbr>").replace("_", "_<wbr>")
 
 
 def _cell(shown: str, key: float | str) -> str:
@@ -184,8 +189,8 @@ def _images(evaluation: Evaluation) -> Iterator[list[Cell]]:
 
 
 def _case_heads(evaluation: Evaluation) -> list[str]:
-    rows = [f"{row}, {metric}" for row in evaluation.results for metric in RANKED_BY]
-    return ["image", *rows, "input and mask", "truth", *(f"{row}'s layers and errors" for row in evaluation.results)]
+    figures = [f"{row}, {metric}" for row in evaluation.results for metric in RANKED_BY]
+    return ["image", "input and mask", "truth", *(f"{row}: layers, errors" for row in evaluation.results), *figures]
 
 
 def _cases(
@@ -203,8 +208,8 @@ def _cases(
         ]
         yield [
             (f"{html.escape(name)}<br>{'<br>'.join(kinds)}", name),
-            *((metric_value(metric, value, math.nan), value) for metric, value in figures),
             *(("".join(map(_image, column)), "") for column in pictures),
+            *((metric_value(metric, value, math.nan), value) for metric, value in figures),
         ]
 
 

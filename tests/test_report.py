@@ -28,7 +28,7 @@ class Reader(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = dict(attrs)
         self.links += [str(found[name]) for name in ("src", "href") if name in found]
-        if tag not in ("img", "br", "meta"):
+        if tag not in ("img", "br", "meta", "wbr"):
             self.open.append(tag)
         if tag == "table":
             self.tables.append([])
