@@ -1,5 +1,6 @@
 """What the command-line tools share: `key=value` arguments, and errors without a traceback."""
 
+import gc
 import logging
 import sys
 from collections.abc import Callable
@@ -90,3 +91,4 @@ def leave_group() -> None:
     """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        gc.collect()  # a trainer, all cycles, holds it as well; its threads end with the last that does
