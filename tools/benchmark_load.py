@@ -3,8 +3,8 @@
 python tools/benchmark_load.py [dtype=bfloat16 device=cpu folder=/tmp depth=3 depth_single_blocks=4 ...]
 
 The rest are MMDiTConfig's fields; the default is a seventh of FLUX.1-Fill-dev, 3.3 GB. Linux only: it reads /proc, and
-asks the system to forget the file before each reading. As much memory as the model takes is touched and given back first,
-so that loading is measured and not how long a virtual machine's host takes to hand memory out.
+asks the system to forget the file before each reading. As much memory as the model takes is touched and given back
+first, so that loading is measured and not how long a virtual machine's host takes to hand memory out.
 """
 
 import json
@@ -54,7 +54,7 @@ def generate(path: Path, config: MMDiTConfig) -> None:
 
 
 def touch(size: int) -> float:
-    """Seconds that it takes to write to so many bytes of new memory, which a virtual machine may have to ask its host for.
+    """Seconds that it takes to write to so many bytes of new memory, which a virtual machine may have to ask for.
 
     They are given back, and the peak of this process's memory counts from here.
     """
