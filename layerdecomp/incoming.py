@@ -158,7 +158,7 @@ def _read_extras(path: Path, changes: Changes, base: Tensors, needed: bool) -> T
     exact = {name: extras.pop(name) for name in base if name in extras}
     _, computed = give_tensors({**changes}, base)
     # A difference cannot give every last bit back; where the pair was changed elsewhere, it counts.
-    if all(torch.allclose(exact[name], computed[name], rtol=1e-5, atol=1e-6) for name in exact):
+    if all(torch.allclose(exact[name].float(), computed[name], rtol=1e-5, atol=1e-6) for name in exact):
         extras |= exact
     return extras
 

@@ -20,11 +20,17 @@ from layerdecomp.models.mmdit import MMDiT
 from layerdecomp.weights import Adapter, load_mmdit, read_metadata
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 def test_what_was_exported_comes_back_bit_for_bit(
-    tiny_config: DecomposerConfig, adapter_file: Path, tmp_path: Path, layout: str
+    tiny_config: DecomposerConfig, adapter_file: Path, tmp_path: Path, layout: str, dtype: torch.dtype
 ) -> None:
     adapter = Adapter.load(adapter_file)
+    if dtype is torch.bfloat16:  # as adapters ship
+        export(adapter_file, "adapter", tmp_path / "bf16.safetensors", dtype="bfloat16")
+        adapter_file = tmp_path / "bf16.safetensors"
+        adapter = Adapter.load(adapter_file)
+        assert {tensor.dtype for tensor in adapter.tensors.values()} == {dtype}
     if layout == "diffusers":  # bakes the scale into B: with alpha = rank, which training has, it is 1
         config = replace(tiny_config, lora=replace(LoRAConfig(**json.loads(adapter.metadata["lora"])), alpha=None))
         adapter = Adapter(adapter.tensors, {**adapter.metadata, **config.lora_metadata()})
