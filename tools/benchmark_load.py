@@ -2,9 +2,8 @@
 
 python tools/benchmark_load.py [dtype=bfloat16 device=cpu folder=/tmp depth=3 depth_single_blocks=4 ...]
 
-The rest are MMDiTConfig's fields; the default is a seventh of FLUX.1-Fill-dev, 3.3 GB. Linux only: it reads /proc, and
-asks the system to forget the file before each reading. As much memory as the model takes is touched and given back
-first, so that loading is measured and not how long a virtual machine's host takes to hand memory out.
+The rest are MMDiTConfig's fields; the default is a seventh of FLUX.1-Fill-dev, 3.3 GB. Linux only. The file is
+forgotten before each reading, and as much memory touched first: a virtual machine's host takes long to hand it out.
 """
 
 import json
@@ -16,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from layerdecomp.cli import device_name, named_dtype, run_command, take
 from layerdecomp.config import merge_config
@@ -26,16 +24,15 @@ from layerdecomp.weights import empty, load_mmdit, write_tensors
 
 def main(arguments: list[str]) -> None:
     own, settings = take(arguments, dtype="bfloat16", device="cpu", folder=tempfile.gettempdir())
-    dtype = named_dtype(own)
     config = merge_config(MMDiTConfig(depth=3, depth_single_blocks=4), [], settings)
     with tempfile.TemporaryDirectory(dir=own["folder"]) as folder:
         path = Path(folder) / "transformer.safetensors"
         generate(path, config)
         size, alone = path.stat().st_size / 1e9, read(path)
-        first = touch(round(path.stat().st_size * dtype.itemsize / 2))
+        first = touch(round(path.stat().st_size * named_dtype(own).itemsize / 2))
         forget(path)
         before, start = gigabytes("VmRSS"), time.perf_counter()
-        model = load_mmdit(path, dtype=dtype, device=device_name(own))
+        model = load_mmdit(path, dtype=named_dtype(own), device=device_name(own))
         seconds, peak = time.perf_counter() - start, gigabytes("VmHWM") - before
     held = sum(p.nbytes for p in model.parameters()) / 1e9 if own["device"] == "cpu" else 0.0
     print(f"{size:.2f} GB in {seconds:.1f} s: {size / seconds:.2f} GB/s, the disk alone {size / alone:.2f} GB/s")
@@ -46,23 +43,16 @@ def main(arguments: list[str]) -> None:
 def generate(path: Path, config: MMDiTConfig) -> None:
     with torch.device("meta"):
         state = MMDiT(config).to(torch.bfloat16).state_dict()
-
-    def tensor(name: str) -> Tensor:
-        return torch.randn(state[name].shape[-1], dtype=torch.bfloat16).expand(state[name].shape)
-
-    write_tensors(path, state, tensor, {"config": json.dumps(asdict(config))})
+    number, described = torch.randn(1, dtype=torch.bfloat16), {"config": json.dumps(asdict(config))}
+    write_tensors(path, state, lambda name: number.expand(state[name].shape), described)
 
 
 def touch(size: int) -> float:
-    """Seconds that it takes to write to so many bytes of new memory, which a virtual machine may have to ask for.
-
-    They are given back, and the peak of this process's memory counts from here.
-    """
+    """Seconds to write to so much new memory, which is given back; the peak of this process's counts from here."""
     start = time.perf_counter()
     empty((size,), torch.uint8).fill_(1)
-    seconds = time.perf_counter() - start
     Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
-    return seconds
+    return time.perf_counter() - start
 
 
 def read(path: Path) -> float:
