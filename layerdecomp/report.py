@@ -34,7 +34,7 @@ th, td { padding: 3px 6px; border-bottom: 1px solid #ddd; text-align: right; ver
 th:first-child, td:first-child { text-align: left; }
 thead th { position: sticky; top: 0; background: #f4f4f4; cursor: pointer; vertical-align: bottom; font-size: 12px; }
 thead th[aria-sort]::after { content: " ▲"; } thead th[aria-sort=descending]::after { content: " ▼"; }
-img { display: block; width: 128px; margin: 0 0 2px auto; }
+img { display: block; max-width: 192px; margin: 0 0 2px auto; }
 pre { background: #f4f4f4; padding: 1em; overflow: auto; max-height: 30em; }
 """
 _SCRIPT = """

@@ -24,15 +24,15 @@ from layerdecomp.weights import empty, load_mmdit, write_tensors
 
 def main(arguments: list[str]) -> None:
     own, settings = take(arguments, dtype="bfloat16", device="cpu", folder=tempfile.gettempdir())
-    config = merge_config(MMDiTConfig(depth=3, depth_single_blocks=4), [], settings)
+    dtype, config = named_dtype(own), merge_config(MMDiTConfig(depth=3, depth_single_blocks=4), [], settings)
     with tempfile.TemporaryDirectory(dir=own["folder"]) as folder:
         path = Path(folder) / "transformer.safetensors"
         generate(path, config)
         size, alone = path.stat().st_size / 1e9, read(path)
-        first = touch(round(path.stat().st_size * named_dtype(own).itemsize / 2))
+        first = touch(round(path.stat().st_size * dtype.itemsize / 2))
         forget(path)
         before, start = gigabytes("VmRSS"), time.perf_counter()
-        model = load_mmdit(path, dtype=named_dtype(own), device=device_name(own))
+        model = load_mmdit(path, dtype=dtype, device=device_name(own))
         seconds, peak = time.perf_counter() - start, gigabytes("VmHWM") - before
     held = sum(p.nbytes for p in model.parameters()) / 1e9 if own["device"] == "cpu" else 0.0
     print(f"{size:.2f} GB in {seconds:.1f} s: {size / seconds:.2f} GB/s, the disk alone {size / alone:.2f} GB/s")
