@@ -3,6 +3,7 @@
 import io
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,12 +35,17 @@ def alone() -> dict[str, str]:
 
 @pytest.fixture(autouse=True, scope="module")
 def nothing_left_behind() -> Iterator[None]:
-    """Fails where a module leaves a process behind that would keep the interpreter from ending."""
+    """Fails where a module leaves a thread or a process behind that would keep the interpreter from ending.
+
+    Threads of pools are told to end by the interpreter itself: torch's compiler keeps a pool once it has compiled.
+    """
     yield
     children = [child for child in multiprocessing.active_children() if not child.daemon]
+    others = set(threading.enumerate()) - {threading.main_thread()}
+    threads = [thread for thread in others if not thread.daemon and not thread.name.startswith("ThreadPoolExecutor")]
     for child in children:
         child.kill()
-    assert not children
+    assert not children and not threads
 
 
 class PowerCutError(Exception):
