@@ -138,10 +138,11 @@ class DecomposerJobConfig(FlowJobConfig, DecomposerConfig):
 
 @dataclass
 class AutoencoderJobConfig(RunConfig):
-    """Train an autoencoder: RGB from nothing, or RGBA from a trained RGB one."""
+    """Train an autoencoder: RGB from nothing, RGBA from a trained RGB one, or the decoder of either further."""
 
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)  # of an RGB one; RGBA takes `extend`'s
     extend: str | None = None  # weights of the RGB autoencoder that an RGBA one starts from
+    refine: str | None = None  # a trained autoencoder, RGB or RGBA, of which only the decoder learns: latents stay
     kl: float = 1e-4  # weight of the latents' divergence from a standard normal, per latent
     projection: float = 0.0  # weight of keeping latents near the best linear ones; 0: no such thing
     anchor: float = 1.0  # RGBA, unless projected: weight of keeping the RGB autoencoder's latents of opaque pictures,
@@ -150,8 +151,10 @@ class AutoencoderJobConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.extend is None:
-            _check_holes(self)
+        if self.extend is not None and self.refine is not None:
+            raise InputError(f"extend={self.extend} and refine={self.refine}: expected one of them; set the other null")
+        if self.extend is None and self.refine is None:
+            check_holes(self)
 
 
 @dataclass
@@ -162,11 +165,11 @@ class InpainterJobConfig(FlowJobConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_holes(self)
+        check_holes(self)
 
 
-def _check_holes(config: RunConfig) -> None:
-    """The jobs that start from nothing cut holes of random shapes into pictures, which scenes alone come with."""
+def check_holes(config: RunConfig) -> None:
+    """Raises `InputError` unless samples are scenes, which alone come with holes for some jobs to cut into pictures."""
     if config.data.source != "scenes":
         raise InputError(f"data.source is {config.data.source}; expected scenes, for this job")
 
