@@ -56,16 +56,16 @@ class Muon(Optimizer):
                     parameter.sub_(self._adam(parameter, parameter.grad, group), alpha=group["lr"])
         return loss
 
-    def _state(self, parameter: Parameter, *averages: str) -> dict[str, Any]:
+    def _state(self, parameter: Tensor, *averages: str) -> dict[str, Any]:
         """What is kept of a parameter; the averages start at zero."""
         state: dict[str, Any] = self.state[parameter]
         if not state:
             state |= {name: torch.zeros_like(parameter) for name in averages}
         return state
 
-    def _orthogonal_step(self, matrices: list[Parameter], group: dict[str, Any]) -> None:
+    def _orthogonal_step(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
         """Steps matrices of one shape, whose many small products become a few large ones."""
-        gradients = [matrix.grad for matrix in matrices]
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
         averages = [self._state(matrix, "average")["average"] for matrix in matrices]
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov's look ahead
@@ -83,7 +83,7 @@ class Muon(Optimizer):
         return average / (1 - beta1 ** state["step"]) / deviation
 
 
-def _stacks(matrices: list[Parameter]) -> Iterator[list[Parameter]]:
+def _stacks(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
     """Lists of matrices of one shape, each of which has at most `STACKED` numbers or one matrix."""
     for shape, group in groupby(sorted(matrices, key=lambda matrix: matrix.shape), key=lambda matrix: matrix.shape):
         alike, count = list(group), max(1, STACKED // shape.numel())
