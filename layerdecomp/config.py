@@ -114,9 +114,7 @@ class FlowJobConfig(RunConfig):
     sample: SampleConfig = field(default_factory=SampleConfig)
     weights: WeightFiles = field(default_factory=WeightFiles)
     recompute: int = 0  # every how many transformer blocks activations are computed again, to save memory; 0: none
-    recompute_attention: bool = (
-        True  # in those blocks; false: its output is kept, saves a third of that time for little memory
-    )
+    recompute_attention: bool = True  # in those blocks; false: its output is kept instead, for a little memory
     compile: bool = False  # the transformer's blocks, which takes a minute or two at first; faster steps on a GPU
     latent_cache: str | None = None  # a folder: each of `data.samples` is encoded once; null: each time that it comes
 
