@@ -114,6 +114,7 @@ class FlowJobConfig(RunConfig):
     sample: SampleConfig = field(default_factory=SampleConfig)
     weights: WeightFiles = field(default_factory=WeightFiles)
     recompute: int = 0  # every how many transformer blocks activations are computed again, to save memory; 0: none
+    recompute_attention: bool = True  # in those blocks; false: its output is kept instead, for a little memory
     compile: bool = False  # the transformer's blocks, which takes a minute or two at first; faster steps on a GPU
     latent_cache: str | None = None  # a folder: each of `data.samples` is encoded once; null: each time that it comes
 
@@ -182,7 +183,7 @@ JOBS: dict[str, type[Any]] = {
 # What may change when a run is continued: none of it changes what is trained (`compile` no more than rounding).
 RESUMABLE: frozenset[str] = frozenset(
     {
-        *("resume", "run_dir", "recompute", "compile", "pictures_at_once", "train.dry_run"),
+        *("resume", "run_dir", "recompute", "recompute_attention", "compile", "pictures_at_once", "train.dry_run"),
         *("data.workers", "data.validation", "data.max_faulty"),
         *("train.checkpoint_every", "train.validate_every", "train.max_skipped", "train.strategy"),
     }

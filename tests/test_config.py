@@ -151,6 +151,7 @@ def test_what_changes_no_result_may_change(tmp_path: Path) -> None:
             "resume": "x",
             "run_dir": "/y",
             "recompute": 2,
+            "recompute_attention": False,
             "compile": True,
             "pictures_at_once": 1,
             "train.dry_run": True,
