@@ -201,8 +201,10 @@ def _state(step: int) -> dict[str, Any]:
 
 
 def _save(folder: Path, *steps: int) -> None:
+    files = CheckpointFiles()
     for step in steps:
-        CheckpointFiles().save_checkpoint(_state(step), folder / LAST)
+        files.save_checkpoint(_state(step), folder / LAST)
+    files.wait()
 
 
 def test_the_checkpoint_before_the_last_is_kept(tmp_path: Path) -> None:
@@ -260,7 +262,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # no file may grow beyond 10 kB
     try:
-        with pytest.raises(RunError, match=r"step 2 could not be saved \(.*File too large.*free some space in"):
+        with pytest.raises(RunError, match=r"step 2 could not be saved \(.*File too large.*allow larger files in"):
             _save(tmp_path, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
