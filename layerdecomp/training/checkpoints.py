@@ -120,7 +120,8 @@ class CheckpointFiles(CheckpointIO):
             )
         self._given_up = False
         # A daemon: a disk that does not answer must not keep the process from ending.
-        self._writer = threading.Thread(target=self._put, args=(on_host(checkpoint), Path(path)), daemon=True)
+        written = on_host(checkpoint), Path(path)
+        self._writer = threading.Thread(target=self._put, args=written, name="checkpoint", daemon=True)
         self._writer.start()
 
     def check(self) -> None:
