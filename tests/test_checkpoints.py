@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -397,7 +398,7 @@ def test_giving_up_does_not_come_between_two_renames(tmp_path: Path, monkeypatch
     def slow(*names: Path) -> None:
         original(*names)
         renamed.append(time.monotonic())
-        time.sleep(0.3)
+        time.sleep(1.5)  # longer than giving up takes
 
     monkeypatch.setattr(os, "replace", slow)
     files = CheckpointFiles()
@@ -406,6 +407,18 @@ def test_giving_up_does_not_come_between_two_renames(tmp_path: Path, monkeypatch
         time.sleep(0.01)
     files.give_up(after=0.0)
     assert [read_checkpoint(tmp_path / name)["global_step"] for name in (LAST, PREVIOUS)] == [2, 1]
+
+
+def test_the_interpreter_ends_when_what_was_saved_is_written(tmp_path: Path) -> None:
+    program = f"""
+import torch
+from layerdecomp.training.checkpoints import CheckpointFiles
+state = {{"global_step": 1, "state_dict": {{str(i): torch.zeros(10_000_000) for i in range(5)}}}}
+CheckpointFiles().save_checkpoint(state, {str(tmp_path / LAST)!r})
+"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0 and not ended.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [LAST] and read_checkpoint(tmp_path / LAST)["global_step"] == 1
 
 
 def test_an_error_ends_the_run_when_what_was_saved_is_written(
@@ -427,6 +440,8 @@ def test_a_run_that_is_told_to_stop_waits_for_what_it_has_saved(
     gate: Gate,
     validating: bool,
 ) -> None:
+    monkeypatch.setattr(checkpoints, "GRACE", 0.0)  # which is for errors
+
     def tell() -> None:
         gate.open_after(1.0)
         os.kill(os.getpid(), signal.SIGTERM)

@@ -4,6 +4,7 @@ A file is written beside its name, forced to the disk, and renamed, while traini
 Both are zip archives, as `torch.save` makes them, in which every record has a checksum.
 """
 
+import atexit
 import logging
 import os
 import signal
@@ -106,6 +107,7 @@ class CheckpointFiles(CheckpointIO):
         self._error: Exception | None = None
         self._given_up = False
         self._renaming = threading.Lock()  # so that giving up comes before or after it
+        atexit.register(self.give_up, GRACE)  # Python's end, met within `torch.save`, aborts the process
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Begins to write; later changes of what is saved make no difference. Raises as `wait` does."""
