@@ -1,5 +1,6 @@
 """Files and folders that appear complete or not at all."""
 
+import errno
 import os
 import shutil
 import uuid
@@ -8,6 +9,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from layerdecomp.errors import InputError
+
+
+def remedy(error: OSError, folder: Path) -> str:
+    """What to do about a folder in which writing failed, as the end of a message."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"free some space in {folder}"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"make {folder} writable"
+    if error.errno == errno.EFBIG:
+        return f"allow larger files in {folder} (ulimit -f)"
+    return f"see to the disk of {folder}"
 
 
 @contextmanager
@@ -26,7 +38,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, path)
     except OSError as error:
-        raise InputError(f"{path} could not be written ({error}); free some space or choose another place") from error
+        fault = f"{path} could not be written ({error}); {remedy(error, path.parent)} or choose another place"
+        raise InputError(fault) from error
     finally:
         with suppress(OSError):  # the first error is the one to report
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)

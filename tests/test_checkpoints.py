@@ -1,5 +1,6 @@
 """Checkpoints: exact resume from any step in every job, damaged and half-written files, and being told to stop."""
 
+import io
 import multiprocessing
 import os
 import random
@@ -8,9 +9,12 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from layerdecomp.config import load_config
 from layerdecomp.errors import InputError, RunError
+from layerdecomp.training import checkpoints
 from layerdecomp.training.base import Job
 from layerdecomp.training.checkpoints import (
     DAMAGED,
@@ -28,6 +33,7 @@ from layerdecomp.training.checkpoints import (
     PREVIOUS,
     CheckpointFiles,
     newest_checkpoint,
+    on_host,
     read_checkpoint,
 )
 from layerdecomp.training.runs import train
@@ -201,8 +207,10 @@ def _state(step: int) -> dict[str, Any]:
 
 
 def _save(folder: Path, *steps: int) -> None:
+    files = CheckpointFiles()
     for step in steps:
-        CheckpointFiles().save_checkpoint(_state(step), folder / LAST)
+        files.save_checkpoint(_state(step), folder / LAST)
+    files.wait()
 
 
 def test_the_checkpoint_before_the_last_is_kept(tmp_path: Path) -> None:
@@ -260,12 +268,193 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # no file may grow beyond 10 kB
     try:
-        with pytest.raises(RunError, match=r"step 2 could not be saved \(.*File too large.*free some space in"):
+        with pytest.raises(RunError, match=r"step 2 could not be saved \(.*File too large.*allow larger files in"):
             _save(tmp_path, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in tmp_path.iterdir()] == [LAST]
     assert read_checkpoint(tmp_path / LAST)["global_step"] == 1
+
+
+# While training goes on
+
+
+class Gate:
+    """Holds every write before its first byte until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened, self.held = threading.Event(), threading.Event()
+        self.at_once = self.most_at_once = 0
+        original = checkpoints._write
+
+        def write(path: Path, checkpoint: dict[str, Any], still_wanted: Callable[[], None]) -> None:
+            self.at_once += 1
+            self.most_at_once = max(self.at_once, self.most_at_once)
+            self.held.set()
+            while not self.opened.wait(0.01):
+                still_wanted()
+            original(path, checkpoint, still_wanted)
+            self.at_once -= 1
+
+        monkeypatch.setattr(checkpoints, "_write", write)
+
+    def open_after(self, seconds: float) -> None:
+        threading.Timer(seconds, self.opened.set).start()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate(monkeypatch)
+    yield gate
+    gate.opened.set()
+
+
+def written(checkpoint: dict[str, Any]) -> bytes:
+    """A file that is written here and now."""
+    file = io.BytesIO()
+    torch.save(checkpoint, file)
+    return file.getvalue()
+
+
+def values(file: bytes) -> bytes:
+    """What a file holds, whether or not two places in it shared an object."""
+    return written(on_host(torch.load(io.BytesIO(file), weights_only=True)))
+
+
+@pytest.mark.parametrize("optimizer", ["optim.muon=true", "optim.muon=false", "optim.bits=8"])
+def test_steps_made_while_a_checkpoint_is_written_are_not_in_it(
+    tmp_path: Path, jobs: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, gate: Gate, optimizer: str
+) -> None:
+    expected: list[bytes] = []
+    original = CheckpointFiles.save_checkpoint
+
+    def save(self: CheckpointFiles, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        expected.append(written(checkpoint))
+        original(self, checkpoint, path)
+
+    monkeypatch.setattr(CheckpointFiles, "save_checkpoint", save)
+    # The first is held during a validation, for which the averages stand in, and a step.
+    cut_off(monkeypatch, 3, 0, gate.opened.set)
+    settings = [*jobs["tiny"], "optim.muon=false", optimizer, "lora.rank=256", "train.ema=0.9", "train.steps=4"]
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles its optimizer, which takes minutes
+        run_dir = run("tiny", *settings, "train.validate_every=2", f"run_dir={tmp_path}/run")
+    found = [values((run_dir / name).read_bytes()) for name in (PREVIOUS, LAST)]
+    assert [values(file) for file in expected] == found and found[0] != found[1]
+    assert read_checkpoint(run_dir / PREVIOUS)["global_step"] == 2
+
+
+def test_a_copy_is_of_values() -> None:
+    """Of tensors alone, those in containers of any kind; numbers in containers do not change either."""
+    whole = torch.arange(6.0)
+    state = {"part": whole[2:4], "counts": {"step": 1}, "listed": [whole.view(2, 3).T]}
+    copied = on_host(state)
+    whole.zero_()
+    state["counts"]["step"] = 2  # type: ignore[call-overload]
+    assert copied["part"].tolist() == [2, 3] and copied["listed"][0].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert copied["counts"] == {"step": 1} and copied["listed"][0].stride() == state["listed"][0].stride()  # type: ignore[index]
+
+
+def test_one_checkpoint_is_written_at_a_time(
+    tmp_path: Path, gate: Gate, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "WORTH_SAYING", 0.2)
+    files, began = CheckpointFiles(), time.monotonic()
+    files.save_checkpoint(_state(1), tmp_path / LAST)
+    assert not (tmp_path / LAST).exists()
+    gate.open_after(0.5)
+    files.save_checkpoint(_state(2), tmp_path / LAST)
+    assert time.monotonic() - began > 0.5 and read_checkpoint(tmp_path / LAST)["global_step"] == 1
+    assert "step 2 was saved 1 s late" in caplog.text
+    files.save_checkpoint(_state(3), tmp_path / LAST)
+    files.wait()
+    assert read_checkpoint(tmp_path / LAST)["global_step"] == 3
+    assert gate.most_at_once == 1 and caplog.text.count("late") == 1
+
+
+def test_what_is_given_up_leaves_what_was_there(tmp_path: Path, gate: Gate, caplog: pytest.LogCaptureFixture) -> None:
+    gate.opened.set()
+    _save(tmp_path, 1, 2)
+    gate.opened.clear()
+    before, files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}, CheckpointFiles()
+    files.save_checkpoint(_state(3), tmp_path / LAST)
+    gate.held.wait(10)
+    began = time.monotonic()
+    files.give_up(after=0.2)
+    assert 0.2 < time.monotonic() - began < 2
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert "the last checkpoint was still being written and is not kept" in caplog.text
+    files.check()  # it has been said
+    gate.opened.set()
+    files.save_checkpoint(_state(4), tmp_path / LAST)
+    files.give_up(after=10)  # enough
+    assert read_checkpoint(tmp_path / LAST)["global_step"] == 4
+
+
+def test_giving_up_does_not_come_between_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _save(tmp_path, 1)
+    renamed: list[float] = []
+    original = os.replace
+
+    def slow(*names: Path) -> None:
+        original(*names)
+        renamed.append(time.monotonic())
+        time.sleep(1.5)  # longer than giving up takes
+
+    monkeypatch.setattr(os, "replace", slow)
+    files = CheckpointFiles()
+    files.save_checkpoint(_state(2), tmp_path / LAST)
+    while not renamed:
+        time.sleep(0.01)
+    files.give_up(after=0.0)
+    assert [read_checkpoint(tmp_path / name)["global_step"] for name in (LAST, PREVIOUS)] == [2, 1]
+
+
+def test_the_interpreter_ends_when_what_was_saved_is_written(tmp_path: Path) -> None:
+    program = f"""
+import torch
+from layerdecomp.training.checkpoints import CheckpointFiles
+state = {{"global_step": 1, "state_dict": {{str(i): torch.zeros(10_000_000) for i in range(5)}}}}
+CheckpointFiles().save_checkpoint(state, {str(tmp_path / LAST)!r})
+"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0 and not ended.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [LAST] and read_checkpoint(tmp_path / LAST)["global_step"] == 1
+
+
+def test_an_error_ends_the_run_when_what_was_saved_is_written(
+    tmp_path: Path, jobs: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, gate: Gate
+) -> None:
+    gate.open_after(3.0)
+    cut_off(monkeypatch, 2, 0, power_cut)
+    with pytest.raises(PowerCutError):
+        run("tiny", *jobs["tiny"], "train.checkpoint_every=2", f"run_dir={tmp_path}/run")
+    assert gate.opened.is_set() and read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 2
+
+
+@pytest.mark.parametrize("validating", [False, True])
+def test_a_run_that_is_told_to_stop_waits_for_what_it_has_saved(
+    tmp_path: Path,
+    jobs: dict[str, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    gate: Gate,
+    validating: bool,
+) -> None:
+    monkeypatch.setattr(checkpoints, "GRACE", 0.0)  # which is for errors
+
+    def tell() -> None:
+        gate.open_after(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if validating:
+        monkeypatch.setattr(Job, "on_validation_start", lambda self: tell() if self.global_step else None)
+    else:
+        cut_off(monkeypatch, 1, 0, tell)
+    settings = [*jobs["tiny"], "train.checkpoint_every=9", "train.validate_every=2", f"run_dir={tmp_path}/run"]
+    with pytest.raises(SystemExit):
+        run("tiny", *settings)
+    assert gate.opened.is_set() and read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 2
+    assert "stopped by SIGTERM after step 2" in capsys.readouterr().err
 
 
 # Being told to stop
@@ -345,26 +534,29 @@ def _as_ranks(target: Callable[..., None], *arguments: Any) -> list[int | None]:
                 process.kill()
 
 
-def _train_as(rank: int, port: int, settings: list[str], kill_at: int | None) -> None:
+def _train_as(rank: int, port: int, settings: list[str], said: Path, kill_at: int | None) -> None:
     torch.set_num_threads(1)
     here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
     os.environ.update(here | {"WORLD_SIZE": "2"})
     if kill_at is not None and rank == 1:
         cut_off(pytest.MonkeyPatch(), kill_at, 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    run("tiny", *settings)
+    with said.open("a") as file, redirect_stdout(file):
+        run("tiny", *settings)
 
 
 def test_two_processes_go_on_bit_for_bit_when_one_was_killed(tmp_path: Path, jobs: dict[str, list[str]]) -> None:
     spread = ["train.devices=2", "train.strategy=ddp", "train.batch_size=1", "train.accumulate=2"]
     settings = [*jobs["tiny"], *spread, "train.checkpoint_every=2", "train.validate_every=4"]
     for name, kill_at in (("straight", None), ("resumed", 3), ("resumed", None)):
-        codes = _as_ranks(_train_as, [*settings, f"run_dir={tmp_path}/{name}"], kill_at)
+        codes = _as_ranks(_train_as, [*settings, f"run_dir={tmp_path}/{name}"], tmp_path / "said", kill_at)
         assert codes == ([1, -signal.SIGKILL] if kill_at else [0, 0])
+    assert (tmp_path / "said").read_text().count("going on from") == 1  # by the first rank alone
     assert same(result(tmp_path / "straight", "tiny"), result(tmp_path / "resumed", "tiny"))
     one = run("tiny", *jobs["tiny"], "train.batch_size=4", f"run_dir={tmp_path}/one")
     assert list(curve(one).values()) == pytest.approx(list(curve(tmp_path / "straight").values()), rel=1e-4)
     # and the two-process run is taken up by one
-    shutil.copytree(tmp_path / "straight", tmp_path / "moved")
+    curves = shutil.ignore_patterns("events*")  # whose numbers are those of another order of summing
+    shutil.copytree(tmp_path / "straight", tmp_path / "moved", ignore=curves)
     (tmp_path / "moved" / LAST).unlink()  # the one before it is of step 4
     alone = run(
         "tiny", *settings, "train.devices=1", "train.batch_size=4", "train.accumulate=1", f"run_dir={tmp_path}/moved"

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from layerdecomp.config import load_config
 from layerdecomp.data.datamodule import Positions
 from layerdecomp.errors import InputError, RunError
+from layerdecomp.training import checkpoints
 from layerdecomp.training.base import Job
 from layerdecomp.training.checkpoints import LAST, read_checkpoint
 from layerdecomp.training.decomposer import DecomposerJob
@@ -231,9 +233,11 @@ def test_nothing_but_broken_files_is_one_error(
 # Disk and memory
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(errno.ENOSPC, "free some space in"), (errno.EROFS, "make .* writable")]
+)
 def test_a_disk_that_cannot_be_written(
-    overrides: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, remedy: str
 ) -> None:
     original = os.fsync
     calls: list[int] = []
@@ -245,11 +249,54 @@ def test_a_disk_that_cannot_be_written(
         original(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(
-        RunError, match=rf"step 3 could not be saved .*{os.strerror(number)}.*free some space .*goes on"
-    ):
+    with pytest.raises(RunError, match=rf"step 3 could not be saved .*{os.strerror(number)}.*; {remedy}.*goes on"):
         run(overrides)
     assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("ending", "settings", "reached"),
+    [
+        ("the next step", ["train.steps=6", "train.validate_every=6"], 4),
+        ("the last step", ["train.steps=3", "train.validate_every=3"], 3),
+        ("told in a step", ["train.steps=6", "train.validate_every=6"], 3),
+        ("told in a validation", ["train.steps=6", "train.validate_every=3"], 3),
+    ],
+)
+def test_a_checkpoint_that_could_not_be_written_ends_the_run(
+    overrides: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    ending: str,
+    settings: list[str],
+    reached: int,
+) -> None:
+    """The disk is found full when training has gone on: there is no further step, nor the evaluation."""
+    steps = list[int]()
+    original = Job.training_step
+
+    def write(*arguments: Any) -> None:
+        time.sleep(0.5)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def training_step(self: Job, batch: dict[str, Any], index: int) -> Tensor:
+        steps.append(self.global_step + 1)
+        if steps[-1] == 3 and ending == "told in a step":
+            os.kill(os.getpid(), signal.SIGTERM)
+        while any(thread.name == "checkpoint" for thread in threading.enumerate()):
+            time.sleep(0.01)
+        return original(self, batch, index)
+
+    def validation(self: Job) -> None:
+        if self.global_step and ending == "told in a validation":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(checkpoints, "_write", write)
+    monkeypatch.setattr(Job, "training_step", training_step)
+    monkeypatch.setattr(Job, "on_validation_start", validation)
+    with pytest.raises(RunError, match=r"step 3 could not be saved .*No space left.*; .* goes on from there"):
+        run(overrides, *settings, "train.checkpoint_every=3")
+    assert steps[-1] == reached and not (tmp_path / "run" / "adapter.safetensors").exists()
 
 
 def out_of_memory_above(monkeypatch: pytest.MonkeyPatch, samples: int) -> None:

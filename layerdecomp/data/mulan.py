@@ -26,6 +26,7 @@ from PIL import Image
 from layerdecomp.data.folders import list_pictures, open_picture
 from layerdecomp.data.index import Item
 from layerdecomp.errors import InputError
+from layerdecomp.files import remedy
 from layerdecomp.imaging.layers import Pixels, read_image
 
 LIMIT_BYTES = 2 << 30  # of an annotation, decompressed
@@ -392,7 +393,7 @@ def _write_layers(folder: Path, layers: Sequence[Pixels]) -> None:
         os.replace(partial, folder)
     except OSError as error:
         raise InputError(
-            f"{folder} could not be written ({error}); free some space or choose another folder"
+            f"{folder} could not be written ({error}); {remedy(error, folder.parent)} or choose another folder"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

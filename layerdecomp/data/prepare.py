@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from layerdecomp.data.index import TEST_SHARE, Item, Reader, write_index
 from layerdecomp.errors import InputError
+from layerdecomp.files import remedy
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -63,7 +64,8 @@ def prepare(reader: Reader, out: Path, workers: int = 1, test_share: float = TES
         _finish(reader, out, outcomes, test_share)
         journal.unlink()
     except OSError as error:
-        raise InputError(f"{out} could not be written ({error}); free some space or choose another `out`") from error
+        fault = f"{out} could not be written ({error}); {remedy(error, out.parent)} or choose another `out`"
+        raise InputError(fault) from error
     return outcomes
 
 

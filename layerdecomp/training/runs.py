@@ -73,7 +73,7 @@ def train(config: RunConfig) -> None:
     )
     trainer = build_trainer(config, run_dir, job)
     checkpoint = open_run(run_dir, config)
-    if checkpoint is not None:
+    if checkpoint is not None and trainer.is_global_zero:
         print(f"going on from {checkpoint}; a finished run is only evaluated again (resume=never starts anew)")
     if trainer.local_rank > 0:
         end_with_parent(trainer.global_rank)
@@ -185,7 +185,8 @@ def build_trainer(config: RunConfig, run_dir: Path, job: Job) -> Trainer:
     """Lightning's trainer: one pass over the batches of `train.steps` steps, validated and saved at fixed steps."""
     train = config.train
     validate_every = min(train.validate_every, train.steps)
-    checkpoints = Checkpoints(run_dir, every=train.checkpoint_every, validate_every=validate_every, sound=job.sound)
+    files, every = CheckpointFiles(), train.checkpoint_every
+    checkpoints = Checkpoints(files, run_dir, every=every, validate_every=validate_every, sound=job.sound)
     available = torch.cuda.device_count()
     if available and train.devices > available:
         raise InputError(
@@ -208,7 +209,7 @@ def build_trainer(config: RunConfig, run_dir: Path, job: Job) -> Trainer:
         use_distributed_sampler=False,  # StepSampler shares the batches out
         logger=TensorBoardLogger(run_dir.parent, name=run_dir.name, version=""),
         # On SLURM, Lightning would write a checkpoint of its own, prefer it to ours, and requeue the job.
-        plugins=[CheckpointFiles(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
+        plugins=[files, *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
         callbacks=[checkpoints, StepBar(refresh_rate=5), *([RunningAverage(train.ema)] if train.ema else [])],
         enable_model_summary=False,
     )
