@@ -34,15 +34,19 @@ train: .venv/installed  ## adapt the tiny base: make train CONFIG=configs/flux_f
 	$(RUN) tools/train.py config=$(CONFIG) $(if $(DEVICES),train.devices=$(DEVICES) train.strategy=ddp) $(ARGS)
 
 # The whole chain from nothing. A stage whose weights are there is skipped, an unfinished one goes on. ARGS go to every
-# stage; AUTOENCODER_ARGS, INPAINTER_ARGS, RGBA_ARGS and ADAPTER_ARGS to their own.
+# stage; AUTOENCODER_ARGS, INPAINTER_ARGS, RGBA_ARGS, REFINE_ARGS and ADAPTER_ARGS to their own.
 TINY := checkpoints/tiny
 # The adapter that ships has seen more than the default one, which `make train` makes in a quarter of an hour.
-ADAPTER_ARGS ?= train.steps=9000 train.validate_every=3000 data.samples=6000 data.scenes.many_coloured_probability=0.35
+ADAPTER_ARGS ?= train.batch_size=128 train.steps=917 data.samples=12288 data.scenes.many_coloured_probability=0.35
+# What both autoencoders end with: their decoders alone, on larger batches, which changes no latent.
+REFINE_ARGS ?= train.batch_size=32 train.steps=400 optim.lr=1e-3
 tiny: $(TINY)/adapter.safetensors
 
 $(TINY)/autoencoder.safetensors: | .venv/installed
 	$(RUN) tools/train.py config=configs/tiny_autoencoder.yaml $(ARGS) $(AUTOENCODER_ARGS)
-	cp runs/tiny_autoencoder/autoencoder.safetensors $@
+	$(RUN) tools/train.py config=configs/tiny_autoencoder.yaml name=tiny_autoencoder_refined \
+		refine=runs/tiny_autoencoder/autoencoder.safetensors $(ARGS) $(REFINE_ARGS)
+	cp runs/tiny_autoencoder_refined/autoencoder.safetensors $@
 
 $(TINY)/transformer.safetensors: | $(TINY)/autoencoder.safetensors
 	$(RUN) tools/train.py config=configs/tiny_inpainter.yaml $(ARGS) $(INPAINTER_ARGS)
@@ -50,7 +54,9 @@ $(TINY)/transformer.safetensors: | $(TINY)/autoencoder.safetensors
 
 $(TINY)/rgba_autoencoder.safetensors: | $(TINY)/autoencoder.safetensors
 	$(RUN) tools/train.py config=configs/tiny_rgba_autoencoder.yaml $(ARGS) $(RGBA_ARGS)
-	cp runs/tiny_rgba_autoencoder/autoencoder.safetensors $@
+	$(RUN) tools/train.py config=configs/tiny_rgba_autoencoder.yaml name=tiny_rgba_autoencoder_refined extend=null \
+		refine=runs/tiny_rgba_autoencoder/autoencoder.safetensors $(ARGS) $(REFINE_ARGS)
+	cp runs/tiny_rgba_autoencoder_refined/autoencoder.safetensors $@
 
 $(TINY)/adapter.safetensors: | $(TINY)/transformer.safetensors $(TINY)/rgba_autoencoder.safetensors
 	$(RUN) tools/train.py config=configs/tiny.yaml $(ARGS) $(ADAPTER_ARGS)
