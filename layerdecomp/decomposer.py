@@ -547,10 +547,17 @@ def described_config(metadata: Metadata, path: Path, **files: str) -> Decomposer
 
 
 def build_decomposer(
-    config: DecomposerConfig, dtype: torch.dtype | None = None, device: str = "cpu", quantize: str | None = None
+    config: DecomposerConfig,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    quantize: str | None = None,
+    mapped: bool = False,
 ) -> Decomposer:
-    """The whole architecture on a page: frozen parts from their files, what is trained in float32."""
-    transformer = load_mmdit(config.weights.transformer, dtype=dtype, device=device, quantize=quantize)
+    """The whole architecture on a page: frozen parts from their files, what is trained in float32.
+
+    The transformer may be `mapped`, as `load_mmdit` has it.
+    """
+    transformer = load_mmdit(config.weights.transformer, None, dtype, device, quantize, mapped)
     inject_lora(transformer, config.lora)
     transformer.img_in.float().requires_grad_(True)
     if unknown := [name for name in config.fusion.cues if name not in CUES]:

@@ -39,7 +39,7 @@ class ShardedBase:
             fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
         self.transformer, *self._blocks = (cast(FSDPModule, module) for module in [transformer, *modules[:-1]])
         # On the host, and patient: some samples take longer than others, which NCCL would call a fault.
-        self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+        self._group: Any = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
         # Now: what is first gathered while sampling, in inference mode, could not be trained with.
         self._gather()
         transformer.register_forward_pre_hook(self._announce_run, prepend=True)  # before FSDP's own, which gathers

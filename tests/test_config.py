@@ -152,6 +152,7 @@ def test_what_changes_no_result_may_change(tmp_path: Path) -> None:
             "run_dir": "/y",
             "recompute": 2,
             "compile": True,
+            "shard_base": True,
             "pictures_at_once": 1,
             "train.dry_run": True,
             "data.workers": 7,
@@ -161,7 +162,8 @@ def test_what_changes_no_result_may_change(tmp_path: Path) -> None:
         **{"train.checkpoint_every": 3, "train.validate_every": 3, "train.max_skipped": 3, "train.strategy": "ddp"},
     }
     assert values.keys() == RESUMABLE
-    changed = load_config(TINY, [f"{key}={value}" for key, value in values.items()])
+    several = ["train.devices=8", "train.batch_size=1"]  # for shard_base; a step has the same samples
+    changed = load_config(TINY, [*several, *(f"{key}={value}" for key, value in values.items())])
     assert changed_keys(changed, tmp_path / "config.yaml") == {}
     assert list(changed_keys(replace(changed, seed=9), tmp_path / "config.yaml")) == ["seed"]
 

@@ -33,8 +33,9 @@ class DecomposerJob(FlowJob):
         # On a GPU the frozen parts are kept in the precision that they compute in; a CPU casts faster than it mixes.
         mixed = torch.cuda.is_available() and resolve_precision(config.train.precision) == "bf16-mixed"
         dtype = torch.bfloat16 if mixed else torch.float32
-        device = "cpu" if config.shard_base else local_device()  # which could not hold what is to be shared out
-        self.decomposer = build_decomposer(config, dtype, device, config.quantize)
+        # What is to be shared out need not fit this device, nor be in memory once for each rank of a machine.
+        device, mapped = ("cpu", True) if config.shard_base else (local_device(), False)
+        self.decomposer = build_decomposer(config, dtype, device, config.quantize, mapped)
         self.sharded: ShardedBase | None = None
         methods(None, config.evaluate)  # so that a row which cannot be drawn is an error now
         self.metrics = LayerMetrics(open_networks(config.evaluate.measure).measures)
@@ -105,7 +106,10 @@ class DecomposerJob(FlowJob):
     def what_fits(self) -> str:
         if self.sharded is None:
             return super().what_fits()
-        return "not tried, since every rank would have to: set recompute=1, or halve train.batch_size and double train.accumulate"
+        return (
+            "shard_base=true, where nothing can be tried unless every rank does: set recompute=1, or a smaller "
+            "train.batch_size and a larger train.accumulate"
+        )
 
     def finish(self, run_dir: Path, share: Share) -> None:
         share = replace(share, before_waiting=self._keep_up)
