@@ -182,7 +182,9 @@ def _memory(work: TrainingWork) -> Memory:
         matrices = (p.numel() for n, p in decomposer.transformer.named_parameters() if "_blocks." in n)
         dense = DENSE_BYTES[work.quantize] * max(matrices)
     step, encode = _peaks(workload)
-    return Memory(frozen, 4.0 * trained, 4.0 * trained, OPTIMIZER_BYTES[work.bits] * trained, step + dense + gathered, encode)
+    return Memory(
+        frozen, 4.0 * trained, 4.0 * trained, OPTIMIZER_BYTES[work.bits] * trained, step + dense + gathered, encode
+    )
 
 
 def _peaks(workload: Workload) -> tuple[int, int]:

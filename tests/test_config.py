@@ -144,6 +144,22 @@ def test_changed_keys_are_listed(tmp_path: Path, override: str, said: str) -> No
     assert list(changed) == [override.split("=")[0]] and said in changed[override.split("=")[0]]
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.devices=1", "found train.devices=1 and train.nodes=1, expected several"),
+        ("train.strategy=fsdp", "found train.strategy=fsdp; expected ddp"),
+        ("quantize=int8", "found quantize=int8, .*expected null"),
+        ("evaluate.rows=[adapted,maskless]", "found maskless in evaluate.rows"),
+    ],
+)
+def test_what_cannot_be_shared_out_is_told(override: str, message: str) -> None:
+    several = ["shard_base=true", "train.devices=2", "train.strategy=ddp"]
+    load_config(TINY, several)
+    with pytest.raises(InputError, match=f"shard_base=true shares .*: {message}"):
+        load_config(TINY, [*several, override])
+
+
 def test_what_changes_no_result_may_change(tmp_path: Path) -> None:
     save_config(tmp_path / "config.yaml", load_config(TINY))
     values: dict[str, Any] = {
