@@ -427,8 +427,8 @@ def load_mmdit(
     """The transformer of a single file or of a diffusers folder, in `dtype` (float32 unless given), frozen.
 
     Without a `config`, the file's metadata or the folder's config.json say what model it is; a file without any is
-    FLUX.1-Fill-dev. With `quantize` (int8, fp8, nf4) the matrices of its blocks are kept so, each from when it is read. Where it is
-    `mapped`, tensors that need no conversion stay the file's own pages.
+    FLUX.1-Fill-dev. With `quantize` (int8, fp8, nf4) the matrices of its blocks are kept so, each from when it is read.
+    Where it is `mapped`, tensors that need no conversion stay the file's own pages.
     """
     convert = block_matrices(quantize)
     model, layout = empty_mmdit(path, config)

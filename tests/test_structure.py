@@ -111,7 +111,14 @@ def test_imports_are_seen() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models_are_plain_torch(name: str) -> None:
-    allowed = {"torch", "einops", "timm", "layerdecomp"} | {"collections", "dataclasses", "difflib", "fnmatch", "math"}
+    allowed = {"torch", "einops", "timm", "layerdecomp"} | {
+        "collections",
+        "contextlib",
+        "dataclasses",
+        "difflib",
+        "fnmatch",
+        "math",
+    }
     assert {module.split(".")[0] for module in imported(FILES[name])} <= allowed | {"typing", "itertools", "functools"}
 
 
