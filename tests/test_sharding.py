@@ -101,12 +101,13 @@ def test_a_shared_out_base_trains_to_the_same_bits_in_half_of_the_memory(
     frozen = everything - trained
     assert [half - trained for half in halves] == pytest.approx([frozen / 2, frozen / 2], rel=0.05)
 
-    # A run goes on with the base kept the other way, and by itself.
+    # A run goes on with the base kept the other way, and by itself; a finished one is evaluated, with no step before.
     for name, before in (("then-sharded", whole), ("then-alone", sharded)):
         (tmp_path / name).mkdir()
         shutil.copy(before / PREVIOUS, tmp_path / name / LAST)
         shutil.copy(before / "config.yaml", tmp_path / name)
-    assert as_ranks(_train_as, [*settings, "recompute=1"], tmp_path, ["then-sharded"]) == [0, 0]
+    assert as_ranks(_train_as, [*settings, "recompute=1"], tmp_path, ["then-sharded", "sharded"]) == [0, 0]
+    assert results(sharded) == results(whole)
     assert same(whole, tmp_path / "then-sharded") and sorted(curve(tmp_path / "then-sharded")) == [2, 3]
     one = ["train.devices=1", "train.batch_size=4", "train.accumulate=1", f"run_dir={tmp_path}/then-alone"]
     with mock.patch.object(DecomposerJob, "flow_losses", spoilt):
