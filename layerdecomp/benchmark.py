@@ -42,6 +42,7 @@ class BenchmarkConfig:
     text_tokens: int = 512
     steps: int = 28  # of sampling
     recompute: int = 0
+    recompute_attention: bool = True
     repeats: int = 5  # medians are over these, after one that is not counted
     measure: bool = True  # False: counts alone, which take no memory
     compile: bool = False  # the transformer's blocks
@@ -75,6 +76,12 @@ class BenchmarkConfig:
         return AutoencoderConfig(in_channels=channels)
 
 
+def recomputed(config: BenchmarkConfig) -> str:
+    """What of the transformer's blocks is computed again, in the keys' own words."""
+    attention = f" recompute_attention={config.recompute_attention}".lower() if config.recompute else ""
+    return f"recompute={config.recompute}{attention}"
+
+
 @contextmanager
 def made_as(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Tensors are made on a device and in a precision: a float32 copy of the transformer would not fit beside it."""
@@ -93,7 +100,7 @@ def random_transformer(config: BenchmarkConfig, device: torch.device, dtype: tor
         transformer = MMDiT(config.transformer).requires_grad_(False)
     inject_lora(transformer, config.lora)
     transformer.img_in.float().requires_grad_(True)
-    transformer.recompute = config.recompute
+    transformer.recompute, transformer.recompute_attention = config.recompute, config.recompute_attention
     return transformer
 
 
@@ -324,7 +331,7 @@ def benchmark(config: BenchmarkConfig, device: str, dtype: torch.dtype) -> str:
     told = (
         f"{config.size} x {config.size}, batch {config.batch_size}, {transformer.depth} + "
         f"{transformer.depth_single_blocks} blocks of width {transformer.hidden_size}, LoRA rank {config.lora.rank}, "
-        f"recompute {config.recompute}, {'compiled, ' * config.compile}{str(dtype).removeprefix('torch.')}"
+        f"{recomputed(config)}, {'compiled, ' * config.compile}{str(dtype).removeprefix('torch.')}"
     )
     largest = f"largest product {limit / 1e12:.3g} TFLOP/s"
     where = f"measured on {machine(device)}, {largest}{backend}" if config.measure else "counted"

@@ -114,6 +114,7 @@ class FlowJobConfig(RunConfig):
     sample: SampleConfig = field(default_factory=SampleConfig)
     weights: WeightFiles = field(default_factory=WeightFiles)
     recompute: int = 0  # every how many transformer blocks activations are computed again, to save memory; 0: none
+    recompute_attention: bool = True  # in those blocks; false: its output is kept instead, for a little memory
     compile: bool = False  # the transformer's blocks, which takes a minute or two at first; faster steps on a GPU
     latent_cache: str | None = None  # a folder: each of `data.samples` is encoded once; null: each time that it comes
 
@@ -146,16 +147,21 @@ class DecomposerJobConfig(FlowJobConfig, DecomposerConfig):
             raise InputError(f"{rule}found train.strategy={train.strategy}; expected ddp, for what is trained")
         if self.quantize is not None:
             raise InputError(f"{rule}found quantize={self.quantize}, whose tensors cannot be cut; expected null")
+        if self.compile and self.recompute and not self.recompute_attention:
+            raise InputError(
+                f"{rule}found compile=true, recompute and recompute_attention=false; expected not all three"
+            )
         if "maskless" in self.evaluate.rows:
             raise InputError(f"{rule}found maskless in evaluate.rows, a second one on every card; leave it out")
 
 
 @dataclass
 class AutoencoderJobConfig(RunConfig):
-    """Train an autoencoder: RGB from nothing, or RGBA from a trained RGB one."""
+    """Train an autoencoder: RGB from nothing, RGBA from a trained RGB one, or the decoder of either further."""
 
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)  # of an RGB one; RGBA takes `extend`'s
     extend: str | None = None  # weights of the RGB autoencoder that an RGBA one starts from
+    refine: str | None = None  # a trained autoencoder, RGB or RGBA, of which only the decoder learns: latents stay
     kl: float = 1e-4  # weight of the latents' divergence from a standard normal, per latent
     projection: float = 0.0  # weight of keeping latents near the best linear ones; 0: no such thing
     anchor: float = 1.0  # RGBA, unless projected: weight of keeping the RGB autoencoder's latents of opaque pictures,
@@ -164,8 +170,10 @@ class AutoencoderJobConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.extend is None:
-            _check_holes(self)
+        if self.extend is not None and self.refine is not None:
+            raise InputError(f"extend={self.extend} and refine={self.refine}: expected one of them; set the other null")
+        if self.extend is None and self.refine is None:
+            check_holes(self)
 
 
 @dataclass
@@ -176,11 +184,11 @@ class InpainterJobConfig(FlowJobConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_holes(self)
+        check_holes(self)
 
 
-def _check_holes(config: RunConfig) -> None:
-    """The jobs that start from nothing cut holes of random shapes into pictures, which scenes alone come with."""
+def check_holes(config: RunConfig) -> None:
+    """Raises `InputError` unless samples are scenes, which alone come with holes for some jobs to cut into pictures."""
     if config.data.source != "scenes":
         raise InputError(f"data.source is {config.data.source}; expected scenes, for this job")
 
@@ -193,7 +201,8 @@ JOBS: dict[str, type[Any]] = {
 # What may change when a run is continued: none of it changes what is trained (`compile` no more than rounding).
 RESUMABLE: frozenset[str] = frozenset(
     {
-        *("resume", "run_dir", "recompute", "compile", "shard_base", "pictures_at_once", "train.dry_run"),
+        *("resume", "run_dir", "recompute", "recompute_attention", "compile", "shard_base"),
+        *("pictures_at_once", "train.dry_run"),
         *("data.workers", "data.validation", "data.max_faulty"),
         *("train.checkpoint_every", "train.validate_every", "train.max_skipped", "train.strategy"),
     }

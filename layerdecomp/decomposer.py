@@ -330,7 +330,8 @@ class Decomposer(nn.Module):
             z_b, z_f = (unpack(tokens, *noise.shape[-2:]) for tokens in x.chunk(2, dim=1))
             background = self.autoencoder.decode(z_b[::draws], tiling=self.sample.tiling)
             foregrounds = self.rgba_autoencoder.decode(z_f, tiling=self.sample.tiling)
-        foreground = rearrange(foregrounds.float(), "(B E) C H W -> E B C H W", E=draws).median(0).values
+        ranked = rearrange(foregrounds.float(), "(B E) C H W -> E B C H W", E=draws).sort(dim=0).values
+        foreground = ranked[(draws - 1) // 2]  # `Tensor.median` has no deterministic form on a GPU
         return background.float().clamp(-1, 1), from_autoencoder(foreground, margin=self.sample.alpha_margin)
 
     def decompose(

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from layerdecomp.benchmark import TRAINING, count
+from layerdecomp.benchmark import TRAINING, count, recomputed
 from layerdecomp.config import DecomposerJobConfig, RunConfig
 from layerdecomp.decomposer import WeightFiles
 from layerdecomp.errors import InputError
@@ -34,7 +34,12 @@ def dry_run(config: RunConfig) -> str:
         raise InputError(f"train.dry_run counts a decomposer job; found job={config.job}")
     work = training_work(config)
     memory = training_memory(work)
-    other = training_memory(replace(work, recompute=0 if config.recompute else 1))
+    others = (replace(work, recompute=n, recompute_attention=again) for n, again in ((0, True), (1, False), (1, True)))
+    otherwise = [
+        f"{training_memory(other).step / 1e9:.1f} with {recomputed(other)}"
+        for other in others
+        if recomputed(other) != recomputed(work)
+    ]
     counts = linear_in_blocks(lambda depths: count(with_depths(work, depths)), work.model, work.recompute)
     encode = counts["encode image, mask, cues"] + counts["encode targets"]
     samples, average = config.train.global_batch, memory.trained * bool(config.train.ema)
@@ -45,11 +50,7 @@ def dry_run(config: RunConfig) -> str:
         ("gradients", memory.gradients, "float32"),
         ("optimizer", memory.optimizer, f"two averages in {config.optim.bits} bits; Muon has fewer"),
         ("running average", average, f"train.ema={config.train.ema:g}"),
-        (
-            "activations",
-            memory.step,
-            f"recompute={work.recompute}; {other.step / 1e9:.1f} with {1 - bool(work.recompute)}",
-        ),
+        ("activations", memory.step, "; ".join([recomputed(work), *otherwise])),
         ("or autoencoders'", memory.encode, f"pictures_at_once={work.pictures_at_once}; before the step"),
         ("together", memory.total + average, "with the larger of the last two; CUDA itself takes about 0.5 more"),
     ]
@@ -89,6 +90,7 @@ def training_work(config: DecomposerJobConfig) -> TrainingWork:
         batch_size=config.train.batch_size,
         text_tokens=1 if found.prompt is None else FLUX_TEXT_TOKENS,
         recompute=config.recompute,
+        recompute_attention=config.recompute_attention,
         lora=config.lora,
         fusion=config.fusion,
         model=_described(found.transformer, MMDiTConfig()),

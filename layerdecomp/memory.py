@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from layerdecomp.benchmark import META, BenchmarkConfig, Workload
 from layerdecomp.decomposer import cached_token_ids
+from layerdecomp.models import attention
 from layerdecomp.models.autoencoder import AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiTConfig
 from layerdecomp.quantization import BITS
@@ -91,8 +92,12 @@ class Peak(TorchDispatchMode):
 
 
 @contextmanager
-def norms_as_on_gpu() -> Iterator[None]:
-    """CUDA's autocast computes norms in float32, the CPU's does not: what they give and keep is larger there."""
+def as_on_gpu() -> Iterator[None]:
+    """What is counted on the CPU takes the precision that it has on a GPU.
+
+    CUDA's autocast computes norms in float32, the CPU's does not: what they give and keep is larger there. Attention
+    computes bf16 as it comes, while a CPU has it in float32: what it keeps is smaller there.
+    """
 
     def in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def computed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -102,13 +107,16 @@ def norms_as_on_gpu() -> Iterator[None]:
 
     # A function mode would be off where the backward pass computes blocks again.
     norms = {name: getattr(F, name) for name in ("layer_norm", "group_norm")}
+    slow_in_bfloat16 = attention.slow_in_bfloat16
     try:
+        attention.slow_in_bfloat16 = lambda device: False
         for name, norm in norms.items():
             setattr(F, name, in_float32(norm))
         yield
     finally:
         for name, norm in norms.items():
             setattr(F, name, norm)
+        attention.slow_in_bfloat16 = slow_in_bfloat16
 
 
 def parameter_counts(work: TrainingWork) -> dict[str, int]:
@@ -197,7 +205,7 @@ def _peaks(workload: Workload) -> tuple[int, int]:
         known = _materialise(workload)
         peaks = []
         for piece in ((workload.train,), (workload.encode, workload.encode_targets)):
-            with norms_as_on_gpu(), Peak(*known) as peak:
+            with as_on_gpu(), Peak(*known) as peak:
                 for run in piece:
                     run()
             peaks.append(peak.peak)

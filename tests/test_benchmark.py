@@ -47,6 +47,16 @@ def test_recomputing_costs_no_more_than_another_forward_pass() -> None:
     assert 0.5 * counts["one sampling step"] < counts["of it recomputed"] < counts["one sampling step"]
 
 
+def test_attention_that_is_kept_is_not_counted_again() -> None:
+    again, kept = (
+        count(BenchmarkConfig(**{**vars(SMALL), "recompute": 1, "recompute_attention": again}))
+        for again in (True, False)
+    )
+    model, tokens = SMALL.transformer, 2 * (SMALL.size // 16) ** 2 + SMALL.text_tokens + SMALL.fusion.num_queries
+    forward = 2 * 2 * tokens**2 * model.hidden_size * (model.depth + model.depth_single_blocks)
+    assert again["of it recomputed"] - kept["of it recomputed"] == forward
+
+
 def test_without_fusion() -> None:
     config = BenchmarkConfig(**{**vars(SMALL), "fusion": ContextFusionConfig(enabled=False)})
     counts, full = count(config), count(SMALL)

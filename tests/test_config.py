@@ -150,11 +150,12 @@ def test_changed_keys_are_listed(tmp_path: Path, override: str, said: str) -> No
         ("train.devices=1", "found train.devices=1 and train.nodes=1, expected several"),
         ("train.strategy=fsdp", "found train.strategy=fsdp; expected ddp"),
         ("quantize=int8", "found quantize=int8, .*expected null"),
+        ("recompute_attention=false", "found compile=true, recompute and recompute_attention=false"),
         ("evaluate.rows=[adapted,maskless]", "found maskless in evaluate.rows"),
     ],
 )
 def test_what_cannot_be_shared_out_is_told(override: str, message: str) -> None:
-    several = ["shard_base=true", "train.devices=2", "train.strategy=ddp"]
+    several = ["shard_base=true", "train.devices=2", "train.strategy=ddp", "compile=true", "recompute=1"]
     load_config(TINY, several)
     with pytest.raises(InputError, match=f"shard_base=true shares .*: {message}"):
         load_config(TINY, [*several, override])
@@ -167,6 +168,7 @@ def test_what_changes_no_result_may_change(tmp_path: Path) -> None:
             "resume": "x",
             "run_dir": "/y",
             "recompute": 2,
+            "recompute_attention": False,
             "compile": True,
             "shard_base": True,
             "pictures_at_once": 1,
@@ -178,6 +180,7 @@ def test_what_changes_no_result_may_change(tmp_path: Path) -> None:
         **{"train.checkpoint_every": 3, "train.validate_every": 3, "train.max_skipped": 3, "train.strategy": "ddp"},
     }
     assert values.keys() == RESUMABLE
+    assert changed_keys(load_config(TINY, [f"compile={values.pop('compile')}"]), tmp_path / "config.yaml") == {}
     several = ["train.devices=8", "train.batch_size=1"]  # for shard_base; a step has the same samples
     changed = load_config(TINY, [*several, *(f"{key}={value}" for key, value in values.items())])
     assert changed_keys(changed, tmp_path / "config.yaml") == {}

@@ -27,6 +27,9 @@ def test_a_model_is_the_one_in_its_file_or_else_the_published_one(tiny_weights: 
     work = training_work(config)
     assert (work.model, work.rgb, work.text_tokens) == (MMDiTConfig(), AutoencoderConfig(), 512)
     assert (work.quantize, work.bits, work.recompute, work.pictures_at_once) == ("nf4", 8, 1, 1)
+    assert (
+        work.recompute_attention and not training_work(load_config(CONFIGS / "flux_fill_80gb.yaml")).recompute_attention
+    )
     config.quantize, config.shard_base, config.train.nodes = None, True, 2
     assert training_work(config).shards == 16
     config.weights.transformer = str(tiny_weights / "transformer.safetensors")

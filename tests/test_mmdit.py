@@ -11,6 +11,7 @@ import torch
 from reference import build_reference_transformer, randomize, relative_error
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.utils.flop_counter import FlopCounterMode
 
 from layerdecomp.conditioning import position_ids
 from layerdecomp.errors import InputError
@@ -24,6 +25,8 @@ TINY = MMDiTConfig(
 )  # fmt: skip
 
 Inputs = dict[str, Tensor]
+ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+ONE_EACH = {ATTENTION_ON_CPU: lambda *args, **kwargs: 1}  # for a counter of operations: counts calls
 
 
 def build(config: MMDiTConfig = TINY) -> MMDiT:
@@ -142,7 +145,7 @@ def adapted_gradients(model: MMDiT, x: Inputs, wrapped: nn.Module | None = None)
     return [velocity.detach(), img.grad, *gradients]
 
 
-@pytest.mark.parametrize("how", ["plain", "recompute", "ddp"])
+@pytest.mark.parametrize("how", ["plain", "recompute", "keep attention", "ddp"])
 def test_compiled_blocks_equal_eager_ones_at_any_size(fresh_compiler: None, how: str) -> None:
     """As the compiler traces and differentiates them; `test_blocks` has one block compiled down to machine code."""
     model = build(replace(TINY, depth=2, depth_single_blocks=2)).requires_grad_(False)
@@ -151,7 +154,7 @@ def test_compiled_blocks_equal_eager_ones_at_any_size(fresh_compiler: None, how:
     sizes = [inputs(height=height, width=width, text=text) for height, width, text in ((3, 5, 7), (4, 6, 5), (2, 7, 3))]
     expected, names = [adapted_gradients(model, x) for x in sizes], list(model.state_dict())
     model.compile_blocks(backend="aot_eager" if how == "plain" else "eager")  # eager: traced alone, which is quick
-    model.recompute = int(how == "recompute")
+    model.recompute, model.recompute_attention = int(how in ("recompute", "keep attention")), how != "keep attention"
     wrapped: nn.Module = model
     if how == "ddp":
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -161,6 +164,10 @@ def test_compiled_blocks_equal_eager_ones_at_any_size(fresh_compiler: None, how:
         for compiled, one in zip(adapted_gradients(model, x, wrapped), eager, strict=True):
             assert relative_error(compiled, one) < 1e-5
         counts.append(counters["stats"]["unique_graphs"])
+    if model.recompute:
+        with FlopCounterMode(display=False, custom_mapping=ONE_EACH) as runs:
+            adapted_gradients(model, sizes[-1], wrapped)
+        assert runs.get_flop_counts()["Global"][ATTENTION_ON_CPU] == (8 if model.recompute_attention else 4)
     assert 0 < counts[0] < counts[1] == counts[2], "code for the first size, then code for all"
     # One for each kind of block, and one for the first block, whose text needs no gradient.
     assert counts[0] == 3 and list(model.state_dict()) == names
@@ -215,6 +222,22 @@ def test_sizes_that_do_not_fit_are_told(wrong: dict[str, Any]) -> None:
     (key,) = wrong
     with pytest.raises(InputError, match=key):
         replace(TINY, **wrong)
+
+
+@pytest.mark.parametrize("recompute", [1, 2])
+@pytest.mark.parametrize("again", [True, False])
+def test_attention_is_run_twice_or_kept(recompute: int, again: bool) -> None:
+    model, x = build().requires_grad_(False), inputs()
+    inject_lora(model, LoRAConfig(rank=2))
+    randomize(model)
+    straight = adapted_gradients(model, x)
+    model.recompute, model.recompute_attention = recompute, again
+    with FlopCounterMode(display=False, custom_mapping=ONE_EACH) as runs:
+        recomputed = adapted_gradients(model, x)
+    counts = runs.get_flop_counts()["Global"]
+    blocks = 5 + (0 if not again else 5 if recompute == 1 else 3)
+    assert counts[ATTENTION_ON_CPU] == blocks
+    assert all(torch.equal(a, b) for a, b in zip(straight, recomputed, strict=True))
 
 
 @pytest.mark.parametrize(("recompute", "share"), [(1, 0.25), (2, 0.75)])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from layerdecomp.training import muon
 from layerdecomp.training.muon import Muon, orthogonalized
 
 RATE = 3e-3
@@ -36,6 +37,21 @@ def test_singular_vectors_stay_and_values_become_about_1(shape: tuple[int, int])
 def test_the_size_of_a_gradient_does_not_matter() -> None:
     torch.testing.assert_close(orthogonalized(1e-4 * normal(8, 32)), orthogonalized(normal(8, 32)), atol=1e-3, rtol=0)
     assert not orthogonalized(torch.zeros(4, 5)).any()
+
+
+def test_matrices_of_one_shape_are_stepped_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stepped(stacked: int) -> list[Tensor]:
+        monkeypatch.setattr(muon, "STACKED", stacked)
+        weights = [nn.Parameter(normal(*shape, seed=i)) for i, shape in enumerate([(8, 24), (24, 8), (8, 24), (8, 24)])]
+        optimizer = Muon(weights, [], RATE)
+        for seed in range(3):
+            for i, weight in enumerate(weights[: 4 - seed]):  # some without a gradient
+                weight.grad = normal(*weight.shape, seed=10 * seed + i)
+            optimizer.step()
+        return weights
+
+    for a, b in zip(stepped(1 << 24), stepped(1), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
 
 
 def test_a_step_of_a_matrix_is_as_large_as_adams() -> None:

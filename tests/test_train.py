@@ -252,6 +252,20 @@ def test_autoencoder_chain(tmp_path: Path) -> None:
     assert "alpha_l1" in json.loads((rgba / "metrics.json").read_text())["results"]["autoencoder"]
 
 
+@pytest.mark.parametrize("name", ["autoencoder", "rgba_autoencoder"])
+def test_a_refined_autoencoder_has_the_latents_that_it_had(tmp_path: Path, tiny_weights: Path, name: str) -> None:
+    weights = tiny_weights / f"{name}.safetensors"
+    settings = [f"refine={weights}", "extend=null", "train.steps=4", "optim.warmup=0", f"run_dir={tmp_path}/refined"]
+    refined = load_file(run(f"tiny_{name}", *SMALL, *settings) / "autoencoder.safetensors")
+    changed = {key.split(".")[0] for key, tensor in load_file(weights).items() if not torch.equal(refined[key], tensor)}
+    assert changed == {"decoder"}
+
+
+def test_one_autoencoder_cannot_be_extended_and_refined(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected one of them"):
+        run("tiny_rgba_autoencoder", "refine=other.safetensors", f"run_dir={tmp_path}/none")
+
+
 def test_composite_error_is_the_mean_over_backgrounds() -> None:
     decoded, target = torch.rand(2, 2, 4, 5, 6, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mean = torch.tensor(BACKGROUND_MEAN).view(3, 1, 1)

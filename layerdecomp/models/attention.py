@@ -42,6 +42,11 @@ def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
+def slow_in_bfloat16(device: torch.device) -> bool:
+    """Whether attention had better compute bf16 in float32: its backward pass takes several times as long on CPUs."""
+    return device.type == "cpu"
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Softmax attention with the heads merged again.
 
@@ -53,7 +58,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) ->
     Returns:
         (B, L, heads * head_dim).
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # whose backward pass takes several times as long there
+    if slow_in_bfloat16(q.device) and q.dtype == torch.bfloat16:
         with torch.autocast("cpu", enabled=False):
             x = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(q.dtype)
     else:

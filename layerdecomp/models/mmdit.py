@@ -4,12 +4,13 @@ Architecture: https://github.com/black-forest-labs/flux and Esser et al. 2024 (a
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from layerdecomp.errors import InputError
 from layerdecomp.models.attention import rope
@@ -57,6 +58,31 @@ class MMDiTConfig:
             )
 
 
+# What scaled-dot-product attention is on a device, whichever kernel it takes.
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Which operations' results a block keeps for the backward pass, where it computes all others again."""
+    # The meta device has no such kernel; its attention is a block's only batched products.
+    kept = operation in ATTENTION or (operation is torch.ops.aten.bmm.default and args[0].is_meta)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def recomputed_but_attention(block: nn.Module, *inputs: Tensor) -> Any:
+    """A block's output; the backward pass will compute again what it needs of the block, but not attention."""
+    contexts = partial(create_selective_checkpoint_contexts, keep_attention)
+    # With a module's hooks, which gather its weights where they are shared out, unless it is being compiled with this.
+    run = block.forward if torch.compiler.is_compiling() else block
+    return checkpoint(run, *inputs, use_reentrant=False, context_fn=contexts)
+
+
 class MMDiT(nn.Module):
     """Predicts the velocity of packed image tokens, given text tokens, time, guidance and a pooled text vector."""
 
@@ -64,6 +90,8 @@ class MMDiT(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = 0  # every how many blocks activations are recomputed in training: 1 all, 0 none
+        self.recompute_attention = True  # with the rest of such a block; False: what attention gives is kept
+        self._but_attention = recomputed_but_attention
         self._rotary: tuple[tuple[Tensor, Tensor, int] | None, Tensor] = None, torch.empty(0)
         size = config.hidden_size
         self.img_in = nn.Linear(config.in_channels, size)
@@ -126,9 +154,11 @@ class MMDiT(nn.Module):
 
     def _run(self, number: int, block: nn.Module, *inputs: Tensor) -> Any:
         """A block's output; where it is one of those, the backward pass will compute it again instead of keeping it."""
-        if self.recompute and number % self.recompute == 0 and torch.is_grad_enabled():
+        if not (self.recompute and number % self.recompute == 0 and torch.is_grad_enabled()):
+            return block(*inputs)
+        if self.recompute_attention:
             return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+        return self._but_attention(block, *inputs)
 
     def _rotary_table(self, img_ids: Tensor, txt_ids: Tensor, fused: int) -> Tensor:
         """What `rope` makes of the positions of all tokens; made once for as long as the same tensors come."""
@@ -148,6 +178,8 @@ class MMDiT(nn.Module):
         """
         for block in (*self.double_blocks, *self.single_blocks):
             block.compile(backend=backend)
+        # Within compiled code, which attention is a part of, it is for the compiler to keep what attention gives.
+        self._but_attention = torch.compile(recomputed_but_attention, backend=backend)
 
     def embed_condition(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
         """Sum of the embeddings of time (B,), pooled text (B, vec_in_dim) and guidance (B,): (B, D)."""

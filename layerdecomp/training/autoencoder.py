@@ -1,4 +1,4 @@
-"""Training an autoencoder: RGB from nothing, or RGBA from a trained RGB one."""
+"""Training an autoencoder: RGB from nothing, RGBA from a trained RGB one, or the decoder of either further."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerdecomp.config import AutoencoderJobConfig
+from layerdecomp.config import AutoencoderJobConfig, check_holes
 from layerdecomp.data.datamodule import collate, open_samples
 from layerdecomp.evaluation import Share
 from layerdecomp.imaging.compositing import from_autoencoder, on_checkerboard, to_autoencoder
@@ -39,30 +39,39 @@ def composite_error(decoded: Tensor, target: Tensor) -> Tensor:
 
 
 class AutoencoderJob(Job):
-    """Squared error, a little Kullback-Leibler divergence; an RGBA one also stays in the RGB one's latent space."""
+    """Squared error, a little Kullback-Leibler divergence; an RGBA one also stays in the RGB one's latent space.
+
+    With `refine`, latents stay as they are: the decoder learns alone, from the reconstruction.
+    """
 
     run: AutoencoderJobConfig
 
     def __init__(self, config: AutoencoderJobConfig) -> None:
         super().__init__(config)
         self.teacher: Autoencoder | None = None
-        if config.extend is not None:
+        if config.refine is not None:
+            self.autoencoder = load_autoencoder(config.refine)
+            self.autoencoder.decoder.requires_grad_(True)
+        elif config.extend is not None:
             self.teacher = load_autoencoder(config.extend)
             self.autoencoder = extend_to_rgba(self.teacher).requires_grad_(True)
         else:
             self.autoencoder = Autoencoder(config.model)
             self.autoencoder.init_weights()
-        self.projection = self._fit_projection() if config.projection else None
+        self.rgba = self.autoencoder.config.in_channels == 4
+        if not self.rgba:
+            check_holes(config)
+        self.projection = self._fit_projection() if config.projection and config.refine is None else None
         self.to(memory_format=torch.channels_last)
 
     @property
     def frozen_files(self) -> list[str]:
-        return [] if self.run.extend is None else [self.run.extend]
+        return [path for path in (self.run.extend, self.run.refine) if path is not None]
 
     def pictures(self, batch: dict[str, Tensor]) -> Tensor:
         """What an autoencoder of this kind has to reproduce, (B, 3 or 4, H, W) in [-1, 1]."""
         rare = self._rare(batch)
-        if self.teacher is None:  # some with a hole, as the transformer's context has
+        if not self.rgba:  # some with a hole, as the transformer's context has
             pictures = batch["image"] * (1 - batch["inpaint_mask"] * rare)
         else:  # some opaque
             opaque = F.pad(batch["image"], (0, 0, 0, 0, 0, 1), value=1.0)
@@ -75,22 +84,29 @@ class AutoencoderJob(Job):
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         pictures = self.pictures(batch)
-        mean, log_variance = self.autoencoder.posterior(pictures)
+        with torch.set_grad_enabled(self.run.refine is None and torch.is_grad_enabled()):
+            mean, log_variance = self.autoencoder.posterior(pictures)
         decoded = self.autoencoder.decoder(mean + self._deviation(mean, log_variance, batch["position"])).float()
-        losses = {"kl": 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).float().mean()}
-        loss = self.run.kl * losses["kl"]
+        losses = self._reconstruction_losses(decoded, pictures)
+        if self.run.refine is not None:
+            return losses
+        losses["kl"] = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).float().mean()
+        losses["loss"] = losses["loss"] + self.run.kl * losses["kl"]
         if self.projection is not None:
             losses["projection"] = self.projection.error(mean, pictures)
-            loss = loss + self.run.projection * losses["projection"]
-        if self.teacher is None:
-            losses["mse"] = F.mse_loss(decoded, pictures)
-            return {"loss": loss + losses["mse"], **losses}
-        losses["composite"] = composite_error(decoded, pictures)
-        losses["alpha"] = F.l1_loss(decoded[:, 3], pictures[:, 3])
-        if self.projection is None:
+            losses["loss"] = losses["loss"] + self.run.projection * losses["projection"]
+        elif self.rgba:
             losses["anchor"] = self._anchor(pictures, mean, self._rare(batch).flatten())
-            loss = loss + losses["anchor"]
-        return {"loss": loss + losses["composite"] + 0.5 * losses["alpha"], **losses}
+            losses["loss"] = losses["loss"] + losses["anchor"]
+        return losses
+
+    def _reconstruction_losses(self, decoded: Tensor, pictures: Tensor) -> dict[str, Tensor]:
+        if not self.rgba:
+            error = F.mse_loss(decoded, pictures)
+            return {"loss": error, "mse": error}
+        composite = composite_error(decoded, pictures)
+        alpha = F.l1_loss(decoded[:, 3], pictures[:, 3])
+        return {"loss": composite + 0.5 * alpha, "composite": composite, "alpha": alpha}
 
     def _deviation(self, mean: Tensor, log_variance: Tensor, positions: Sequence[int]) -> Tensor:
         """How far the decoded latents lie from their mean: a draw from the posterior, and `noise` of a random level."""
@@ -100,7 +116,6 @@ class AutoencoderJob(Job):
 
     def _fit_projection(self) -> BlockProjection:
         pictures = self.pictures(self._training_scenes(256))
-        config = self.autoencoder.config
         config = self.autoencoder.config
         if self.teacher is None:
             return BlockProjection.fit(pictures, config.z_channels, config.factor)
@@ -131,7 +146,7 @@ class AutoencoderJob(Job):
         if share.rank > 0:  # a few scenes, which one rank does as soon
             return
         self.autoencoder.eval()
-        if self.teacher is None:
+        if self.run.extend is None and self.run.refine is None:
             self.normalise_latents()
         pictures = self.pictures(self.held_out())
         with torch.no_grad():

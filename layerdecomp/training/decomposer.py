@@ -40,6 +40,7 @@ class DecomposerJob(FlowJob):
         methods(None, config.evaluate)  # so that a row which cannot be drawn is an error now
         self.metrics = LayerMetrics(open_networks(config.evaluate.measure).measures)
         self.decomposer.transformer.recompute = config.recompute
+        self.decomposer.transformer.recompute_attention = config.recompute_attention
         if config.compile:
             self.decomposer.transformer.compile_blocks()
         for autoencoder in (self.decomposer.autoencoder, self.decomposer.rgba_autoencoder):

@@ -227,7 +227,8 @@ def fitting_settings(loss: Callable[[int], Tensor], parameters: Sequence[Tensor]
         size //= 2
     return (
         f"tried: not even train.batch_size=1 fits beside what is kept ({_gibibytes(beside)} of optimizer); set "
-        "recompute=1, lower the size of the pictures or lora.rank, or take a device with more memory"
+        "recompute=1 recompute_attention=true, lower the size of the pictures or lora.rank, "
+        "or take a device with more memory"
     )
 
 

@@ -31,6 +31,7 @@ class InpainterJob(FlowJob):
         self.transformer = MMDiT(config.model)
         self.transformer.init_weights()
         self.transformer.recompute = config.recompute
+        self.transformer.recompute_attention = config.recompute_attention
         if config.compile:
             self.transformer.compile_blocks()
         self.prompt = Prompt.load(config.weights.prompt, self.transformer)

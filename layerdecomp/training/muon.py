@@ -1,13 +1,16 @@
 """Muon: steps of hidden matrices in orthogonal directions; everything else by Adam."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
+
+STACKED = 1 << 24  # numbers of matrices of one shape that are made orthogonal at once
 
 
 class Muon(Optimizer):
@@ -44,24 +47,31 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            update = self._orthogonal if group["update"] == "muon" else self._adam
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.sub_(update(parameter, parameter.grad, group), alpha=group["lr"])
+            moved = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if group["update"] == "muon":
+                for alike in _stacks(moved):
+                    self._orthogonal_step(alike, group)
+            else:
+                for parameter in moved:
+                    parameter.sub_(self._adam(parameter, parameter.grad, group), alpha=group["lr"])
         return loss
 
-    def _state(self, parameter: Parameter, *averages: str) -> dict[str, Any]:
+    def _state(self, parameter: Tensor, *averages: str) -> dict[str, Any]:
         """What is kept of a parameter; the averages start at zero."""
         state: dict[str, Any] = self.state[parameter]
         if not state:
             state |= {name: torch.zeros_like(parameter) for name in averages}
         return state
 
-    def _orthogonal(self, parameter: Parameter, gradient: Tensor, group: dict[str, Any]) -> Tensor:
-        average = self._state(parameter, "average")["average"]
-        average.lerp_(gradient, 1 - group["momentum"])
-        direction = orthogonalized(gradient.lerp(average, group["momentum"]))  # Nesterov's look ahead
-        return 0.2 * math.sqrt(max(parameter.shape)) * direction
+    def _orthogonal_step(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
+        """Steps matrices of one shape, whose many small products become a few large ones."""
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
+        averages = [self._state(matrix, "average")["average"] for matrix in matrices]
+        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov's look ahead
+        directions = orthogonalized(torch.stack(ahead))
+        size = 0.2 * math.sqrt(max(directions.shape[1:]))
+        torch._foreach_sub_(matrices, [*directions.unbind()], alpha=group["lr"] * size)
 
     def _adam(self, parameter: Parameter, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         state = self._state(parameter, "average", "squares")
@@ -73,18 +83,26 @@ class Muon(Optimizer):
         return average / (1 - beta1 ** state["step"]) / deviation
 
 
+def _stacks(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Lists of matrices of one shape, each of which has at most `STACKED` numbers or one matrix."""
+    for shape, group in groupby(sorted(matrices, key=lambda matrix: matrix.shape), key=lambda matrix: matrix.shape):
+        alike, count = list(group), max(1, STACKED // shape.numel())
+        yield from (alike[i : i + count] for i in range(0, len(alike), count))
+
+
 def orthogonalized(matrix: Tensor, steps: int = 5) -> Tensor:
-    """A matrix (rows, columns) with the singular vectors of the given one and all singular values near 1.
+    """A matrix (..., rows, columns) with the singular vectors of the given one and all singular values near 1.
 
     A quintic Newton-Schulz iteration with Jordan's coefficients: values end between about 0.7 and 1.2. Every step
     multiplies by a polynomial of x x^T, so that all but the first and the last product are of the smaller side only.
     """
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / (x.norm() + 1e-7)
-    gram = x @ x.T
-    product = identity = torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    gram = x @ x.mT
+    product = identity = torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype).expand_as(gram)
     for _ in range(steps):
         factor = 3.4445 * identity - 4.775 * gram + 2.0315 * gram @ gram
         product, gram = factor @ product, factor @ gram @ factor
     x = product @ x
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+    return x.mT if tall else x

@@ -1,0 +1,205 @@
+"""On a GPU: the same numbers as on the CPU and as diffusers', by every kernel, compiled or not; no step waits for it.
+
+All of it is left out where there is no GPU: `make test ARGS=tests/test_cuda.py` on a machine that has one.
+"""
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import RGB, fill
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from layerdecomp.benchmark import BenchmarkConfig, Workload
+from layerdecomp.config import load_config
+from layerdecomp.decomposer import mixed_precision
+from layerdecomp.memory import TrainingWork, _memory
+from layerdecomp.models.attention import attention
+from layerdecomp.models.autoencoder import Autoencoder
+from layerdecomp.quantization import BITS, quantized
+from layerdecomp.reference import NAMES, Side, differences, pair, random_inputs
+from layerdecomp.training.base import Job
+from layerdecomp.training.runs import train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+ROOT = Path(__file__).resolve().parent.parent
+CUDA = torch.device("cuda")
+WORK = BenchmarkConfig(size=256, scale=0.1, text_tokens=64, repeats=1)
+WORK.lora.rank, WORK.fusion.num_queries = 16, 32
+# Of the largest value: rounding in each precision, several times over.
+ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
+PRECISIONS = pytest.mark.parametrize("dtype", list(ROUNDING))
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    """The largest difference, as a share of the largest value."""
+    return ((a.double().cpu() - b.double().cpu()).abs().max() / b.double().abs().max().cpu()).item()
+
+
+def gradients(workload: Workload) -> list[Tensor]:
+    """Of everything that a training step trains."""
+    workload.train()
+    trained = [parameter for parameter in workload.decomposer.parameters() if parameter.requires_grad]
+    found = [parameter.grad.clone() for parameter in trained if parameter.grad is not None]
+    assert len(found) == len(trained)
+    workload.decomposer.zero_grad()
+    return found
+
+
+@PRECISIONS
+def test_the_transformer_is_diffusers(dtype: torch.dtype) -> None:
+    ours, theirs = pair(WORK, CUDA, dtype)
+    found = differences(Side(ours), Side(theirs, NAMES), random_inputs(WORK, ours))
+    print({name: f"{value:.1e}" for name, value in found.items()})
+    assert 0 < max(found.values()) < ROUNDING[dtype]
+
+
+@PRECISIONS
+@pytest.mark.parametrize("backend", ["FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"])
+def test_every_attention_is_the_same(backend: str, dtype: torch.dtype) -> None:
+    if dtype == torch.float32 and backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
+        return  # which are for half precision
+    q, k, v = torch.randn(3, 2, 4, 200, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with sdpa_kernel(SDPBackend.__members__[backend]):
+        found = attention(q.cuda(), k.cuda(), v.cuda())
+    assert apart(found, attention(q.double(), k.double(), v.double())) < ROUNDING[dtype]
+
+
+@PRECISIONS
+def test_the_autoencoder_is_that_of_the_cpu(dtype: torch.dtype) -> None:
+    model = Autoencoder(RGB)
+    fill(model, 0)
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        z = model.encode(x)
+        expected = z, model.decode(z)
+        model = model.cuda().to(dtype)
+        found = model.encode(x.cuda().to(dtype)), model.decode(z.cuda().to(dtype))
+    for a, b in zip(found, expected, strict=True):
+        assert apart(a, b) < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("change", ["compiled", "recomputed", "both"])
+def test_gradients_do_not_go_by_how_they_are_computed(change: str) -> None:
+    torch.manual_seed(0)
+    workload = Workload(WORK, CUDA, torch.bfloat16)
+    for name, parameter in workload.decomposer.named_parameters():
+        if name.endswith("lora_B.weight"):  # else the gradients of A are zero
+            torch.nn.init.normal_(parameter, std=0.02)
+    expected = gradients(workload)
+    if change != "recomputed":
+        workload.decomposer.transformer.compile_blocks()
+    workload.decomposer.transformer.recompute = int(change != "compiled")
+    found = gradients(workload)
+    assert max(apart(a, b) for a, b in zip(found, expected, strict=True)) < ROUNDING[torch.bfloat16]
+
+
+@pytest.mark.parametrize("name", BITS)
+def test_a_quantised_layer_is_that_of_the_cpu(name: str) -> None:
+    weight = torch.randn(128, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = torch.randn(32, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found = F.linear(x.cuda(), quantized(weight.cuda(), name))
+    expected = F.linear(x, quantized(weight, name))
+    assert apart(found, expected) < ROUNDING[torch.bfloat16]
+
+
+@pytest.mark.parametrize("recompute", [0, 1])
+def test_counted_memory_is_what_the_allocator_gives(recompute: int) -> None:
+    work = TrainingWork(
+        size=512, scale=1.0, recompute=recompute, model=replace(WORK.transformer, hidden_size=1536, num_heads=12)
+    )
+    workload = Workload(work, CUDA, torch.bfloat16)
+    for parameter in workload.decomposer.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    workload.train()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    workload.train()
+    measured, counted = torch.cuda.max_memory_allocated() - before, _memory(work).step
+    print(f"recompute={recompute}: counted {counted / 1e9:.3f} GB, measured {measured / 1e9:.3f} GB")
+    assert measured == pytest.approx(counted, rel=0.05)
+
+
+def settings(overrides: list[str], run_dir: Path, *more: str) -> list[str]:
+    few = ["data.validation=1", "evaluate.samples=1", "sample.steps=1", "evaluate.rows=[adapted]"]
+    return [*overrides, *few, "train.steps=6", "train.validate_every=6", f"run_dir={run_dir}", *more]
+
+
+def losses(run_dir: Path) -> list[float]:
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    return [event.value for event in events.Scalars("train/loss")]
+
+
+def test_training_has_the_losses_of_the_cpu(
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for device in ("cuda", "cpu"):
+        with monkeypatch.context() as patch:
+            if device == "cpu":
+                patch.setattr(torch.cuda, "is_available", lambda: False)
+                patch.setattr(torch.cuda, "device_count", lambda: 0)
+            chosen = settings(tiny_overrides, tmp_path / device, "train.precision=32-true", "optim.muon=false")
+            train(load_config(ROOT / "configs" / "tiny.yaml", chosen))
+        found.append(losses(tmp_path / device))
+    assert found[0] == pytest.approx(found[1], rel=2e-4)
+
+
+def test_a_continued_run_is_the_straight_one(tiny_overrides: list[str], tmp_path: Path) -> None:
+    def run(name: str, *more: str) -> dict[str, Tensor]:
+        chosen = settings(
+            tiny_overrides, tmp_path / name, "train.deterministic=true", "train.checkpoint_every=3", *more
+        )
+        train(load_config(ROOT / "configs" / "tiny.yaml", chosen))
+        return load_file(tmp_path / name / "adapter.safetensors")
+
+    straight = run("straight")
+    checkpoint = tmp_path / "straight" / "previous.ckpt"  # of step 3
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 3
+    continued = run("continued", f"resume={checkpoint}")
+    assert all(torch.equal(straight[name], continued[name]) for name in straight)
+    torch.use_deterministic_algorithms(False)
+
+
+def test_no_step_waits_for_the_device(
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts, ends, waits = Job.on_train_batch_start, Job.on_train_batch_end, list[str]()
+
+    def start(self: Job, batch: dict[str, Any], index: int) -> None:
+        if 1 <= self.global_step <= 4:  # neither the first, which makes tables, nor the last, which is saved
+            torch.cuda.set_sync_debug_mode("warn")
+        starts(self, batch, index)
+
+    def end(self: Job, *args: Any) -> None:
+        ends(self, *args)
+        torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Job, "on_train_batch_start", start)
+    monkeypatch.setattr(Job, "on_train_batch_end", end)
+    chosen = settings(tiny_overrides, tmp_path / "run", "optim.muon=false", "train.checkpoint_every=6")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        train(load_config(ROOT / "configs" / "tiny.yaml", chosen))
+    waits += [f"{w.filename}:{w.lineno}" for w in told if "synchronizing CUDA operation" in str(w.message)]
+    assert not waits, waits
+
+
+def test_sampling_in_bf16_is_near_float32() -> None:
+    torch.manual_seed(0)
+    workload = Workload(WORK, CUDA, torch.float32)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        workload.decomposer.autoencoder.to(dtype)
+        with torch.no_grad(), mixed_precision(workload.decomposer.autoencoder):
+            found.append(workload.decomposer.velocity(workload.z, workload.context, workload.t))
+    assert 0 < apart(found[1], found[0]) < ROUNDING[torch.bfloat16]
