@@ -19,7 +19,15 @@ from layerdecomp.conditioning import ConditioningConfig
 from layerdecomp.data.datamodule import DataConfig, Samples, open_samples
 from layerdecomp.data.scenes import Scenes
 from layerdecomp.data.testset import OBJECTS, TestFolder, drawn_samples, export_samples, name_of, test_objects
-from layerdecomp.decomposer import Decomposer, DecomposerConfig, at_its_size, build_decomposer, inpaint, latent_noise
+from layerdecomp.decomposer import (
+    Decomposer,
+    DecomposerConfig,
+    FrozenBase,
+    at_its_size,
+    build_decomposer,
+    inpaint,
+    latent_noise,
+)
 from layerdecomp.errors import InputError, check_at_least
 from layerdecomp.evaluation import (
     Evaluation,
@@ -76,7 +84,7 @@ class Models:
     """What the rows with a model need."""
 
     decomposer: Decomposer
-    base: MMDiT
+    base: MMDiT | FrozenBase
     files: Mapping[str, str] = field(default_factory=dict)  # what they come from: name -> sha256
     quantize: str | None = None  # the format of both transformers' frozen weights
 
@@ -130,7 +138,7 @@ def _model_methods(models: Models, config: EvaluateConfig) -> dict[str, Method]:
     def noise(batch: Mapping[str, Tensor], layers: int) -> Tensor:
         return latent_noise(decomposer.autoencoder, batch["image"], config.seed, batch["index"].tolist(), layers)
 
-    def inpainting(base: MMDiT, conditioning: ConditioningConfig) -> Method:
+    def inpainting(base: MMDiT | FrozenBase, conditioning: ConditioningConfig) -> Method:
         base = base.to(device).eval()
 
         def draw(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -167,7 +175,7 @@ def maskless_weights(config: EvaluateConfig) -> Path:
     return path
 
 
-def _load_maskless(config: EvaluateConfig, base: MMDiT) -> MMDiT:
+def _load_maskless(config: EvaluateConfig, base: MMDiT | FrozenBase) -> MMDiT:
     """The maskless base, if it goes with the autoencoder and the prompt of the base that was adapted."""
     path, weight = maskless_weights(config), next(base.parameters())
     maskless = load_mmdit(path, dtype=weight.dtype, device=str(weight.device))

@@ -129,12 +129,30 @@ class DecomposerJobConfig(FlowJobConfig, DecomposerConfig):
 
     training_guidance: float = 1.0  # the scale fed to guidance-distilled models while they are adapted
     quantize: str | None = None  # the frozen transformer's matrices: int8, fp8 or nf4; null: as they compute
+    shard_base: bool = False  # shared out among the processes, where a card cannot hold the frozen transformer
     pictures_at_once: int = 0  # that an autoencoder encodes, to save memory; 0: all of a batch
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(0, self, "", "pictures_at_once")
         check_format(self.quantize)
+        if self.shard_base:
+            self._check_sharding()
+
+    def _check_sharding(self) -> None:
+        train, rule = self.train, "shard_base=true shares the frozen transformer out among the processes of a run: "
+        if train.devices * train.nodes == 1:
+            raise InputError(f"{rule}found train.devices=1 and train.nodes=1, expected several; set shard_base=false")
+        if train.strategy not in ("auto", "ddp"):
+            raise InputError(f"{rule}found train.strategy={train.strategy}; expected ddp, for what is trained")
+        if self.quantize is not None:
+            raise InputError(f"{rule}found quantize={self.quantize}, whose tensors cannot be cut; expected null")
+        if self.compile and self.recompute and not self.recompute_attention:
+            raise InputError(
+                f"{rule}found compile=true, recompute and recompute_attention=false; expected not all three"
+            )
+        if "maskless" in self.evaluate.rows:
+            raise InputError(f"{rule}found maskless in evaluate.rows, a second one on every card; leave it out")
 
 
 @dataclass
@@ -183,7 +201,8 @@ JOBS: dict[str, type[Any]] = {
 # What may change when a run is continued: none of it changes what is trained (`compile` no more than rounding).
 RESUMABLE: frozenset[str] = frozenset(
     {
-        *("resume", "run_dir", "recompute", "recompute_attention", "compile", "pictures_at_once", "train.dry_run"),
+        *("resume", "run_dir", "recompute", "recompute_attention", "compile", "shard_base"),
+        *("pictures_at_once", "train.dry_run"),
         *("data.workers", "data.validation", "data.max_faulty"),
         *("train.checkpoint_every", "train.validate_every", "train.max_skipped", "train.strategy"),
     }

@@ -43,7 +43,7 @@ from layerdecomp.models.autoencoder import Autoencoder, Tiling
 from layerdecomp.models.blocks import autocast_device
 from layerdecomp.models.context_fusion import ContextFusion, ContextFusionConfig
 from layerdecomp.models.depth import DepthEstimator
-from layerdecomp.models.lora import LoRAConfig, inject_lora, merge_lora
+from layerdecomp.models.lora import LoRAConfig, inject_lora, merge_lora, without_lora
 from layerdecomp.models.mmdit import MMDiT
 from layerdecomp.sampling import Progress, euler, schedule
 from layerdecomp.weights import (
@@ -189,6 +189,29 @@ class Prepared:
         """The layers (1, 3 or 4, H, W), straight, as pixels."""
         rgba = torch.cat([foreground[:, :3], 2 * foreground[:, 3:] - 1], dim=1)
         return Layers(self.pixels, self.mask, to_pixels(background[0]), to_pixels(rgba[0]))
+
+
+class FrozenBase(nn.Module):
+    """A transformer as it was before it was adapted: without its LoRA, behind the input projection that it had.
+
+    There is no second copy of anything else, so that what the transformer's weights are (quantised, shared out among
+    processes) does not matter. It is not to be used while the transformer runs, or once its LoRA is merged.
+    """
+
+    def __init__(self, adapted: MMDiT, img_in: nn.Linear) -> None:
+        super().__init__()
+        self.config, self.adapted, self.img_in = adapted.config, adapted, img_in
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """As `MMDiT.forward`."""
+        own, self.adapted.img_in = self.adapted.img_in, self.img_in
+        try:
+            # Blocks that are compiled would be compiled once more.
+            with without_lora(self.adapted), torch.compiler.set_stance("force_eager"):
+                velocity: Tensor = self.adapted(**inputs)
+        finally:
+            self.adapted.img_in = own
+        return velocity
 
 
 class Decomposer(nn.Module):
@@ -404,14 +427,14 @@ class Decomposer(nn.Module):
         """Fills in the trained tensors; `InputError` unless they are exactly those of this model."""
         copy_tensors(path, adapter.tensors, self.adapter({}).tensors, "this decomposer")
 
-    def frozen_base(self, path: str | Path) -> MMDiT:
+    def frozen_base(self, path: str | Path) -> "FrozenBase":
         """The base in the file at `path` that was adapted; it shares all weights but its input projection's."""
         base, layout = empty_mmdit(path, self.transformer.config)
         dtype, device = next(self.autoencoder.parameters()).dtype, self.prompt.vec.device
-        readers, shared = open_state(base, path, str(device), layout), self.transformer.state_dict()
-        own = {name: read().to(dtype) for name, read in readers.items() if name.startswith("img_in.")}
-        base.load_state_dict({name: own.get(name, shared.get(name)) for name in readers}, assign=True)
-        return base.requires_grad_(False).eval()
+        readers, img_in = open_state(base, path, str(device), layout), base.img_in
+        own = {name: readers[f"img_in.{name}"]().to(dtype) for name in img_in.state_dict()}
+        img_in.load_state_dict(own, assign=True)
+        return FrozenBase(self.transformer, img_in.requires_grad_(False))
 
     def merge(self) -> "Decomposer":
         """Folds the LoRA into the transformer's weights, so that a step of sampling costs what the base's costs.
@@ -525,10 +548,17 @@ def described_config(metadata: Metadata, path: Path, **files: str) -> Decomposer
 
 
 def build_decomposer(
-    config: DecomposerConfig, dtype: torch.dtype | None = None, device: str = "cpu", quantize: str | None = None
+    config: DecomposerConfig,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    quantize: str | None = None,
+    mapped: bool = False,
 ) -> Decomposer:
-    """The whole architecture on a page: frozen parts from their files, what is trained in float32."""
-    transformer = load_mmdit(config.weights.transformer, dtype=dtype, device=device, quantize=quantize)
+    """The whole architecture on a page: frozen parts from their files, what is trained in float32.
+
+    The transformer may be `mapped`, as `load_mmdit` has it.
+    """
+    transformer = load_mmdit(config.weights.transformer, None, dtype, device, quantize, mapped)
     inject_lora(transformer, config.lora)
     transformer.img_in.float().requires_grad_(True)
     if unknown := [name for name in config.fusion.cues if name not in CUES]:
@@ -574,7 +604,7 @@ def latent_noise(autoencoder: Autoencoder, image: Tensor, seed: int, positions: 
 
 
 def predict_velocity(
-    transformer: MMDiT, prompt: Prompt, x: Tensor, context: Context, timesteps: Tensor, guidance: float
+    transformer: MMDiT | FrozenBase, prompt: Prompt, x: Tensor, context: Context, timesteps: Tensor, guidance: float
 ) -> Tensor:
     """Velocity (B, S, 64) of noisy tokens x (B, S, 64) in their context."""
     return transformer(
@@ -589,7 +619,7 @@ def predict_velocity(
 
 @torch.no_grad()
 def inpaint(
-    transformer: MMDiT,
+    transformer: MMDiT | FrozenBase,
     autoencoder: Autoencoder,
     prompt: Prompt,
     image: Tensor,

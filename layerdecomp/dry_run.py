@@ -45,7 +45,7 @@ def dry_run(config: RunConfig) -> str:
     samples, average = config.train.global_batch, memory.trained * bool(config.train.ema)
     per_sample = (counts[TRAINING] + encode) / work.batch_size
     rows = [
-        ("frozen weights", memory.frozen, f"bf16, blocks in {config.quantize}" if config.quantize else "bf16"),
+        ("frozen weights", memory.frozen, _kept(config)),
         ("trained weights", memory.trained, "float32"),
         ("gradients", memory.gradients, "float32"),
         ("optimizer", memory.optimizer, f"two averages in {config.optim.bits} bits; Muon has fewer"),
@@ -73,6 +73,14 @@ def dry_run(config: RunConfig) -> str:
     )
 
 
+def _kept(config: DecomposerJobConfig) -> str:
+    """How the frozen weights are kept."""
+    if config.shard_base:
+        devices = config.train.devices * config.train.nodes
+        return f"bf16, 1/{devices} of the transformer; whole blocks at work count as activations"
+    return f"bf16, blocks in {config.quantize}" if config.quantize else "bf16"
+
+
 def training_work(config: DecomposerJobConfig) -> TrainingWork:
     """What a step of one process works on."""
     found = config.weights
@@ -90,6 +98,7 @@ def training_work(config: DecomposerJobConfig) -> TrainingWork:
         quantize=config.quantize,
         bits=config.optim.bits,
         pictures_at_once=config.pictures_at_once,
+        shards=config.train.devices * config.train.nodes if config.shard_base else 1,
     )
 
 

@@ -59,6 +59,7 @@ class Share:
     rank: int = 0
     world: int = 1
     group: Any = None  # of torch.distributed, in which they meet; None: its first
+    before_waiting: Callable[[], None] | None = None  # does what others still need of this process
 
     @classmethod
     def join(cls) -> "Share":
@@ -78,6 +79,8 @@ class Share:
 
     def wait(self) -> None:
         """Until every process is here."""
+        if self.before_waiting is not None:
+            self.before_waiting()
         if self.world > 1:
             torch.distributed.barrier(self.group)
 

@@ -39,6 +39,7 @@ class TrainingWork(BenchmarkConfig):
     quantize: str | None = None
     bits: int = 32  # of the optimizer's averages
     pictures_at_once: int = 0
+    shards: int = 1  # of the frozen transformer, each on another device
 
     @property
     def transformer(self) -> MMDiTConfig:
@@ -170,20 +171,28 @@ def with_depths(work: TrainingWork, depths: tuple[int, int]) -> TrainingWork:
 def _memory(work: TrainingWork) -> Memory:
     workload = Workload(work, META, torch.bfloat16)
     decomposer = workload.decomposer
-    frozen, trained = 0.0, 0
+    frozen, trained, blocks = 0.0, 0, dict[str, int]()
     for name, parameter in decomposer.named_parameters():
         if parameter.requires_grad:
             trained += parameter.numel()
         elif work.quantize and "_blocks." in name and parameter.dim() == 2:
             frozen += parameter.numel() * BITS[work.quantize] / 8
+        elif work.shards > 1 and name.startswith("transformer."):
+            frozen += parameter.nbytes / work.shards
+            block = ".".join(name.split(".")[1:3]) if "_blocks." in name else "outside"
+            blocks[block] = blocks.get(block, 0) + parameter.nbytes
         else:
             frozen += parameter.nbytes
+    # Gathered at once: what stands outside the blocks, a block that runs and, ahead of it, the next one.
+    gathered = blocks.pop("outside", 0) + 2 * max(blocks.values(), default=0)
     dense = 0
     if work.quantize:
         matrices = (p.numel() for n, p in decomposer.transformer.named_parameters() if "_blocks." in n)
         dense = DENSE_BYTES[work.quantize] * max(matrices)
     step, encode = _peaks(workload)
-    return Memory(frozen, 4.0 * trained, 4.0 * trained, OPTIMIZER_BYTES[work.bits] * trained, step + dense, encode)
+    return Memory(
+        frozen, 4.0 * trained, 4.0 * trained, OPTIMIZER_BYTES[work.bits] * trained, step + dense + gathered, encode
+    )
 
 
 def _peaks(workload: Workload) -> tuple[int, int]:

@@ -225,13 +225,16 @@ class TensorFile:
 
     Read, not mapped: mapped pages would count as the process's memory until the last tensor is converted. Tensors in
     fp8 come out in float32, multiplied by their scales.
+
+    Args:
+        mapped: the file's own pages instead, which all processes of a machine share; not to be written to.
     """
 
-    def __init__(self, path: str | Path, device: str = "cpu") -> None:
+    def __init__(self, path: str | Path, device: str = "cpu", mapped: bool = False) -> None:
         self.places: dict[str, Place] = {}
         for number, file in enumerate(weight_files(Path(path))):
             self.places |= _places(file, number)
-        self._device = device
+        self._device, self._mapped = device, mapped
         self.in_fp8 = any(place.dtype in FP8 for place in self.places.values())
         self.shapes = {
             name: place.shape
@@ -240,7 +243,7 @@ class TensorFile:
         }
 
     def read(self, name: str) -> Tensor:
-        tensor = self.places[name].read().to(self._device)
+        tensor = (self._map(name) if self._mapped else self.places[name].read()).to(self._device)
         if not tensor.dtype.is_floating_point or tensor.element_size() > 1:
             return tensor
         tensor, stem = tensor.float(), name.removesuffix("weight")
@@ -252,6 +255,11 @@ class TensorFile:
                     f"of the {len(tensor)} rows: scales of blocks are not read"
                 )
             tensor *= factors.view(-1, *[1] * (tensor.dim() - 1)) if factors.numel() > 1 else factors.view(())
+        return tensor
+
+    def _map(self, name: str) -> Tensor:
+        with open_safetensors(self.places[name].path) as file:
+            tensor: Tensor = file.get_tensor(name)
         return tensor
 
 
@@ -340,7 +348,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def open_state(
-    module: nn.Module, path: str | Path, device: str = "cpu", layout: Layout = published
+    module: nn.Module, path: str | Path, device: str = "cpu", layout: Layout = published, mapped: bool = False
 ) -> dict[str, Callable[[], Tensor]]:
     """Functions that read a tensor of `module` each, by its name there, from files that hold exactly its tensors.
 
@@ -349,10 +357,11 @@ def open_state(
     Args:
         module: may be on the meta device.
         layout: where the files have the tensors.
+        mapped: as in `TensorFile`.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     sources = {name: layout(name, shape) for name, shape in shapes.items()}
-    file = TensorFile(path, device)
+    file = TensorFile(path, device, mapped)
     expected = {part: shape for source in sources.values() for part, shape in source.shapes.items()}
     shown = f"{path} (in fp8)" if file.in_fp8 else path
     check_keys(shown, file.shapes, expected, f"this {type(module).__name__}")
@@ -376,6 +385,7 @@ def load_state(
     device: str = "cpu",
     layout: Layout = published,
     convert: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
+    mapped: bool = False,
 ) -> None:
     """Materialises `module`, built on the meta device, tensor by tensor; see `open_state`.
 
@@ -383,7 +393,7 @@ def load_state(
         convert: what becomes of a tensor of some name, in `dtype`, before the next one is read.
     """
     dtype = dtype or torch.float32
-    read = open_state(module, path, device, layout)
+    read = open_state(module, path, device, layout, mapped)
     state = {name: convert(name, _in_dtype(one(), dtype)) for name, one in read.items()}
     module.load_state_dict(state, assign=True)
 
@@ -412,15 +422,17 @@ def load_mmdit(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     quantize: str | None = None,
+    mapped: bool = False,
 ) -> MMDiT:
     """The transformer of a single file or of a diffusers folder, in `dtype` (float32 unless given), frozen.
 
     Without a `config`, the file's metadata or the folder's config.json say what model it is; a file without any is
     FLUX.1-Fill-dev. With `quantize` (int8, fp8, nf4) the matrices of its blocks are kept so, each from when it is read.
+    Where it is `mapped`, tensors that need no conversion stay the file's own pages.
     """
     convert = block_matrices(quantize)
     model, layout = empty_mmdit(path, config)
-    load_state(model, path, dtype, device, layout, convert)
+    load_state(model, path, dtype, device, layout, convert, mapped)
     return model.requires_grad_(False).eval()
 
 

@@ -1,14 +1,12 @@
 """Checkpoints: exact resume from any step in every job, damaged and half-written files, and being told to stop."""
 
 import io
-import multiprocessing
 import os
 import random
 import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import as_ranks
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -513,27 +512,6 @@ def test_a_signal_during_validation_is_heeded_at_once(
 # Two processes
 
 
-def _as_ranks(target: Callable[..., None], *arguments: Any) -> list[int | None]:
-    """The exit codes of a function as the two ranks of a run, in processes that have imported everything already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["layerdecomp.training.runs"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [context.Process(target=target, args=(rank, port, *arguments)) for rank in range(2)]
-    try:
-        for process in processes:
-            process.start()
-        started = time.monotonic()
-        for process in processes:
-            process.join(60 - (time.monotonic() - started))
-        return [process.exitcode for process in processes]
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-
-
 def _train_as(rank: int, port: int, settings: list[str], said: Path, kill_at: int | None) -> None:
     torch.set_num_threads(1)
     here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
@@ -548,7 +526,7 @@ def test_two_processes_go_on_bit_for_bit_when_one_was_killed(tmp_path: Path, job
     spread = ["train.devices=2", "train.strategy=ddp", "train.batch_size=1", "train.accumulate=2"]
     settings = [*jobs["tiny"], *spread, "train.checkpoint_every=2", "train.validate_every=4"]
     for name, kill_at in (("straight", None), ("resumed", 3), ("resumed", None)):
-        codes = _as_ranks(_train_as, [*settings, f"run_dir={tmp_path}/{name}"], tmp_path / "said", kill_at)
+        codes = as_ranks(_train_as, [*settings, f"run_dir={tmp_path}/{name}"], tmp_path / "said", kill_at)
         assert codes == ([1, -signal.SIGKILL] if kill_at else [0, 0])
     assert (tmp_path / "said").read_text().count("going on from") == 1  # by the first rank alone
     assert same(result(tmp_path / "straight", "tiny"), result(tmp_path / "resumed", "tiny"))
@@ -578,7 +556,7 @@ def _train_on_slurm(rank: int, port: int, settings: list[str], seen_at: int) -> 
 
 def test_the_tasks_of_a_slurm_job_stop_after_the_same_step(tmp_path: Path, jobs: dict[str, list[str]]) -> None:
     settings = [*jobs["tiny"], "train.devices=2", "train.strategy=ddp", "train.batch_size=1", f"run_dir={tmp_path}/run"]
-    codes = _as_ranks(_train_on_slurm, [*settings, "train.checkpoint_every=9"], 2)
+    codes = as_ranks(_train_on_slurm, [*settings, "train.checkpoint_every=9"], 2)
     assert codes == [128 + signal.SIGUSR1, 0]
     assert [path.name for path in tmp_path.rglob("*.ckpt")] == [LAST], "a checkpoint that is not ours"
     # told to one of them in step 3; the other hears of it a step later, since no step waits for that

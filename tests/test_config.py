@@ -144,6 +144,23 @@ def test_changed_keys_are_listed(tmp_path: Path, override: str, said: str) -> No
     assert list(changed) == [override.split("=")[0]] and said in changed[override.split("=")[0]]
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.devices=1", "found train.devices=1 and train.nodes=1, expected several"),
+        ("train.strategy=fsdp", "found train.strategy=fsdp; expected ddp"),
+        ("quantize=int8", "found quantize=int8, .*expected null"),
+        ("recompute_attention=false", "found compile=true, recompute and recompute_attention=false"),
+        ("evaluate.rows=[adapted,maskless]", "found maskless in evaluate.rows"),
+    ],
+)
+def test_what_cannot_be_shared_out_is_told(override: str, message: str) -> None:
+    several = ["shard_base=true", "train.devices=2", "train.strategy=ddp", "compile=true", "recompute=1"]
+    load_config(TINY, several)
+    with pytest.raises(InputError, match=f"shard_base=true shares .*: {message}"):
+        load_config(TINY, [*several, override])
+
+
 def test_what_changes_no_result_may_change(tmp_path: Path) -> None:
     save_config(tmp_path / "config.yaml", load_config(TINY))
     values: dict[str, Any] = {
@@ -153,6 +170,7 @@ def test_what_changes_no_result_may_change(tmp_path: Path) -> None:
             "recompute": 2,
             "recompute_attention": False,
             "compile": True,
+            "shard_base": True,
             "pictures_at_once": 1,
             "train.dry_run": True,
             "data.workers": 7,
@@ -162,7 +180,9 @@ def test_what_changes_no_result_may_change(tmp_path: Path) -> None:
         **{"train.checkpoint_every": 3, "train.validate_every": 3, "train.max_skipped": 3, "train.strategy": "ddp"},
     }
     assert values.keys() == RESUMABLE
-    changed = load_config(TINY, [f"{key}={value}" for key, value in values.items()])
+    assert changed_keys(load_config(TINY, [f"compile={values.pop('compile')}"]), tmp_path / "config.yaml") == {}
+    several = ["train.devices=8", "train.batch_size=1"]  # for shard_base; a step has the same samples
+    changed = load_config(TINY, [*several, *(f"{key}={value}" for key, value in values.items())])
     assert changed_keys(changed, tmp_path / "config.yaml") == {}
     assert list(changed_keys(replace(changed, seed=9), tmp_path / "config.yaml")) == ["seed"]
 

@@ -30,6 +30,8 @@ def test_a_model_is_the_one_in_its_file_or_else_the_published_one(tiny_weights: 
     assert (
         work.recompute_attention and not training_work(load_config(CONFIGS / "flux_fill_80gb.yaml")).recompute_attention
     )
+    config.quantize, config.shard_base, config.train.nodes = None, True, 2
+    assert training_work(config).shards == 16
     config.weights.transformer = str(tiny_weights / "transformer.safetensors")
     config.weights.autoencoder = str(tiny_weights / "autoencoder.safetensors")
     config.weights.prompt = None

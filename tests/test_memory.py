@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from layerdecomp.benchmark import BenchmarkConfig, Workload
+from layerdecomp.benchmark import META, BenchmarkConfig, Workload
 from layerdecomp.config import load_config
 from layerdecomp.dry_run import training_work
 from layerdecomp.memory import DENSE_BYTES, Peak, TrainingWork, _memory, parameter_counts, training_memory, with_depths
@@ -79,6 +79,16 @@ def test_recomputing_keeps_little_and_pictures_may_go_one_by_one() -> None:
     assert every.step < some.step < none.step and every.step < 0.6 * none.step
     one = training_memory(replace(SMALL, pictures_at_once=1))
     assert one.encode < 0.5 * none.encode and one.step == none.step
+
+
+def test_a_shared_out_base_takes_its_share_and_whole_blocks_while_they_run() -> None:
+    whole, half = (training_memory(replace(SMALL, shards=n)) for n in (1, 2))
+    decomposer = Workload(SMALL, META, torch.bfloat16).decomposer
+    frozen = {name: p.nbytes for name, p in decomposer.transformer.named_parameters() if not p.requires_grad}
+    assert whole.frozen - half.frozen == sum(frozen.values()) / 2
+    block = sum(size for name, size in frozen.items() if name.startswith("double_blocks.0."))  # the largest
+    outside = sum(size for name, size in frozen.items() if "_blocks." not in name)
+    assert half.step - whole.step == 2 * block + outside and half.encode == whole.encode
 
 
 def test_keeping_attention_takes_its_output_in_bf16_and_a_float_per_head() -> None:

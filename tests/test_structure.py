@@ -25,7 +25,8 @@ ORDER = [
     *("metrics.__init__", "metrics.region", "metrics.background", "metrics.foreground", "metrics.perceptual"),
     *("metrics.distribution", "metrics.recomposition", "metrics.layers"),
     # floor 1: the parts composed, their files, their data, their figures
-    *("quantization", "layouts", "weights", "decomposer", "adapters", "incoming", "modelcard", "export", "text"),
+    *("quantization", "layouts", "weights", "decomposer", "sharding"),
+    *("adapters", "incoming", "modelcard", "export", "text"),
     *("data.__init__", "data.index", "data.prepare"),
     *("data.folders", "data.layerdiffuse", "data.openimages", "data.mulan"),
     *("data.sample", "data.textures", "data.shapes", "data.scenes"),
@@ -110,7 +111,14 @@ def test_imports_are_seen() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models_are_plain_torch(name: str) -> None:
-    allowed = {"torch", "einops", "timm", "layerdecomp"} | {"collections", "dataclasses", "difflib", "fnmatch", "math"}
+    allowed = {"torch", "einops", "timm", "layerdecomp"} | {
+        "collections",
+        "contextlib",
+        "dataclasses",
+        "difflib",
+        "fnmatch",
+        "math",
+    }
     assert {module.split(".")[0] for module in imported(FILES[name])} <= allowed | {"typing", "itertools", "functools"}
 
 

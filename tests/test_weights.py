@@ -489,3 +489,24 @@ def test_find_weights_looks_where_it_is_told(tmp_path: Path) -> None:
     assert find_weights("elsewhere/a", [tmp_path]) == tmp_path / "a"
     assert find_weights("deep/b", [tmp_path]) == tmp_path / "deep/b"
     assert find_weights(str(tmp_path / "a"), []) == tmp_path / "a"
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="there is no list of a process's pages")
+def test_mapped_weights_are_the_pages_of_their_file_and_writing_to_them_does_not_change_it(tmp_path: Path) -> None:
+    path = tmp_path / "transformer.safetensors"
+    model = MMDiT(TRANSFORMER)
+    fill(model, 0)
+    save_file({name: tensor.bfloat16() for name, tensor in model.state_dict().items()}, path)
+    before = path.read_bytes()
+    read, mapped = (load_mmdit(path, TRANSFORMER, torch.bfloat16, mapped=how) for how in (False, True))
+    assert _same(read.state_dict(), mapped.state_dict())
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
+    pages = [range(*(int(end, 16) for end in line.split()[0].split("-"))) for line in lines]
+
+    def in_file(tensor: Tensor) -> bool:
+        return any(tensor.data_ptr() in some for some in pages)
+
+    assert all(in_file(p) for p in mapped.parameters()) and not any(in_file(p) for p in read.parameters())
+    with torch.no_grad():
+        mapped.img_in.weight.zero_()
+    assert path.read_bytes() == before

@@ -1,5 +1,7 @@
 """Low-rank adaptation of linear layers, in place and without renaming anything (Hu et al. 2021, arXiv 2106.09685)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -87,6 +89,7 @@ class LoRALinear(nn.Linear):
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.scale = scale
+        self.adapted = True  # False: what the base's layer gives, by `without_lora`
         device = base.weight.device
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device, dtype=torch.float32)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=device, dtype=torch.float32)
@@ -94,6 +97,8 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
+        if not self.adapted:
+            return self._base(x)
         if self._cheaper_as_one(x.numel() // self.in_features):
             return F.linear(x, self._sum().to(x.dtype), self.bias)
         rows = x.flatten(0, -2)  # (N, in_features)
@@ -160,6 +165,19 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     for name in names:
         model.set_submodule(name, LoRALinear(linears[name], config.rank, config.scale))
     return names
+
+
+@contextmanager
+def without_lora(model: nn.Module) -> Iterator[None]:
+    """Inside, every `LoRALinear` of `model` gives what the layer that it replaced gave, bit for bit."""
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    for layer in layers:
+        layer.adapted = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.adapted = True
 
 
 def merge_lora(model: nn.Module) -> nn.Module:

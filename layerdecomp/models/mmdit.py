@@ -78,7 +78,9 @@ def keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> C
 def recomputed_but_attention(block: nn.Module, *inputs: Tensor) -> Any:
     """A block's output; the backward pass will compute again what it needs of the block, but not attention."""
     contexts = partial(create_selective_checkpoint_contexts, keep_attention)
-    return checkpoint(block.forward, *inputs, use_reentrant=False, context_fn=contexts)
+    # With a module's hooks, which gather its weights where they are shared out, unless it is being compiled with this.
+    run = block.forward if torch.compiler.is_compiling() else block
+    return checkpoint(run, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 class MMDiT(nn.Module):

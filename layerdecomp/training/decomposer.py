@@ -17,6 +17,7 @@ from layerdecomp.flow import flow_loss
 from layerdecomp.metric_networks import open_networks
 from layerdecomp.metrics.layers import LayerMetrics
 from layerdecomp.pictures import comparison_grid
+from layerdecomp.sharding import ShardedBase
 from layerdecomp.training.base import local_device, resolve_precision
 from layerdecomp.training.flow import FlowJob
 from layerdecomp.weights import file_sha256
@@ -32,7 +33,10 @@ class DecomposerJob(FlowJob):
         # On a GPU the frozen parts are kept in the precision that they compute in; a CPU casts faster than it mixes.
         mixed = torch.cuda.is_available() and resolve_precision(config.train.precision) == "bf16-mixed"
         dtype = torch.bfloat16 if mixed else torch.float32
-        self.decomposer = build_decomposer(config, dtype, local_device(), config.quantize)
+        # What is to be shared out need not fit this device, nor be in memory once for each rank of a machine.
+        device, mapped = ("cpu", True) if config.shard_base else (local_device(), False)
+        self.decomposer = build_decomposer(config, dtype, device, config.quantize, mapped)
+        self.sharded: ShardedBase | None = None
         methods(None, config.evaluate)  # so that a row which cannot be drawn is an error now
         self.metrics = LayerMetrics(open_networks(config.evaluate.measure).measures)
         self.decomposer.transformer.recompute = config.recompute
@@ -41,6 +45,10 @@ class DecomposerJob(FlowJob):
             self.decomposer.transformer.compile_blocks()
         for autoencoder in (self.decomposer.autoencoder, self.decomposer.rgba_autoencoder):
             autoencoder.encoder.at_once = config.pictures_at_once
+
+    def configure_model(self) -> None:  # Lightning calls it before every validation and training
+        if self.run.shard_base and self.sharded is None:
+            self.sharded = ShardedBase(self.decomposer.transformer, self.trainer.strategy.root_device)
 
     @property
     def frozen_files(self) -> list[str]:
@@ -81,12 +89,31 @@ class DecomposerJob(FlowJob):
             self.show("validation/layers", comparison_grid(batch, {row: (background, foreground)}))
 
     def on_validation_epoch_end(self) -> None:
+        self._keep_up()
         figures = {name: value for name, value in self.metrics.compute().items() if not torch.isnan(value)}
         # every rank has the same figures already: `sync_dist` keeps Lightning from warning that they might not
         self.log_dict({f"validation/{name}": value for name, value in figures.items()}, sync_dist=True)
         self.metrics.reset()
 
+    def sample_names(self, positions: Sequence[int]) -> list[str]:
+        names = super().sample_names(positions)
+        self._keep_up()  # ranks look at different numbers of samples
+        return names
+
+    def _keep_up(self) -> None:
+        if self.sharded is not None:
+            self.sharded.keep_up()
+
+    def what_fits(self) -> str:
+        if self.sharded is None:
+            return super().what_fits()
+        return (
+            "shard_base=true, where nothing can be tried unless every rank does: set recompute=1, or a smaller "
+            "train.batch_size and a larger train.accumulate"
+        )
+
     def finish(self, run_dir: Path, share: Share) -> None:
+        share = replace(share, before_waiting=self._keep_up)
         if share.rank == 0:
             self._save_adapter(run_dir, {})
         base = self.decomposer.frozen_base(self.run.weights.transformer)

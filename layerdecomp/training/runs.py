@@ -150,6 +150,7 @@ def quiet_lightning() -> None:
         "Found .* in eval mode",  # the frozen parts
         "You're resuming from a checkpoint that ended before the epoch",  # StepSampler starts at the right step
         "`broadcast_buffers` is deprecated",  # what takes its place is newer than the oldest PyTorch that will do
+        "FSDP2-wrapped module .* returned a view tensor",  # nothing is written into it
         "The '.*_dataloader' does not have many workers",  # `data.workers` is the user's choice
     )
     for message in expected:

@@ -1,0 +1,137 @@
+"""A frozen base that is shared out among two processes: the same numbers, half of the bytes, and nobody waits for ever.
+
+In every run rank 0 has more samples to validate and to evaluate than rank 1, and fewer to look at when a loss is NaN.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from conftest import as_ranks
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from layerdecomp.config import load_config
+from layerdecomp.decomposer import Decomposer
+from layerdecomp.evaluation import Share
+from layerdecomp.sharding import held_bytes
+from layerdecomp.training.checkpoints import LAST, PREVIOUS
+from layerdecomp.training.decomposer import DecomposerJob
+from layerdecomp.training.runs import train
+from layerdecomp.weights import load_mmdit
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = [
+    *("train.devices=2", "train.strategy=ddp", "train.batch_size=1", "train.accumulate=2", "train.precision=32-true"),
+    *("train.steps=4", "train.checkpoint_every=2", "train.validate_every=2", "optim.lr=1e-2", "optim.warmup=0"),
+    *("data.validation=3", "evaluate.samples=3", "evaluate.batch_size=1", "evaluate.rows=[adapted,base]"),
+]
+BAD = 8  # a position that the first rank sees in the third step
+losses, finish = DecomposerJob.flow_losses, DecomposerJob.finish
+
+
+def spoilt(self: DecomposerJob, latents: dict[str, Tensor], positions: list[int]) -> dict[str, Tensor]:
+    """The losses, which are NaN at one position."""
+    found = losses(self, latents, positions)
+    return {name: loss * torch.nan for name, loss in found.items()} if BAD in positions else found
+
+
+def _train_as(rank: int, port: int, settings: list[str], folder: Path, names: list[str]) -> None:
+    """Runs of some names as one of two ranks; "sharded" ones tell what the rank held."""
+    torch.set_num_threads(1)
+    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+    os.environ.update(here | {"WORLD_SIZE": "2"})
+
+    def told(self: DecomposerJob, run_dir: Path, share: Share) -> None:
+        (folder / f"{run_dir.name}.{rank}.json").write_text(json.dumps(_held(self)))
+        finish(self, run_dir, share)
+
+    with mock.patch.object(DecomposerJob, "flow_losses", spoilt), mock.patch.object(DecomposerJob, "finish", told):
+        for name in names:
+            sharded = f"shard_base={str('sharded' in name).lower()}"
+            train(load_config(ROOT / "configs" / "tiny.yaml", [*settings, sharded, f"run_dir={folder / name}"]))
+    torch.distributed.destroy_process_group()
+
+
+def _held(job: DecomposerJob) -> dict[str, int]:
+    """Bytes of the transformer's tensors that this rank has, and those of the trained ones among them."""
+    transformer = job.decomposer.transformer
+    trained = sum(p.nbytes for p in transformer.parameters() if p.requires_grad)
+    return {"all": held_bytes(transformer), "trained": trained}
+
+
+def curve(run_dir: Path, tag: str = "train/loss") -> dict[int, float]:
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+def results(run_dir: Path) -> Any:
+    return json.loads((run_dir / "metrics.json").read_text())["results"]
+
+
+def same(one: Path, other: Path) -> bool:
+    tensors, others = (load_file(path / "adapter.safetensors") for path in (one, other))
+    assert tensors.keys() == others.keys() and any(t.any() for name, t in tensors.items() if "lora_B" in name)
+    return all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
+
+
+def test_a_shared_out_base_trains_to_the_same_bits_in_half_of_the_memory(
+    tmp_path: Path, tiny_overrides: list[str]
+) -> None:
+    settings = [*tiny_overrides, *SETTINGS]
+    assert as_ranks(_train_as, settings, tmp_path, ["whole", "sharded"]) == [0, 0]
+    whole, sharded = tmp_path / "whole", tmp_path / "sharded"
+    assert same(whole, sharded) and results(whole) == results(sharded)
+    for tag in ("train/loss", "validation/background/psnr"):
+        torch.testing.assert_close(curve(sharded, tag), curve(whole, tag), rtol=0, atol=0, equal_nan=True)
+    assert curve(sharded, "train/skipped")[3] == 1, "of the step with NaN"
+    told = {
+        name: [json.loads((tmp_path / f"{name}.{rank}.json").read_text()) for rank in (0, 1)]
+        for name in ("whole", "sharded")
+    }
+    (everything, trained), halves = told["whole"][0].values(), [held["all"] for held in told["sharded"]]
+    assert all(held["trained"] == trained for held in told["sharded"])
+    frozen = everything - trained
+    assert [half - trained for half in halves] == pytest.approx([frozen / 2, frozen / 2], rel=0.05)
+
+    # A run goes on with the base kept the other way, and by itself; a finished one is evaluated, with no step before.
+    for name, before in (("then-sharded", whole), ("then-alone", sharded)):
+        (tmp_path / name).mkdir()
+        shutil.copy(before / PREVIOUS, tmp_path / name / LAST)
+        shutil.copy(before / "config.yaml", tmp_path / name)
+    assert as_ranks(
+        _train_as, [*settings, "recompute=1", "recompute_attention=false"], tmp_path, ["then-sharded", "sharded"]
+    ) == [0, 0]
+    assert results(sharded) == results(whole)
+    assert same(whole, tmp_path / "then-sharded") and sorted(curve(tmp_path / "then-sharded")) == [2, 3]
+    one = ["train.devices=1", "train.batch_size=4", "train.accumulate=1", f"run_dir={tmp_path}/then-alone"]
+    with mock.patch.object(DecomposerJob, "flow_losses", spoilt):
+        train(load_config(ROOT / "configs" / "tiny.yaml", [*settings, *one]))
+    assert curve(tmp_path / "then-alone")[3] == pytest.approx(curve(sharded)[3], rel=1e-4)
+
+
+def test_the_frozen_base_is_the_one_of_its_file_and_leaves_the_adapted_one_as_it_is(
+    tiny_decomposer: Decomposer, tiny_weights: Path
+) -> None:
+    path = tiny_weights / "transformer.safetensors"
+    base, expected = tiny_decomposer.frozen_base(path), load_mmdit(path)
+    generator = torch.Generator().manual_seed(0)
+    channels = expected.config.in_channels
+    inputs = {
+        **{"img": torch.randn(2, 4, channels, generator=generator), "img_ids": torch.zeros(4, 3)},
+        **{"timesteps": torch.tensor([0.3, 0.9]), **tiny_decomposer.prompt.inputs(2, torch.float32)},
+    }
+    with torch.no_grad():
+        adapted = tiny_decomposer.transformer(**inputs)
+        assert torch.equal(base(**inputs), expected(**inputs))
+        assert torch.equal(tiny_decomposer.transformer(**inputs), adapted) and not torch.equal(base(**inputs), adapted)
+    own = {p.data_ptr() for p in base.img_in.parameters()}
+    shared = {p.data_ptr() for p in tiny_decomposer.transformer.parameters()}
+    assert {p.data_ptr() for p in base.parameters()} == own | shared
