@@ -60,7 +60,7 @@ def test_the_peak_is_the_one_of_the_allocator() -> None:
     for event in events:
         now += event.nbytes()
         peak = max(peak, now)
-    assert counted.peak == pytest.approx(peak, rel=0.03)
+    assert counted.peak == pytest.approx(peak, rel=0.05)
     # without numbers, with norms and attention as on a GPU, of which one takes more and one takes less
     assert training_memory(SMALL).step == pytest.approx(counted.peak, rel=0.3)
 

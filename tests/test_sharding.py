@@ -83,8 +83,9 @@ def same(one: Path, other: Path) -> bool:
 
 
 def test_a_shared_out_base_trains_to_the_same_bits_in_half_of_the_memory(
-    tmp_path: Path, tiny_overrides: list[str]
+    tmp_path: Path, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("MASTER_PORT", raising=False)  # of a training before in this process, and perhaps taken since
     settings = [*tiny_overrides, *SETTINGS]
     assert as_ranks(_train_as, settings, tmp_path, ["whole", "sharded"]) == [0, 0]
     whole, sharded = tmp_path / "whole", tmp_path / "sharded"
