@@ -79,9 +79,10 @@ export: .venv/installed  ## make export ADAPTER=runs/tiny/adapter.safetensors FO
 	$(RUN) tools/export.py adapter=$(ADAPTER) format=$(FORMAT) out=$(OUT) $(ARGS)
 
 # The image-to-image base that one row of the ablation adapts, pre-trained like the inpainting base.
-MASKLESS := runs/tiny_inpainter_maskless/transformer.safetensors
+MASKLESS := $(TINY)/transformer_maskless.safetensors
 $(MASKLESS): | $(TINY)/autoencoder.safetensors .venv/installed
 	$(RUN) tools/train.py config=configs/tiny_inpainter.yaml conditioning.mask=false name=tiny_inpainter_maskless
+	cp runs/tiny_inpainter_maskless/transformer.safetensors $@
 
 ablation: .venv/installed-plots $(MASKLESS)  ## the paper's ablation: make ablation ARGS="train.steps=50 evaluate.samples=8"
 	$(RUN) tools/ablate.py config=configs/ablation.yaml $(ARGS)

@@ -49,7 +49,7 @@ from layerdecomp.weights import Adapter, file_sha256, load_mmdit, read_metadata,
 
 ROWS = ("adapted", "base", "classical", "matting", "maskless")
 WITH_MODEL = ("adapted", "base", "maskless")
-MASKLESS = "runs/tiny_inpainter_maskless/transformer.safetensors"  # which the Makefile trains, for the ablation as well
+MASKLESS = "checkpoints/tiny/transformer_maskless.safetensors"  # which ships, for the ablation as well
 SETTINGS = ".settings.json"  # of an evaluation that is not finished: what its layers are drawn by
 TestData = Samples | TestFolder
 

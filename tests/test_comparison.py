@@ -214,7 +214,8 @@ def test_folders_are_told_apart() -> None:
     assert [name for name, _ in row_names(folders, {"base": None})] == ["x/layers", "y/layers", "z/base", "other"]
 
 
-def test_settings_that_cannot_work(tmp_path: Path) -> None:
+def test_settings_that_cannot_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where no weights are
     for change, message in {
         ("rows", ("adpated",)): "evaluate.rows has 'adpated'; expected some of adapted, base",
         ("objects", "every"): "evaluate.objects is 'every'; expected one of drawn, one, all",
