@@ -197,7 +197,7 @@ def test_settings_that_cannot_work_leave_nothing_behind(tmp_path: Path, override
         "resume=nowhere.ckpt",
     ):
         with pytest.raises(InputError):
-            run("tiny", *overrides, f"run_dir={tmp_path}/run", setting)
+            run("tiny", *overrides, "evaluate.maskless=nowhere.safetensors", f"run_dir={tmp_path}/run", setting)
         assert not (tmp_path / "run").exists()
     (tmp_path / "damaged.ckpt").write_bytes(b"no checkpoint")
     with pytest.raises(InputError, match="damaged"):
