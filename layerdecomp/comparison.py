@@ -166,9 +166,9 @@ def maskless_weights(config: EvaluateConfig) -> Path:
     path = Path(config.maskless or MASKLESS)
     if not path.exists():
         raise InputError(
-            f"{path} does not exist, which the row maskless needs: `make {MASKLESS}` trains the tiny one, as `python "
-            "tools/train.py config=configs/tiny_inpainter.yaml conditioning.mask=false name=tiny_inpainter_maskless` "
-            "does; or name another with evaluate.maskless=FILE, or leave the row out of evaluate.rows"
+            f"{path} does not exist, which the row maskless needs: `make {MASKLESS}` trains the tiny one, which also "
+            "ships, by config=configs/tiny_inpainter.yaml conditioning.mask=false; or name another with "
+            "evaluate.maskless=FILE, or leave the row out of evaluate.rows"
         )
     for file in weight_files(path):
         read_metadata(file)
