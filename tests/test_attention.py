@@ -1,6 +1,10 @@
 """Rotary embedding: what it must do by definition."""
 
+from typing import Any
+
+import pytest
 import torch
+import torch.nn.functional as F
 
 from layerdecomp.models.attention import apply_rope, attention, rope
 
@@ -43,3 +47,20 @@ def test_attention_with_a_mask_sees_only_what_it_may() -> None:
     kept = [0, 1, 3]
     torch.testing.assert_close(attention(q, k, v, mask=mask), attention(q, k[:, :, kept], v[:, :, kept]))
     assert attention(q, k, v).shape == (2, 6, 32)
+
+
+def test_what_comes_back_to_attention_has_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = torch.randn(3, 2, 4, 6, 8, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    seen: list[tuple[int, ...]] = []
+    computed = F.scaled_dot_product_attention
+
+    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out = computed(*args, **kwargs)
+        out.register_hook(lambda gradient: seen.append(gradient.stride()))
+        return out
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    out = attention(q, k, v)
+    for whole in (torch.randn(2, 6, 32), torch.randn(2, 6, 100)[..., 10:42], torch.randn(6, 2, 32).transpose(0, 1)):
+        torch.autograd.grad(out, q, whole, retain_graph=True)
+    assert seen == [(6 * 32, 8, 32, 1)] * 3

@@ -8,7 +8,7 @@ import torch
 from layerdecomp.benchmark import BenchmarkConfig
 from layerdecomp.errors import InputError
 from layerdecomp.models.lora import LoRALinear
-from layerdecomp.reference import NAMES, Side, compare, differences, pair, random_inputs
+from layerdecomp.reference import NAMES, Side, compare, differences, pair, random_inputs, results
 
 CPU = torch.device("cpu")
 SMALL = BenchmarkConfig(size=32, scale=0.04, text_tokens=2, repeats=1, reference="diffusers")
@@ -19,7 +19,7 @@ SMALL.lora.rank, SMALL.lora.alpha, SMALL.fusion.num_queries = 4, 6.0, 2
 def test_both_sides_train_the_same_weights_and_compute_the_same(dtype: torch.dtype) -> None:
     ours, theirs = pair(SMALL, CPU, dtype)
     inputs = random_inputs(SMALL, ours)
-    found = differences(Side(ours), Side(theirs, NAMES), inputs)
+    found = differences(results(Side(ours), inputs), results(Side(theirs, NAMES), inputs))
     assert 0 < max(found.values()) < (1e-5 if dtype == torch.float32 else 0.1)
     trained = {name for name, parameter in theirs.named_parameters() if parameter.requires_grad}
     assert {"x_embedder.weight", "x_embedder.bias"} < trained
@@ -43,11 +43,12 @@ def test_the_table_has_both_and_their_ratio() -> None:
     assert re.search(r"diffusers [0-9.]+, peft [0-9.]+", told)
 
 
-def test_what_differs_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gain", [2.0, float("nan")])
+def test_what_differs_is_not_compared(gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
     def spoilt(*args: object) -> object:
         ours, theirs = pair(*args)  # type: ignore[arg-type]
         with torch.no_grad():
-            theirs.transformer_blocks[0].attn.norm_q.weight = torch.nn.Parameter(2 * torch.ones(128))
+            theirs.transformer_blocks[0].attn.norm_q.weight = torch.nn.Parameter(gain * torch.ones(128))
         return ours, theirs
 
     monkeypatch.setattr("layerdecomp.reference.pair", spoilt)

@@ -1,6 +1,7 @@
 """Rotary position embedding and scaled-dot-product attention, in FLUX's conventions."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,22 @@ def slow_in_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+class _GradientInOneLayout(torch.autograd.Function):
+    """The identity, whose gradient is contiguous.
+
+    cuDNN's backward pass is built for the layout of the gradient that comes first, and taken again for another one of
+    the same q, k and v: silently wrong gradients, or an illegal memory access (PyTorch 2.11; its pull request 191576).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient.contiguous()
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Softmax attention with the heads merged again.
 
@@ -63,4 +80,4 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) ->
             x = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(q.dtype)
     else:
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return rearrange(x, "B H L D -> B L (H D)")
+    return cast(Tensor, _GradientInOneLayout.apply(rearrange(x, "B H L D -> B L (H D)")))  # type: ignore[no-untyped-call]
