@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
+from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerdecomp.conditioning import LATENT_FACTOR, TOKEN_FACTOR, ConditioningConfig
@@ -26,8 +27,9 @@ from layerdecomp.flow import FlowConfig, flow_loss
 from layerdecomp.imaging.cues import CUES
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.context_fusion import ContextFusion, ContextFusionConfig
-from layerdecomp.models.lora import LoRAConfig, inject_lora
+from layerdecomp.models.lora import LoRAConfig, inject_lora, merge_lora
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
+from layerdecomp.quantization import adamw, check_format, quantize_blocks
 
 META = torch.device("meta")
 
@@ -43,6 +45,9 @@ class BenchmarkConfig:
     steps: int = 28  # of sampling
     recompute: int = 0
     recompute_attention: bool = True
+    pictures_at_once: int = 0
+    quantize: str | None = None  # the frozen base's blocks: int8, fp8, nf4
+    bits: int = 32  # of the optimizer's averages: 32 or 8
     repeats: int = 5  # medians are over these, after one that is not counted
     measure: bool = True  # False: counts alone, which take no memory
     compile: bool = False  # the transformer's blocks
@@ -53,7 +58,10 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "", "batch_size", "text_tokens", "steps", "repeats")
-        check_at_least(0, self, "", "recompute")
+        check_at_least(0, self, "", "recompute", "pictures_at_once")
+        check_format(self.quantize)
+        if self.bits not in (8, 32):
+            raise InputError(f"bits is {self.bits}; expected 32, or 8 for torchao's optimizer")
         if self.size < 16 or self.size % 16:
             raise InputError(f"size is {self.size}; expected a positive multiple of 16")
         if not 0 < self.scale <= 1:
@@ -107,10 +115,10 @@ def random_transformer(config: BenchmarkConfig, device: torch.device, dtype: tor
 def build(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> Decomposer:
     """A decomposer with random weights, made where it will run."""
     transformer = random_transformer(config, device, dtype)
-    if config.compile and device != META:
-        transformer.compile_blocks()
+    if device != META:
+        quantize_blocks(transformer, config.quantize)
     with made_as(device, dtype):
-        rgb, rgba = (Autoencoder(AutoencoderConfig(in_channels=n)).requires_grad_(False) for n in (3, 4))
+        rgb, rgba = (Autoencoder(config.autoencoder(n)).requires_grad_(False) for n in (3, 4))
         prompt = Prompt(
             torch.randn(config.text_tokens, transformer.config.context_in_dim),
             torch.randn(transformer.config.vec_in_dim),
@@ -120,7 +128,7 @@ def build(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> 
         heads = min(config.fusion.num_heads, transformer.config.num_heads)  # fewer in a scaled transformer
         with device:
             fusion = ContextFusion(replace(config.fusion, num_heads=heads), transformer.config.hidden_size)
-    return Decomposer(
+    decomposer = Decomposer(
         transformer=transformer,
         autoencoder=rgb,
         rgba_autoencoder=rgba,
@@ -130,6 +138,11 @@ def build(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> 
         flow=FlowConfig(),
         sample=SampleConfig(),
     )
+    for autoencoder in (rgb, rgba):
+        autoencoder.encoder.at_once = config.pictures_at_once
+    if config.compile and device != META:
+        decomposer.compile_parts()
+    return decomposer
 
 
 class Workload:
@@ -152,6 +165,11 @@ class Workload:
             self.z = torch.randn(B, latent * latent // 2, 64)  # both layers' tokens
         with torch.no_grad():
             self.context = self.condition()
+
+    @cached_property
+    def optimizer(self) -> Optimizer:
+        trained = [parameter for parameter in self.decomposer.parameters() if parameter.requires_grad]
+        return adamw(trained, self.config.bits)
 
     def condition(self) -> Context:
         """What the transformer is told."""
@@ -181,6 +199,20 @@ class Workload:
             velocity = self.decomposer.velocity(self.z, context, self.t)
         torch.autograd.backward(flow_loss(velocity, self.z))
 
+    def step(self) -> None:
+        """All that training does with a batch: both encodings, forward and backward, the clipped step of AdamW."""
+        self.encode()
+        self.encode_targets()
+        self.train()
+        nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def merge(self) -> None:
+        """Folds LoRA into the base, as sampling does first; nothing is trained afterwards."""
+        vars(self).pop("optimizer", None)  # and with it its averages
+        merge_lora(self.decomposer.transformer)
+
     @torch.no_grad()
     def sample(self) -> None:
         """One Euler step of both layers."""
@@ -197,23 +229,30 @@ class Workload:
 
 TRAINING = "fusion + transformer, forward + backward"
 FUSION = "of it fusion"
-PIECES: dict[str, Callable[[Workload], None]] = {
+STEP = "a training step, the optimizer included"
+TRAINING_PIECES: dict[str, Callable[[Workload], None]] = {
     "encode image, mask, cues": Workload.encode,
     "encode targets": Workload.encode_targets,
     TRAINING: Workload.train,
     FUSION: Workload.fuse,
+}
+SAMPLING_PIECES: dict[str, Callable[[Workload], None]] = {  # of a merged model
     "one sampling step": Workload.sample,
     "decode": Workload.decode,
 }
 
 
 def count(config: BenchmarkConfig) -> dict[str, float]:
-    """Operations of each of `PIECES`, and of the parts of training that are differences between such counts."""
+    """Operations of each piece, and of the parts of training that are differences between such counts."""
     workload = Workload(config, META, torch.float32)
-    counts = {name: float(_operations(workload, piece)) for name, piece in PIECES.items()}
+    counts = {name: float(_operations(workload, piece)) for name, piece in TRAINING_PIECES.items()}
+    counts[STEP] = sum(counts[name] for name in ("encode image, mask, cues", "encode targets", TRAINING))
+    attention = _operations(workload, Workload.train, of=("bmm", "attention"))
+    workload.merge()
+    counts |= {name: float(_operations(workload, piece)) for name, piece in SAMPLING_PIECES.items()}
     wider = replace(config, lora=replace(config.lora, rank=2 * config.lora.rank))
     counts["of it LoRA"] = _training(wider) - counts[TRAINING]  # which grows with the rank, and nothing else does
-    counts["of it attention"] = _operations(workload, Workload.train, of=("bmm", "attention"))
+    counts["of it attention"] = attention
     counts["of it recomputed"] = counts[TRAINING] - _training(replace(config, recompute=0))
     return counts
 
@@ -248,9 +287,17 @@ def largest_product(device: torch.device, dtype: torch.dtype, repeats: int = 5) 
 
 
 def measure(workload: Workload, device: torch.device) -> dict[str, tuple[float, float]]:
-    """Median seconds and peak memory in bytes of each of `PIECES`."""
+    """Median seconds and peak memory in bytes of each piece."""
+    measured = _measured(workload, {**TRAINING_PIECES, STEP: Workload.step}, device)
+    workload.merge()
+    return measured | _measured(workload, SAMPLING_PIECES, device)
+
+
+def _measured(
+    workload: Workload, pieces: dict[str, Callable[[Workload], None]], device: torch.device
+) -> dict[str, tuple[float, float]]:
     measured = {}
-    for name, piece in PIECES.items():
+    for name, piece in pieces.items():
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         with watched(workload.config.sync_debug, device):
@@ -333,18 +380,19 @@ def benchmark(config: BenchmarkConfig, device: str, dtype: torch.dtype) -> str:
         f"{transformer.depth_single_blocks} blocks of width {transformer.hidden_size}, LoRA rank {config.lora.rank}, "
         f"{recomputed(config)}, {'compiled, ' * config.compile}{str(dtype).removeprefix('torch.')}"
     )
+    if config.quantize:
+        told += f", blocks in {config.quantize}"
+    if config.bits != 32:
+        told += f", optimizer in {config.bits} bits"
     largest = f"largest product {limit / 1e12:.3g} TFLOP/s"
     where = f"measured on {machine(device)}, {largest}{backend}" if config.measure else "counted"
-    encode = counts["encode image, mask, cues"]
-    step = encode + counts["encode targets"] + counts[TRAINING]
-    sample = encode + config.steps * counts["one sampling step"] + counts["decode"]
+    sample = counts["encode image, mask, cues"] + config.steps * counts["one sampling step"] + counts["decode"]
     return "\n".join(
         [
             f"{told}; {where}, torch {torch.__version__}",
             "",
             markdown_table([header, *rows]),
             "",
-            f"a training step: {step / 1e12:.4g} TFLOP; "
             f"a decomposition in {config.steps} steps: {sample / 1e12:.4g} TFLOP",
         ]
     )

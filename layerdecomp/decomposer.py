@@ -243,6 +243,12 @@ class Decomposer(nn.Module):
         self.flow = flow
         self.sample = sample
 
+    def compile_parts(self) -> None:
+        """Compiles the transformer's blocks and both encoders in place, on first use."""
+        self.transformer.compile_blocks()
+        for autoencoder in (self.autoencoder, self.rgba_autoencoder):
+            autoencoder.encoder.compile()
+
     @torch.no_grad()
     def encode_targets(self, background: Tensor, foreground: Tensor) -> Tensor:
         """Packed latents (B, 2L, 64) of a background (B, 3, H, W) and a straight foreground (B, 4, H, W)."""

@@ -36,9 +36,6 @@ class TrainingWork(BenchmarkConfig):
 
     model: MMDiTConfig = field(default_factory=MMDiTConfig)
     rgb: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    quantize: str | None = None
-    bits: int = 32  # of the optimizer's averages
-    pictures_at_once: int = 0
     shards: int = 1  # of the frozen transformer, each on another device
 
     @property
@@ -197,10 +194,6 @@ def _memory(work: TrainingWork) -> Memory:
 
 def _peaks(workload: Workload) -> tuple[int, int]:
     """Bytes at the peaks of a step of the transformer and of the autoencoders' work."""
-    work: TrainingWork = workload.config  # type: ignore[assignment]
-    decomposer = workload.decomposer
-    for autoencoder in (decomposer.autoencoder, decomposer.rgba_autoencoder):
-        autoencoder.encoder.at_once = work.pictures_at_once
     with FakeTensorMode(), position_cache_aside():
         known = _materialise(workload)
         peaks = []

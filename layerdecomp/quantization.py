@@ -1,11 +1,15 @@
-"""The frozen base in eight or four bits, by torchao: its tensors take the place of weights, under the same names."""
+"""The frozen base in eight or four bits, by torchao: its tensors take the place of weights, under the same names.
+
+So may the optimizer's averages be kept.
+"""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from layerdecomp.errors import InputError
 
@@ -68,9 +72,38 @@ def block_matrices(format: str | None) -> Callable[[str, Tensor], Tensor]:
     return convert
 
 
+@torch.no_grad()
+def quantize_blocks(transformer: nn.Module, format: str | None) -> None:
+    """Quantises, in place, the frozen matrices inside a transformer's blocks; None leaves them as they are."""
+    convert = block_matrices(format)
+    for path, module in transformer.named_modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if not weight.requires_grad:
+                module.register_parameter(name, nn.Parameter(convert(f"{path}.{name}", weight.data), False))
+
+
+def adamw(
+    parameters: Iterable[nn.Parameter],
+    bits: int,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float = 0.0,
+) -> Optimizer:
+    """AdamW, fused where it can be, or with averages in 8 bits (Dettmers et al. 2022, arXiv 2110.02861; torchao's)."""
+    trained = list(parameters)
+    if bits == 8:
+        with needs_torchao("optim.bits=8"):
+            from torchao.optim import AdamW8bit
+
+        found: Optimizer = AdamW8bit(trained, lr=lr, betas=betas, weight_decay=weight_decay)
+        return found
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained)
+    return torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
+
+
 def stored_bytes(tensor: Tensor) -> int:
     """Bytes that a tensor takes, quantised or not."""
-    if type(tensor) in (Tensor, torch.nn.Parameter):
+    if type(tensor) in (Tensor, nn.Parameter):
         return tensor.nbytes
     parts: list[str] = tensor.__tensor_flatten__()[0]  # type: ignore[attr-defined]
     return sum(stored_bytes(getattr(tensor, part)) for part in parts)

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from layerdecomp.adapters import Change, to_diffusers
-from layerdecomp.benchmark import BenchmarkConfig, attention_backend, flop_counter, machine, random_transformer, stopwatch
+from layerdecomp.benchmark import (
+    BenchmarkConfig,
+    attention_backend,
+    flop_counter,
+    machine,
+    random_transformer,
+    stopwatch,
+)
 from layerdecomp.conditioning import TOKEN_FACTOR, position_ids
 from layerdecomp.decomposer import mixed_precision
 from layerdecomp.errors import InputError

@@ -1,11 +1,12 @@
 """Counted operations against the formulas, and the benchmark on a small model."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
-from layerdecomp.benchmark import FUSION, TRAINING, BenchmarkConfig, benchmark, count
+from layerdecomp.benchmark import FUSION, STEP, TRAINING, BenchmarkConfig, Workload, benchmark, count
 from layerdecomp.config import merge_config
 from layerdecomp.errors import InputError
 from layerdecomp.models.context_fusion import ContextFusionConfig
@@ -15,9 +16,9 @@ from layerdecomp.models.lora import LoRAConfig
 SMALL = BenchmarkConfig(size=64, scale=0.08, text_tokens=5, lora=LoRAConfig(rank=2))
 
 
-def sampling_products(config: BenchmarkConfig) -> int:
-    """Multiplications of one sampling step, written out."""
-    model, rank = config.transformer, config.lora.rank
+def forward_products(config: BenchmarkConfig, rank: int) -> int:
+    """Multiplications of a forward pass with LoRA of a rank, 0 if it is merged, written out."""
+    model = config.transformer
     D, mlp = model.hidden_size, 4 * model.hidden_size
     image, text = 2 * (config.size // 16) ** 2, config.text_tokens + config.fusion.num_queries
     both = image + text
@@ -36,7 +37,7 @@ def sampling_products(config: BenchmarkConfig) -> int:
 def test_counts_are_those_of_the_formulas() -> None:
     counts = count(SMALL)
     assert (SMALL.transformer.depth, SMALL.transformer.depth_single_blocks) == (2, 3)
-    assert counts["one sampling step"] == 2 * sampling_products(SMALL)
+    assert counts["one sampling step"] == 2 * forward_products(SMALL, rank=0)
     assert counts["of it recomputed"] == 0
     assert 2 * counts["one sampling step"] < counts[TRAINING] < 3 * counts["one sampling step"], "frozen weights"
     assert 0 < counts[FUSION] < counts[TRAINING]
@@ -44,7 +45,8 @@ def test_counts_are_those_of_the_formulas() -> None:
 
 def test_recomputing_costs_no_more_than_another_forward_pass() -> None:
     counts = count(BenchmarkConfig(**{**vars(SMALL), "recompute": 1}))
-    assert 0.5 * counts["one sampling step"] < counts["of it recomputed"] < counts["one sampling step"]
+    forward = 2 * forward_products(SMALL, SMALL.lora.rank)
+    assert 0.5 * forward < counts["of it recomputed"] < forward
 
 
 def test_attention_that_is_kept_is_not_counted_again() -> None:
@@ -68,9 +70,26 @@ def test_a_small_model_is_measured() -> None:
     assert "measured on" in told and "attention by FLASH_ATTENTION" in told and "1 + 2 blocks of width 128" in told
     rows = [line.split("|") for line in told.splitlines() if line.startswith("|")][2:]
     measured = [row for row in rows if row[3].strip()]
-    assert len(rows) == 9 and len(measured) == 6
+    assert len(rows) == 10 and len(measured) == 7
     assert all(float(row[3]) > 0 and float(row[6]) > 0 for row in measured)
+    assert "a training step, the optimizer included" in told
     assert re.search(r"a decomposition in 28 steps: [0-9.]+ TFLOP", told)
+
+
+def test_a_training_step_is_its_pieces_and_trains() -> None:
+    counts = count(SMALL)
+    assert counts[STEP] == sum(counts[name] for name in ("encode image, mask, cues", "encode targets", TRAINING))
+    torch.manual_seed(0)
+    workload = Workload(replace(SMALL, quantize="int8", bits=8, pictures_at_once=1), torch.device("cpu"), torch.bfloat16)
+    parameters = dict(workload.decomposer.named_parameters())
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items() if parameter.requires_grad}
+    frozen = {name for name in parameters if name not in before}
+    quantised = {name for name in frozen if type(parameters[name].data) not in (torch.Tensor, torch.nn.Parameter)}
+    assert quantised == {name for name in frozen if "_blocks." in name and parameters[name].dim() == 2}
+    workload.step()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, parameters[name])}
+    assert changed == {name for name in before if "lora_A" not in name}  # whose gradient B = 0 keeps at zero
+    assert all(parameter.grad is None for parameter in parameters.values())
 
 
 def test_waiting_for_a_gpu_is_looked_for_on_a_gpu() -> None:
@@ -83,7 +102,7 @@ def test_fusion_with_three_cues_is_no_more_than_three_hundredths_of_a_step() -> 
     assert 0 < counts[FUSION] < 0.03 * counts[TRAINING]
 
 
-@pytest.mark.parametrize("setting", ["size=40", "scale=0", "scale=2", "batch_size=0", "recompute=-1", "sync_debug=yes"])
+@pytest.mark.parametrize("setting", ["size=40", "scale=0", "scale=2", "batch_size=0", "recompute=-1", "sync_debug=yes", "bits=4", "quantize=no"])
 def test_settings_that_make_no_sense_are_named(setting: str) -> None:
     with pytest.raises(InputError, match=setting.split("=")[0]):
         merge_config(BenchmarkConfig(), [], [setting])

@@ -60,7 +60,7 @@ class _GradientInOneLayout(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient.contiguous()
 
 
@@ -80,4 +80,4 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) ->
             x = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(q.dtype)
     else:
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return cast(Tensor, _GradientInOneLayout.apply(rearrange(x, "B H L D -> B L (H D)")))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _GradientInOneLayout.apply(rearrange(x, "B H L D -> B L (H D)")))

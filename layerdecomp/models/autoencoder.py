@@ -6,6 +6,7 @@ Parameter names are those of the published `ae.safetensors`, so an official file
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -17,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from layerdecomp.errors import InputError
+from layerdecomp.models.blocks import own_precision
 
 
 @dataclass
@@ -59,8 +61,16 @@ class Tiling:
     overlap: int = 256  # pixels, or more, over which a tile fades into the next
 
 
+class GroupNorm(nn.GroupNorm):
+    """In the precision of its weights, statistics in float32: autocast would read and write twice the bytes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with own_precision(x) if x.dtype == self.weight.dtype else nullcontext():
+            return super().forward(x)
+
+
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):

@@ -19,14 +19,14 @@ from PIL import Image
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from layerdecomp.config import RunConfig
 from layerdecomp.data.datamodule import Positions, collate, open_samples
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import Share, write_metrics
 from layerdecomp.flow import seeded_normal
-from layerdecomp.quantization import needs_torchao
+from layerdecomp.quantization import adamw, needs_torchao
 from layerdecomp.training.checkpoints import loops_at
 from layerdecomp.training.faults import FaultCount, StepGuard, fitting_settings, poisoned
 from layerdecomp.training.late import Late, to_device
@@ -232,15 +232,8 @@ class Job(LightningModule):
             inside = {name: parameter.dim() == 2 and "blocks." in name for name, parameter in trained.items()}
             matrices, others = ([p for name, p in trained.items() if inside[name] is kind] for kind in (True, False))
             optimizer = Muon(matrices, others, config.lr, betas)
-        elif config.bits == 8:
-            from torchao.optim import AdamW8bit
-
-            optimizer = AdamW8bit([*trained.values()], lr=config.lr, betas=betas, weight_decay=config.weight_decay)
         else:
-            fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained.values())
-            optimizer = AdamW(
-                trained.values(), lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=fused
-            )
+            optimizer = adamw(trained.values(), config.bits, config.lr, betas, config.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -42,7 +42,7 @@ class DecomposerJob(FlowJob):
         self.decomposer.transformer.recompute = config.recompute
         self.decomposer.transformer.recompute_attention = config.recompute_attention
         if config.compile:
-            self.decomposer.transformer.compile_blocks()
+            self.decomposer.compile_parts()
         for autoencoder in (self.decomposer.autoencoder, self.decomposer.rgba_autoencoder):
             autoencoder.encoder.at_once = config.pictures_at_once
 
