@@ -181,10 +181,10 @@ class Workload:
         with mixed_precision(self.decomposer.autoencoder):
             self.decomposer.encode_pictures(self.image, self.mask, self.cues)
 
-    def encode_targets(self) -> None:
-        """Both true layers."""
+    def encode_sample(self) -> None:
+        """The same and both true layers."""
         with mixed_precision(self.decomposer.autoencoder):
-            self.decomposer.encode_targets(self.image, self.foreground)
+            self.decomposer.encode_sample(self.image, self.mask, self.cues, self.image, self.foreground)
 
     def fuse(self) -> None:
         """Context fusion of the cues, forward and backward."""
@@ -200,9 +200,8 @@ class Workload:
         torch.autograd.backward(flow_loss(velocity, self.z))
 
     def step(self) -> None:
-        """All that training does with a batch: both encodings, forward and backward, the clipped step of AdamW."""
-        self.encode()
-        self.encode_targets()
+        """All that training does with a batch: encoding, forward and backward, the clipped step of AdamW."""
+        self.encode_sample()
         self.train()
         nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], 1.0)
         self.optimizer.step()
@@ -230,13 +229,14 @@ class Workload:
 TRAINING = "fusion + transformer, forward + backward"
 FUSION = "of it fusion"
 STEP = "a training step, the optimizer included"
+ENCODING = "encode image, mask, cues, targets"
 TRAINING_PIECES: dict[str, Callable[[Workload], None]] = {
-    "encode image, mask, cues": Workload.encode,
-    "encode targets": Workload.encode_targets,
+    ENCODING: Workload.encode_sample,
     TRAINING: Workload.train,
     FUSION: Workload.fuse,
 }
 SAMPLING_PIECES: dict[str, Callable[[Workload], None]] = {  # of a merged model
+    "encode image, mask, cues": Workload.encode,
     "one sampling step": Workload.sample,
     "decode": Workload.decode,
 }
@@ -246,7 +246,7 @@ def count(config: BenchmarkConfig) -> dict[str, float]:
     """Operations of each piece, and of the parts of training that are differences between such counts."""
     workload = Workload(config, META, torch.float32)
     counts = {name: float(_operations(workload, piece)) for name, piece in TRAINING_PIECES.items()}
-    counts[STEP] = sum(counts[name] for name in ("encode image, mask, cues", "encode targets", TRAINING))
+    counts[STEP] = counts[ENCODING] + counts[TRAINING]
     attention = _operations(workload, Workload.train, of=("bmm", "attention"))
     workload.merge()
     counts |= {name: float(_operations(workload, piece)) for name, piece in SAMPLING_PIECES.items()}

@@ -250,11 +250,22 @@ class Decomposer(nn.Module):
             autoencoder.encoder.compile()
 
     @torch.no_grad()
-    def encode_targets(self, background: Tensor, foreground: Tensor) -> Tensor:
-        """Packed latents (B, 2L, 64) of a background (B, 3, H, W) and a straight foreground (B, 4, H, W)."""
-        z_b = self.autoencoder.encode(background, tiling=self.sample.tiling)
+    def encode_sample(
+        self, image: Tensor, mask: Tensor, cues: Tensor | None, background: Tensor, foreground: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What training needs of a batch; all its RGB pictures pass their autoencoder together.
+
+        Args:
+            image, mask, cues: as in `encode`.
+            background: (B, 3, H, W) in [-1, 1].
+            foreground: straight, (B, 4, H, W).
+
+        Returns:
+            what `encode_pictures` gives, and both layers' packed latents (B, 2L, 64).
+        """
+        latents = self._encoded([*self._told(image, mask, cues), background])
         z_f = self.rgba_autoencoder.encode(to_autoencoder(foreground), tiling=self.sample.tiling)
-        return torch.cat([pack(z_b), pack(z_f)], dim=1)
+        return latents[:, :-1], torch.cat([pack(latents[:, -1]), pack(z_f)], dim=1)
 
     def encode(
         self, image: Tensor, mask: Tensor, cues: Tensor | None = None, cues_present: Tensor | None = None
@@ -275,18 +286,25 @@ class Decomposer(nn.Module):
 
         Arguments as in `encode`.
         """
-        pictures = torch.stack(masked_images(image, mask), dim=1)
-        if self.context_fusion is not None:
-            assert cues is not None
-            pictures = torch.cat([pictures, self._used(cues)], dim=1)
-        latents = self.autoencoder.encode(pictures.flatten(0, 1), tiling=self.sample.tiling)  # all of a batch at once
-        return rearrange(latents, "(B M) C h w -> B M C h w", B=len(image))
+        return self._encoded(self._told(image, mask, cues))
 
-    def _used(self, cues: Tensor) -> Tensor:
-        """Of what there is of all `CUES` (B, len(CUES), ...), that of those which the fusion looks at."""
+    def _told(self, image: Tensor, mask: Tensor, cues: Tensor | None) -> list[Tensor]:
+        """The two masked images and the cues that the fusion looks at, each (B, 3, H, W)."""
+        if self.context_fusion is None:
+            return [*masked_images(image, mask)]
+        assert cues is not None
+        return [*masked_images(image, mask), *self._used(cues)]
+
+    def _encoded(self, pictures: list[Tensor]) -> Tensor:
+        """Latents (B, M, 16, H/8, W/8) of M pictures (B, 3, H, W), all of them at once."""
+        latents = self.autoencoder.encode(torch.stack(pictures, dim=1).flatten(0, 1), tiling=self.sample.tiling)
+        return rearrange(latents, "(B M) C h w -> B M C h w", M=len(pictures))
+
+    def _used(self, cues: Tensor) -> list[Tensor]:
+        """Of what there is of all `CUES` (B, len(CUES), ...), that of each which the fusion looks at."""
         assert self.context_fusion is not None
         # One by one: a GPU would wait for a list of numbers.
-        return torch.stack([cues[:, CUES.index(name)] for name in self.context_fusion.config.cues], dim=1)
+        return [cues[:, CUES.index(name)] for name in self.context_fusion.config.cues]
 
     def condition(self, latents: Tensor, mask: Tensor, cues_present: Tensor | None = None) -> Context:
         """The context that `latents` from `encode_pictures` make; the other arguments as in `encode`."""
@@ -296,7 +314,8 @@ class Decomposer(nn.Module):
             return Context(told, ids)
         assert cues_present is not None
         tokens = torch.stack([pack(cue) for cue in latents[:, 2:].unbind(1)], dim=1)  # (B, M, L, 64)
-        return Context(told, ids, self.context_fusion(tokens, self._used(cues_present), token_ids(mask, 0)))
+        present = torch.stack(self._used(cues_present), dim=1)
+        return Context(told, ids, self.context_fusion(tokens, present, token_ids(mask, 0)))
 
     def velocity(self, x: Tensor, context: Context, timesteps: Tensor, guidance: float | None = None) -> Tensor:
         """Velocity (B, 2L, 64) of both layers' tokens.

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from layerdecomp.benchmark import TRAINING, count, recomputed
+from layerdecomp.benchmark import ENCODING, STEP, count, recomputed
 from layerdecomp.config import DecomposerJobConfig, RunConfig
 from layerdecomp.decomposer import WeightFiles
 from layerdecomp.errors import InputError
@@ -41,9 +41,8 @@ def dry_run(config: RunConfig) -> str:
         if recomputed(other) != recomputed(work)
     ]
     counts = linear_in_blocks(lambda depths: count(with_depths(work, depths)), work.model, work.recompute)
-    encode = counts["encode image, mask, cues"] + counts["encode targets"]
     samples, average = config.train.global_batch, memory.trained * bool(config.train.ema)
-    per_sample = (counts[TRAINING] + encode) / work.batch_size
+    encode, per_sample = (counts[name] / work.batch_size for name in (ENCODING, STEP))
     rows = [
         ("frozen weights", memory.frozen, _kept(config)),
         ("trained weights", memory.trained, "float32"),
@@ -65,7 +64,7 @@ def dry_run(config: RunConfig) -> str:
             markdown_table([["memory of a device", "GB", "in"], *([k, f"{n / 1e9:.1f}", why] for k, n, why in rows)]),
             "",
             f"a step of {samples} samples: {samples * per_sample / 1e12:.4g} TFLOP, "
-            f"{encode / work.batch_size / 1e12:.4g} of a sample's {per_sample / 1e12:.4g} in the autoencoders, "
+            f"{encode / 1e12:.4g} of a sample's {per_sample / 1e12:.4g} in the autoencoders, "
             f"{counts['of it recomputed'] / work.batch_size / 1e12:.4g} recomputed",
             "",
             *missing_files(config.weights),

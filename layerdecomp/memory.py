@@ -197,10 +197,9 @@ def _peaks(workload: Workload) -> tuple[int, int]:
     with FakeTensorMode(), position_cache_aside():
         known = _materialise(workload)
         peaks = []
-        for piece in ((workload.train,), (workload.encode, workload.encode_targets)):
+        for run in (workload.train, workload.encode_sample):
             with as_on_gpu(), Peak(*known) as peak:
-                for run in piece:
-                    run()
+                run()
             peaks.append(peak.peak)
     return peaks[0], peaks[1]
 

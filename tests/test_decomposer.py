@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from layerdecomp.conditioning import ConditioningConfig
+from layerdecomp.conditioning import ConditioningConfig, pack
 from layerdecomp.data.datamodule import collate
 from layerdecomp.data.scenes import SceneConfig, Scenes
 from layerdecomp.decomposer import (
@@ -25,6 +25,7 @@ from layerdecomp.decomposer import (
     keep_pixels,
 )
 from layerdecomp.errors import InputError
+from layerdecomp.imaging.compositing import to_autoencoder
 from layerdecomp.imaging.cues import compute_cues
 from layerdecomp.imaging.geometry import grow_and_feather, to_tensor
 from layerdecomp.imaging.layers import Layers
@@ -236,12 +237,25 @@ def test_shapes_of_the_parts(tiny_decomposer: Decomposer) -> None:
     assert context.told.shape == (3, 8, 320) and context.ids.shape == (8, 3)
     assert context.ids[:, 0].tolist() == [0] * 4 + [1] * 4
     assert context.fused is not None and context.fused.shape == (3, 4, 32)
-    z = tiny_decomposer.encode_targets(batch["image"], torch.cat([batch["image"], batch["mask"]], 1))
+    foreground = torch.cat([batch["image"], batch["mask"]], 1)
+    _, z = tiny_decomposer.encode_sample(batch["image"], batch["mask"], batch["cues"], batch["image"], foreground)
     assert z.shape == (3, 8, 64)
     assert tiny_decomposer.velocity(z, context, torch.full((3,), 0.5)).shape == z.shape
     background, foreground = tiny_decomposer.draw(batch, noise_of(3), steps=1)
     assert background.shape == (3, 3, 32, 32) and foreground.shape == (3, 4, 32, 32)
     assert background.abs().max() <= 1 and foreground[:, 3].min() >= 0 and foreground[:, 3].max() <= 1
+
+
+def test_a_sample_is_encoded_as_its_parts_are(tiny_decomposer: Decomposer) -> None:
+    batch = batch_of(3)
+    background, foreground = batch["image"].flip(-1), torch.cat([batch["image"], batch["mask"]], 1)
+    told, z = tiny_decomposer.encode_sample(batch["image"], batch["mask"], batch["cues"], background, foreground)
+    alone = tiny_decomposer.encode_pictures(batch["image"], batch["mask"], batch["cues"])
+    torch.testing.assert_close(told, alone, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        z_b = tiny_decomposer.autoencoder.encode(background)
+        z_f = tiny_decomposer.rgba_autoencoder.encode(to_autoencoder(foreground))
+    torch.testing.assert_close(z, torch.cat([pack(z_b), pack(z_f)], dim=1), rtol=1e-4, atol=1e-5)
 
 
 def test_what_each_layer_is_told(tiny_decomposer: Decomposer) -> None:

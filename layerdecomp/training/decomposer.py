@@ -22,6 +22,8 @@ from layerdecomp.training.base import local_device, resolve_precision
 from layerdecomp.training.flow import FlowJob
 from layerdecomp.weights import file_sha256
 
+ENCODED = ("image", "mask", "cues", "background", "foreground")
+
 
 class DecomposerJob(FlowJob):
     """Mean squared error to the velocity of both layers, which share the time."""
@@ -62,9 +64,10 @@ class DecomposerJob(FlowJob):
         return {"autoencoders": [file_sha256(Path(file)) for file in files], "cues": fusion.cues * fusion.enabled}
 
     def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        told, z = self.decomposer.encode_sample(*(batch[name] for name in ENCODED))
         return {
-            "told": self.decomposer.encode_pictures(batch["image"], batch["mask"], batch["cues"]),
-            "z": self.decomposer.encode_targets(batch["background"], batch["foreground"]).float(),  # (B, 2L, 64)
+            "told": told,
+            "z": z.float(),  # (B, 2L, 64)
             "mask": batch["mask"].bool(),
             "cues_present": batch["cues_present"],
         }
