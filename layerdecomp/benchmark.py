@@ -50,7 +50,7 @@ class BenchmarkConfig:
     bits: int = 32  # of the optimizer's averages: 32 or 8
     repeats: int = 5  # medians are over these, after one that is not counted
     measure: bool = True  # False: counts alone, which take no memory
-    compile: bool = False  # the transformer's blocks
+    compile: bool = False  # the transformer's blocks and the encoders
     sync_debug: str = "default"  # on a GPU: error stops where a piece makes the host wait for it, warn says where
     reference: str | None = None  # diffusers: its transformer and peft's LoRA are measured beside ours
     lora: LoRAConfig = field(default_factory=LoRAConfig)

@@ -243,11 +243,11 @@ class Decomposer(nn.Module):
         self.flow = flow
         self.sample = sample
 
-    def compile_parts(self) -> None:
-        """Compiles the transformer's blocks and both encoders in place, on first use."""
-        self.transformer.compile_blocks()
+    def compile_parts(self, backend: str = "inductor") -> None:
+        """Compiles what every step of training runs, on first use: the transformer's blocks and both encoders."""
+        self.transformer.compile_blocks(backend)
         for autoencoder in (self.autoencoder, self.rgba_autoencoder):
-            autoencoder.encoder.compile()
+            autoencoder.encoder.compile(backend=backend)
 
     @torch.no_grad()
     def encode_sample(

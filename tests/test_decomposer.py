@@ -258,6 +258,21 @@ def test_a_sample_is_encoded_as_its_parts_are(tiny_decomposer: Decomposer) -> No
     torch.testing.assert_close(z, torch.cat([pack(z_b), pack(z_f)], dim=1), rtol=1e-4, atol=1e-5)
 
 
+def test_compiled_encoders_encode_the_same_under_the_same_names(tiny_config: DecomposerConfig) -> None:
+    decomposer = build_decomposer(tiny_config).requires_grad_(False).eval()
+    names = [*decomposer.state_dict()]
+    batch = batch_of(2)
+    sample = batch["image"], batch["mask"], batch["cues"], batch["image"], torch.cat([batch["image"], batch["mask"]], 1)
+    expected = decomposer.encode_sample(*sample)
+    for autoencoder in (decomposer.autoencoder, decomposer.rgba_autoencoder):
+        autoencoder.encoder.at_once = 1  # one size for all, whatever the batch
+    torch._dynamo.utils.counters.clear()
+    decomposer.compile_parts(backend="aot_eager")
+    found = decomposer.encode_sample(*sample)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2 and [*decomposer.state_dict()] == names
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_what_each_layer_is_told(tiny_decomposer: Decomposer) -> None:
     """The background never sees the object, the foreground nothing but the object."""
     batch = batch_of(2)
