@@ -29,7 +29,7 @@ from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.context_fusion import ContextFusion, ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig, inject_lora, merge_lora
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
-from layerdecomp.quantization import adamw, check_format, quantize_blocks
+from layerdecomp.quantization import adamw, check_format, check_optimizer, quantize_blocks
 
 META = torch.device("meta")
 
@@ -70,6 +70,8 @@ class BenchmarkConfig:
             raise InputError(f"sync_debug is {self.sync_debug!r}; expected default, warn or error")
         if self.reference not in (None, "diffusers"):
             raise InputError(f"reference is {self.reference!r}; expected diffusers, or null for none")
+        if self.reference and (self.quantize or self.bits != 32):
+            raise InputError("reference=diffusers compares neither quantize nor bits=8; leave them out")
 
     @property
     def transformer(self) -> MMDiTConfig:
@@ -139,7 +141,7 @@ def build(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> 
         sample=SampleConfig(),
     )
     for autoencoder in (rgb, rgba):
-        autoencoder.encoder.at_once = config.pictures_at_once
+        autoencoder.encode_at_once = config.pictures_at_once
     if config.compile and device != META:
         decomposer.compile_parts()
     return decomposer
@@ -208,9 +210,10 @@ class Workload:
         self.optimizer.zero_grad()
 
     def merge(self) -> None:
-        """Folds LoRA into the base, as sampling does first; nothing is trained afterwards."""
+        """Folds LoRA into the base, as sampling does first, but for a quantised base; nothing is trained afterwards."""
         vars(self).pop("optimizer", None)  # and with it its averages
-        merge_lora(self.decomposer.transformer)
+        if self.config.quantize is None:
+            merge_lora(self.decomposer.transformer)
 
     @torch.no_grad()
     def sample(self) -> None:
@@ -246,14 +249,13 @@ def count(config: BenchmarkConfig) -> dict[str, float]:
     """Operations of each piece, and of the parts of training that are differences between such counts."""
     workload = Workload(config, META, torch.float32)
     counts = {name: float(_operations(workload, piece)) for name, piece in TRAINING_PIECES.items()}
-    counts[STEP] = counts[ENCODING] + counts[TRAINING]
-    attention = _operations(workload, Workload.train, of=("bmm", "attention"))
-    workload.merge()
-    counts |= {name: float(_operations(workload, piece)) for name, piece in SAMPLING_PIECES.items()}
     wider = replace(config, lora=replace(config.lora, rank=2 * config.lora.rank))
     counts["of it LoRA"] = _training(wider) - counts[TRAINING]  # which grows with the rank, and nothing else does
-    counts["of it attention"] = attention
+    counts["of it attention"] = _operations(workload, Workload.train, of=("bmm", "attention"))
     counts["of it recomputed"] = counts[TRAINING] - _training(replace(config, recompute=0))
+    counts[STEP] = counts[ENCODING] + counts[TRAINING]
+    workload.merge()
+    counts |= {name: float(_operations(workload, piece)) for name, piece in SAMPLING_PIECES.items()}
     return counts
 
 
@@ -361,6 +363,8 @@ def _peak_memory(device: torch.device) -> float:
 
 def benchmark(config: BenchmarkConfig, device: str, dtype: torch.dtype) -> str:
     """Counts and measures, and returns the table: Markdown, and a line that says what the numbers are of."""
+    if config.bits == 8:
+        check_optimizer("bits=8")
     counts = count(config)
     header = ["", "TFLOP", "seconds", "TFLOP/s", "of the largest product", "peak memory GB"]
     measured: dict[str, tuple[float, float]] = {}

@@ -115,7 +115,7 @@ class FlowJobConfig(RunConfig):
     weights: WeightFiles = field(default_factory=WeightFiles)
     recompute: int = 0  # every how many transformer blocks activations are computed again, to save memory; 0: none
     recompute_attention: bool = True  # in those blocks; false: its output is kept instead, for a little memory
-    compile: bool = False  # transformer's blocks and encoders, in a minute or two at first; faster steps on a GPU
+    compile: bool = False  # the transformer's blocks and encoders, in minutes at first; faster steps on a GPU
     latent_cache: str | None = None  # a folder: each of `data.samples` is encoded once; null: each time that it comes
 
     def __post_init__(self) -> None:

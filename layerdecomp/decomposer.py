@@ -301,7 +301,7 @@ class Decomposer(nn.Module):
         return rearrange(latents, "(B M) C h w -> B M C h w", M=len(pictures))
 
     def _used(self, cues: Tensor) -> list[Tensor]:
-        """Of what there is of all `CUES` (B, len(CUES), ...), that of each which the fusion looks at."""
+        """Of a tensor (B, len(CUES), ...), the part of each cue that the fusion looks at."""
         assert self.context_fusion is not None
         # One by one: a GPU would wait for a list of numbers.
         return [cues[:, CUES.index(name)] for name in self.context_fusion.config.cues]

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -90,29 +89,12 @@ class Peak(TorchDispatchMode):
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """What is counted on the CPU takes the precision that it has on a GPU.
-
-    CUDA's autocast computes norms in float32, the CPU's does not: what they give and keep is larger there. Attention
-    computes bf16 as it comes, while a CPU has it in float32: what it keeps is smaller there.
-    """
-
-    def in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def computed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return norm(x.float() if torch.is_autocast_enabled("cpu") else x, *args, **kwargs)
-
-        return computed
-
-    # A function mode would be off where the backward pass computes blocks again.
-    norms = {name: getattr(F, name) for name in ("layer_norm", "group_norm")}
+    """Attention computes bf16 as it comes, while a CPU has it, and keeps it, in float32."""
     slow_in_bfloat16 = attention.slow_in_bfloat16
     try:
         attention.slow_in_bfloat16 = lambda device: False
-        for name, norm in norms.items():
-            setattr(F, name, in_float32(norm))
         yield
     finally:
-        for name, norm in norms.items():
-            setattr(F, name, norm)
         attention.slow_in_bfloat16 = slow_in_bfloat16
 
 

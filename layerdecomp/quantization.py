@@ -82,6 +82,12 @@ def quantize_blocks(transformer: nn.Module, format: str | None) -> None:
                 module.register_parameter(name, nn.Parameter(convert(f"{path}.{name}", weight.data), False))
 
 
+def check_optimizer(key: str) -> None:
+    """Raises `InputError`, which names the key that asks for it, where the optimizer of 8 bits is missing."""
+    with needs_torchao(key):
+        import torchao.optim  # noqa: F401
+
+
 def adamw(
     parameters: Iterable[nn.Parameter],
     bits: int,
@@ -92,8 +98,7 @@ def adamw(
     """AdamW, fused where it can be, or with averages in 8 bits (Dettmers et al. 2022, arXiv 2110.02861; torchao's)."""
     trained = list(parameters)
     if bits == 8:
-        with needs_torchao("optim.bits=8"):
-            from torchao.optim import AdamW8bit
+        from torchao.optim import AdamW8bit
 
         found: Optimizer = AdamW8bit(trained, lr=lr, betas=betas, weight_decay=weight_decay)
         return found

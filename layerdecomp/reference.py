@@ -185,7 +185,7 @@ def results(side: Side, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
-    """Largest differences between `results`, as shares of the largest value; NaN where a number is."""
+    """Largest differences between `results`, as shares of the largest value; NaN where either side has one."""
     pairs = {name: (tensor.float(), theirs[name].float()) for name, tensor in ours.items()}
     return {name: ((a - b).abs().max() / b.abs().max()).item() for name, (a, b) in pairs.items()}
 

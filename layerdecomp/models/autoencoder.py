@@ -62,7 +62,10 @@ class Tiling:
 
 
 class GroupNorm(nn.GroupNorm):
-    """In the precision of its weights, statistics in float32: autocast would read and write twice the bytes."""
+    """In the precision of its weights: autocast would read and write twice the bytes.
+
+    Sums are in float32; CUDA's kernel rounds what comes of them to bf16 in PyTorch before its pull request 183946.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         with own_precision(x) if x.dtype == self.weight.dtype else nullcontext():
@@ -157,7 +160,6 @@ class Encoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        self.at_once = 0  # pictures of a batch that are encoded together, to save memory; 0: all
         widths = [config.ch * mult for mult in config.ch_mult]
         groups, last = config.norm_groups, len(widths) - 1
         self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
@@ -170,8 +172,6 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if 0 < self.at_once < len(x):
-            return torch.cat([self(part) for part in torch.split(x, self.at_once)])
         h = self.mid(self.down(self.conv_in(x)))
         return cast(Tensor, self.conv_out(F.silu(self.norm_out(h))))
 
@@ -208,11 +208,16 @@ class Autoencoder(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        self.encode_at_once = 0  # pictures of a batch that are encoded together, to save memory; 0: all
 
     def posterior(self, x: Tensor, tiling: Tiling | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log variance, each (B, z_channels, H/8, W/8), of the unscaled latents of x (B, channels, H, W)."""
-        mean, log_variance = self._in_tiles(self.encoder, x, tiling, self.config.factor).chunk(2, dim=1)
+        mean, log_variance = self._in_tiles(self._encode, x, tiling, self.config.factor).chunk(2, dim=1)
         return mean, log_variance.clamp(-30.0, 20.0)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        """What the encoder makes of a batch, a few pictures at a time. (Here, not in it: it may be compiled.)"""
+        return torch.cat([self.encoder(few) for few in x.split(self.encode_at_once or len(x))])
 
     def encode(self, x: Tensor, *, noise: Tensor | None = None, tiling: Tiling | None = None) -> Tensor:
         """Scaled latents (B, z_channels, H/8, W/8) of x (B, in_channels, H, W) in [-1, 1], H and W multiples of 8.

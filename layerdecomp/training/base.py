@@ -26,7 +26,7 @@ from layerdecomp.data.datamodule import Positions, collate, open_samples
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import Share, write_metrics
 from layerdecomp.flow import seeded_normal
-from layerdecomp.quantization import adamw, needs_torchao
+from layerdecomp.quantization import adamw, check_optimizer
 from layerdecomp.training.checkpoints import loops_at
 from layerdecomp.training.faults import FaultCount, StepGuard, fitting_settings, poisoned
 from layerdecomp.training.late import Late, to_device
@@ -71,8 +71,7 @@ class Job(LightningModule):
         super().__init__()
         self.run = config
         if config.optim.bits == 8:
-            with needs_torchao("optim.bits=8"):
-                import torchao.optim  # noqa: F401  # now, so that checkpoints with its tensors can be read
+            check_optimizer("optim.bits=8")  # now, so that checkpoints with its tensors can be read
         torch.manual_seed(config.seed)  # the first weights of whatever a job builds
         self._commit = source_commit()  # now: the files may move on while the run trains
         self._step_started: float | None = None

@@ -46,7 +46,7 @@ class DecomposerJob(FlowJob):
         if config.compile:
             self.decomposer.compile_parts()
         for autoencoder in (self.decomposer.autoencoder, self.decomposer.rgba_autoencoder):
-            autoencoder.encoder.at_once = config.pictures_at_once
+            autoencoder.encode_at_once = config.pictures_at_once
 
     def configure_model(self) -> None:  # Lightning calls it before every validation and training
         if self.run.shard_base and self.sharded is None:

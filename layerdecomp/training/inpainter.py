@@ -34,6 +34,7 @@ class InpainterJob(FlowJob):
         self.transformer.recompute_attention = config.recompute_attention
         if config.compile:
             self.transformer.compile_blocks()
+            self.autoencoder.encoder.compile()
         self.prompt = Prompt.load(config.weights.prompt, self.transformer)
 
     @property
