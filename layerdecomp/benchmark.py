@@ -29,7 +29,7 @@ from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.context_fusion import ContextFusion, ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig, inject_lora, merge_lora
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
-from layerdecomp.quantization import adamw, check_format, check_optimizer, quantize_blocks
+from layerdecomp.quantization import adamw, check_bits, check_format, check_optimizer, quantize_blocks
 
 META = torch.device("meta")
 
@@ -60,8 +60,7 @@ class BenchmarkConfig:
         check_at_least(1, self, "", "batch_size", "text_tokens", "steps", "repeats")
         check_at_least(0, self, "", "recompute", "pictures_at_once")
         check_format(self.quantize)
-        if self.bits not in (8, 32):
-            raise InputError(f"bits is {self.bits}; expected 32, or 8 for torchao's optimizer")
+        check_bits("bits", self.bits)
         if self.size < 16 or self.size % 16:
             raise InputError(f"size is {self.size}; expected a positive multiple of 16")
         if not 0 < self.scale <= 1:
@@ -117,7 +116,7 @@ def random_transformer(config: BenchmarkConfig, device: torch.device, dtype: tor
 def build(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> Decomposer:
     """A decomposer with random weights, made where it will run."""
     transformer = random_transformer(config, device, dtype)
-    if device != META:
+    if config.quantize and device != META:
         quantize_blocks(transformer, config.quantize)
     with made_as(device, dtype):
         rgb, rgba = (Autoencoder(config.autoencoder(n)).requires_grad_(False) for n in (3, 4))
@@ -168,10 +167,13 @@ class Workload:
         with torch.no_grad():
             self.context = self.condition()
 
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.decomposer.parameters() if parameter.requires_grad]
+
     @cached_property
     def optimizer(self) -> Optimizer:
-        trained = [parameter for parameter in self.decomposer.parameters() if parameter.requires_grad]
-        return adamw(trained, self.config.bits)
+        return adamw(self.trained, self.config.bits)
 
     def condition(self) -> Context:
         """What the transformer is told."""
@@ -205,7 +207,7 @@ class Workload:
         """All that training does with a batch: encoding, forward and backward, the clipped step of AdamW."""
         self.encode_sample()
         self.train()
-        nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], 1.0)
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -24,7 +24,7 @@ from layerdecomp.files import write_whole
 from layerdecomp.flow import FlowConfig
 from layerdecomp.models.autoencoder import AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiTConfig
-from layerdecomp.quantization import check_format
+from layerdecomp.quantization import check_bits, check_format
 
 ConfigT = TypeVar("ConfigT")
 
@@ -81,8 +81,7 @@ class OptimConfig:
             raise InputError(f"optim.betas is {self.betas}; expected two numbers")
         if self.muon and self.weight_decay:
             raise InputError(f"optim.weight_decay is {self.weight_decay}, which optim.muon does not use; set it to 0")
-        if self.bits not in (32, 8):
-            raise InputError(f"optim.bits is {self.bits}; expected 32 or 8")
+        check_bits("optim.bits", self.bits)
         if self.muon and self.bits != 32:
             raise InputError(f"optim.bits is {self.bits}, which optim.muon does not have; set it to 32")
 

@@ -73,13 +73,19 @@ def block_matrices(format: str | None) -> Callable[[str, Tensor], Tensor]:
 
 
 @torch.no_grad()
-def quantize_blocks(transformer: nn.Module, format: str | None) -> None:
-    """Quantises, in place, the frozen matrices inside a transformer's blocks; None leaves them as they are."""
+def quantize_blocks(transformer: nn.Module, format: str) -> None:
+    """Quantises, in place, the frozen matrices inside a transformer's blocks."""
     convert = block_matrices(format)
     for path, module in transformer.named_modules():
         for name, weight in module.named_parameters(recurse=False):
             if not weight.requires_grad:
                 module.register_parameter(name, nn.Parameter(convert(f"{path}.{name}", weight.data), False))
+
+
+def check_bits(key: str, bits: int) -> None:
+    """Raises `InputError`, which names the key, for averages of another number of bits than `adamw` has."""
+    if bits not in (32, 8):
+        raise InputError(f"{key} is {bits}; expected 32 or 8")
 
 
 def check_optimizer(key: str) -> None:

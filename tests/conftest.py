@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -69,6 +70,17 @@ def as_ranks(target: Callable[..., None], *arguments: Any) -> list[int | None]:
         for process in processes:
             if process.is_alive():
                 process.kill()
+
+
+def curve(run_dir: Path, tag: str = "train/loss") -> dict[int, float]:
+    """What TensorBoard shows of a run: the values of a curve by step; where a step was made twice, they must agree."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    values: dict[int, float] = {}
+    for event in events.Scalars(tag):
+        assert event.step not in values or values[event.step] == event.value
+        values[event.step] = event.value
+    return values
 
 
 class PowerCutError(Exception):

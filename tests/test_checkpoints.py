@@ -18,9 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import as_ranks
+from conftest import as_ranks, curve
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from layerdecomp.config import load_config
 from layerdecomp.errors import InputError, RunError
@@ -77,16 +76,6 @@ def result(run_dir: Path, name: str) -> dict[str, torch.Tensor]:
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
-def curve(run_dir: Path, tag: str = "train/loss") -> dict[int, float]:
-    """The values of a curve by step; where a step was made twice, they must agree."""
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
-    events.Reload()
-    values: dict[int, float] = {}
-    for event in events.Scalars(tag):
-        assert values.setdefault(event.step, event.value) == event.value
-    return values
 
 
 def cut_off(monkeypatch: pytest.MonkeyPatch, step: int, batch: int, act: Callable[[], None]) -> None:

@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RGB, fill
+from conftest import RGB, curve, fill
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -52,7 +51,7 @@ def apart(a: Tensor, b: Tensor) -> float:
 def gradients(workload: Workload) -> list[Tensor]:
     """Of everything that a training step trains."""
     workload.train()
-    trained = [parameter for parameter in workload.decomposer.parameters() if parameter.requires_grad]
+    trained = workload.trained
     found = [parameter.grad.clone() for parameter in trained if parameter.grad is not None]
     assert len(found) == len(trained)
     workload.decomposer.zero_grad()
@@ -157,9 +156,8 @@ def test_counted_memory_is_what_the_allocator_gives(recompute: int) -> None:
         size=512, scale=1.0, recompute=recompute, model=replace(WORK.transformer, hidden_size=1536, num_heads=12)
     )
     workload = Workload(work, CUDA, torch.bfloat16)
-    for parameter in workload.decomposer.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
+    for parameter in workload.trained:
+        parameter.grad = torch.zeros_like(parameter)
     workload.train()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -174,12 +172,6 @@ def settings(overrides: list[str], run_dir: Path, *more: str) -> list[str]:
     return [*overrides, *few, "train.steps=6", "train.validate_every=6", f"run_dir={run_dir}", *more]
 
 
-def losses(run_dir: Path) -> list[float]:
-    events = EventAccumulator(str(run_dir))
-    events.Reload()
-    return [event.value for event in events.Scalars("train/loss")]
-
-
 def test_training_has_the_losses_of_the_cpu(
     tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,7 +181,7 @@ def test_training_has_the_losses_of_the_cpu(
     told = [f"config={ROOT}/configs/tiny.yaml", *settings(tiny_overrides, tmp_path / "cpu", *exact)]
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # a process of its own: this one has begun with the GPU
     subprocess.run([sys.executable, ROOT / "tools" / "train.py", *told], env=hidden, cwd=ROOT, check=True)
-    assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=2e-4)
+    assert curve(tmp_path / "cuda") == pytest.approx(curve(tmp_path / "cpu"), rel=2e-4)
 
 
 def test_a_continued_run_is_the_straight_one(tiny_overrides: list[str], tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import curve
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from layerdecomp.config import load_config
 from layerdecomp.training.runs import train
@@ -44,9 +44,7 @@ def as_before() -> Iterator[None]:
 
 def run(run_dir: Path) -> list[float]:
     train(load_config(ROOT / "configs" / "tiny.yaml", [*SETTINGS, f"run_dir={run_dir}"]))
-    events = EventAccumulator(str(run_dir))
-    events.Reload()
-    return [event.value for event in events.Scalars("train/loss")]
+    return list(curve(run_dir).values())
 
 
 def test_the_losses_of_ten_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ def test_the_peak_is_the_one_of_the_allocator() -> None:
     """A real step of a small model, whose allocations PyTorch's profiler lists."""
     torch.manual_seed(0)
     workload = Workload(SMALL, torch.device("cpu"), torch.bfloat16)
-    trained = [parameter for parameter in workload.decomposer.parameters() if parameter.requires_grad]
+    trained = workload.trained
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     known = [*workload.decomposer.parameters(), *workload.decomposer.buffers(), *(p.grad for p in trained)]

@@ -12,9 +12,8 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import as_ranks
+from conftest import as_ranks, curve
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from layerdecomp.config import load_config
@@ -64,12 +63,6 @@ def _held(job: DecomposerJob) -> dict[str, int]:
     transformer = job.decomposer.transformer
     trained = sum(p.nbytes for p in transformer.parameters() if p.requires_grad)
     return {"all": held_bytes(transformer), "trained": trained}
-
-
-def curve(run_dir: Path, tag: str = "train/loss") -> dict[int, float]:
-    events = EventAccumulator(str(run_dir))
-    events.Reload()
-    return {event.step: event.value for event in events.Scalars(tag)}
 
 
 def results(run_dir: Path) -> Any:

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import alone, power_cut_at
+from conftest import alone, curve, power_cut_at
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import default_collate
 
 from layerdecomp.comparison import EvaluateConfig, Models, methods
@@ -57,14 +56,7 @@ def run(name: str, *overrides: str) -> Path:
 
 
 def losses(run_dir: Path) -> list[float]:
-    return list(logged(run_dir, "train/loss").values())
-
-
-def logged(run_dir: Path, tag: str) -> dict[int, float]:
-    """Step -> value, as TensorBoard shows it."""
-    events = EventAccumulator(str(run_dir))
-    events.Reload()
-    return {event.step: event.value for event in events.Scalars(tag)}
+    return list(curve(run_dir).values())
 
 
 @pytest.fixture
@@ -136,7 +128,7 @@ def test_validation_starts_from_the_base_and_logs_every_metric_with_its_networks
         metric.update(*methods(models, EvaluateConfig(rows=[row]))[row].draw(batch), batch)
         for name, value in metric.compute().items():
             if name in METRICS and not value.isnan():
-                found = logged(run_dir, f"validation/{name}")
+                found = curve(run_dir, f"validation/{name}")
                 assert sorted(found) == [0, 1]
                 assert found[step] == pytest.approx(value.item(), rel=1e-3, abs=1e-5), (row, name)
     assert json.loads((run_dir / "metrics.json").read_text())["results"]["base"]["background/fid"] > 0
@@ -299,7 +291,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path: Path, override
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     torch.testing.assert_close(losses(tmp_path / "two"), losses(one), rtol=1e-4, atol=0)
-    validated = [logged(path, "validation/background/psnr") for path in (one, tmp_path / "two")]
+    validated = [curve(path, "validation/background/psnr") for path in (one, tmp_path / "two")]
     assert sorted(validated[0]) == sorted(validated[1]) == [0, 3]
     assert validated[1][0] == pytest.approx(validated[0][0], rel=1e-6)
     assert re.search(r"draw: 100%.* 2/2 ", done.stderr), "the first rank draws two of the three scenes"
@@ -349,7 +341,7 @@ def test_one_node_of_four_equals_two_of_two(tmp_path: Path, overrides: list[str]
     run_ranks(tmp_path / "2x2", settings, nodes=2, devices=2)
     one, two = tmp_path / "1x4", tmp_path / "2x2"
     assert len(losses(one)) == 2 and losses(one) == losses(two)
-    assert logged(one, "validation/background/psnr") == logged(two, "validation/background/psnr")
+    assert curve(one, "validation/background/psnr") == curve(two, "validation/background/psnr")
     adapters = [load_file(path / "adapter.safetensors") for path in (one, two)]
     assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
     alone_too = run("tiny", *settings, "train.strategy=auto", "train.batch_size=4", f"run_dir={tmp_path}/alone")
