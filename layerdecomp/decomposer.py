@@ -464,7 +464,8 @@ class Decomposer(nn.Module):
     def merge(self) -> "Decomposer":
         """Folds the LoRA into the transformer's weights, so that a step of sampling costs what the base's costs.
 
-        In place, and for good: what is merged is neither trained nor saved as an adapter.
+        In place, and for good: what is merged is neither trained nor saved as an adapter. Quantised weights stay as
+        they are, beside their LoRA.
         """
         merge_lora(self.transformer)
         return self

@@ -113,15 +113,17 @@ def test_a_model_keeps_its_names_and_nearly_its_velocity(weights: Path, name: st
 
 
 @FORMATS
-def test_merging_leaves_the_quantised_weight_and_keeps_the_output(weights: Path, name: str) -> None:
+def test_merging_leaves_what_is_quantised(weights: Path, name: str) -> None:
     model = load_mmdit(weights, quantize=name)
-    inject_lora(model, LoRAConfig(rank=2, alpha=3.0))
+    adapted = inject_lora(model, LoRAConfig(rank=2, alpha=3.0))
     for seed, layer in enumerate(module for module in model.modules() if isinstance(module, LoRALinear)):
         fill(nn.ModuleList([layer.lora_A, layer.lora_B]), seed)
     with torch.no_grad():
         expected = model(**inputs())
         merge_lora(model)
-        torch.testing.assert_close(model(**inputs()), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(**inputs()), expected, rtol=0, atol=0)
+    assert all(is_quantized(module.weight) for module in model.modules() if isinstance(module, LoRALinear))
+    assert sum(isinstance(module, LoRALinear) for module in model.modules()) == len(adapted)
 
 
 def test_one_matrix_at_a_time_is_dense() -> None:

@@ -105,6 +105,17 @@ def test_decompose_writes_layers(
     np.testing.assert_array_equal(np.asarray(Image.open(out / "background.png")), layers.background)
 
 
+def test_decompose_quantises_the_base(tiny_weights: Path, tmp_path: Path, pictures: list[str]) -> None:
+    adapter, out = tiny_weights / "adapter.safetensors", tmp_path / "layers"
+    run_command(TOOLS["decompose"].main, [f"adapter={adapter}", *pictures, f"out={out}", "steps=1", "quantize=nf4"])
+    layers = Decomposer.from_pretrained(adapter, quantize="nf4").decompose(
+        tmp_path / "a.png", tmp_path / "m.png", steps=1
+    )
+    np.testing.assert_array_equal(np.asarray(Image.open(out / "foreground.png")), layers.foreground)
+    whole = Decomposer.from_pretrained(adapter).decompose(tmp_path / "a.png", tmp_path / "m.png", steps=1)
+    assert (layers.foreground != whole.foreground).any()
+
+
 def test_decompose_takes_folders(
     tiny_weights: Path, tmp_path: Path, pictures: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -313,6 +324,7 @@ def test_benchmark_load_tells_rate_and_memory(tmp_path: Path, capsys: pytest.Cap
         ("seed=-1", "seed is -1; expected a number from 0"),
         (f"seed={10**30}", "expected a number from 0"),
         ("device=gpu", "device=gpu: Expected one of cpu, cuda"),
+        ("quantize=int4", "quantize is 'int4'; expected null, int8, fp8, nf4"),
         ("depth=absent.safetensors", "absent.safetensors does not exist; put the file there"),
         ("sample.maxside=64", "unknown key sample.maxside; the nearest known one is sample.max_side"),
         ("sample.tile=8", "sample.tile is 8; expected at least 64"),

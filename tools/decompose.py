@@ -1,13 +1,13 @@
 """Splits a picture, or a folder of them.
 
 python tools/decompose.py adapter=... image=a.jpg mask=a.png out=layers/ [format=png,ora,psd steps=28 seed=0 device=cpu
-    compile=true sample.KEY=... depth=WEIGHTS transformer=... autoencoder=... rgba_autoencoder=... prompt=...]
+    compile=true quantize=nf4 sample.KEY=... depth=FILE transformer=... autoencoder=... rgba_autoencoder=... prompt=...]
 python tools/decompose.py adapter=... image=FOLDER mask=FOLDER out=FOLDER [batch_size=4 ...]
 
 Of folders, a picture and the mask of the same name make out/<name>/; the same command again goes on where it stopped.
 adapter= is a file or a published folder. format=ora also writes layers.ora (Krita, GIMP), format=psd layers.psd.
-sample.max_side=2048 and so on change how the adapter samples. depth= names Depth-Anything-V2-Small's weights, for
-adapters that were trained with depth maps; transformer= and so on other places for the frozen parts.
+sample.max_side=2048 and so on change how the adapter samples, quantize= (int8, fp8, nf4) the frozen transformer. depth=
+names Depth-Anything-V2-Small's weights, for adapters that saw depth maps; transformer= and so on other frozen parts.
 """
 
 import sys
@@ -28,8 +28,8 @@ from layerdecomp.weights import file_sha256, load_depth
 PARTS = ("transformer", "autoencoder", "rgba_autoencoder", "prompt")
 ARGUMENTS: dict[str, str | None] = {
     **{"adapter": "checkpoints/tiny/adapter.safetensors", "image": None, "mask": None, "out": "layers"},
-    **{"format": "png", "steps": "", "seed": "0", "batch_size": "1", "device": "cpu", "compile": "false", "depth": ""},
-    **dict.fromkeys(PARTS, ""),
+    **{"format": "png", "seed": "0", "batch_size": "1", "device": "cpu", "compile": "false"},
+    **dict.fromkeys(("steps", "quantize", "depth", *PARTS), ""),
 }
 STEPS = partial(tqdm, desc="sample", unit="step", leave=False, disable=None)  # a bar, where stderr is a terminal
 
@@ -44,9 +44,7 @@ class Overrides:
 def main(arguments: list[str]) -> None:
     own, rest = take(arguments, **ARGUMENTS)
     if unknown := [argument for argument in rest if not argument.startswith("sample.")]:
-        raise InputError(
-            f"unknown argument {unknown[0]}; expected {' '.join(f'{key}=' for key in ARGUMENTS)} sample.*="
-        )
+        raise InputError(f"unknown argument {unknown[0]}; expected {'= '.join([*ARGUMENTS, 'sample.*'])}=")
     check_formats(formats := own["format"].split(","))
     seed, batch_size = whole_number(own, "seed"), whole_number(own, "batch_size")
     if own["steps"]:
@@ -54,9 +52,9 @@ def main(arguments: list[str]) -> None:
     merge_config(Overrides(), [], rest)  # what is wrong with them is told now, not when everything is loaded
     out, folders = Path(own["out"]), any(Path(own[key]).is_dir() for key in ("image", "mask"))
     pairs = pair_up(Path(own["image"]), Path(own["mask"]), out) if folders else []
-    device, compiled = device_name(own), truth(own, "compile")
+    device, compiled, quantize = device_name(own), truth(own, "compile"), own["quantize"] or None
     files = {part: own[part] for part in PARTS if own[part]}
-    decomposer = Decomposer.from_pretrained(own["adapter"], dtype=frozen_dtype(device), device=device, **files).merge()
+    decomposer = Decomposer.from_pretrained(own["adapter"], frozen_dtype(device), device, quantize, **files).merge()
     if compiled:
         decomposer.transformer.compile_blocks()
     decomposer.sample = merge_config(Overrides(decomposer.sample), [], rest).sample
@@ -66,7 +64,8 @@ def main(arguments: list[str]) -> None:
         names = [name for format in formats for name in FORMATS[format]]
         print(f"wrote {', '.join(names)} into {layers.save(out, formats)}")
         return
-    told = {"adapter": file_sha256(adapter_file(own["adapter"])), "depth": own["depth"], "prompt": own["prompt"]}
+    told = {key: own[key] for key in ("quantize", "depth", "prompt")}
+    told["adapter"] = file_sha256(adapter_file(own["adapter"]))
     failed = decompose_folder(
         decomposer, pairs, out, told, formats=formats, seed=seed, depth=depth, batch_size=batch_size, progress=STEPS
     )

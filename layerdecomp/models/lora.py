@@ -128,16 +128,10 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """A plain linear layer with weight W + scale * B A, which reuses (and changes) this layer's own weight.
-
-        A quantised weight is left as it is: the sum would not be itself in so few bits.
-        """
+        """A plain linear layer with weight W + scale * B A, which reuses (and changes) this layer's own weight."""
         linear = nn.Linear(self.in_features, self.out_features, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
-        if is_quantized(self.weight):
-            linear.weight = nn.Parameter(self._sum().to(self.weight.dtype), requires_grad=False)
-        else:
-            self.weight.copy_(self._sum())
+        self.weight.copy_(self._sum())
         return linear
 
 
@@ -183,9 +177,10 @@ def without_lora(model: nn.Module) -> Iterator[None]:
 def merge_lora(model: nn.Module) -> nn.Module:
     """Folds every `LoRALinear` of `model` into a plain `nn.Linear`, in place, and returns the model.
 
-    The sum is computed in float32 and rounded once to the weight's own dtype.
+    The sum is computed in float32 and rounded once to the weight's own dtype. Where the weight is quantised the layer
+    stays: in so few bits the sum would not be itself, and dense it would take what quantising has saved.
     """
     for name, module in list(model.named_modules()):
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LoRALinear) and not is_quantized(module.weight):
             model.set_submodule(name, module.merged())
     return model
