@@ -53,6 +53,7 @@ from layerdecomp.weights import (
     Adapter,
     Metadata,
     check_keys,
+    checksums,
     config_from,
     copy_tensors,
     empty_mmdit,
@@ -564,10 +565,10 @@ def described_config(metadata: Metadata, path: Path, **files: str) -> Decomposer
         file = getattr(config.weights, name)
         for part_file in weight_files(Path(file)):
             read_metadata(part_file)  # a truncated file is told as such, not as another one
-        found, expected = file_sha256(Path(file)), metadata.get(key, "unknown")
-        if found != expected:
+        found, expected = checksums(Path(file)), metadata.get(key, "unknown")
+        if expected not in found:
             raise InputError(
-                f"{file} is not the {name} that {path} was trained with: sha256 {found[:12]}..., expected "
+                f"{file} is not the {name} that {path} was trained with: sha256 {found[0][:12]}..., expected "
                 f"{expected[:12]}...; name the right file with {name}="
             )
     return config

@@ -45,6 +45,7 @@ from layerdecomp.quantization import block_matrices
 
 FORMAT_VERSION = "1"
 TOOL_VERSION = f"layerdecomp {__version__}"
+REFINES = "refines"  # in an autoencoder's metadata: `checksums` of the one whose decoder was trained further
 LICENCE = (
     "Weights derived from FLUX.1-Fill-dev are governed by the FLUX.1 [dev] Non-Commercial License and are marked as "
     "modified; weights of the tiny track were trained from nothing and are Apache-2.0."
@@ -108,6 +109,14 @@ def file_sha256(path: Path) -> str:
         return hashlib.sha256(lines.encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksums(path: Path) -> list[str]:
+    """The checksum of a file or folder, and those of the autoencoders whose decoder was refined to make it.
+
+    Latents are the same in all of them, so that what was trained on one works with the others.
+    """
+    return [file_sha256(path), *read_metadata(weight_files(path)[0]).get(REFINES, "").split()]
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> None:

@@ -19,7 +19,7 @@ from torch.utils.data import default_collate
 from layerdecomp.comparison import EvaluateConfig, Models, methods
 from layerdecomp.config import load_config
 from layerdecomp.data.datamodule import open_samples
-from layerdecomp.decomposer import Decomposer
+from layerdecomp.decomposer import Decomposer, describe_adapter
 from layerdecomp.errors import InputError
 from layerdecomp.metric_networks import open_networks
 from layerdecomp.metrics.layers import METRICS, LayerMetrics
@@ -248,9 +248,15 @@ def test_autoencoder_chain(tmp_path: Path) -> None:
 def test_a_refined_autoencoder_has_the_latents_that_it_had(tmp_path: Path, tiny_weights: Path, name: str) -> None:
     weights = tiny_weights / f"{name}.safetensors"
     settings = [f"refine={weights}", "extend=null", "train.steps=4", "optim.warmup=0", f"run_dir={tmp_path}/refined"]
-    refined = load_file(run(f"tiny_{name}", *SMALL, *settings) / "autoencoder.safetensors")
+    file = run(f"tiny_{name}", *SMALL, *settings) / "autoencoder.safetensors"
+    refined = load_file(file)
     changed = {key.split(".")[0] for key, tensor in load_file(weights).items() if not torch.equal(refined[key], tensor)}
     assert changed == {"decoder"}
+    settings = [f"refine={file}", "extend=null", "train.steps=1", f"run_dir={tmp_path}/again"]
+    again = run(f"tiny_{name}", *SMALL, *settings) / "autoencoder.safetensors"
+    for path in (file, again):  # an adapter goes on with either
+        _, config = describe_adapter(tiny_weights / "adapter.safetensors", **{name: str(path)})
+        assert getattr(config.weights, name) == str(path)
 
 
 def test_one_autoencoder_cannot_be_extended_and_refined(tmp_path: Path) -> None:
