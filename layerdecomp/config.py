@@ -65,7 +65,7 @@ class TrainConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW, or Muon for the matrices inside the blocks and Adam for the rest."""
+    """AdamW, or Muon for the matrices inside the blocks (and convolutions) and Adam for the rest."""
 
     lr: float = 5e-5
     muon: bool = False

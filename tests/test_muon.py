@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.training import muon
-from layerdecomp.training.muon import Muon, orthogonalized
+from layerdecomp.training.muon import Muon, is_hidden, orthogonalized
 
 RATE = 3e-3
 
@@ -52,6 +53,30 @@ def test_matrices_of_one_shape_are_stepped_as_each_alone(monkeypatch: pytest.Mon
 
     for a, b in zip(stepped(1 << 24), stepped(1), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_a_convolution_is_stepped_as_a_matrix_of_its_outputs() -> None:
+    kernel = nn.Parameter(normal(8, 3, 5, 5).contiguous(memory_format=torch.channels_last))
+    matrix = nn.Parameter(normal(8, 3, 5, 5).flatten(1))
+    optimizer = Muon([kernel, matrix], [], RATE)
+    for seed in range(3):
+        gradient = normal(8, 3, 5, 5, seed=seed + 1)
+        kernel.grad, matrix.grad = gradient.contiguous(memory_format=torch.channels_last), gradient.flatten(1)
+        optimizer.step()
+    torch.testing.assert_close(kernel.flatten(1), matrix)
+    assert (kernel - normal(8, 3, 5, 5)).abs().min() > 0
+
+
+def test_first_and_last_layers_are_not_hidden() -> None:
+    decoder = Autoencoder(AutoencoderConfig(ch=8, norm_groups=4)).decoder
+    hidden = {name for name, parameter in decoder.named_parameters(prefix="decoder") if is_hidden(name, parameter)}
+    assert {
+        "decoder.mid.block_1.conv1.weight",
+        "decoder.mid.attn_1.q.weight",
+        "decoder.up.1.upsample.conv.weight",
+    } < hidden
+    assert not hidden & {"decoder.conv_in.weight", "decoder.conv_out.weight", "decoder.norm_out.weight"}
+    assert not is_hidden("img_in.weight", normal(4, 4)) and is_hidden("double_blocks.0.img_mlp.0.weight", normal(4, 4))
 
 
 def test_a_step_of_a_matrix_is_as_large_as_adams() -> None:

@@ -30,7 +30,7 @@ from layerdecomp.quantization import adamw, check_optimizer
 from layerdecomp.training.checkpoints import loops_at
 from layerdecomp.training.faults import FaultCount, StepGuard, fitting_settings, poisoned
 from layerdecomp.training.late import Late, to_device
-from layerdecomp.training.muon import Muon
+from layerdecomp.training.muon import Muon, is_hidden
 from layerdecomp.weights import Metadata, copy_tensors, date_of_writing, file_sha256
 
 
@@ -228,8 +228,9 @@ class Job(LightningModule):
         betas = (config.betas[0], config.betas[1])
         optimizer: Optimizer
         if config.muon:
-            inside = {name: parameter.dim() == 2 and "blocks." in name for name, parameter in trained.items()}
-            matrices, others = ([p for name, p in trained.items() if inside[name] is kind] for kind in (True, False))
+            matrices, others = (
+                [p for name, p in trained.items() if is_hidden(name, p) is kind] for kind in (True, False)
+            )
             optimizer = Muon(matrices, others, config.lr, betas)
         else:
             optimizer = adamw(trained.values(), config.bits, config.lr, betas, config.weight_decay)

@@ -1,4 +1,4 @@
-"""Muon: steps of hidden matrices in orthogonal directions; everything else by Adam."""
+"""Muon: steps of hidden matrices and convolutions in orthogonal directions; everything else by Adam."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -21,8 +21,9 @@ class Muon(Optimizer):
     precision.
 
     Args:
-        matrices: parameters (rows, columns). Their steps are scaled to the size of Adam's (Liu et al. 2025, arXiv
-            2502.16982), so that one learning rate serves all.
+        matrices: parameters (rows, columns), or those of convolutions (out, in, height, width), which count as
+            matrices of `out` rows. Their steps are scaled to the size of Adam's (Liu et al. 2025, arXiv 2502.16982),
+            so that one learning rate serves all.
         others: vectors, embeddings, and the first and last layer, for Adam with `betas`.
     """
 
@@ -69,9 +70,10 @@ class Muon(Optimizer):
         averages = [self._state(matrix, "average")["average"] for matrix in matrices]
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov's look ahead
-        directions = orthogonalized(torch.stack(ahead))
+        directions = orthogonalized(torch.stack([direction.flatten(1) for direction in ahead]))
         size = 0.2 * math.sqrt(max(directions.shape[1:]))
-        torch._foreach_sub_(matrices, [*directions.unbind()], alpha=group["lr"] * size)
+        shaped = [direction.view(matrices[0].shape) for direction in directions]
+        torch._foreach_sub_(matrices, shaped, alpha=group["lr"] * size)
 
     def _adam(self, parameter: Parameter, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         state = self._state(parameter, "average", "squares")
@@ -81,6 +83,13 @@ class Muon(Optimizer):
         squares.lerp_(gradient.square(), 1 - beta2)
         deviation = (squares / (1 - beta2 ** state["step"])).sqrt() + 1e-8
         return average / (1 - beta1 ** state["step"]) / deviation
+
+
+def is_hidden(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter is a matrix inside a block, or a convolution's between the first and the last one."""
+    if parameter.dim() == 4:
+        return ".conv_in." not in name and ".conv_out." not in name
+    return parameter.dim() == 2 and "blocks." in name
 
 
 def _stacks(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
