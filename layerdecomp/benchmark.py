@@ -214,7 +214,7 @@ class Workload:
     def merge(self) -> None:
         """Folds LoRA into the base, as sampling does first, but for a quantised base; nothing is trained afterwards."""
         vars(self).pop("optimizer", None)  # and with it its averages
-        if self.config.quantize is None:
+        if self.config.quantize is None:  # by the config, since on the meta device, where it is counted, none is
             merge_lora(self.decomposer.transformer)
 
     @torch.no_grad()
