@@ -126,6 +126,7 @@ class FlowJobConfig(RunConfig):
 class DecomposerJobConfig(FlowJobConfig, DecomposerConfig):
     """Adapt a frozen inpainting transformer to layer decomposition."""
 
+    adapter: str | None = None  # a trained one of the same frozen parts to go on from; null: from the base alone
     training_guidance: float = 1.0  # the scale fed to guidance-distilled models while they are adapted
     quantize: str | None = None  # the frozen transformer's matrices: int8, fp8 or nf4; null: as they compute
     shard_base: bool = False  # shared out among the processes, where a card cannot hold the frozen transformer

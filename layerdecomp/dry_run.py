@@ -6,7 +6,6 @@ from typing import TypeVar
 
 from layerdecomp.benchmark import ENCODING, STEP, count, recomputed
 from layerdecomp.config import DecomposerJobConfig, RunConfig
-from layerdecomp.decomposer import WeightFiles
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import markdown_table
 from layerdecomp.memory import TrainingWork, linear_in_blocks, parameter_counts, training_memory, with_depths
@@ -19,6 +18,7 @@ FLUX_TEXT_TOKENS = 512
 MAKE = {
     "rgba_autoencoder": "made by tools/train.py config=configs/flux_rgba_autoencoder.yaml",
     "prompt": "made by make embed-prompt",
+    "adapter": "what a run wrote, or what somebody published; null starts from the base alone",
 }
 
 
@@ -67,7 +67,7 @@ def dry_run(config: RunConfig) -> str:
             f"{encode / 1e12:.4g} of a sample's {per_sample / 1e12:.4g} in the autoencoders, "
             f"{counts['of it recomputed'] / work.batch_size / 1e12:.4g} recomputed",
             "",
-            *missing_files(config.weights),
+            *missing_files(config),
         ]
     )
 
@@ -108,11 +108,12 @@ def _described(path: str, default: ModelT) -> ModelT:
     return config_from(type(default), read_metadata(path).get("config"), path)
 
 
-def missing_files(weights: WeightFiles) -> list[str]:
-    """A line for each weight file that is not there, with what belongs there; or that all are."""
+def missing_files(config: DecomposerJobConfig) -> list[str]:
+    """A line for each file that is not there, with what belongs there; or that all are."""
     lines = []
-    for name, path in vars(weights).items():
+    for name, path in {**vars(config.weights), "adapter": config.adapter}.items():
         if path is not None and not Path(path).exists():
+            key = name if name == "adapter" else f"weights.{name}"
             how = MAKE.get(name, "checkpoints/README.md says where to get it")
-            lines.append(f"missing: {path} (weights.{name}); {how}")
+            lines.append(f"missing: {path} ({key}); {how}")
     return lines or ["all weight files are there"]

@@ -93,6 +93,7 @@ PROVENANCE = (
         "seed",
         "ema",
         "data",
+        "continues",
         "merged_from",
         "reduced",
         "commit",

@@ -11,14 +11,15 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def test_missing_files_are_listed_with_what_belongs_there(tmp_path: Path) -> None:
-    weights = load_config(CONFIGS / "flux_fill.yaml").weights
-    for name, path in vars(weights).items():
-        setattr(weights, name, str(tmp_path / Path(path).name))
-    told = missing_files(weights)
-    assert len(told) == 4 and all(line.startswith(f"missing: {tmp_path}") for line in told)
+    config = load_config(CONFIGS / "flux_fill.yaml", [f"adapter={tmp_path}/adapter.safetensors"])
+    for name, path in vars(config.weights).items():
+        setattr(config.weights, name, str(tmp_path / Path(path).name))
+    told = missing_files(config)
+    assert len(told) == 5 and all(line.startswith(f"missing: {tmp_path}") for line in told)
     assert told[0].endswith("transformer); checkpoints/README.md says where to get it")
     assert told[2].endswith("made by tools/train.py config=configs/flux_rgba_autoencoder.yaml")
     assert told[3].endswith("(weights.prompt); made by make embed-prompt")
+    assert "adapter.safetensors (adapter); what a run wrote" in told[4]
 
 
 def test_a_model_is_the_one_in_its_file_or_else_the_published_one(tiny_weights: Path) -> None:

@@ -24,10 +24,10 @@ from layerdecomp.errors import InputError
 from layerdecomp.metric_networks import open_networks
 from layerdecomp.metrics.layers import METRICS, LayerMetrics
 from layerdecomp.training.autoencoder import BACKGROUND_MEAN, BACKGROUND_SQUARE, composite_error
-from layerdecomp.training.decomposer import DecomposerJob
+from layerdecomp.training.decomposer import DecomposerJob, fixed_settings
 from layerdecomp.training.inpainter import InpainterJob
 from layerdecomp.training.runs import train
-from layerdecomp.weights import load_autoencoder, load_mmdit, read_metadata
+from layerdecomp.weights import file_sha256, load_autoencoder, load_mmdit, read_metadata
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 AUTOENCODER = ["model.ch=8", "model.ch_mult=[1,1,2,2]", "model.norm_groups=4"]
@@ -407,6 +407,50 @@ def test_an_adapter_of_a_quantised_base_is_trained_and_fits_the_whole_one(
     assert json.loads((run_dir / "metrics.json").read_text())["results"]["base"]
     assert len(losses(run_dir)) == 2
     Decomposer.from_pretrained(run_dir / "adapter.safetensors")
+
+
+def test_a_run_goes_on_from_another_ones_adapter(tmp_path: Path, overrides: list[str], tiny_weights: Path) -> None:
+    settings = [*overrides, "optim.warmup=0", "optim.decay=false"]
+    first = run("tiny", *settings, "train.steps=2", f"run_dir={tmp_path}/first") / "adapter.safetensors"
+    settings += [f"adapter={first}", "train.steps=2"]
+    second = run("tiny", *settings, "optim.lr=1e-9", f"run_dir={tmp_path}/second")
+    trained = load_file(second / "adapter.safetensors")
+    assert any(name.endswith("lora_B.weight") and tensor.any() for name, tensor in trained.items())
+    for name, tensor in load_file(first).items():
+        torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-7)
+    assert read_metadata(second / "adapter.safetensors")["continues"] == file_sha256(first)
+    # its first validation is that of the adapter, not of the base
+    config = load_config(second / "config.yaml")
+    data = open_samples(config.data, "test", config.seed + 1, 2)
+    batch, metric = default_collate([data[index] for index in range(2)]), LayerMetrics()
+    decomposer = Decomposer.from_pretrained(first)
+    row = methods(Models(decomposer, decomposer.transformer), EvaluateConfig(rows=["adapted"]))["adapted"]
+    metric.update(*row.draw(batch), batch)
+    expected = metric.compute()["foreground/alpha_iou"].item()
+    assert curve(second, "validation/foreground/alpha_iou")[0] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("lora.rank=4", "was trained with lora.rank=2; found 4, set lora.rank=2"),
+        ("lora.alpha=6", "lora.alpha=3.0; found 6.0"),
+        ("fusion.cues=[segmentation]", "fusion.cues=.*edge"),
+        ("conditioning.foreground=false", "conditioning.foreground=True; found False"),
+        ("lora.targets=[double_blocks.*_mlp.*]", "adapter.safetensors"),
+        ("adapter=nowhere.safetensors", "nowhere.safetensors does not exist"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_not_gone_on_from(
+    tmp_path: Path, overrides: list[str], tiny_weights: Path, change: str, told: str
+) -> None:
+    file = tiny_weights / "adapter.safetensors"
+    fitting = [f"{key}={value}" for key, value in fixed_settings(describe_adapter(file)[1]).items()]
+    settings = [*overrides, *fitting, f"adapter={file}", "train.steps=1", f"run_dir={tmp_path}/run"]
+    DecomposerJob(load_config(REPOSITORY / "configs" / "tiny.yaml", settings))
+    with pytest.raises(InputError, match=told):
+        run("tiny", *settings, change)
+    assert not (tmp_path / "run" / "adapter.safetensors").exists()
 
 
 def test_a_dry_run_tells_and_leaves_nothing(

@@ -1,7 +1,7 @@
 """Adapting the frozen inpainting base to layer decomposition: LoRA, input projection and context fusion."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from layerdecomp.comparison import Models, compare, methods
 from layerdecomp.config import DecomposerJobConfig
 from layerdecomp.data.datamodule import open_samples
-from layerdecomp.decomposer import build_decomposer
+from layerdecomp.decomposer import DecomposerConfig, adapter_file, build_decomposer, describe_adapter
+from layerdecomp.errors import InputError
 from layerdecomp.evaluation import Share
 from layerdecomp.flow import flow_loss
 from layerdecomp.metric_networks import open_networks
@@ -38,6 +39,8 @@ class DecomposerJob(FlowJob):
         # What is to be shared out need not fit this device, nor be in memory once for each rank of a machine.
         device, mapped = ("cpu", True) if config.shard_base else (local_device(), False)
         self.decomposer = build_decomposer(config, dtype, device, config.quantize, mapped)
+        if config.adapter is not None:
+            self._go_on_from(config.adapter)
         self.sharded: ShardedBase | None = None
         methods(None, config.evaluate)  # so that a row which cannot be drawn is an error now
         self.metrics = LayerMetrics(open_networks(config.evaluate.measure).measures)
@@ -47,6 +50,16 @@ class DecomposerJob(FlowJob):
             self.decomposer.compile_parts()
         for autoencoder in (self.decomposer.autoencoder, self.decomposer.rgba_autoencoder):
             autoencoder.encode_at_once = config.pictures_at_once
+
+    def _go_on_from(self, path: str) -> None:
+        """Takes over what an adapter has learned; `InputError` unless it is one for this run's model."""
+        places = {name: place for name, place in vars(self.run.weights).items() if place is not None}
+        adapter, described = describe_adapter(path, **places)
+        now = fixed_settings(self.run)
+        for key, then in fixed_settings(described).items():
+            if then != now[key]:
+                raise InputError(f"adapter={path} was trained with {key}={then}; found {now[key]}, set {key}={then}")
+        self.decomposer.load_adapter(adapter, path)
 
     def configure_model(self) -> None:  # Lightning calls it before every validation and training
         if self.run.shard_base and self.sharded is None:
@@ -82,8 +95,8 @@ class DecomposerJob(FlowJob):
         return {"loss": (losses["background"] + losses["foreground"]) / 2, **losses}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        # Before the first step nothing is adapted yet: LoRA adds zero, and the row is that of the frozen base.
-        row = "adapted" if self.global_step else "base"
+        # Before the first step LoRA adds zero, unless it goes on from another's: the row is that of the frozen base.
+        row = "adapted" if self.global_step or self.run.adapter else "base"
         models = Models(self.decomposer, self.decomposer.transformer)
         method = methods(models, replace(self.run.evaluate, rows=[row]))[row]
         background, foreground = method.draw({**batch, "index": torch.tensor(batch["index"])})
@@ -130,4 +143,13 @@ class DecomposerJob(FlowJob):
 
     def _save_adapter(self, run_dir: Path, figures: Mapping[str, float]) -> None:
         metadata = {**self.run.to_metadata(), **self.provenance(figures)}
+        if self.run.adapter is not None:
+            metadata["continues"] = file_sha256(adapter_file(self.run.adapter))
         self.decomposer.adapter(metadata).save(run_dir / "adapter.safetensors")
+
+
+def fixed_settings(config: DecomposerConfig) -> dict[str, Any]:
+    """What an adapter's tensors only make sense with, by key; which layers they belong to their names tell."""
+    lora = {"rank": config.lora.rank, "alpha": config.lora.scale * config.lora.rank}
+    parts = {"lora": lora, "fusion": asdict(config.fusion), "conditioning": asdict(config.conditioning)}
+    return {f"{part}.{key}": value for part, settings in parts.items() for key, value in settings.items()}
