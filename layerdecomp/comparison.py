@@ -101,7 +101,7 @@ def load_models(
     weights = config.weights
     decomposer = build_decomposer(config, dtype, device, quantize)
     decomposer.load_adapter(adapter, path)
-    files = (path, weights.transformer, weights.autoencoder, weights.rgba_autoencoder)
+    files = [path, *(file for file in vars(weights).values() if file is not None)]
     base = decomposer.frozen_base(weights.transformer)
     return Models(decomposer, base, {file: file_sha256(Path(file)) for file in files}, quantize)
 
@@ -157,7 +157,7 @@ def _model_methods(models: Models, config: EvaluateConfig) -> dict[str, Method]:
         "base": inpainting(models.base, decomposer.conditioning),
     }
     if "maskless" in config.rows:
-        found["maskless"] = inpainting(_load_maskless(config, models.base), ConditioningConfig(mask=False))
+        found["maskless"] = inpainting(_load_maskless(config, models), ConditioningConfig(mask=False))
     return found
 
 
@@ -175,9 +175,9 @@ def maskless_weights(config: EvaluateConfig) -> Path:
     return path
 
 
-def _load_maskless(config: EvaluateConfig, base: MMDiT | FrozenBase) -> MMDiT:
+def _load_maskless(config: EvaluateConfig, models: Models) -> MMDiT:
     """The maskless base, if it goes with the autoencoder and the prompt of the base that was adapted."""
-    path, weight = maskless_weights(config), next(base.parameters())
+    path, base, weight = maskless_weights(config), models.base, next(models.decomposer.autoencoder.parameters())
     maskless = load_mmdit(path, dtype=weight.dtype, device=str(weight.device))
     for name in ("in_channels", "out_channels", "context_in_dim", "vec_in_dim"):
         found, expected = (getattr(model.config, name) for model in (maskless, base))

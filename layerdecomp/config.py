@@ -38,7 +38,7 @@ class TrainConfig:
     accumulate: int = 1  # batches of every process whose gradients make one step
     devices: int = 1
     nodes: int = 1
-    strategy: str = "auto"  # as Lightning names them: auto, ddp, ...
+    strategy: str = "auto"  # ddp, which auto is as well where there are several processes
     precision: str = "auto"  # auto: bf16-mixed where the device computes in it, else 32-true
     checkpoint_every: int = 500  # steps
     validate_every: int = 500  # steps
@@ -61,6 +61,8 @@ class TrainConfig:
             raise InputError("train.ema is 1, which keeps the first weights for ever; expected less, such as 0.999")
         if self.precision not in ("auto", "32-true", "bf16-mixed"):  # trained tensors are float32, always
             raise InputError(f"train.precision is {self.precision!r}; expected auto, 32-true or bf16-mixed")
+        if self.strategy not in ("auto", "ddp"):
+            raise InputError(f"train.strategy is {self.strategy!r}; expected auto or ddp (and see shard_base)")
 
 
 @dataclass
@@ -77,8 +79,9 @@ class OptimConfig:
     bits: int = 32  # of AdamW's averages: 32, or 8 with a scale per 256 of them (torchao's)
 
     def __post_init__(self) -> None:
-        if len(self.betas) != 2:
-            raise InputError(f"optim.betas is {self.betas}; expected two numbers")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"optim.betas is {self.betas}; expected two numbers from 0 to less than 1")
+        check_at_least(0, self, "optim.", "lr", "warmup", "weight_decay")
         if self.muon and self.weight_decay:
             raise InputError(f"optim.weight_decay is {self.weight_decay}, which optim.muon does not use; set it to 0")
         check_bits("optim.bits", self.bits)
@@ -143,8 +146,6 @@ class DecomposerJobConfig(FlowJobConfig, DecomposerConfig):
         train, rule = self.train, "shard_base=true shares the frozen transformer out among the processes of a run: "
         if train.devices * train.nodes == 1:
             raise InputError(f"{rule}found train.devices=1 and train.nodes=1, expected several; set shard_base=false")
-        if train.strategy not in ("auto", "ddp"):
-            raise InputError(f"{rule}found train.strategy={train.strategy}; expected ddp, for what is trained")
         if self.quantize is not None:
             raise InputError(f"{rule}found quantize={self.quantize}, whose tensors cannot be cut; expected null")
         if self.compile and self.recompute and not self.recompute_attention:
@@ -282,7 +283,8 @@ def changed_keys(config: RunConfig, path: Path) -> dict[str, str]:
     free = set(RESUMABLE)
     if _product(before) == _product(now):
         free |= SPREAD
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in free)
+    known = {key for tree in (before, now) for key, value in tree.items() if value != {}}  # {}: no keys of its own
+    changed = sorted(key for key in known if before.get(key) != now.get(key) and key not in free)
     return {key: f"{before.get(key, 'absent')} then, {now.get(key, 'absent')} now" for key in changed}
 
 

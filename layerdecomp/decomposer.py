@@ -1,6 +1,8 @@
 """The parts composed: a picture and a mask go in, a clean background and a whole foreground come out."""
 
+import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
@@ -74,6 +76,8 @@ SHA256_KEYS = {
     "rgba_autoencoder": "rgba_autoencoder_sha256",
 }
 BASES = {"03e289f530df51d014f48e675a9ffa2141bc003259bf5f25d75b957e920a41ca": "black-forest-labs/FLUX.1-Fill-dev"}
+PROMPT_SHA256 = "prompt_sha256"  # of the prompt's embedding, if there is a file of one
+TRAINED = re.compile(r"\.lora_[AB]\.weight$|^transformer\.img_in\.|^context_fusion\.")  # names of trained parameters
 ADAPTER = "adapter.safetensors"  # its name in a run's directory and in a published folder
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -446,8 +450,15 @@ class Decomposer(nn.Module):
 
     def adapter(self, metadata: Metadata) -> Adapter:
         """The trained tensors, under the names of the adapter file."""
-        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        trained = {name: p for name, p in self.named_parameters() if TRAINED.search(name)}
         return Adapter({name.removeprefix("transformer."): p for name, p in trained.items()}, metadata)
+
+    def digest(self) -> str:
+        """A checksum of the trained tensors, whatever file they lie in."""
+        sha256 = hashlib.sha256()
+        for tensor in self.adapter({}).tensors.values():
+            sha256.update(tensor.detach().cpu().contiguous().numpy().data)
+        return sha256.hexdigest()
 
     def load_adapter(self, adapter: Adapter, path: str | Path) -> None:
         """Fills in the trained tensors; `InputError` unless they are exactly those of this model."""
@@ -491,6 +502,10 @@ class Decomposer(nn.Module):
         Raises:
             InputError: a file is missing or does not fit, or the base is not the one that was adapted.
         """
+        if dtype not in (None, torch.float32, torch.bfloat16):
+            raise InputError(
+                f"dtype is {dtype}; expected torch.float32 or torch.bfloat16, in which the base is trained"
+            )
         adapter, config = describe_adapter(path, **files)
         decomposer = build_decomposer(config, dtype, device, quantize)
         decomposer.load_adapter(adapter, path)
@@ -511,6 +526,8 @@ class DecomposerConfig:
     def to_metadata(self) -> Metadata:
         described = {f.name: json.dumps(asdict(getattr(self, f.name))) for f in fields(DecomposerConfig)}
         facts = {key: file_sha256(Path(getattr(self.weights, name))) for name, key in SHA256_KEYS.items()}
+        if self.weights.prompt is not None:
+            facts[PROMPT_SHA256] = file_sha256(Path(self.weights.prompt))
         base = Path(self.weights.transformer).name
         return {
             "format_version": FORMAT_VERSION,
@@ -561,7 +578,10 @@ def described_config(metadata: Metadata, path: Path, **files: str) -> Decomposer
     for name, value in {**places, **files}.items():
         if value is not None:
             setattr(config.weights, name, str(find_weights(value, [path.parent, REPOSITORY])))
-    for name, key in SHA256_KEYS.items():
+    keys = SHA256_KEYS
+    if config.weights.prompt is not None and PROMPT_SHA256 in metadata:  # older adapters do not tell
+        keys = {**keys, "prompt": PROMPT_SHA256}
+    for name, key in keys.items():
         file = getattr(config.weights, name)
         for part_file in weight_files(Path(file)):
             read_metadata(part_file)  # a truncated file is told as such, not as another one
@@ -585,14 +605,13 @@ def build_decomposer(
 
     The transformer may be `mapped`, as `load_mmdit` has it.
     """
+    _check_adaptation(config)
     transformer = load_mmdit(config.weights.transformer, None, dtype, device, quantize, mapped)
     inject_lora(transformer, config.lora)
     transformer.img_in.float().requires_grad_(True)
-    if unknown := [name for name in config.fusion.cues if name not in CUES]:
-        raise InputError(f"fusion.cues names {unknown[0]!r}; expected some of {', '.join(CUES)}")
     fusion = ContextFusion(config.fusion, transformer.config.hidden_size) if config.fusion.enabled else None
     autoencoder = _load_autoencoder(config.weights.autoencoder, 3, dtype, device)
-    _check_channels(config.weights.transformer, transformer, autoencoder)
+    _check_channels(config, transformer, autoencoder)
     return Decomposer(
         transformer=transformer,
         autoencoder=autoencoder,
@@ -603,6 +622,20 @@ def build_decomposer(
         flow=config.flow,
         sample=config.sample,
     ).to(device)
+
+
+def _check_adaptation(config: DecomposerConfig) -> None:
+    """Raises `InputError` for what can be known to be wrong before 24 GB are read."""
+    for path in vars(config.weights).values():
+        if path is not None and not Path(path).exists():
+            open_safetensors(path)  # says what to put there
+    if unknown := [name for name in config.fusion.cues if name not in CUES]:
+        raise InputError(f"fusion.cues names {unknown[0]!r}; expected some of {', '.join(CUES)}")
+    if config.lora.adapts("img_in"):
+        raise InputError(
+            f"lora.targets {config.lora.targets} take in img_in, which is trained as a whole; expected patterns that "
+            "leave it out, such as *_blocks.*"
+        )
 
 
 def mixed_precision(frozen: nn.Module) -> torch.autocast:
@@ -727,15 +760,18 @@ def keep_pixels(image: Tensor, mask: Tensor, painted: Tensor, sample: SampleConf
     return share * painted + (1 - share) * image
 
 
-def _check_channels(path: str, transformer: MMDiT, autoencoder: Autoencoder) -> None:
+def _check_channels(config: DecomposerConfig, transformer: MMDiT, autoencoder: Autoencoder) -> None:
     """A file or folder that describes itself may well be another model than an inpainting one."""
-    found, expected = transformer.config.in_channels, 2 * PATCH**2 * autoencoder.config.z_channels + TOKEN_FACTOR**2
+    path, packed = config.weights.transformer, PATCH**2 * autoencoder.config.z_channels
+    found, expected = transformer.config.in_channels, 2 * packed + TOKEN_FACTOR**2
     if found != expected:
         what = "this is FLUX.1-dev (or -schnell or -Kontext), not Fill; " if found == 64 else ""
         raise InputError(
             f"{path} takes {found} input channels; {what}expected {expected}: noise, the masked image's latents and "
             "the mask"
         )
+    if config.fusion.enabled and config.fusion.in_channels != packed:
+        raise InputError(f"fusion.in_channels is {config.fusion.in_channels}; expected {packed}, as the latents have")
 
 
 def _load_autoencoder(path: str, channels: int, dtype: torch.dtype | None, device: str) -> Autoencoder:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layerdecomp.errors import check_at_least
+
 
 @dataclass
 class FlowConfig:
@@ -27,6 +29,9 @@ class FlowConfig:
     max_shift: float = 1.15
     base_tokens: int = 256
     max_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        check_at_least(self.base_tokens + 1, self, "flow.", "max_tokens")
 
 
 def shift_times(t: Tensor, tokens: int, config: FlowConfig | None = None) -> Tensor:

@@ -508,6 +508,11 @@ def save_model(
     save_tensors(path, tensors, {**common, "config": json.dumps(asdict(model.config)), **metadata})
 
 
+def stored_dtype(path: str | Path) -> torch.dtype:
+    """What the (first) tensor of a file or folder is kept in."""
+    return TYPES[next(iter(TensorFile(path).places.values())).dtype]
+
+
 @dataclass(frozen=True)
 class Adapter:
     """What training adds to the frozen parts: tensors by name, and the strings that say what they are."""

@@ -147,8 +147,24 @@ def test_changed_keys_are_listed(tmp_path: Path, override: str, said: str) -> No
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("train.strategy=dpp", "train.strategy is 'dpp'; expected auto or ddp"),
+        ("optim.lr=-1", "optim.lr is -1.0; expected at least 0"),
+        ("optim.warmup=-5", "optim.warmup is -5"),
+        ("optim.weight_decay=-0.1", "optim.weight_decay is -0.1"),
+        ("optim.betas=[2,0.9]", r"optim.betas is \[2.0, 0.9\]; expected two numbers from 0 to less than 1"),
+        ("optim.betas=[0.9]", "expected two numbers"),
+        ("flow.max_tokens=256", "flow.max_tokens is 256; expected at least 257"),
+    ],
+)
+def test_numbers_that_train_nothing_are_told(override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_config(TINY, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
         ("train.devices=1", "found train.devices=1 and train.nodes=1, expected several"),
-        ("train.strategy=fsdp", "found train.strategy=fsdp; expected ddp"),
         ("quantize=int8", "found quantize=int8, .*expected null"),
         ("recompute_attention=false", "found compile=true, recompute and recompute_attention=false"),
         ("evaluate.rows=[adapted,maskless]", "found maskless in evaluate.rows"),
@@ -192,6 +208,13 @@ def test_a_step_may_be_spread_otherwise(tmp_path: Path, spread: str) -> None:
     save_config(tmp_path / "config.yaml", load_config(TINY))  # 4 samples in a step
     assert changed_keys(load_config(TINY, ["train.batch_size=4", f"train.{spread}=2"]), tmp_path / "config.yaml") == {}
     assert list(changed_keys(load_config(TINY, [f"train.{spread}=2"]), tmp_path / "config.yaml")) == [f"train.{spread}"]
+
+
+def test_keys_of_a_users_own_count_as_the_others_do(tmp_path: Path) -> None:
+    path, mine = tmp_path / "config.yaml", ["evaluate.published.adapted={background/psnr: 27.3}"]
+    save_config(path, load_config(TINY, mine))
+    assert changed_keys(load_config(TINY, mine), path) == {}
+    assert list(changed_keys(load_config(TINY), path)) == ["evaluate.published.adapted.background/psnr"]
 
 
 def test_a_key_that_an_older_run_did_not_know_counts_as_its_default(tmp_path: Path) -> None:

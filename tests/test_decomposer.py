@@ -4,13 +4,14 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import fill
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from layerdecomp.conditioning import ConditioningConfig, pack
@@ -33,8 +34,8 @@ from layerdecomp.metrics.background import psnr
 from layerdecomp.metrics.foreground import alpha_iou
 from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.depth import DepthConfig, DepthEstimator
-from layerdecomp.models.lora import LoRALinear
-from layerdecomp.weights import load_mmdit
+from layerdecomp.models.lora import LoRAConfig, LoRALinear
+from layerdecomp.weights import Adapter, load_mmdit
 
 SIZES = [(32, 48), (37, 53), (17, 16), (1, 20), (300, 200)]
 STEPS = 2
@@ -336,6 +337,46 @@ def test_only_what_is_trained_is_an_adapter(tiny_config: DecomposerConfig) -> No
     assert all(p.dtype == torch.float32 for p in decomposer.adapter({}).tensors.values())
 
 
+def test_a_loaded_adapter_is_the_one_of_its_file(tiny_weights: Path, tmp_path: Path) -> None:
+    path = tiny_weights / "adapter.safetensors"
+    decomposer = Decomposer.from_pretrained(path)  # nothing in it is trained any more
+    found, expected = decomposer.adapter({}).tensors, load_file(path)
+    assert found.keys() == expected.keys() and all(found[name].equal(expected[name]) for name in expected)
+    before = decomposer.digest()
+    decomposer.load_adapter(Adapter({name: tensor + 1 for name, tensor in expected.items()}, {}), "elsewhere")
+    assert decomposer.digest() != before == Decomposer.from_pretrained(path).digest()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora": LoRAConfig(rank=2, targets=["*"])}, r"lora.targets \['\*'\] take in img_in, .* trained as a whole"),
+        ({"fusion": ContextFusionConfig(num_queries=4, num_heads=2, in_channels=32)}, "in_channels is 32; expected 64"),
+        ({"fusion": ContextFusionConfig(num_queries=4, num_heads=2, cues=["edges"])}, "fusion.cues names 'edges'"),
+    ],
+)
+def test_settings_that_do_not_fit_the_frozen_parts(
+    tiny_config: DecomposerConfig, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        build_decomposer(replace(tiny_config, **changes))
+
+
+def test_a_file_that_is_missing_is_told_before_the_large_one_is_read(
+    tiny_config: DecomposerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layerdecomp.decomposer.load_mmdit", lambda *_: pytest.fail("24 GB"))
+    for name in ("rgba_autoencoder", "prompt"):
+        weights = replace(tiny_config.weights, **{name: "nowhere.safetensors"})
+        with pytest.raises(InputError, match="nowhere.safetensors does not exist"):
+            build_decomposer(replace(tiny_config, weights=weights))
+
+
+def test_another_number_format_than_that_of_training(tiny_weights: Path) -> None:
+    with pytest.raises(InputError, match="dtype is torch.float16; expected torch.float32 or torch.bfloat16"):
+        Decomposer.from_pretrained(tiny_weights / "adapter.safetensors", dtype=torch.float16)
+
+
 def test_frozen_parts_in_bf16(tiny_weights: Path, tiny_decomposer: Decomposer) -> None:
     decomposer = Decomposer.from_pretrained(tiny_weights / "adapter.safetensors", dtype=torch.bfloat16)
     assert decomposer.transformer.final_layer.linear.weight.dtype == torch.bfloat16
@@ -374,6 +415,17 @@ def test_a_prompt_comes_from_its_file(tiny_config: DecomposerConfig, tmp_path: P
     with pytest.raises(InputError, match="does not fit a prompt embedding") as error:
         build_decomposer(config)
     assert "1 missing: vec" in str(error.value) and "txt [5, 9] for [5, 8]" in str(error.value)
+
+
+def test_an_adapter_knows_its_prompt(tiny_config: DecomposerConfig, tmp_path: Path) -> None:
+    files = [tmp_path / "prompt.safetensors", tmp_path / "other.safetensors"]
+    for value, file in enumerate(files):
+        save_file({"txt": torch.full((5, 8), float(value)), "vec": torch.ones(8)}, file)
+    config = replace(tiny_config, weights=replace(tiny_config.weights, prompt=str(files[0])))
+    build_decomposer(config).adapter(config.to_metadata()).save(tmp_path / "adapter.safetensors")
+    Decomposer.from_pretrained(tmp_path / "adapter.safetensors")
+    with pytest.raises(InputError, match="other.safetensors is not the prompt that .* was trained with"):
+        Decomposer.from_pretrained(tmp_path / "adapter.safetensors", prompt=str(files[1]))
 
 
 def test_the_weights_that_ship_belong_together_and_find_the_objects() -> None:

@@ -337,7 +337,7 @@ def test_only_sizes_that_keep_the_samples_of_a_step_are_tried() -> None:
             raise torch.OutOfMemoryError("full")
         return layer(torch.ones(size, 2)).sum()
 
-    said = fitting_settings(loss, list(layer.parameters()), batch_size=12, batches=2)
+    said = fitting_settings(loss, list(layer.parameters()), batch_size=12, batches=2, otherwise="less")
     assert tried == [6, 3, 1] and "train.batch_size=1 train.accumulate=24 fits" in said
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,20 +14,24 @@ from typing import Any
 import pytest
 import torch
 from conftest import alone, curve, power_cut_at
-from safetensors.torch import load_file
+from lightning.pytorch.strategies import DDPStrategy
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.utils.data import default_collate
 
 from layerdecomp.comparison import EvaluateConfig, Models, methods
-from layerdecomp.config import load_config
+from layerdecomp.config import TrainConfig, load_config
 from layerdecomp.data.datamodule import open_samples
+from layerdecomp.data.index import VERSION
 from layerdecomp.decomposer import Decomposer, describe_adapter
 from layerdecomp.errors import InputError
 from layerdecomp.metric_networks import open_networks
 from layerdecomp.metrics.layers import METRICS, LayerMetrics
 from layerdecomp.training.autoencoder import BACKGROUND_MEAN, BACKGROUND_SQUARE, composite_error
+from layerdecomp.training.checkpoints import newest_checkpoint
 from layerdecomp.training.decomposer import DecomposerJob, fixed_settings
 from layerdecomp.training.inpainter import InpainterJob
-from layerdecomp.training.runs import train
+from layerdecomp.training.runs import build_strategy, open_run, train
 from layerdecomp.weights import file_sha256, load_autoencoder, load_mmdit, read_metadata
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -169,6 +174,59 @@ def test_a_directory_with_other_settings_is_refused_or_put_aside(tmp_path: Path,
         run("tiny", *settings, "resume=nowhere.ckpt")
 
 
+@pytest.mark.parametrize("muon", ["true", "false"])
+def test_a_checkpoint_is_gone_on_from_at_the_rate_that_is_asked_for(
+    tmp_path: Path, overrides: list[str], muon: str
+) -> None:
+    settings = [*overrides, f"optim.muon={muon}", "optim.warmup=0", "optim.decay=false", "evaluate.rows=[]"]
+    first = run("tiny", *settings, "optim.lr=0.04", "train.steps=2", f"run_dir={tmp_path}/first")
+    assert not (first / "metrics.json").exists()  # no rows, no comparison
+    before = torch.load(first / "last.ckpt", weights_only=True)["state_dict"]
+    settings += [f"resume={first / 'last.ckpt'}", "train.steps=4", f"run_dir={tmp_path}/second"]
+    second = run("tiny", *settings, "optim.lr=1e-9", "optim.betas=[0.5,0.6]")
+    state = torch.load(second / "last.ckpt", weights_only=True)
+    for name, tensor in state["state_dict"].items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-7)
+    for group in state["optimizer_states"][0]["param_groups"]:
+        assert group["lr"] == group["initial_lr"] == 1e-9 and tuple(group["betas"]) == (0.5, 0.6)
+    with pytest.raises(InputError, match="the checkpoint's optimizer is .*go on with optim.muon"):
+        run("tiny", *settings, f"optim.muon={'false' if muon == 'true' else 'true'}")
+
+
+def test_a_branch_from_an_earlier_checkpoint_gives_up_the_later_ones(tmp_path: Path, overrides: list[str]) -> None:
+    settings = [*overrides, "evaluate.rows=[]", f"run_dir={tmp_path}/run"]
+    run_dir = run("tiny", *settings, "train.steps=4")
+    later, earlier = ((run_dir / name).read_bytes() for name in ("last.ckpt", "previous.ckpt"))
+    config = load_config(REPOSITORY / "configs" / "tiny.yaml", [*settings, f"resume={run_dir / 'previous.ckpt'}"])
+    assert open_run(run_dir, config) == run_dir / "previous.ckpt"
+    assert newest_checkpoint(run_dir) == run_dir / "previous.ckpt"  # also for whoever is killed before the next one
+    assert (run_dir / "previous.ckpt").read_bytes() == earlier
+    assert (run_dir / "abandoned-last.ckpt").read_bytes() == later
+
+
+def test_frozen_files_may_move(tmp_path: Path, overrides: list[str], tiny_weights: Path) -> None:
+    settings = [*overrides, "evaluate.rows=[]", "train.steps=2"]
+    first = run("tiny", *settings, f"run_dir={tmp_path}/first")
+    moved = shutil.copy(tiny_weights / "transformer.safetensors", tmp_path / "moved.safetensors")
+    settings += [f"resume={first / 'last.ckpt'}", f"run_dir={tmp_path}/second"]
+    run("tiny", *settings, f"weights.transformer={moved}")
+    other = tiny_weights / "autoencoder.safetensors"
+    with pytest.raises(InputError, match="autoencoder.safetensors has changed since"):
+        save_file(
+            load_file(other), tmp_path / "autoencoder.safetensors", safe_open(other, "pt").metadata() | {"a": "b"}
+        )
+        run("tiny", *settings, f"weights.autoencoder={tmp_path}/autoencoder.safetensors")
+
+
+def test_layers_of_other_weights_are_not_taken_for_ones_own(tmp_path: Path, overrides: list[str]) -> None:
+    settings = [*overrides, "evaluate.samples=1", "evaluate.rows=[adapted]", "optim.warmup=0"]
+    told = []
+    for steps in ("1", "2", "2"):
+        run_dir = run("tiny", *settings, f"train.steps={steps}", "resume=never", f"run_dir={tmp_path}/run")
+        told.append(json.loads((run_dir / "metrics.json").read_text())["protocol"]["weights"]["adapter"])
+    assert told[0] != told[1] == told[2]
+
+
 def test_a_run_does_not_go_on_with_another_base(tmp_path: Path, overrides: list[str], tiny_weights: Path) -> None:
     base = tmp_path / "transformer.safetensors"
     base.write_bytes((tiny_weights / "transformer.safetensors").read_bytes())
@@ -231,6 +289,46 @@ def test_a_latent_cache_changes_rounding_and_nothing_else(
     assert encoded[4:] == [0, 1, 2, 3] and losses(other) != first, "other scenes have other latents"
 
 
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("train.precision=bf16-mixed", False),
+        ("sample.tile=512", False),
+        ("data.triplets.size=64", False),
+        ("train.steps=9", True),
+        ("train.batch_size=1 train.accumulate=2", True),
+        ("train.batch_size=1", False),
+    ],
+)
+def test_latents_are_those_of_what_they_depend_on(
+    tmp_path: Path, overrides: list[str], override: str, same: bool
+) -> None:
+    index, described = tmp_path / "index.safetensors", {"source": "a", "kind": "triplets", "licence": "b"}
+    described |= {"index_version": VERSION, "root": str(tmp_path)}
+    save_file({"ends": torch.zeros(1)}, index, described)
+    settings = [*overrides, f"latent_cache={tmp_path}/latents", "data.source=triplets"]
+    settings.append(f"data.triplets.folders=[{index}]")
+
+    def folder(*more: str) -> Path:
+        job = DecomposerJob(load_config(REPOSITORY / "configs" / "tiny.yaml", [*settings, *more]))
+        assert job.cache is not None
+        return job.cache.folder
+
+    before = folder()
+    assert (folder(*override.split()) == before) is same
+    save_file({"ends": torch.ones(1)}, index, described)  # made anew, of other pictures
+    file_sha256.cache_clear()
+    assert folder() != before
+
+
+def test_several_processes_share_gradients_in_buckets() -> None:
+    alone, several = TrainConfig(), TrainConfig(devices=2)
+    assert build_strategy(alone) == "auto"
+    for found in (several, TrainConfig(nodes=2), TrainConfig(devices=2, strategy="ddp")):
+        strategy = build_strategy(found)
+        assert isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs["gradient_as_bucket_view"]
+
+
 def test_autoencoder_chain(tmp_path: Path) -> None:
     rgb = run("tiny_autoencoder", *SMALL, *AUTOENCODER, f"run_dir={tmp_path}/rgb", "train.steps=60")
     found = losses(rgb)
@@ -254,6 +352,13 @@ def test_a_refined_autoencoder_has_the_latents_that_it_had(tmp_path: Path, tiny_
     assert changed == {"decoder"}
     settings = [f"refine={file}", "extend=null", "train.steps=1", f"run_dir={tmp_path}/again"]
     again = run(f"tiny_{name}", *SMALL, *settings) / "autoencoder.safetensors"
+    # a file in float32 stays one, so that its encoder does not change by rounding
+    encoder = load_file(weights)
+    exact = {key: tensor.float() + 1e-6 * torch.rand(tensor.shape) for key, tensor in encoder.items()}
+    save_file(exact, tmp_path / "exact.safetensors", read_metadata(weights))
+    settings = [f"refine={tmp_path}/exact.safetensors", "extend=null", "train.steps=1", f"run_dir={tmp_path}/exact"]
+    kept = load_file(run(f"tiny_{name}", *SMALL, *settings) / "autoencoder.safetensors")
+    assert all(kept[key].equal(tensor) for key, tensor in exact.items() if key.startswith("encoder."))
     for path in (file, again):  # an adapter goes on with either
         _, config = describe_adapter(tiny_weights / "adapter.safetensors", **{name: str(path)})
         assert getattr(config.weights, name) == str(path)
@@ -280,6 +385,7 @@ def test_composite_error_is_the_mean_over_backgrounds() -> None:
 def test_inpainter(tmp_path: Path, tiny_weights: Path) -> None:
     weights = f"weights.autoencoder={tiny_weights}/autoencoder.safetensors"
     settings = [*SMALL, *INPAINTER, weights, "sample.steps=2", "latent_cache=null", f"run_dir={tmp_path}/base"]
+    settings += ["evaluate.samples=3", "evaluate.batch_size=2"]
     run_dir = run(
         "tiny_inpainter", *settings, "train.batch_size=8", "train.steps=60", "optim.lr=1e-2", "optim.warmup=0"
     )

@@ -77,6 +77,11 @@ class TripletConfig:
             found = f"{self.min_area} and {self.max_area}"
             raise InputError(f"data.triplets.min_area and max_area are {found}; expected shares with min < max")
 
+    @property
+    def indexes(self) -> list[str]:
+        """All index files."""
+        return [*self.layered, *self.foregrounds, *self.backgrounds, *self.folders]
+
     def buckets(self) -> list[tuple[int, int]]:
         """(height, width) of every aspect, multiples of 16."""
         roots = [aspect**0.5 for aspect in self.aspects]

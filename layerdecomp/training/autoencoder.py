@@ -18,7 +18,7 @@ from layerdecomp.metrics.background import psnr
 from layerdecomp.models.autoencoder import Autoencoder, extend_to_rgba, rescale_latents
 from layerdecomp.training.base import Job, every_fourth
 from layerdecomp.training.projection import SPECTRUM, BlockProjection
-from layerdecomp.weights import REFINES, checksums, load_autoencoder, save_model
+from layerdecomp.weights import REFINES, checksums, load_autoencoder, save_model, stored_dtype
 
 # Mean and mean square of the colours of natural pictures in [-1, 1], which a foreground may be laid over (AlphaVAE,
 # arXiv 2507.09308).
@@ -155,9 +155,11 @@ class AutoencoderJob(Job):
             ).clamp(-1, 1)
         figures = {name: value.item() for name, value in reconstruction_metrics(decoded, pictures).items()}
         metadata = self.provenance(figures)
+        dtype = torch.bfloat16
         if self.run.refine is not None:
             metadata |= {REFINES: " ".join(checksums(Path(self.run.refine)))}
-        save_model(run_dir / "autoencoder.safetensors", self.autoencoder, metadata)
+            dtype = stored_dtype(self.run.refine)  # so that the encoder's numbers stay what they were
+        save_model(run_dir / "autoencoder.safetensors", self.autoencoder, metadata, dtype)
         self.report(run_dir, "autoencoder", figures, reconstruction_grid(decoded, pictures))
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,11 @@ class Job(LightningModule):
     @abstractmethod
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The scalar to minimise, under "loss", and others worth a curve."""
+
+    @property
+    def less_memory(self) -> str:
+        """What to set where not even one sample fits."""
+        return "lower the size of the pictures"
 
     @abstractmethod
     def finish(self, run_dir: Path, share: Share) -> None:
@@ -165,7 +171,8 @@ class Job(LightningModule):
         self.to(self.trainer.strategy.root_device)  # Lightning has moved it to the CPU
         parameters = [parameter for _, parameter in self.trained()]
         train = self.run.train
-        return fitting_settings(lambda size: self._loss_of(range(size)), parameters, train.batch_size, train.accumulate)
+        sizes = train.batch_size, train.accumulate
+        return fitting_settings(lambda size: self._loss_of(range(size)), parameters, *sizes, self.less_memory)
 
     def sound(self) -> bool:
         """Whether what is trained is worth keeping: the last step counted, and all numbers are finite."""
@@ -203,15 +210,18 @@ class Job(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["frozen_sha256"] = {path: file_sha256(Path(path)) for path in self.frozen_files}
+        checkpoint["optimizer"] = self._optimizer_kind
         checkpoint["skipped_steps"] = self.guard.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        for path in self.frozen_files:
-            if checkpoint.get("frozen_sha256", {}).get(path) != file_sha256(Path(path)):
+        expected = checkpoint.get("frozen_sha256", {}).values()  # by content: the files may lie elsewhere now
+        for path, sha256 in zip_longest(self.frozen_files, expected):
+            if path is None or sha256 != file_sha256(Path(path)):
                 raise InputError(
                     f"{path} has changed since this run was started; put the old file back, or start anew with "
                     "resume=never"
                 )
+        self._take_own_rates(checkpoint)
         self.guard.skipped = checkpoint.get("skipped_steps", 0)
         step, train = checkpoint["global_step"], self.run.train
         checkpoint["loops"]["fit_loop"] = loops_at(
@@ -221,6 +231,31 @@ class Job(LightningModule):
             batches=train.accumulate,
             validates=step % train.validate_every == 0 and step < train.steps,
         )
+
+    @property
+    def _optimizer_kind(self) -> str:
+        return "muon" if self.run.optim.muon else f"adamw, {self.run.optim.bits} bits"
+
+    def _take_own_rates(self, checkpoint: dict[str, Any]) -> None:
+        """Of the optimizer, a checkpoint gives the averages; its settings are the config's, which may be others."""
+        found, config = checkpoint.get("optimizer", self._optimizer_kind), self.run.optim
+        if found != self._optimizer_kind:
+            raise InputError(
+                f"the checkpoint's optimizer is {found}, and this run's {self._optimizer_kind}; go on with optim.muon "
+                "and optim.bits as they were"
+            )
+        for scheduler, optimizer in zip(checkpoint["lr_schedulers"], checkpoint["optimizer_states"], strict=True):
+            rate = config.lr * self._rate(scheduler["last_epoch"])
+            scheduler["base_lrs"] = [config.lr for _ in scheduler["base_lrs"]]
+            scheduler["_last_lr"] = [rate for _ in scheduler["_last_lr"]]
+            now = {
+                "lr": rate,
+                "initial_lr": config.lr,
+                "betas": tuple(config.betas),
+                "weight_decay": config.weight_decay,
+            }
+            for group in optimizer["param_groups"]:
+                group.update({key: value for key, value in now.items() if key in group})
 
     def configure_optimizers(self) -> Any:
         config = self.run.optim

@@ -68,7 +68,8 @@ class DecomposerJob(FlowJob):
     @property
     def frozen_files(self) -> list[str]:
         weights = self.run.weights
-        return [weights.transformer, weights.autoencoder, weights.rgba_autoencoder]
+        prompt = [] if weights.prompt is None else [weights.prompt]
+        return [weights.transformer, weights.autoencoder, weights.rgba_autoencoder, *prompt]
 
     @property
     def encoding(self) -> dict[str, Any]:
@@ -120,6 +121,10 @@ class DecomposerJob(FlowJob):
         if self.sharded is not None:
             self.sharded.keep_up()
 
+    @property
+    def less_memory(self) -> str:
+        return f"{super().less_memory} or lora.rank"
+
     def what_fits(self) -> str:
         if self.sharded is None:
             return super().what_fits()
@@ -132,10 +137,13 @@ class DecomposerJob(FlowJob):
         share = replace(share, before_waiting=self._keep_up)
         if share.rank == 0:
             self._save_adapter(run_dir, {})
+        if not self.run.evaluate.rows:
+            return
         base = self.decomposer.frozen_base(self.run.weights.transformer)
         config = self.run.evaluate
         data = open_samples(self.run.data, "test", config.seed, config.samples)
-        files = {path: file_sha256(Path(path)) for path in self.frozen_files}
+        # What is trained by its numbers: layers drawn in a run that was cut off here may be those of another step.
+        files = {path: file_sha256(Path(path)) for path in self.frozen_files} | {"adapter": self.decomposer.digest()}
         models = Models(self.decomposer, base, files, self.run.quantize)
         evaluation = compare(models, data, config, run_dir, device=self.device, share=share)
         if evaluation is not None:

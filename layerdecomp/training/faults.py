@@ -207,7 +207,9 @@ def end_with_parent(rank: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def fitting_settings(loss: Callable[[int], Tensor], parameters: Sequence[Tensor], batch_size: int, batches: int) -> str:
+def fitting_settings(
+    loss: Callable[[int], Tensor], parameters: Sequence[Tensor], batch_size: int, batches: int, otherwise: str
+) -> str:
     """Which settings leave a step its samples and fit the device: found by trying.
 
     Args:
@@ -215,6 +217,7 @@ def fitting_settings(loss: Callable[[int], Tensor], parameters: Sequence[Tensor]
         parameters: what is trained, on the device.
         batch_size: what did not fit.
         batches: of a process in a step.
+        otherwise: what to set where not even one sample fits.
     """
     # The averages of the optimizer, and the buckets that ranks share gradients in, stay beside a step.
     beside = [torch.empty_like(parameter) for parameter in parameters for _ in range(3)]
@@ -226,9 +229,8 @@ def fitting_settings(loss: Callable[[int], Tensor], parameters: Sequence[Tensor]
             return f"tried: train.batch_size={size} train.accumulate={accumulate} fits, with the same samples in a step"
         size //= 2
     return (
-        f"tried: not even train.batch_size=1 fits beside what is kept ({_gibibytes(beside)} of optimizer); set "
-        "recompute=1 recompute_attention=true, lower the size of the pictures or lora.rank, "
-        "or take a device with more memory"
+        f"tried: not even train.batch_size=1 fits beside what is kept ({_gibibytes(beside)} of optimizer); "
+        f"{otherwise}, or take a device with more memory"
     )
 
 

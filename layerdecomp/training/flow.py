@@ -8,9 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from layerdecomp.config import FlowJobConfig
+from layerdecomp.data.index import Index
 from layerdecomp.data.latents import LatentCache
 from layerdecomp.flow import interpolate, sample_times, velocity_target
-from layerdecomp.training.base import Job
+from layerdecomp.training.base import Job, resolve_precision
+from layerdecomp.weights import file_sha256
 
 
 class FlowJob(Job):
@@ -40,6 +42,10 @@ class FlowJob(Job):
     def encoding(self) -> dict[str, Any]:
         """What `encode` depends on beside the samples, as JSON would have it."""
 
+    @property
+    def less_memory(self) -> str:
+        return f"set recompute=1 recompute_attention=true, {super().less_memory}"
+
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         latents = batch
         if "image" in batch:  # else the latents of a batch, from the cache
@@ -65,9 +71,15 @@ class FlowJob(Job):
 
     def _description(self) -> dict[str, Any]:
         """What the latents of a sample depend on, but for the code that makes it."""
-        described = {"job": self.run.job, "seed": self.run.seed, **self.encoding}
-        data = asdict(self.run.data)
-        if self.run.data.source == "scenes":  # functions of the seed and the index alone
+        run, sample = self.run, self.run.sample
+        described = {
+            **{"job": run.job, "seed": run.seed, **self.encoding},
+            **{"precision": resolve_precision(run.train.precision), "tiles": [sample.tile, sample.tile_overlap]},
+        }
+        data = asdict(run.data)
+        if run.data.source == "scenes":  # functions of the seed and the index alone
             return {**described, "scenes": data["scenes"]}
-        names = ("source", "samples", "scenes", "triplets")  # a batch is of one size, which the samples go by
-        return {**described, **{name: data[name] for name in names}, "batch_size": self.run.train.batch_size}
+        names = ("source", "samples", "scenes", "triplets")  # a step is of one size, which the samples go by
+        indexes = {path: file_sha256(Index(path).path) for path in run.data.triplets.indexes}
+        described |= {"step": run.train.global_batch, "indexes": indexes}
+        return {**described, **{name: data[name] for name in names}}

@@ -1,6 +1,6 @@
 """Pre-training a small inpainting base from nothing: what FLUX.1-Fill-dev is to the full-size track."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +84,19 @@ class InpainterJob(FlowJob):
         if share.rank > 0:  # a few scenes, which one rank does as soon
             return
         self.transformer.eval()
+        save_model(run_dir / "transformer.safetensors", self.transformer, self.provenance({}))
         batch = self.held_out()
-        filled = self.fill(batch)
+        filled = torch.cat([self.fill(part) for part in split(batch, self.run.evaluate.batch_size)])
         figures = {name: value.item() for name, value in hole_metrics(filled, batch).items()}
         save_model(run_dir / "transformer.safetensors", self.transformer, self.provenance(figures))
         self.report(run_dir, "inpainter", figures, inpainting_grid(filled, batch))
+
+
+def split(batch: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
+    """A batch in parts of at most `size` samples."""
+    count = len(batch["index"])
+    for start in range(0, count, size):
+        yield {name: values[start : start + size] for name, values in batch.items()}
 
 
 def hole_metrics(filled: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from layerdecomp.config import (
     DecomposerJobConfig,
     InpainterJobConfig,
     RunConfig,
+    TrainConfig,
     changed_keys,
     save_config,
 )
@@ -31,7 +32,14 @@ from layerdecomp.evaluation import Share
 from layerdecomp.training.autoencoder import AutoencoderJob
 from layerdecomp.training.average import RunningAverage
 from layerdecomp.training.base import Job, resolve_precision
-from layerdecomp.training.checkpoints import CheckpointFiles, Checkpoints, newest_checkpoint, read_checkpoint
+from layerdecomp.training.checkpoints import (
+    LAST,
+    PREVIOUS,
+    CheckpointFiles,
+    Checkpoints,
+    newest_checkpoint,
+    read_checkpoint,
+)
 from layerdecomp.training.decomposer import DecomposerJob
 from layerdecomp.training.faults import end_with_parent, explained
 from layerdecomp.training.flow import FlowJob
@@ -110,7 +118,9 @@ def open_run(run_dir: Path, config: RunConfig) -> Path | None:
         if not checkpoint.is_file():
             raise InputError(f"resume={checkpoint}: no such checkpoint; expected auto, never or an existing file")
         read_checkpoint(checkpoint, device="meta")
-        if checkpoint.resolve().parent != run_dir.resolve():
+        if checkpoint.resolve().parent == run_dir.resolve():
+            _abandon_others(checkpoint)
+        else:
             _put_aside(run_dir)
     elif (checkpoint := newest_checkpoint(run_dir)) and described.is_file():
         _check_unchanged(run_dir, changed_keys(config, described))
@@ -132,6 +142,15 @@ def _put_aside(run_dir: Path) -> None:
     if run_dir.exists():
         taken = (run_dir.with_name(f"{run_dir.name}.{n}") for n in range(1, sys.maxsize))
         run_dir.rename(next(path for path in taken if not path.exists()))
+
+
+@rank_zero_only
+def _abandon_others(checkpoint: Path) -> None:
+    """Keeps the run's later checkpoints from being taken for those of the branch that starts at an earlier one."""
+    for name in (LAST, PREVIOUS):
+        other = checkpoint.with_name(name)
+        if other != checkpoint and other.is_file():
+            other.replace(other.with_name(f"abandoned-{name}"))
 
 
 @rank_zero_only
@@ -172,13 +191,13 @@ class StepBar(TQDMProgressBar):
         bar.n = bar.initial
 
 
-def build_strategy(name: str) -> str | DDPStrategy:
-    """Lightning's strategy; ddp shares gradients in buckets while the backward pass goes on.
+def build_strategy(train: TrainConfig) -> str | DDPStrategy:
+    """DDP wherever there are several processes: it shares gradients in buckets while the backward pass goes on.
 
     Gradients lie in the buckets, which would double them otherwise.
     """
-    if name != "ddp":
-        return name
+    if train.strategy == "auto" and train.devices * train.nodes == 1:
+        return "auto"
     return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
@@ -199,7 +218,7 @@ def build_trainer(config: RunConfig, run_dir: Path, job: Job) -> Trainer:
         accelerator="cuda" if available else "cpu",  # metrics sum in float64, which mps lacks
         devices=train.devices,
         num_nodes=train.nodes,
-        strategy=build_strategy(train.strategy),
+        strategy=build_strategy(train),
         precision=resolve_precision(train.precision),  # type: ignore[arg-type]
         accumulate_grad_batches=train.accumulate,
         deterministic=train.deterministic,
