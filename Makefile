@@ -38,14 +38,14 @@ train: .venv/installed  ## adapt the tiny base: make train CONFIG=configs/flux_f
 TINY := checkpoints/tiny
 # The adapter that ships has seen more than the default one, which `make train` makes in a quarter of an hour.
 ADAPTER_ARGS ?= train.batch_size=128 train.steps=917 data.samples=12288 data.scenes.many_coloured_probability=0.35
-# What both autoencoders end with: their decoders alone, on larger batches, which changes no latent.
-REFINE_ARGS ?= train.batch_size=32 train.steps=400 optim.lr=1e-3
+# What both autoencoders end with: their decoders alone, by Muon, which changes no latent.
+REFINE_ARGS ?= train.batch_size=16 train.steps=600 optim.lr=3e-3 optim.muon=true
 tiny: $(TINY)/adapter.safetensors
 
 $(TINY)/autoencoder.safetensors: | .venv/installed
 	$(RUN) tools/train.py config=configs/tiny_autoencoder.yaml $(ARGS) $(AUTOENCODER_ARGS)
 	$(RUN) tools/train.py config=configs/tiny_autoencoder.yaml name=tiny_autoencoder_refined \
-		refine=runs/tiny_autoencoder/autoencoder.safetensors $(ARGS) $(REFINE_ARGS)
+		refine=runs/tiny_autoencoder/autoencoder.safetensors noise=0.05 $(ARGS) $(REFINE_ARGS)
 	cp runs/tiny_autoencoder_refined/autoencoder.safetensors $@
 
 $(TINY)/transformer.safetensors: | $(TINY)/autoencoder.safetensors
@@ -55,7 +55,7 @@ $(TINY)/transformer.safetensors: | $(TINY)/autoencoder.safetensors
 $(TINY)/rgba_autoencoder.safetensors: | $(TINY)/autoencoder.safetensors
 	$(RUN) tools/train.py config=configs/tiny_rgba_autoencoder.yaml $(ARGS) $(RGBA_ARGS)
 	$(RUN) tools/train.py config=configs/tiny_rgba_autoencoder.yaml name=tiny_rgba_autoencoder_refined extend=null \
-		refine=runs/tiny_rgba_autoencoder/autoencoder.safetensors $(ARGS) $(REFINE_ARGS)
+		refine=runs/tiny_rgba_autoencoder/autoencoder.safetensors noise=0.2 $(ARGS) $(REFINE_ARGS)
 	cp runs/tiny_rgba_autoencoder_refined/autoencoder.safetensors $@
 
 $(TINY)/adapter.safetensors: | $(TINY)/transformer.safetensors $(TINY)/rgba_autoencoder.safetensors

@@ -21,7 +21,7 @@ from layerdecomp.pictures import comparison_grid
 from layerdecomp.sharding import ShardedBase
 from layerdecomp.training.base import local_device, resolve_precision
 from layerdecomp.training.flow import FlowJob
-from layerdecomp.weights import file_sha256
+from layerdecomp.weights import checksums, file_sha256
 
 ENCODED = ("image", "mask", "cues", "background", "foreground")
 
@@ -75,7 +75,8 @@ class DecomposerJob(FlowJob):
     def encoding(self) -> dict[str, Any]:
         weights, fusion = self.run.weights, self.run.fusion
         files = (weights.autoencoder, weights.rgba_autoencoder)
-        return {"autoencoders": [file_sha256(Path(file)) for file in files], "cues": fusion.cues * fusion.enabled}
+        # Of a refined autoencoder the first one, whose latents it has.
+        return {"autoencoders": [checksums(Path(file))[-1] for file in files], "cues": fusion.cues * fusion.enabled}
 
     def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         told, z = self.decomposer.encode_sample(*(batch[name] for name in ENCODED))
