@@ -30,7 +30,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[$*]'
 	touch $@
 
-train: .venv/installed  ## adapt the tiny base: make train CONFIG=configs/flux_fill.yaml DEVICES=8 ARGS="optim.lr=1e-4"
+train: .venv/installed  ## adapt the tiny base: make train CONFIG=configs/flux_fill.yaml DEVICES=8 ARGS="name=mine optim.lr=1e-4"
 	$(RUN) tools/train.py config=$(CONFIG) $(if $(DEVICES),train.devices=$(DEVICES) train.strategy=ddp) $(ARGS)
 
 # The whole chain from nothing. A stage whose weights are there is skipped, an unfinished one goes on. ARGS go to every
@@ -112,5 +112,5 @@ lint: .venv/installed-dev
 	$(RUN) -m ruff format --check layerdecomp tools tests
 	$(RUN) -m mypy
 
-clean:
-	rm -rf .venv runs layers
+clean:  ## what installing made; runs/ is yours
+	rm -rf .venv

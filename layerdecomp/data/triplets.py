@@ -308,7 +308,9 @@ class Rows:
                 raise InputError(f"{index.path} is an index of {index.kind}; expected one of {kind}")
         if self.indexes and not self._ends[-1]:
             names = ", ".join(paths)
-            raise InputError(f"{names}: no items of the {split} split ({kind}); index more of them")
+            raise InputError(
+                f"{names}: no items of the {split} split ({kind}); index more of them, or hold out more by tools/prepare_data.py test_share="
+            )
 
     @cached_property
     def _rows(self) -> list[NDArray[np.int32]]:

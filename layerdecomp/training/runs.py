@@ -210,7 +210,8 @@ def build_trainer(config: RunConfig, run_dir: Path, job: Job) -> Trainer:
     available = torch.cuda.device_count()
     if available and train.devices > available:
         raise InputError(
-            f"train.devices is {train.devices}, but there are {available} GPUs; set train.devices={available}"
+            f"train.devices is {train.devices}, but there are {available} GPUs; set train.devices={available}, and "
+            "train.accumulate such that a step has the samples that it had"
         )
     return Trainer(
         default_root_dir=run_dir,
