@@ -16,7 +16,7 @@ from layerdecomp.weights import config_from, read_metadata
 ModelT = TypeVar("ModelT", MMDiTConfig, AutoencoderConfig)
 FLUX_TEXT_TOKENS = 512
 MAKE = {
-    "rgba_autoencoder": "made by tools/train.py config=configs/flux_rgba_autoencoder.yaml; copy its autoencoder.safetensors",
+    "rgba_autoencoder": "made by tools/train.py config=configs/flux_rgba_autoencoder.yaml, whose result to copy there",
     "prompt": "made by make embed-prompt",
     "adapter": "what a run wrote, or what somebody published; null starts from the base alone",
 }

@@ -309,7 +309,7 @@ class Rows:
         if self.indexes and not self._ends[-1]:
             names = ", ".join(paths)
             raise InputError(
-                f"{names}: no items of the {split} split ({kind}); index more of them, or hold out more by tools/prepare_data.py test_share="
+                f"{names}: no items of the {split} split ({kind}); index more of them, or with another test_share="
             )
 
     @cached_property
