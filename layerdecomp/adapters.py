@@ -4,6 +4,7 @@ Everything here is exact but `reduce_rank`, which says what it costs.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -146,6 +147,29 @@ def peft_settings(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in settings.items()})}
 
 
+def told_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Tensors:
+    """The alphas that PEFT's settings in a file's metadata tell, as tensors of the layout: `NAME.alpha`.
+
+    diffusers goes by them, and by alpha = rank where there are none. Raises `InputError` if they cannot be read.
+    """
+    try:
+        settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        default = settings.get("transformer.lora_alpha")
+        patterns = settings.get("transformer.alpha_pattern") or {}
+        if settings.get("transformer.use_rslora"):
+            raise InputError("lora_adapter_metadata has use_rslora, which is not read; expected alpha / rank as scale")
+        ends, found = ("transformer.", ".lora_A.weight"), {}
+        for module in (name.removeprefix(ends[0]).removesuffix(ends[1]) for name in tensors if name.endswith(ends[1])):
+            own = [alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)]
+            if (alpha := [*own, default][0]) is not None:
+                found[f"{ends[0]}{module}.alpha"] = torch.tensor(float(alpha))
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"lora_adapter_metadata cannot be read ({error}); expected PEFT's settings as JSON") from error
+    return found
+
+
 def _halves(tensor: Tensor) -> Tensor:
     """Exchanges the upper and the lower half of the rows."""
     return tensor.roll(len(tensor) // 2, 0)
@@ -212,9 +236,10 @@ def from_kohya(tensors: Tensors, layers: Mapping[str, int], hidden_size: int) ->
 
 
 def _take_pair(tensors: Tensors, name: str, down: str, up: str) -> Change | None:
-    a, b = tensors.pop(f"{name}.{down}.weight", None), tensors.pop(f"{name}.{up}.weight", None)
-    if a is None or b is None:
+    pair = f"{name}.{down}.weight", f"{name}.{up}.weight"
+    if any(half not in tensors for half in pair):
         return None
+    a, b = (tensors.pop(half) for half in pair)
     alpha = tensors.pop(f"{name}.alpha", None)
     bias = tensors.pop(f"{name}.{up}.bias", tensors.pop(f"{name}.diff_b", None))
     scale = 1.0 if alpha is None else alpha.item() / a.shape[0]

@@ -6,6 +6,7 @@ what is left out (norms, gates, the optimizer) costs bandwidth, and shows in the
 
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -360,7 +361,8 @@ def _peak_memory(device: torch.device) -> float:
     """Of the device since it was reset; on a CPU, of this process so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, kilobytes elsewhere
 
 
 def benchmark(config: BenchmarkConfig, device: str, dtype: torch.dtype) -> str:

@@ -1,6 +1,5 @@
 """Folders of pictures and masks, each pair split into layers in a folder of its own name; goes on where it stopped."""
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from layerdecomp.conditioning import TOKEN_FACTOR
 from layerdecomp.data.folders import by_stem, upright_size
 from layerdecomp.decomposer import Decomposer, Prepared, check_seed
 from layerdecomp.errors import InputError, RunError
-from layerdecomp.files import write_whole
+from layerdecomp.files import keep_settings
 from layerdecomp.imaging.geometry import fitted_size
 from layerdecomp.imaging.layers import FORMATS, READABLE, Layers
 from layerdecomp.models.depth import DepthEstimator
@@ -111,7 +110,7 @@ def decompose_folder(
     check_seed(seed)
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; expected at least 1")
-    _open_folder(out, {**told, "seed": seed, **asdict(decomposer.sample)})
+    keep_settings(out / SETTINGS, {**told, "seed": seed, **asdict(decomposer.sample)})
     names = [name for format in formats for name in FORMATS[format]]
     left = [pair for pair in pairs if not pair.is_split(out / pair.stem, names)]
     left.sort(key=lambda pair: pair.padded_size(decomposer.sample.max_side))  # so that batches are full
@@ -128,21 +127,6 @@ def decompose_folder(
                     layers.save(out / stem, formats)
                     bar.update()
     return failed
-
-
-def _open_folder(out: Path, settings: Mapping[str, Any]) -> None:
-    """Makes the folder of all layers, and refuses one that has layers of other settings."""
-    path = out / SETTINGS
-    try:
-        before = json.loads(path.read_text()) if path.is_file() else settings
-        if changed := [key for key in settings if before.get(key) != settings[key]]:
-            raise InputError(
-                f"{path}: the layers there were drawn with {changed[0]} {before.get(changed[0])}, now it is "
-                f"{settings[changed[0]]}; choose another out=, or remove that folder"
-            )
-        write_whole(path, json.dumps(settings, indent=2) + "\n")
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} cannot be used ({error}); choose another out=") from error
 
 
 def _drawn(decomposer: Decomposer, same: Mapping[str, Prepared], seed: int, progress: Progress) -> dict[str, Layers]:

@@ -9,6 +9,11 @@ import torch
 
 from layerdecomp.errors import InputError, RunError
 
+LESS_MEMORY = (
+    "what needs less: quantize=nf4 for the transformer, a smaller sample.max_side for large pictures, a smaller "
+    "evaluate.batch_size for a comparison; or device=cpu"
+)
+
 
 def take(arguments: list[str], **defaults: str | None) -> tuple[dict[str, str], list[str]]:
     """Splits `key=value` arguments into a tool's own, by name, and the config overrides that remain, in order.
@@ -79,6 +84,10 @@ def run_command(main: Callable[[list[str]], None], arguments: list[str]) -> None
     except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except torch.OutOfMemoryError as error:  # trainings say more, and what fits
+        reason = str(error).splitlines()[0]
+        print(f"error: {reason}\n{LESS_MEMORY}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

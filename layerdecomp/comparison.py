@@ -38,7 +38,7 @@ from layerdecomp.evaluation import (
     score,
     write_figures,
 )
-from layerdecomp.files import write_whole
+from layerdecomp.files import keep_settings, write_whole
 from layerdecomp.imaging.layers import write_picture
 from layerdecomp.metric_networks import MeasureConfig, Networks, open_networks
 from layerdecomp.metrics.layers import METRICS
@@ -247,12 +247,17 @@ def compare(
 def export(data: DataConfig, config: EvaluateConfig, folder: Path) -> int:
     """Writes the samples that a comparison is on into a folder, as a test set, and returns how many there are.
 
-    Stopped at any point, the same call goes on.
+    Stopped at any point, the same call goes on. `InputError` if the folder has samples of other settings.
     """
+    told: dict[str, Any] = {"objects": config.objects, "stretch": config.stretch}
     if config.objects == "drawn":
-        samples = drawn_samples(open_samples(data, "test", config.seed, config.samples, with_cues=False))
+        drawn = open_samples(data, "test", config.seed, config.samples, with_cues=False)
+        told |= {**describe_data(drawn), "count": config.samples}
+        samples = drawn_samples(drawn)
     else:
+        told |= {"settings": asdict(data.triplets)}
         samples = test_objects(data.triplets, config.objects, config.stretch)
+    keep_settings(folder / "settings.json", told)
     return export_samples(samples, folder)
 
 
@@ -265,7 +270,10 @@ def row_names(folders: Sequence[Path], taken: Mapping[str, Any]) -> Iterator[tup
     """The rows of prediction folders: each folder's name, or as much of its path as tells it from the others."""
     for path in folders:
         rivals = [other for other in folders if other.name == path.name and other != path]
-        yield (str(path) if rivals or path.name in taken else path.name), path
+        name = str(path) if rivals or path.name in taken else path.name
+        if name in taken:
+            raise InputError(f"predictions={path} is called like a row of ours; rename that folder")
+        yield name, path
 
 
 def open_folder(out: Path, rows: Mapping[str, Method], told: Mapping[str, Any]) -> None:

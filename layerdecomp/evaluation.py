@@ -324,6 +324,13 @@ def fill(path: Path, name: str, content: str) -> None:
     write_whole(path, f"{before}\n{content}\n\n{after}")
 
 
+def check_fill(path: Path, name: str, published: Mapping[str, Any]) -> None:
+    """Raises `InputError` unless `fill` will find its lines, and there are published figures to put there."""
+    if not published:
+        raise InputError(f"fill={path} puts figures beside published ones; expected config= with evaluate.published")
+    marked(path, name)
+
+
 def marked(path: Path, name: str) -> tuple[str, str]:
     """What stands up to the first of the lines that ``fill`` looks for, and from the second on.
 

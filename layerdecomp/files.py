@@ -1,12 +1,14 @@
 """Files and folders that appear complete or not at all."""
 
 import errno
+import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from layerdecomp.errors import InputError
 
@@ -43,6 +45,21 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # the first error is the one to report
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+
+
+def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Writes what the files beside `path` are made by, in JSON; `InputError` if they were made by something else."""
+    settings = json.loads(json.dumps(settings))  # as it comes back
+    try:
+        before = json.loads(path.read_text()) if path.is_file() else settings
+        if changed := [key for key in settings if before.get(key) != settings[key]]:
+            raise InputError(
+                f"{path}: what is there was made with {changed[0]} {before.get(changed[0])}, now it is "
+                f"{settings[changed[0]]}; choose another folder, or remove that one"
+            )
+        write_whole(path, json.dumps(settings, indent=2) + "\n")
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} cannot be used ({error}); choose another folder") from error
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:

@@ -17,6 +17,7 @@ from layerdecomp.adapters import (
     give_tensors,
     reduce_rank,
     take_changes,
+    told_alphas,
 )
 from layerdecomp.decomposer import REPOSITORY, DecomposerConfig, WeightFiles, describe_adapter, described_config
 from layerdecomp.errors import InputError
@@ -110,6 +111,8 @@ def read_adapter(path: Path, files: dict[str, str]) -> tuple[Adapter, Decomposer
             return describe_adapter(path, **files)
         tensors = {name: file.get_tensor(name) for name in names}
     metadata = read_metadata(path)
+    if layout == "diffusers":
+        tensors |= told_alphas(tensors, metadata)
     if "lora" in metadata and "weights" in metadata:
         config = described_config(metadata, path, **files)
     else:

@@ -15,7 +15,7 @@ from torch import Tensor
 from layerdecomp.data.folders import by_stem, open_picture
 from layerdecomp.data.testset import as_stored
 from layerdecomp.errors import InputError
-from layerdecomp.imaging.compositing import from_autoencoder, to_autoencoder
+from layerdecomp.imaging.compositing import resize_straight
 from layerdecomp.imaging.geometry import resize, to_pixels, to_tensor
 from layerdecomp.imaging.layers import read_image, write_picture
 
@@ -74,7 +74,7 @@ class PredictionFolder:
         self.resized.add(name)
         if layer == "background":
             return resize(values, size).clamp(-1, 1)
-        return from_autoencoder(resize(to_autoencoder(values), size))
+        return resize_straight(values, size)
 
     def _check_shape(self, path: Path, values: Tensor, size: tuple[int, int]) -> None:
         height, width = values.shape[-2:]

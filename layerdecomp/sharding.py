@@ -13,10 +13,9 @@ from datetime import timedelta
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 
 from layerdecomp.models.mmdit import MMDiT
 
@@ -69,12 +68,3 @@ class ShardedBase:
             block.unshard()
             block.reshard()
         self.transformer.reshard()
-
-
-def held_bytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters that this process holds."""
-    return sum(_held(parameter).nbytes for parameter in module.parameters())
-
-
-def _held(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

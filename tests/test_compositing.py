@@ -1,10 +1,18 @@
 """Compositing against definitions written out in NumPy, and the round trip through the autoencoder's representation."""
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
-from layerdecomp.imaging.compositing import checkerboard, from_autoencoder, on_checkerboard, over, to_autoencoder
+from layerdecomp.imaging.compositing import (
+    checkerboard,
+    from_autoencoder,
+    on_checkerboard,
+    over,
+    resize_straight,
+    to_autoencoder,
+)
 
 
 def _foreground(*batch: int, lowest_alpha: float = 0.0) -> Tensor:
@@ -91,6 +99,19 @@ def test_eight_bit_files_lose_less_than_a_level() -> None:
     difference = (over(eight_bit, background) - over(foreground, background)).abs().max()
     # Half a level of colour, and half a level of alpha times the largest contrast.
     assert 0 < difference <= (0.5 / 127.5) + 0.5 / 255 * 2
+
+
+@pytest.mark.parametrize("size", [(96, 96), (20, 20), (45, 64)])
+def test_an_object_of_one_colour_keeps_it_at_another_size(size: tuple[int, int]) -> None:
+    rows, columns = torch.meshgrid(torch.arange(48), torch.arange(48), indexing="ij")
+    alpha = (18 - ((rows - 24) ** 2 + (columns - 24) ** 2).sqrt()).clamp(0, 1)  # a disc with a soft edge
+    colour = torch.tensor([0.9, -0.8, 0.3]).view(3, 1, 1)
+    foreground = torch.cat([torch.where(alpha > 0, colour, -colour), alpha[None]])[None]
+    resized = resize_straight(foreground, size)
+    shown = resized[:, 3:] > 0
+    assert resized.shape[-2:] == size and 0.2 < shown.float().mean() < 0.6
+    assert (resized[:, :3] - colour)[shown.expand(-1, 3, -1, -1)].abs().max() < 1e-4
+    assert resized[:, 3].min() == 0 and resized[:, 3].max() == pytest.approx(1)
 
 
 def test_checkerboard_alternates_and_shows_behind_transparency() -> None:

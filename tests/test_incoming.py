@@ -10,10 +10,11 @@ import torch
 from reference import output_error, same_tensors
 from safetensors.torch import load_file, save_file
 
+from layerdecomp.adapters import INPUT, Changes, take_changes
 from layerdecomp.decomposer import Decomposer, DecomposerConfig, build_decomposer
 from layerdecomp.errors import InputError
 from layerdecomp.export import export
-from layerdecomp.incoming import read_adapter
+from layerdecomp.incoming import frozen_input, read_adapter
 from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig, merge_lora
 from layerdecomp.models.mmdit import MMDiT
@@ -66,6 +67,38 @@ def test_a_lora_from_elsewhere(adapter_file: Path, ours: MMDiT, tiny_config: Dec
     assert decomposer.context_fusion is None and output_error(decomposer.transformer, ours) < 1e-5
     assert read_metadata(tmp_path / "back.safetensors")["origin"] == "imported from lora.safetensors"
     assert read_metadata(tmp_path / "back.safetensors")["data"] == "unknown"
+
+
+def test_the_scale_of_a_lora_from_elsewhere_is_that_of_its_metadata(
+    adapter_file: Path, tiny_config: DecomposerConfig, tmp_path: Path
+) -> None:
+    export(adapter_file, "diffusers", tmp_path / "exported.safetensors")
+    tensors, path = load_file(tmp_path / "exported.safetensors"), tmp_path / "lora.safetensors"
+    weights = tiny_config.weights
+    files = {name: getattr(weights, name) for name in ("transformer", "autoencoder", "rgba_autoencoder")}
+
+    def changes(settings: dict[str, Any] | None) -> Changes:
+        told = {} if settings is None else {"lora_adapter_metadata": json.dumps(settings)}
+        save_file(tensors, path, told)
+        adapter, config = read_adapter(path, files)
+        return take_changes(adapter.tensors, config.lora, frozen_input(config)[1])[0]
+
+    plain = changes(None)
+    (rank,) = {change.rank for name, change in plain.items() if name != INPUT and "qkv" not in name}
+    one, other = "single_blocks.0.linear2", "double_blocks.0.img_attn.proj"
+    own = {"single_transformer_blocks.0.proj_out": 5 * rank}
+    found = changes({"transformer.lora_alpha": 2 * rank, "transformer.alpha_pattern": own})
+    torch.testing.assert_close(found[one].weight, 5 * plain[one].weight)
+    torch.testing.assert_close(found[other].weight, 2 * plain[other].weight)
+    with pytest.raises(InputError, match="use_rslora"):
+        changes({"transformer.use_rslora": True})
+    save_file(tensors, path, {"lora_adapter_metadata": "{"})
+    with pytest.raises(InputError, match="lora_adapter_metadata cannot be read"):
+        read_adapter(path, files)
+    half = next(key for key in tensors if key.endswith("lora_B.weight"))
+    save_file({key: tensor for key, tensor in tensors.items() if key != half}, path)
+    with pytest.raises(InputError, match="tensors belong to no linear layer.*lora_A.weight"):
+        read_adapter(path, files)
 
 
 def test_an_input_projection_that_was_changed_elsewhere_counts(adapter_file: Path, tmp_path: Path) -> None:

@@ -195,6 +195,14 @@ def test_the_preview_shows_input_background_foreground_and_both() -> None:
     np.testing.assert_array_equal(panels[3][layers.foreground[..., 3] == 0], layers.background[_alpha() == 0])
 
 
+def test_large_pictures_are_shrunk_for_the_preview() -> None:
+    height, width = (side // 3 for side in SIZE)
+    preview = _layers().preview(gap=2, longest=width)
+    assert preview.shape == (height, 4 * width + 3 * 2, 3)
+    small = np.asarray(Image.fromarray(_layers().background).resize((width, height), Image.Resampling.BOX))
+    np.testing.assert_array_equal(preview[:, width + 2 : 2 * width + 2], small)
+
+
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
     for folder in (tmp_path / "taken", tmp_path / "taken" / "below"):

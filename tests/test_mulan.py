@@ -22,7 +22,6 @@ from layerdecomp.data.mulan import (
     MulanAnnotations,
     MulanLayers,
     misfit,
-    object_areas,
     read_annotation,
     rebuild_layers,
     recompose,
@@ -484,17 +483,6 @@ def test_recomposing_is_what_the_package_composites() -> None:
     image = recompose(layers)
     assert misfit(layers, image) == 0
     assert misfit(layers, 255 - image) == pytest.approx(np.abs(255 - 2.0 * image).mean())
-
-
-def test_areas_are_of_what_is_seen() -> None:
-    layers = _truth()
-    for layer in layers[1:]:
-        layer[..., 3] = (layer[..., 3] > 0) * 255
-    top = np.select([layers[2][..., 3] > 0, layers[1][..., 3] > 0], [2, 1])
-    assert object_areas(layers) == pytest.approx([(top == 1).mean(), (top == 2).mean()])
-    layers[1][..., 3], layers[2][..., 3] = 255, 51
-    assert object_areas(layers) == pytest.approx([0.8, 0.2])
-    assert object_areas(layers[:1]) == []
 
 
 def _data_set(folder: Path) -> MulanAnnotations:

@@ -126,6 +126,27 @@ def test_faults_that_are_mended_are_no_longer_listed(folder: Path) -> None:
     assert not out.with_suffix(".faults.txt").exists() and len(Index(out)) == 8
 
 
+def test_a_run_that_is_stopped_before_its_first_item_goes_on(folder: Path) -> None:
+    for number in (0, 1):
+        before = (folder / f"{number}.txt").read_text()
+        (folder / f"{number}.txt").write_text("stop")
+        with pytest.raises(KeyboardInterrupt):
+            prepare(Numbers(folder), folder / "index.safetensors")
+        (folder / f"{number}.txt").write_text(before)
+    prepare(Numbers(folder), folder / "index.safetensors")
+    assert len(Index(folder / "index.safetensors")) == 8
+
+
+def test_what_was_faulty_is_read_again(folder: Path) -> None:
+    for number in range(8):
+        (folder / f"{number}.txt").write_text("?")
+    with pytest.raises(InputError, match="none of 8 candidates can be used"):
+        prepare(Numbers(folder), folder / "index.safetensors")
+    (folder / "3.txt").write_text("5")
+    prepare(Numbers(folder), folder / "index.safetensors")
+    assert [item.width for item in Index(folder / "index.safetensors")] == [5]
+
+
 def test_nothing_to_index_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing for source=numbers"):
         prepare(Numbers(tmp_path), tmp_path / "index.safetensors")

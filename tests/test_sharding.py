@@ -15,11 +15,11 @@ import torch
 from conftest import as_ranks, curve
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from layerdecomp.config import load_config
 from layerdecomp.decomposer import Decomposer
 from layerdecomp.evaluation import Share
-from layerdecomp.sharding import held_bytes
 from layerdecomp.training.checkpoints import LAST, PREVIOUS
 from layerdecomp.training.decomposer import DecomposerJob
 from layerdecomp.training.runs import train
@@ -62,7 +62,8 @@ def _held(job: DecomposerJob) -> dict[str, int]:
     """Bytes of the transformer's tensors that this rank has, and those of the trained ones among them."""
     transformer = job.decomposer.transformer
     trained = sum(p.nbytes for p in transformer.parameters() if p.requires_grad)
-    return {"all": held_bytes(transformer), "trained": trained}
+    held = [p.to_local() if isinstance(p, DTensor) else p for p in transformer.parameters()]
+    return {"all": sum(part.nbytes for part in held), "trained": trained}
 
 
 def results(run_dir: Path) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from layerdecomp.comparison import EvaluateConfig, export
+from layerdecomp.data.datamodule import DataConfig
 from layerdecomp.data.index import write_index
 from layerdecomp.data.mulan import MulanLayers
 from layerdecomp.data.scenes import SceneConfig, Scenes
@@ -46,6 +49,15 @@ def test_an_export_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     assert len(list(tmp_path.rglob("*"))) == 5 + 15
 
 
+def test_an_export_does_not_mix_test_sets(tmp_path: Path) -> None:
+    data, config = DataConfig(scenes=SceneConfig(size=32)), EvaluateConfig(samples=2)
+    assert export(data, config, tmp_path) == 2 == export(data, config, tmp_path)
+    with pytest.raises(InputError, match="what is there was made with data_seed 1234, now it is 5"):
+        export(data, replace(config, seed=5), tmp_path)
+    with pytest.raises(InputError, match="made with count 2, now it is 1"):
+        export(data, replace(config, samples=1), tmp_path)
+
+
 def test_a_digest_tells_test_sets_apart(tmp_path: Path) -> None:
     export_samples(drawn_samples(SCENES), tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "copy")
@@ -57,7 +69,7 @@ def test_a_digest_tells_test_sets_apart(tmp_path: Path) -> None:
 
 def test_seeds_depend_on_the_name_alone() -> None:
     assert seed_of("00012") == 12 and seed_of("cat") == seed_of("cat") != seed_of("dog")
-    assert 0 <= seed_of("a/b") < 2**32
+    assert 0 <= seed_of("a/b") < 2**32 and 0 <= seed_of("1" * 30) < 2**32
 
 
 def test_a_folder_may_lack_foregrounds_and_occluders_but_nothing_else(tmp_path: Path) -> None:
@@ -102,6 +114,10 @@ def test_rorems_layout(tmp_path: Path) -> None:
     data = TestFolder(tmp_path)
     assert data.names == ["00000", "00001", "00002"] and "foreground" not in data[0]
     torch.testing.assert_close(data[1]["background"], SCENES[1]["background"], rtol=0, atol=0.5 / 127.5 + 1e-6)
+    other = {part: path.replace("/", "-too/") for part, path in records[1].items()}
+    (tmp_path / "meta.json").write_text(json.dumps([*records, other]))
+    with pytest.raises(InputError, match="have one name, '00001'"):
+        TestFolder(tmp_path)
 
 
 @pytest.fixture

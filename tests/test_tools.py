@@ -13,6 +13,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -181,7 +182,7 @@ def test_evaluate_exports_inputs_and_scores_what_another_method_made_of_them(
     run_command(TOOLS["evaluate"].main, [f"export={inputs}", *small])
     assert capsys.readouterr().out == f"3 samples in {inputs}\n"
     parts = ("image", "mask", "foreground", "background", "occluder")
-    assert {path.name for path in inputs.iterdir()} == set(parts)
+    assert {path.name for path in inputs.iterdir()} == {*parts, "settings.json"}
     for name in ("00000", "00002"):  # a method that leaves everything as it is, and fails once
         for part in ("background", "foreground"):
             (tmp_path / "other" / part).mkdir(parents=True, exist_ok=True)
@@ -385,6 +386,7 @@ def test_missing_and_truncated_weights(
         (["evaluate.objects=one"], "export=FOLDER first"),
         (["evaluate.published.base.psnr=1"], "evaluate.published has 'psnr'; expected some of background/psnr"),
         (["export=inputs", "evaluate.objects=one"], "data.triplets.layered names no index"),
+        (["fill=results.md"], "expected config= with evaluate.published"),
     ],
 )
 def test_evaluate(fails: Fails, tiny_weights: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -506,6 +508,16 @@ def test_a_run_that_cannot_go_on_has_a_status_of_its_own(capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as stopped:
         run_command(full, [])
     assert stopped.value.code == 1 and capsys.readouterr().err == "error: the disk is full\n"
+
+
+def test_a_device_that_is_full_is_told_what_needs_less(capsys: pytest.CaptureFixture[str]) -> None:
+    def full(arguments: list[str]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    with pytest.raises(SystemExit) as stopped:
+        run_command(full, [])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1 and said.startswith("error: CUDA out of memory") and "sample.max_side" in said
 
 
 def test_bugs_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:

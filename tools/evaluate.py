@@ -20,7 +20,7 @@ from layerdecomp.data.datamodule import DataConfig, open_samples
 from layerdecomp.data.testset import TestFolder
 from layerdecomp.decomposer import SampleConfig, describe_adapter
 from layerdecomp.errors import InputError
-from layerdecomp.evaluation import Share, fill, format_published, marked
+from layerdecomp.evaluation import Share, check_fill, fill, format_published
 from layerdecomp.weights import config_from
 
 PATHS = dict.fromkeys(("adapter", "predictions", "data", "config", "export", "fill"), "")
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
     if config.evaluate.objects != "drawn" and not own["data"]:
         raise InputError("evaluate.objects is for making a test set: export=FOLDER first, then evaluate data=FOLDER")
     if own["fill"]:
-        marked(Path(own["fill"]), PUBLISHED)  # now, not when all is measured
+        check_fill(Path(own["fill"]), PUBLISHED, config.evaluate.published)  # now, not when all is measured
     share = Share.join()
     if own["device"] == "cuda" and share.world > 1:
         own["device"] = f"cuda:{os.environ['LOCAL_RANK']}"

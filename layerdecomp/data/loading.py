@@ -65,13 +65,13 @@ def _place(total: float, length: float, around: tuple[float, float] | None, rng:
 def load_background(index: Index, item: Item, size: tuple[int, int], rng: np.random.Generator) -> Tensor:
     """A random crop of a background, turned upright: (3, *size) in [-1, 1]."""
     path = index.root / item.path
-    picture = open_shrunk(path, item, size)
+    picture = Image.fromarray(read_image(open_shrunk(path, item, size)))
     place = fit((item.width, item.height), size, rng)
     # what the decoder has shrunk already is cropped by the shrunk box
     shrink = picture.width / item.width
     left, top, right, bottom = (shrink * edge for edge in place.box)
     box = (left, top, min(right, picture.width), min(bottom, picture.height))
-    return to_tensor(read_image(resized(picture, size, box)))[0]
+    return to_tensor(np.asarray(resized(picture, size, box)))[0]
 
 
 def open_shrunk(path: Path, item: Item, size: tuple[int, int]) -> Image.Image:
@@ -125,7 +125,8 @@ def load_parts(index: Index, item: Item, parts: Sequence[str]) -> list[Image.Ima
             pictures.append(Image.fromarray(open_mask(path).astype(np.uint8) * 255))
         else:
             picture = ImageOps.exif_transpose(open_picture(path))
-            pictures.append(picture.convert("RGBA" if part == "foreground" else "RGB"))
+            opaque = part != "foreground"  # as an evaluation reads them
+            pictures.append(Image.fromarray(read_image(picture)) if opaque else picture.convert("RGBA"))
     return pictures
 
 

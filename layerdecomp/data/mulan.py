@@ -336,17 +336,6 @@ def misfit(layers: Sequence[Pixels], image: Pixels) -> float:
     return float(np.abs(recompose(layers).astype(np.int16) - image).mean())
 
 
-def object_areas(layers: Sequence[Pixels]) -> list[float]:
-    """The share of the picture, in [0, 1], in which each layer above the background is seen: not under those above."""
-    seen: NDArray[Any] = np.ones(layers[0].shape[:2])  # what still shows through
-    areas: list[float] = []
-    for layer in reversed(layers[1:]):
-        alpha = layer[..., 3] / 255
-        areas.append(float((alpha * seen).mean()))
-        seen = seen * (1 - alpha)
-    return areas[::-1]
-
-
 def _check_misfit(where: str, layers: Sequence[Pixels], image: Pixels, limit: float) -> None:
     if layers[0].shape[:2] != image.shape[:2]:
         raise InputError(f"{where}: layers of {_size(layers[0])} pixels, the picture {_size(image)}; expected equal")

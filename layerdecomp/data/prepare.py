@@ -54,7 +54,7 @@ def prepare(reader: Reader, out: Path, workers: int = 1, test_share: float = TES
         done = _read_journal(journal, reader)
         left = [candidate for candidate in candidates if candidate not in done]
         with journal.open("a") as file, tqdm(total=len(candidates), initial=len(done), unit="item") as progress:
-            if not done:
+            if not file.tell():
                 _note(file, _describe(reader))
             for outcome in parallel(partial(_read, reader), left, workers):
                 _note(file, asdict(outcome))
@@ -104,7 +104,10 @@ def _note(file: IO[str], entry: dict[str, Any]) -> None:
 
 
 def _read_journal(journal: Path, reader: Reader) -> dict[str, Outcome]:
-    """The outcomes of an interrupted run, by candidate; none if it had other settings."""
+    """The outcomes of an interrupted run, by candidate; none if it had other settings.
+
+    What was faulty then is read again: it may have been mended since.
+    """
     if not journal.is_file():
         return {}
     lines = journal.read_text().splitlines(keepends=True)
@@ -115,7 +118,7 @@ def _read_journal(journal: Path, reader: Reader) -> dict[str, Outcome]:
         os.replace(journal, journal.with_suffix(".old"))
         return {}
     journal.write_text("".join(lines))
-    return {entry["candidate"]: _outcome(entry) for entry in entries[1:]}
+    return {entry["candidate"]: _outcome(entry) for entry in entries[1:] if entry["fault"] is None}
 
 
 def _outcome(entry: dict[str, Any]) -> Outcome:

@@ -40,7 +40,7 @@ def name_of(position: int) -> str:
 
 def seed_of(name: str) -> int:
     """The number that seeds what is random about a sample of that name, whichever others there are."""
-    if name.isdecimal():
+    if name.isdecimal() and len(name) < 18:  # more do not fit into a tensor
         return int(name)
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
@@ -66,8 +66,15 @@ class TestFolder(Dataset[dict[str, Any]]):
         self.names = list(self._files)
 
     def _rorem(self) -> dict[str, dict[str, str]]:
-        triplets = [json.loads(candidate) for candidate in RoremFolder(self.root).candidates()]
-        return {triplet_id(files): files for files in triplets}
+        found: dict[str, dict[str, str]] = {}
+        for files in map(json.loads, RoremFolder(self.root).candidates()):
+            if not (name := triplet_id(files)) or name in found:
+                raise InputError(
+                    f"{self.root}/meta.json: {files} and {found.get(name)} have one name, {name!r}; expected paths "
+                    "that differ below their first folder, and in more than their endings"
+                )
+            found[name] = files
+        return found
 
     def _triplets(self) -> dict[str, dict[str, str]]:
         parts = {part: by_stem(self.root / part) for part in EXPORTED if part in NEEDED or (self.root / part).is_dir()}

@@ -148,8 +148,23 @@ class Layers:
         """The layers as a layered file has them, from the bottom to the top."""
         return [Raster("background", self.background), Raster("foreground", self.foreground).cropped()]
 
-    def preview(self, gap: int = 8) -> Pixels:
-        """(H, 4 W + gaps, 3): the picture with the mask's place tinted, background, foreground, both recomposed."""
+    def shrunk(self, longest: int) -> "Layers":
+        """The same with a longer side of at most `longest` pixels."""
+        height, width = self.mask.shape
+        if max(height, width) <= longest:
+            return self
+        size = tuple(max(1, round(side * longest / max(height, width))) for side in (width, height))
+        layers = (self.image, self.mask, self.background, self.foreground)
+        return Layers(*(np.asarray(Image.fromarray(x).resize(size, Image.Resampling.BOX)) for x in layers))
+
+    def preview(self, gap: int = 8, longest: int = 1024) -> Pixels:
+        """(H, 4 W + gaps, 3): the picture with the mask's place tinted, background, foreground, both recomposed.
+
+        Each is brought to at most `longest` pixels: four large photographs side by side are nothing to look at.
+        """
+        return self.shrunk(longest)._side_by_side(gap)
+
+    def _side_by_side(self, gap: int) -> Pixels:
         tint = np.array([255, 64, 64])
         marked = np.where(self.mask[..., None], self.image * 0.5 + tint * 0.5, self.image)
         alpha = self.foreground[..., 3:] / 255

@@ -46,13 +46,14 @@ def ssim(prediction: Tensor, target: Tensor, region: Tensor | None = None) -> Te
     windows leave the image, do not count; torchmetrics averages them in, with reflected content.
 
     Args:
-        prediction, target: (B, 3, H, W) in [-1, 1], H and W at least 11.
+        prediction, target: (B, 3, H, W) in [-1, 1].
         region: (B, 1, H, W) bool, the centres of the windows that count; None means all of them.
 
     Returns:
-        (B,) in [-1, 1]; NaN for an image whose region is empty.
+        (B,) in [-1, 1]; NaN for an image whose region is empty, or with fewer than 11 pixels a side: no window fits.
     """
-    assert min(target.shape[-2:]) > 2 * _SSIM_RADIUS, f"SSIM needs more than {2 * _SSIM_RADIUS} pixels a side"
+    if min(target.shape[-2:]) <= 2 * _SSIM_RADIUS:
+        return target.new_full((len(target),), torch.nan, dtype=torch.float32)
     x, y = (prediction.float() + 1) / 2, (target.float() + 1) / 2
     mean_x, mean_y, square_x, square_y, product = (_window_mean(z) for z in (x, y, x * x, y * y, x * y))
     variances = square_x - mean_x.square() + square_y - mean_y.square()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from layerdecomp.imaging.compositing import from_autoencoder, to_autoencoder
+from layerdecomp.imaging.compositing import resize_straight
 from layerdecomp.imaging.geometry import resize
 from layerdecomp.metrics import background, foreground, recomposition
 from layerdecomp.metrics.distribution import FEATURES, frechet_distance, inception_features, kernel_distance
@@ -185,11 +185,11 @@ def _brought_to(
 
 
 def _scaled(layer: Tensor, size: tuple[int, int]) -> Tensor:
-    """A picture, a foreground (premultiplied meanwhile, lest hidden colours bleed) or a mask, brought to a size."""
+    """A picture, a foreground or a mask, brought to a size."""
     if layer.shape[1] == 1:  # with no overshoot, so that 0 stays 0
         return F.interpolate(layer, size, mode="bilinear", antialias=True)
     if layer.shape[1] == 4:
-        return from_autoencoder(resize(to_autoencoder(layer), size))
+        return resize_straight(layer, size)
     return resize(layer, size).clamp(-1, 1)
 
 

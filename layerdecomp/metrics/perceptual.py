@@ -19,6 +19,7 @@ from layerdecomp.metrics.region import paste
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 _EPSILON = 1e-10
+SMALLEST = 32  # pixels of a side that all trunks can see
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,10 @@ class LPIPS(nn.Module):
                 its cell that lies inside.
 
         Returns:
-            (B,); NaN for an image whose region is empty.
+            (B,); NaN for an image whose region is empty, or with fewer than 32 pixels a side: the trunks end before it.
         """
+        if min(target.shape[-2:]) < SMALLEST:
+            return target.new_full((len(target),), torch.nan, dtype=torch.float32)
         prediction = paste(prediction, target, region)
         with torch.autocast(target.device.type, enabled=False):
             first, second = (self._unit_features(image.float()) for image in (prediction, target))
