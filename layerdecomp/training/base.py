@@ -65,6 +65,11 @@ def source_commit() -> str:
         return "unknown"
 
 
+def _as(before: Any, value: Any) -> Any:
+    """A setting of an optimizer, as a tensor where it was one (torchao's rates are)."""
+    return torch.as_tensor(value).to(before) if isinstance(before, Tensor) else value
+
+
 class Job(LightningModule):
     """A training job. Its checkpoints hold the trained tensors only: the frozen ones have files of their own."""
 
@@ -245,17 +250,17 @@ class Job(LightningModule):
                 "and optim.bits as they were"
             )
         for scheduler, optimizer in zip(checkpoint["lr_schedulers"], checkpoint["optimizer_states"], strict=True):
-            rate = config.lr * self._rate(scheduler["last_epoch"])
-            scheduler["base_lrs"] = [config.lr for _ in scheduler["base_lrs"]]
-            scheduler["_last_lr"] = [rate for _ in scheduler["_last_lr"]]
-            now = {
-                "lr": rate,
-                "initial_lr": config.lr,
-                "betas": tuple(config.betas),
-                "weight_decay": config.weight_decay,
-            }
-            for group in optimizer["param_groups"]:
-                group.update({key: value for key, value in now.items() if key in group})
+            bases = [_as(base, config.lr) for base in scheduler["base_lrs"]]
+            rates = [base * self._rate(scheduler["last_epoch"]) for base in bases]  # to the bit what it had itself
+            scheduler.update(base_lrs=bases, _last_lr=rates)
+            for group, base, rate in zip(optimizer["param_groups"], bases, rates, strict=True):
+                now = {
+                    "lr": rate,
+                    "initial_lr": base,
+                    "betas": tuple(config.betas),
+                    "weight_decay": config.weight_decay,
+                }
+                group.update({key: _as(group[key], value) for key, value in now.items() if key in group})
 
     def configure_optimizers(self) -> Any:
         config = self.run.optim
