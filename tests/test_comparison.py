@@ -212,6 +212,8 @@ def test_pictures_of_several_sizes_in_one_folder(models: Models, tmp_path: Path)
 def test_folders_are_told_apart() -> None:
     folders = [Path("x/layers"), Path("y/layers"), Path("z/base"), Path("z/other/")]
     assert [name for name, _ in row_names(folders, {"base": None})] == ["x/layers", "y/layers", "z/base", "other"]
+    with pytest.raises(InputError, match="predictions=base is called like a row of ours"):
+        list(row_names([Path("base")], {"base": None}))
 
 
 def test_settings_that_cannot_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,12 @@ def test_ssim_equals_scikit_image(kind: str):
     assert max(expected) < 0.99
 
 
+def test_pictures_too_small_for_a_window_have_no_ssim_and_no_lpips():
+    small, network = torch.rand(2, 3, 10, 40), LPIPS("alex")
+    assert background.ssim(small, small).isnan().all() and network(small, small).isnan().all()
+    assert not background.ssim(torch.rand(2, 3, 11, 40), torch.rand(2, 3, 11, 40)).isnan().any()
+
+
 def test_ssim_keeps_its_precision_under_autocast():
     target = make_batch(2)["background"]
     prediction = 0.7 * target + 0.1
