@@ -202,6 +202,9 @@ def test_a_branch_from_an_earlier_checkpoint_gives_up_the_later_ones(tmp_path: P
     assert newest_checkpoint(run_dir) == run_dir / "previous.ckpt"  # also for whoever is killed before the next one
     assert (run_dir / "previous.ckpt").read_bytes() == earlier
     assert (run_dir / "abandoned-last.ckpt").read_bytes() == later
+    (run_dir / "abandoned-last.ckpt").rename(run_dir / "last.ckpt")
+    config.resume = str(run_dir / "last.ckpt")  # of which the one before is no branch
+    assert open_run(run_dir, config) == run_dir / "last.ckpt" and (run_dir / "previous.ckpt").is_file()
 
 
 def test_frozen_files_may_move(tmp_path: Path, overrides: list[str], tiny_weights: Path) -> None:

@@ -147,10 +147,10 @@ def _put_aside(run_dir: Path) -> None:
 @rank_zero_only
 def _abandon_others(checkpoint: Path) -> None:
     """Keeps the run's later checkpoints from being taken for those of the branch that starts at an earlier one."""
-    for name in (LAST, PREVIOUS):
-        other = checkpoint.with_name(name)
-        if other != checkpoint and other.is_file():
-            other.replace(other.with_name(f"abandoned-{name}"))
+    later = {LAST: (), PREVIOUS: (LAST,)}.get(checkpoint.name, (LAST, PREVIOUS))
+    for other in map(checkpoint.with_name, later):
+        if other.is_file():
+            other.replace(other.with_name(f"abandoned-{other.name}"))
 
 
 @rank_zero_only
