@@ -130,7 +130,7 @@ def _check_kept(run: Run) -> None:
         changed += changed_keys(run.config, run.folder / "config.yaml")
     if run.finished:
         kept, now = read_metadata(run.folder / "adapter.safetensors"), run.config.to_metadata()
-        changed += [key for key in SHA256_KEYS.values() if kept.get(key) != now[key]]
+        changed += [key for key in SHA256_KEYS.values() if kept.get(key) != now.get(key)]
     if changed:
         raise InputError(
             f"{run.folder} holds a run with other settings or weights ({', '.join(changed[:5])}); choose another out=, "

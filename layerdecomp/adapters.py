@@ -156,17 +156,16 @@ def told_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> T
         settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
         default = settings.get("transformer.lora_alpha")
         patterns = settings.get("transformer.alpha_pattern") or {}
-        if settings.get("transformer.use_rslora"):
-            raise InputError("lora_adapter_metadata has use_rslora, which is not read; expected alpha / rank as scale")
+        rank_stabilised = settings.get("transformer.use_rslora")
         ends, found = ("transformer.", ".lora_A.weight"), {}
         for module in (name.removeprefix(ends[0]).removesuffix(ends[1]) for name in tensors if name.endswith(ends[1])):
             own = [alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)]
             if (alpha := [*own, default][0]) is not None:
                 found[f"{ends[0]}{module}.alpha"] = torch.tensor(float(alpha))
     except (ValueError, TypeError, AttributeError, re.error) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"lora_adapter_metadata cannot be read ({error}); expected PEFT's settings as JSON") from error
+    if rank_stabilised:
+        raise InputError("lora_adapter_metadata has use_rslora, which is not read; expected alpha / rank as scale")
     return found
 
 

@@ -101,7 +101,7 @@ def load_models(
     weights = config.weights
     decomposer = build_decomposer(config, dtype, device, quantize)
     decomposer.load_adapter(adapter, path)
-    files = [path, *(file for file in vars(weights).values() if file is not None)]
+    files = [path, *weights.named().values()]
     base = decomposer.frozen_base(weights.transformer)
     return Models(decomposer, base, {file: file_sha256(Path(file)) for file in files}, quantize)
 

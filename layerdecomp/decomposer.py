@@ -74,9 +74,9 @@ SHA256_KEYS = {
     "transformer": "base_sha256",
     "autoencoder": "autoencoder_sha256",
     "rgba_autoencoder": "rgba_autoencoder_sha256",
+    "prompt": "prompt_sha256",
 }
 BASES = {"03e289f530df51d014f48e675a9ffa2141bc003259bf5f25d75b957e920a41ca": "black-forest-labs/FLUX.1-Fill-dev"}
-PROMPT_SHA256 = "prompt_sha256"  # of the prompt's embedding, if there is a file of one
 TRAINED = re.compile(r"\.lora_[AB]\.weight$|^transformer\.img_in\.|^context_fusion\.")  # names of trained parameters
 ADAPTER = "adapter.safetensors"  # its name in a run's directory and in a published folder
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -138,6 +138,10 @@ class WeightFiles:
     autoencoder: str = "checkpoints/tiny/autoencoder.safetensors"
     rgba_autoencoder: str = "checkpoints/tiny/rgba_autoencoder.safetensors"
     prompt: str | None = None  # tensors txt (T, context_in_dim) and vec (vec_in_dim); null: one token of zeros
+
+    def named(self) -> dict[str, str]:
+        """The files by key, those that are named."""
+        return {name: path for name, path in vars(self).items() if path is not None}
 
 
 class Prompt(nn.Module):
@@ -525,9 +529,7 @@ class DecomposerConfig:
 
     def to_metadata(self) -> Metadata:
         described = {f.name: json.dumps(asdict(getattr(self, f.name))) for f in fields(DecomposerConfig)}
-        facts = {key: file_sha256(Path(getattr(self.weights, name))) for name, key in SHA256_KEYS.items()}
-        if self.weights.prompt is not None:
-            facts[PROMPT_SHA256] = file_sha256(Path(self.weights.prompt))
+        facts = {SHA256_KEYS[name]: file_sha256(Path(file)) for name, file in self.weights.named().items()}
         base = Path(self.weights.transformer).name
         return {
             "format_version": FORMAT_VERSION,
@@ -578,11 +580,10 @@ def described_config(metadata: Metadata, path: Path, **files: str) -> Decomposer
     for name, value in {**places, **files}.items():
         if value is not None:
             setattr(config.weights, name, str(find_weights(value, [path.parent, REPOSITORY])))
-    keys = SHA256_KEYS
-    if config.weights.prompt is not None and PROMPT_SHA256 in metadata:  # older adapters do not tell
-        keys = {**keys, "prompt": PROMPT_SHA256}
-    for name, key in keys.items():
-        file = getattr(config.weights, name)
+    for name, file in config.weights.named().items():
+        key = SHA256_KEYS[name]
+        if name == "prompt" and key not in metadata:  # older adapters do not tell
+            continue
         for part_file in weight_files(Path(file)):
             read_metadata(part_file)  # a truncated file is told as such, not as another one
         found, expected = checksums(Path(file)), metadata.get(key, "unknown")
@@ -626,8 +627,8 @@ def build_decomposer(
 
 def _check_adaptation(config: DecomposerConfig) -> None:
     """Raises `InputError` for what can be known to be wrong before 24 GB are read."""
-    for path in vars(config.weights).values():
-        if path is not None and not Path(path).exists():
+    for path in config.weights.named().values():
+        if not Path(path).exists():
             open_safetensors(path)  # says what to put there
     if unknown := [name for name in config.fusion.cues if name not in CUES]:
         raise InputError(f"fusion.cues names {unknown[0]!r}; expected some of {', '.join(CUES)}")

@@ -16,8 +16,8 @@ from layerdecomp.weights import config_from, read_metadata
 ModelT = TypeVar("ModelT", MMDiTConfig, AutoencoderConfig)
 FLUX_TEXT_TOKENS = 512
 MAKE = {
-    "rgba_autoencoder": "made by tools/train.py config=configs/flux_rgba_autoencoder.yaml, whose result to copy there",
-    "prompt": "made by make embed-prompt",
+    "weights.rgba_autoencoder": "made by tools/train.py config=configs/flux_rgba_autoencoder.yaml; copy its result",
+    "weights.prompt": "made by make embed-prompt",
     "adapter": "what a run wrote, or what somebody published; null starts from the base alone",
 }
 
@@ -111,9 +111,9 @@ def _described(path: str, default: ModelT) -> ModelT:
 def missing_files(config: DecomposerJobConfig) -> list[str]:
     """A line for each file that is not there, with what belongs there; or that all are."""
     lines = []
-    for name, path in {**vars(config.weights), "adapter": config.adapter}.items():
+    places = {f"weights.{name}": path for name, path in config.weights.named().items()}
+    for key, path in (places | {"adapter": config.adapter}).items():
         if path is not None and not Path(path).exists():
-            key = name if name == "adapter" else f"weights.{name}"
-            how = MAKE.get(name, "checkpoints/README.md says where to get it")
+            how = MAKE.get(key, "checkpoints/README.md says where to get it")
             lines.append(f"missing: {path} ({key}); {how}")
     return lines or ["all weight files are there"]

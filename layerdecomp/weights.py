@@ -119,6 +119,11 @@ def checksums(path: Path) -> list[str]:
     return [file_sha256(path), *read_metadata(weight_files(path)[0]).get(REFINES, "").split()]
 
 
+def latents_sha256(path: Path) -> str:
+    """What tells an autoencoder's latents: the checksum of the file, or of the first that it is a refinement of."""
+    return checksums(path)[-1]
+
+
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
     """Writes a safetensors file, whole or not at all; the same tensors and metadata give the same bytes."""
     write_tensors(path, tensors, tensors.__getitem__, metadata)

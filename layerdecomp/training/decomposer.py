@@ -21,7 +21,7 @@ from layerdecomp.pictures import comparison_grid
 from layerdecomp.sharding import ShardedBase
 from layerdecomp.training.base import local_device, resolve_precision
 from layerdecomp.training.flow import FlowJob
-from layerdecomp.weights import checksums, file_sha256
+from layerdecomp.weights import Adapter, file_sha256, latents_sha256
 
 ENCODED = ("image", "mask", "cues", "background", "foreground")
 
@@ -38,9 +38,10 @@ class DecomposerJob(FlowJob):
         dtype = torch.bfloat16 if mixed else torch.float32
         # What is to be shared out need not fit this device, nor be in memory once for each rank of a machine.
         device, mapped = ("cpu", True) if config.shard_base else (local_device(), False)
+        start = fitting_adapter(config)  # first: it is small, and the base may take minutes to read
         self.decomposer = build_decomposer(config, dtype, device, config.quantize, mapped)
-        if config.adapter is not None:
-            self._go_on_from(config.adapter)
+        if start is not None:
+            self.decomposer.load_adapter(start, str(config.adapter))
         self.sharded: ShardedBase | None = None
         methods(None, config.evaluate)  # so that a row which cannot be drawn is an error now
         self.metrics = LayerMetrics(open_networks(config.evaluate.measure).measures)
@@ -51,32 +52,19 @@ class DecomposerJob(FlowJob):
         for autoencoder in (self.decomposer.autoencoder, self.decomposer.rgba_autoencoder):
             autoencoder.encode_at_once = config.pictures_at_once
 
-    def _go_on_from(self, path: str) -> None:
-        """Takes over what an adapter has learned; `InputError` unless it is one for this run's model."""
-        places = {name: place for name, place in vars(self.run.weights).items() if place is not None}
-        adapter, described = describe_adapter(path, **places)
-        now = fixed_settings(self.run)
-        for key, then in fixed_settings(described).items():
-            if then != now[key]:
-                raise InputError(f"adapter={path} was trained with {key}={then}; found {now[key]}, set {key}={then}")
-        self.decomposer.load_adapter(adapter, path)
-
     def configure_model(self) -> None:  # Lightning calls it before every validation and training
         if self.run.shard_base and self.sharded is None:
             self.sharded = ShardedBase(self.decomposer.transformer, self.trainer.strategy.root_device)
 
     @property
     def frozen_files(self) -> list[str]:
-        weights = self.run.weights
-        prompt = [] if weights.prompt is None else [weights.prompt]
-        return [weights.transformer, weights.autoencoder, weights.rgba_autoencoder, *prompt]
+        return [*self.run.weights.named().values()]
 
     @property
     def encoding(self) -> dict[str, Any]:
         weights, fusion = self.run.weights, self.run.fusion
         files = (weights.autoencoder, weights.rgba_autoencoder)
-        # Of a refined autoencoder the first one, whose latents it has.
-        return {"autoencoders": [checksums(Path(file))[-1] for file in files], "cues": fusion.cues * fusion.enabled}
+        return {"autoencoders": [latents_sha256(Path(file)) for file in files], "cues": fusion.cues * fusion.enabled}
 
     def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         told, z = self.decomposer.encode_sample(*(batch[name] for name in ENCODED))
@@ -155,6 +143,19 @@ class DecomposerJob(FlowJob):
         if self.run.adapter is not None:
             metadata["continues"] = file_sha256(adapter_file(self.run.adapter))
         self.decomposer.adapter(metadata).save(run_dir / "adapter.safetensors")
+
+
+def fitting_adapter(config: DecomposerJobConfig) -> Adapter | None:
+    """The adapter that a run goes on from, if any; `InputError` unless it has the run's frozen files and settings."""
+    if config.adapter is None:
+        return None
+    adapter, described = describe_adapter(config.adapter, **config.weights.named())
+    now = fixed_settings(config)
+    for key, then in fixed_settings(described).items():
+        if then != now[key]:
+            found = f"found {now[key]}, set {key}={then}"
+            raise InputError(f"adapter={config.adapter} was trained with {key}={then}; {found}")
+    return adapter
 
 
 def fixed_settings(config: DecomposerConfig) -> dict[str, Any]:

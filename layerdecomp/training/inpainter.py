@@ -17,7 +17,7 @@ from layerdecomp.metrics.background import psnr
 from layerdecomp.models.mmdit import MMDiT
 from layerdecomp.training.base import every_fourth
 from layerdecomp.training.flow import FlowJob
-from layerdecomp.weights import checksums, load_autoencoder, save_model
+from layerdecomp.weights import latents_sha256, load_autoencoder, save_model
 
 
 class InpainterJob(FlowJob):
@@ -43,7 +43,7 @@ class InpainterJob(FlowJob):
 
     @property
     def encoding(self) -> dict[str, Any]:
-        return {"autoencoder": checksums(Path(self.run.weights.autoencoder))[-1]}  # of a refined one the first
+        return {"autoencoder": latents_sha256(Path(self.run.weights.autoencoder))}
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
