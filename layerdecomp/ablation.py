@@ -14,10 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from layerdecomp.config import DecomposerJobConfig, changed_keys, load_config, merge_config, read_yaml
-from layerdecomp.decomposer import SHA256_KEYS
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import markdown_table, metric_title, metric_value
 from layerdecomp.files import write_whole
+from layerdecomp.manifest import SHA256_KEYS
 from layerdecomp.metrics.layers import METRICS
 from layerdecomp.training.runs import build_job, train
 from layerdecomp.weights import read_metadata

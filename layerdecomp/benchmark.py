@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerdecomp.conditioning import LATENT_FACTOR, TOKEN_FACTOR, ConditioningConfig
-from layerdecomp.decomposer import Context, Decomposer, Prompt, SampleConfig, mixed_precision
+from layerdecomp.decomposer import Context, Decomposer, Prompt, mixed_precision
 from layerdecomp.errors import InputError, check_at_least
 from layerdecomp.evaluation import markdown_table
 from layerdecomp.flow import FlowConfig, flow_loss
@@ -31,6 +31,7 @@ from layerdecomp.models.context_fusion import ContextFusion, ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig, inject_lora, merge_lora
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.quantization import adamw, check_bits, check_format, check_optimizer, quantize_blocks
+from layerdecomp.sampling import SampleConfig
 
 META = torch.device("meta")
 

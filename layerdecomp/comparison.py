@@ -19,15 +19,7 @@ from layerdecomp.conditioning import ConditioningConfig
 from layerdecomp.data.datamodule import DataConfig, Samples, open_samples
 from layerdecomp.data.scenes import Scenes
 from layerdecomp.data.testset import OBJECTS, TestFolder, drawn_samples, export_samples, name_of, test_objects
-from layerdecomp.decomposer import (
-    Decomposer,
-    DecomposerConfig,
-    FrozenBase,
-    at_its_size,
-    build_decomposer,
-    inpaint,
-    latent_noise,
-)
+from layerdecomp.decomposer import Decomposer, FrozenBase, build_decomposer, inpaint, latent_noise
 from layerdecomp.errors import InputError, check_at_least
 from layerdecomp.evaluation import (
     Evaluation,
@@ -40,11 +32,13 @@ from layerdecomp.evaluation import (
 )
 from layerdecomp.files import keep_settings, write_whole
 from layerdecomp.imaging.layers import write_picture
+from layerdecomp.manifest import DecomposerConfig
 from layerdecomp.metric_networks import MeasureConfig, Networks, open_networks
 from layerdecomp.metrics.layers import METRICS
 from layerdecomp.models.mmdit import MMDiT
 from layerdecomp.predictions import PredictionFolder, describe
 from layerdecomp.report import case_grid, format_report
+from layerdecomp.resizing import at_its_size
 from layerdecomp.weights import Adapter, file_sha256, load_mmdit, read_metadata, weight_files
 
 ROWS = ("adapted", "base", "classical", "matting", "maskless")

@@ -18,13 +18,14 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from layerdecomp.comparison import EvaluateConfig
 from layerdecomp.conditioning import ConditioningConfig
 from layerdecomp.data.datamodule import DataConfig
-from layerdecomp.decomposer import DecomposerConfig, SampleConfig, WeightFiles
 from layerdecomp.errors import InputError, check_at_least, check_probabilities
 from layerdecomp.files import write_whole
 from layerdecomp.flow import FlowConfig
+from layerdecomp.manifest import DecomposerConfig, WeightFiles
 from layerdecomp.models.autoencoder import AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiTConfig
 from layerdecomp.quantization import check_bits, check_format
+from layerdecomp.sampling import SampleConfig
 
 ConfigT = TypeVar("ConfigT")
 

@@ -1,13 +1,11 @@
 """The parts composed: a picture and a mask go in, a clean background and a whole foreground come out."""
 
 import hashlib
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,93 +25,34 @@ from layerdecomp.conditioning import (
     position_ids,
     unpack,
 )
-from layerdecomp.errors import InputError, check_at_least
+from layerdecomp.errors import InputError
 from layerdecomp.flow import FlowConfig, seeded_normal
 from layerdecomp.imaging.compositing import from_autoencoder, to_autoencoder
 from layerdecomp.imaging.cues import CUES, compute_cues
-from layerdecomp.imaging.geometry import (
-    fitted_size,
-    grow_and_feather,
-    pad_to_multiple,
-    resize,
-    shrink_mask,
-    to_pixels,
-    to_tensor,
-)
+from layerdecomp.imaging.geometry import resize, to_pixels, to_tensor
 from layerdecomp.imaging.layers import Layers, Picture, Pixels, read_image, read_mask
-from layerdecomp.models.autoencoder import Autoencoder, Tiling
+from layerdecomp.manifest import DecomposerConfig, describe_adapter
+from layerdecomp.models.autoencoder import Autoencoder
 from layerdecomp.models.blocks import autocast_device
-from layerdecomp.models.context_fusion import ContextFusion, ContextFusionConfig
+from layerdecomp.models.context_fusion import ContextFusion
 from layerdecomp.models.depth import DepthEstimator
-from layerdecomp.models.lora import LoRAConfig, inject_lora, merge_lora, without_lora
+from layerdecomp.models.lora import inject_lora, merge_lora, without_lora
 from layerdecomp.models.mmdit import MMDiT
-from layerdecomp.sampling import Progress, euler, schedule
+from layerdecomp.resizing import model_size, to_model_size, to_own_size
+from layerdecomp.sampling import Progress, SampleConfig, euler, schedule
 from layerdecomp.weights import (
-    FORMAT_VERSION,
-    LICENCE,
-    TOOL_VERSION,
     Adapter,
     Metadata,
     check_keys,
-    checksums,
-    config_from,
     copy_tensors,
     empty_mmdit,
-    file_sha256,
-    find_weights,
     load_autoencoder,
     load_mmdit,
     open_safetensors,
     open_state,
-    read_metadata,
-    weight_files,
 )
 
-# Where an adapter's metadata keep the checksum of each frozen part.
-SHA256_KEYS = {
-    "transformer": "base_sha256",
-    "autoencoder": "autoencoder_sha256",
-    "rgba_autoencoder": "rgba_autoencoder_sha256",
-    "prompt": "prompt_sha256",
-}
-BASES = {"03e289f530df51d014f48e675a9ffa2141bc003259bf5f25d75b957e920a41ca": "black-forest-labs/FLUX.1-Fill-dev"}
 TRAINED = re.compile(r"\.lora_[AB]\.weight$|^transformer\.img_in\.|^context_fusion\.")  # names of trained parameters
-ADAPTER = "adapter.safetensors"  # its name in a run's directory and in a published folder
-REPOSITORY = Path(__file__).resolve().parent.parent
-
-
-@dataclass
-class SampleConfig:
-    """How layers are drawn from the model."""
-
-    steps: int = 28
-    guidance: float = 30.0  # FLUX.1-Fill is distilled to take the scale as an input; tiny models ignore it
-    max_side: int = 1024  # larger pictures are decomposed at this size, the layers brought back
-    ensemble: int = 1  # draws, of whose foregrounds the median is taken: what differs from draw to draw is a guess
-    alpha_margin: float = 0.0  # alphas nearer to 0 or 1 become 0 or 1: a small model's are never quite there
-    tile: int = 1024  # pixels: larger pictures pass the autoencoder in tiles of this side, so that they fit,
-    tile_overlap: int = 256  # each of which fades into its neighbours over so many
-    keep_pixels: bool = True  # the background outside the mask is the input itself
-    grow: float = 0.015  # by how much the mask grows before that, and over how much it
-    feather: float = 0.01  # fades; both as shares of the longer side
-
-    def __post_init__(self) -> None:
-        check_at_least(1, self, "sample.", "steps", "max_side", "ensemble")
-        check_at_least(64, self, "sample.", "tile")
-        check_at_least(0, self, "sample.", "grow", "feather", "alpha_margin", "tile_overlap")
-        if self.alpha_margin >= 0.5:
-            raise InputError(
-                f"sample.alpha_margin is {self.alpha_margin}; expected less than 0.5, which leaves no alpha between"
-            )
-        if self.tile_overlap > self.tile // 2:
-            raise InputError(
-                f"sample.tile_overlap is {self.tile_overlap}; expected at most half of a tile, {self.tile}"
-            )
-
-    @property
-    def tiling(self) -> Tiling:
-        """How the autoencoder sees large pictures."""
-        return Tiling(self.tile, self.tile_overlap)
 
 
 @dataclass(frozen=True)
@@ -128,20 +67,6 @@ class Context:
         """The context of a batch in which every sample stands `count` times in a row."""
         fused = None if self.fused is None else self.fused.repeat_interleave(count, 0)
         return Context(self.told.repeat_interleave(count, 0), self.ids, fused)
-
-
-@dataclass
-class WeightFiles:
-    """Where the frozen parts lie."""
-
-    transformer: str = "checkpoints/tiny/transformer.safetensors"
-    autoencoder: str = "checkpoints/tiny/autoencoder.safetensors"
-    rgba_autoencoder: str = "checkpoints/tiny/rgba_autoencoder.safetensors"
-    prompt: str | None = None  # tensors txt (T, context_in_dim) and vec (vec_in_dim); null: one token of zeros
-
-    def named(self) -> dict[str, str]:
-        """The files by key, those that are named."""
-        return {name: path for name, path in vars(self).items() if path is not None}
 
 
 class Prompt(nn.Module):
@@ -516,85 +441,6 @@ class Decomposer(nn.Module):
         return decomposer.requires_grad_(False).eval()
 
 
-@dataclass
-class DecomposerConfig:
-    """Everything that describes a decomposer; an adapter's metadata hold it as JSON, field by field."""
-
-    weights: WeightFiles = field(default_factory=WeightFiles)
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
-    fusion: ContextFusionConfig = field(default_factory=ContextFusionConfig)
-    conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
-    flow: FlowConfig = field(default_factory=FlowConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
-
-    def to_metadata(self) -> Metadata:
-        described = {f.name: json.dumps(asdict(getattr(self, f.name))) for f in fields(DecomposerConfig)}
-        facts = {SHA256_KEYS[name]: file_sha256(Path(file)) for name, file in self.weights.named().items()}
-        base = Path(self.weights.transformer).name
-        return {
-            "format_version": FORMAT_VERSION,
-            "tool_version": TOOL_VERSION,
-            "base_model": BASES.get(facts["base_sha256"], base),
-            **facts,
-            **described,
-            **self.lora_metadata(),
-            "modified": "yes: LoRA and input projection added to the base",
-            "licence": LICENCE,
-        }
-
-    def lora_metadata(self) -> Metadata:
-        """The LoRA settings, as a whole and one by one."""
-        alpha = self.lora.rank if self.lora.alpha is None else self.lora.alpha
-        settings = {"rank": str(self.lora.rank), "alpha": str(alpha), "targets": " ".join(self.lora.targets)}
-        return {"lora": json.dumps(asdict(self.lora)), **settings}
-
-
-def adapter_file(path: str | Path) -> Path:
-    """The file of an adapter that is named by itself or by the folder that it was published in."""
-    return Path(path) / ADAPTER if Path(path).is_dir() else Path(path)
-
-
-def describe_adapter(path: str | Path, **files: str) -> tuple[Adapter, DecomposerConfig]:
-    """An adapter file and the decomposer it belongs to, the paths of whose frozen parts exist and fit.
-
-    `path` may be a folder that holds `ADAPTER`. Paths are looked for as they stand, beside the adapter and in the
-    repository; `files` names other ones.
-
-    Raises:
-        InputError: a file is missing, or the base is not the one that was adapted.
-    """
-    path = adapter_file(path)
-    adapter = Adapter.load(path)
-    return adapter, described_config(adapter.metadata, path, **files)
-
-
-def described_config(metadata: Metadata, path: Path, **files: str) -> DecomposerConfig:
-    """The decomposer that the metadata of the adapter at `path` describe; see `describe_adapter`."""
-    config = DecomposerConfig()
-    for part in fields(DecomposerConfig):
-        kind: type[Any] = type(getattr(config, part.name))
-        setattr(config, part.name, config_from(kind, metadata.get(part.name), f"{path}: {part.name}"))
-    places = asdict(config.weights)
-    if unknown := [name for name in files if name not in places]:
-        raise InputError(f"{unknown[0]}= names no weight file; expected some of {', '.join(places)}")
-    for name, value in {**places, **files}.items():
-        if value is not None:
-            setattr(config.weights, name, str(find_weights(value, [path.parent, REPOSITORY])))
-    for name, file in config.weights.named().items():
-        key = SHA256_KEYS[name]
-        if name == "prompt" and key not in metadata:  # older adapters do not tell
-            continue
-        for part_file in weight_files(Path(file)):
-            read_metadata(part_file)  # a truncated file is told as such, not as another one
-        found, expected = checksums(Path(file)), metadata.get(key, "unknown")
-        if expected not in found:
-            raise InputError(
-                f"{file} is not the {name} that {path} was trained with: sha256 {found[0][:12]}..., expected "
-                f"{expected[:12]}...; name the right file with {name}="
-            )
-    return config
-
-
 def build_decomposer(
     config: DecomposerConfig,
     dtype: torch.dtype | None = None,
@@ -715,50 +561,6 @@ def check_seed(seed: int) -> None:
     """Raises `InputError` unless noise can be drawn from it."""
     if not 0 <= seed < 2**63:
         raise InputError(f"seed is {seed}; expected a number from 0 to 2^63 - 1")
-
-
-def model_size(image: Tensor, sample: SampleConfig) -> tuple[int, int]:
-    """The (height, width) that a model looks at of an image (B, 3, H, W), before it is padded."""
-    return fitted_size((image.shape[-2], image.shape[-1]), sample.max_side)
-
-
-def to_model_size(batch: Mapping[str, Tensor], sample: SampleConfig) -> dict[str, Tensor]:
-    """A batch with its image, mask and cues shrunk to `sample.max_side` and padded to multiples of 16."""
-    size = model_size(batch["image"], sample)
-    pictures = {name: resize(batch[name], size) for name in ("image", "cues") if name in batch}
-    pictures["mask"] = shrink_mask(batch["mask"], size)
-    return {**batch, **{name: pad_to_multiple(values, TOKEN_FACTOR) for name, values in pictures.items()}}
-
-
-def to_own_size(
-    background: Tensor, foreground: Tensor, batch: Mapping[str, Tensor], sample: SampleConfig
-) -> tuple[Tensor, Tensor]:
-    """Layers that were drawn of `to_model_size(batch)`, at the batch's own size and where it is.
-
-    Outside the mask the background is the image's own if `sample.keep_pixels`.
-    """
-    image = batch["image"]
-    full, size = (image.shape[-2], image.shape[-1]), model_size(image, sample)
-    background, foreground = (layer[..., : size[0], : size[1]].to(image.device) for layer in (background, foreground))
-    if size != full:  # premultiplied, or the grey under alpha 0 would bleed into the edges
-        foreground = from_autoencoder(resize(to_autoencoder(foreground), full))
-    background = resize(background, full).clamp(-1, 1)
-    return keep_pixels(image, batch["mask"], background, sample), foreground
-
-
-def at_its_size(
-    draw: Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor]], batch: Mapping[str, Tensor], sample: SampleConfig
-) -> tuple[Tensor, Tensor]:
-    """What a model draws of a batch of pictures of any size, at that size."""
-    return to_own_size(*draw(to_model_size(batch, sample)), batch, sample)
-
-
-def keep_pixels(image: Tensor, mask: Tensor, painted: Tensor, sample: SampleConfig) -> Tensor:
-    """What was painted in and around the mask (B, 1, H, W) in {0, 1}, the image elsewhere, if `sample.keep_pixels`."""
-    if not sample.keep_pixels:
-        return painted
-    share = grow_and_feather(mask, sample.grow, sample.feather)
-    return share * painted + (1 - share) * image
 
 
 def _check_channels(config: DecomposerConfig, transformer: MMDiT, autoencoder: Autoencoder) -> None:

@@ -12,10 +12,10 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from layerdecomp.adapters import INPUT, LAYOUTS, Tensors, peft_settings, take_changes
-from layerdecomp.decomposer import ADAPTER, REPOSITORY, DecomposerConfig
 from layerdecomp.errors import InputError
 from layerdecomp.files import written_whole
 from layerdecomp.incoming import extras_beside, frozen_input, read_adapters
+from layerdecomp.manifest import ADAPTER, REPOSITORY, DecomposerConfig
 from layerdecomp.modelcard import model_card, notice
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.weights import (

@@ -19,8 +19,8 @@ from layerdecomp.adapters import (
     take_changes,
     told_alphas,
 )
-from layerdecomp.decomposer import REPOSITORY, DecomposerConfig, WeightFiles, describe_adapter, described_config
 from layerdecomp.errors import InputError
+from layerdecomp.manifest import REPOSITORY, DecomposerConfig, WeightFiles, describe_adapter, described_config
 from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig
 from layerdecomp.models.mmdit import MMDiT

@@ -19,7 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from layerdecomp.decomposer import Decomposer, DecomposerConfig, WeightFiles, build_decomposer
+from layerdecomp.decomposer import Decomposer, build_decomposer
+from layerdecomp.manifest import DecomposerConfig, WeightFiles
 from layerdecomp.metric_networks import FILES, INCEPTION
 from layerdecomp.metrics.perceptual import TRUNKS
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig

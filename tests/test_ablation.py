@@ -16,8 +16,9 @@ from layerdecomp.ablation import AblationConfig, ablate, format_rows, plan, same
 from layerdecomp.comparison import EvaluateConfig, Models, methods
 from layerdecomp.conditioning import ConditioningConfig
 from layerdecomp.config import changed_keys, load_config, merge_config, read_yaml, save_config
-from layerdecomp.decomposer import Decomposer, DecomposerConfig, build_decomposer
+from layerdecomp.decomposer import Decomposer, build_decomposer
 from layerdecomp.errors import InputError
+from layerdecomp.manifest import DecomposerConfig
 from layerdecomp.metrics.layers import METRICS
 from layerdecomp.training.decomposer import DecomposerJob
 from layerdecomp.training.inpainter import InpainterJob

@@ -17,24 +17,19 @@ from torch import Tensor
 from layerdecomp.conditioning import ConditioningConfig, pack
 from layerdecomp.data.datamodule import collate
 from layerdecomp.data.scenes import SceneConfig, Scenes
-from layerdecomp.decomposer import (
-    Decomposer,
-    DecomposerConfig,
-    SampleConfig,
-    build_decomposer,
-    inpaint,
-    keep_pixels,
-)
+from layerdecomp.decomposer import Decomposer, build_decomposer, inpaint
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.compositing import to_autoencoder
 from layerdecomp.imaging.cues import compute_cues
 from layerdecomp.imaging.geometry import grow_and_feather, to_tensor
 from layerdecomp.imaging.layers import Layers
+from layerdecomp.manifest import DecomposerConfig
 from layerdecomp.metrics.background import psnr
 from layerdecomp.metrics.foreground import alpha_iou
 from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.depth import DepthConfig, DepthEstimator
 from layerdecomp.models.lora import LoRAConfig, LoRALinear
+from layerdecomp.resizing import keep_pixels
 from layerdecomp.weights import Adapter, load_mmdit
 
 SIZES = [(32, 48), (37, 53), (17, 16), (1, 20), (300, 200)]
@@ -113,19 +108,6 @@ def test_pictures_of_two_sizes_are_no_batch(tiny_decomposer: Decomposer) -> None
         tiny_decomposer.decompose_batch(prepared[:2], steps=1)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"tile": 32}, "sample.tile is 32; expected at least 64"),
-        ({"tile": 256}, "sample.tile_overlap is 256; expected at most half of a tile, 256"),
-        ({"tile_overlap": -8}, "sample.tile_overlap is -8; expected at least 0"),
-    ],
-)
-def test_tiles_that_cannot_be(change: dict[str, int], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        SampleConfig(**change)
-
-
 def test_the_seed_decides(tiny_decomposer: Decomposer) -> None:
     image, mask = picture(32, 48), box(32, 48)
     first, again, other = (tiny_decomposer.decompose(image, mask, steps=STEPS, seed=seed) for seed in (0, 0, 1))
@@ -149,15 +131,6 @@ def test_the_background_keeps_the_pixels_elsewhere(tiny_decomposer: Decomposer, 
     np.testing.assert_array_equal(painted.foreground, kept.foreground)
     np.testing.assert_array_equal(painted.background[inside], kept.background[inside])
     assert (painted.background[elsewhere] != image[elsewhere]).mean() > 0.5
-
-
-def test_pixels_are_painted_in_the_grown_mask_only() -> None:
-    image, painted, mask = torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64), torch.zeros(1, 1, 64, 64)
-    mask[..., 20:30, 20:30] = 1
-    result = keep_pixels(image, mask, painted, SampleConfig())
-    assert (result[..., 20:30, 20:30] == 1).all() and (result[..., :15, :] == 0).all()
-    assert result[..., 18, 25].min() > 0  # grown
-    assert keep_pixels(image, mask, painted, SampleConfig(keep_pixels=False)) is painted
 
 
 @pytest.mark.parametrize("line", [lambda m: m[:, 70:71], lambda m: m[30:31], lambda m: m[50:51, 60:61]])

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from layerdecomp import modelcard
-from layerdecomp.decomposer import Decomposer, DecomposerConfig, build_decomposer
+from layerdecomp.decomposer import Decomposer, build_decomposer
 from layerdecomp.errors import InputError
 from layerdecomp.export import FORMATS, export
+from layerdecomp.manifest import DecomposerConfig
 from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig, merge_lora
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig

@@ -11,10 +11,11 @@ from reference import output_error, same_tensors
 from safetensors.torch import load_file, save_file
 
 from layerdecomp.adapters import INPUT, Changes, take_changes
-from layerdecomp.decomposer import Decomposer, DecomposerConfig, build_decomposer
+from layerdecomp.decomposer import Decomposer, build_decomposer
 from layerdecomp.errors import InputError
 from layerdecomp.export import export
 from layerdecomp.incoming import frozen_input, read_adapter
+from layerdecomp.manifest import DecomposerConfig
 from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig, merge_lora
 from layerdecomp.models.mmdit import MMDiT

@@ -1,4 +1,4 @@
-"""Schedule against diffusers' scheduler with FLUX's settings; Euler against known solutions."""
+"""Schedule against diffusers' scheduler with FLUX's settings; Euler against known solutions; impossible settings."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from layerdecomp.errors import InputError
 from layerdecomp.flow import FlowConfig
-from layerdecomp.sampling import euler, schedule
+from layerdecomp.sampling import SampleConfig, euler, schedule
 
 
 @pytest.mark.parametrize("tokens", [2, 64, 256, 1536, 4096, 16384])  # the last of 2048 x 2048, beyond the line's end
@@ -76,3 +76,16 @@ def test_progress_goes_through_the_steps() -> None:
 def test_less_than_one_step_is_told() -> None:
     with pytest.raises(InputError, match="steps"):
         schedule(0, 256)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tile": 32}, "sample.tile is 32; expected at least 64"),
+        ({"tile": 256}, "sample.tile_overlap is 256; expected at most half of a tile, 256"),
+        ({"tile_overlap": -8}, "sample.tile_overlap is -8; expected at least 0"),
+    ],
+)
+def test_tiles_that_cannot_be(change: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SampleConfig(**change)

@@ -22,10 +22,11 @@ ORDER = [
         "imaging.layers",
         "imaging.geometry",
     ),
+    "resizing",
     *("metrics.__init__", "metrics.region", "metrics.background", "metrics.foreground", "metrics.perceptual"),
     *("metrics.distribution", "metrics.recomposition", "metrics.layers"),
     # floor 1: the parts composed, their files, their data, their figures
-    *("quantization", "layouts", "weights", "decomposer", "sharding"),
+    *("quantization", "layouts", "weights", "manifest", "decomposer", "sharding"),
     *("adapters", "incoming", "modelcard", "export", "text"),
     *("data.__init__", "data.index", "data.prepare"),
     *("data.folders", "data.layerdiffuse", "data.openimages", "data.mulan"),

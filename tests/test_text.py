@@ -11,8 +11,9 @@ from diffusers import FluxFillPipeline
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-from layerdecomp.decomposer import DecomposerConfig, Prompt, build_decomposer
+from layerdecomp.decomposer import Prompt, build_decomposer
 from layerdecomp.errors import InputError
+from layerdecomp.manifest import DecomposerConfig
 from layerdecomp.text import embed_prompt, save_prompt
 from layerdecomp.weights import file_sha256, load_mmdit, read_metadata
 

@@ -23,8 +23,9 @@ from layerdecomp.comparison import EvaluateConfig, Models, methods
 from layerdecomp.config import TrainConfig, load_config
 from layerdecomp.data.datamodule import open_samples
 from layerdecomp.data.index import VERSION
-from layerdecomp.decomposer import Decomposer, describe_adapter
+from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError
+from layerdecomp.manifest import describe_adapter
 from layerdecomp.metric_networks import open_networks
 from layerdecomp.metrics.layers import METRICS, LayerMetrics
 from layerdecomp.training.autoencoder import BACKGROUND_MEAN, BACKGROUND_SQUARE, composite_error

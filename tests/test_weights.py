@@ -20,9 +20,10 @@ from reference import build_reference_autoencoder, build_reference_transformer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from layerdecomp.decomposer import Decomposer, DecomposerConfig, build_decomposer, describe_adapter
+from layerdecomp.decomposer import Decomposer, build_decomposer
 from layerdecomp.errors import InputError
 from layerdecomp.layouts import diffusers_transformer, published
+from layerdecomp.manifest import DecomposerConfig, describe_adapter
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.weights import (

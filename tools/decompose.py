@@ -20,9 +20,11 @@ from tqdm import tqdm
 from layerdecomp.bulk import decompose_folder, pair_up
 from layerdecomp.cli import device_name, frozen_dtype, run_command, take, truth, whole_number
 from layerdecomp.config import merge_config
-from layerdecomp.decomposer import Decomposer, SampleConfig, adapter_file
+from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError, RunError
 from layerdecomp.imaging.layers import FORMATS, check_formats
+from layerdecomp.manifest import adapter_file
+from layerdecomp.sampling import SampleConfig
 from layerdecomp.weights import file_sha256, load_depth
 
 PARTS = ("transformer", "autoencoder", "rgba_autoencoder", "prompt")
@@ -61,13 +63,12 @@ def main(arguments: list[str]) -> None:
     depth = load_depth(own["depth"]) if own["depth"] else None
     if not folders:
         layers = decomposer.decompose(own["image"], own["mask"], seed=seed, depth=depth, progress=STEPS)
-        names = [name for format in formats for name in FORMATS[format]]
-        print(f"wrote {', '.join(names)} into {layers.save(out, formats)}")
+        print("wrote", ", ".join(name for one in formats for name in FORMATS[one]), "into", layers.save(out, formats))
         return
-    told = {key: own[key] for key in ("quantize", "depth", "prompt")}
-    told["adapter"] = file_sha256(adapter_file(own["adapter"]))
+    settings = {key: own[key] for key in ("quantize", "depth", "prompt")}
+    settings["adapter"] = file_sha256(adapter_file(own["adapter"]))
     failed = decompose_folder(
-        decomposer, pairs, out, told, formats=formats, seed=seed, depth=depth, batch_size=batch_size, progress=STEPS
+        decomposer, pairs, out, settings, formats=formats, seed=seed, depth=depth, batch_size=batch_size, progress=STEPS
     )
     if failed:
         raise RunError(f"{len(failed)} of {len(pairs)} pictures have no layers: {', '.join(failed)}")

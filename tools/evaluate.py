@@ -18,9 +18,10 @@ from layerdecomp.comparison import WITH_MODEL, EvaluateConfig, TestData, compare
 from layerdecomp.config import merge_config, read_yaml
 from layerdecomp.data.datamodule import DataConfig, open_samples
 from layerdecomp.data.testset import TestFolder
-from layerdecomp.decomposer import SampleConfig, describe_adapter
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import Share, check_fill, fill, format_published
+from layerdecomp.manifest import describe_adapter
+from layerdecomp.sampling import SampleConfig
 from layerdecomp.weights import config_from
 
 PATHS = dict.fromkeys(("adapter", "predictions", "data", "config", "export", "fill"), "")
@@ -69,8 +70,7 @@ def main(arguments: list[str]) -> None:
     else:
         data = open_samples(config.data, "test", settings.seed, settings.samples, fused)
     predictions = [Path(folder) for folder in own["predictions"].split(",") if folder]
-    out = Path(own["out"])
-    evaluation = compare(models, data, settings, out, predictions=predictions, device=device, share=share)
+    evaluation = compare(models, data, settings, Path(own["out"]), predictions=predictions, device=device, share=share)
     if own["fill"] and evaluation is not None:
         fill(Path(own["fill"]), PUBLISHED, format_published(evaluation.results, settings.published))
 

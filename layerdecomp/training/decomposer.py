@@ -11,10 +11,11 @@ from torch import Tensor
 from layerdecomp.comparison import Models, compare, methods
 from layerdecomp.config import DecomposerJobConfig
 from layerdecomp.data.datamodule import open_samples
-from layerdecomp.decomposer import DecomposerConfig, adapter_file, build_decomposer, describe_adapter
+from layerdecomp.decomposer import build_decomposer
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import Share
 from layerdecomp.flow import flow_loss
+from layerdecomp.manifest import DecomposerConfig, adapter_file, describe_adapter
 from layerdecomp.metric_networks import open_networks
 from layerdecomp.metrics.layers import LayerMetrics
 from layerdecomp.pictures import comparison_grid

@@ -1,0 +1,130 @@
+"""What an adapter file says of itself: its settings, and the frozen files that it belongs to."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from layerdecomp.conditioning import ConditioningConfig
+from layerdecomp.errors import InputError
+from layerdecomp.flow import FlowConfig
+from layerdecomp.models.context_fusion import ContextFusionConfig
+from layerdecomp.models.lora import LoRAConfig
+from layerdecomp.sampling import SampleConfig
+from layerdecomp.weights import (
+    FORMAT_VERSION,
+    LICENCE,
+    TOOL_VERSION,
+    Adapter,
+    Metadata,
+    checksums,
+    config_from,
+    file_sha256,
+    find_weights,
+    read_metadata,
+    weight_files,
+)
+
+# Where an adapter's metadata keep the checksum of each frozen part.
+SHA256_KEYS = {
+    "transformer": "base_sha256",
+    "autoencoder": "autoencoder_sha256",
+    "rgba_autoencoder": "rgba_autoencoder_sha256",
+    "prompt": "prompt_sha256",
+}
+BASES = {"03e289f530df51d014f48e675a9ffa2141bc003259bf5f25d75b957e920a41ca": "black-forest-labs/FLUX.1-Fill-dev"}
+ADAPTER = "adapter.safetensors"  # its name in a run's directory and in a published folder
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class WeightFiles:
+    """Where the frozen parts lie."""
+
+    transformer: str = "checkpoints/tiny/transformer.safetensors"
+    autoencoder: str = "checkpoints/tiny/autoencoder.safetensors"
+    rgba_autoencoder: str = "checkpoints/tiny/rgba_autoencoder.safetensors"
+    prompt: str | None = None  # tensors txt (T, context_in_dim) and vec (vec_in_dim); null: one token of zeros
+
+    def named(self) -> dict[str, str]:
+        """The files by key, those that are named."""
+        return {name: path for name, path in vars(self).items() if path is not None}
+
+
+@dataclass
+class DecomposerConfig:
+    """Everything that describes a decomposer; an adapter's metadata hold it as JSON, field by field."""
+
+    weights: WeightFiles = field(default_factory=WeightFiles)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    fusion: ContextFusionConfig = field(default_factory=ContextFusionConfig)
+    conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def to_metadata(self) -> Metadata:
+        described = {f.name: json.dumps(asdict(getattr(self, f.name))) for f in fields(DecomposerConfig)}
+        facts = {SHA256_KEYS[name]: file_sha256(Path(file)) for name, file in self.weights.named().items()}
+        base = Path(self.weights.transformer).name
+        return {
+            "format_version": FORMAT_VERSION,
+            "tool_version": TOOL_VERSION,
+            "base_model": BASES.get(facts["base_sha256"], base),
+            **facts,
+            **described,
+            **self.lora_metadata(),
+            "modified": "yes: LoRA and input projection added to the base",
+            "licence": LICENCE,
+        }
+
+    def lora_metadata(self) -> Metadata:
+        """The LoRA settings, as a whole and one by one."""
+        alpha = self.lora.rank if self.lora.alpha is None else self.lora.alpha
+        settings = {"rank": str(self.lora.rank), "alpha": str(alpha), "targets": " ".join(self.lora.targets)}
+        return {"lora": json.dumps(asdict(self.lora)), **settings}
+
+
+def adapter_file(path: str | Path) -> Path:
+    """The file of an adapter that is named by itself or by the folder that it was published in."""
+    return Path(path) / ADAPTER if Path(path).is_dir() else Path(path)
+
+
+def describe_adapter(path: str | Path, **files: str) -> tuple[Adapter, DecomposerConfig]:
+    """An adapter file and the decomposer it belongs to, the paths of whose frozen parts exist and fit.
+
+    `path` may be a folder that holds `ADAPTER`. Paths are looked for as they stand, beside the adapter and in the
+    repository; `files` names other ones.
+
+    Raises:
+        InputError: a file is missing, or the base is not the one that was adapted.
+    """
+    path = adapter_file(path)
+    adapter = Adapter.load(path)
+    return adapter, described_config(adapter.metadata, path, **files)
+
+
+def described_config(metadata: Metadata, path: Path, **files: str) -> DecomposerConfig:
+    """The decomposer that the metadata of the adapter at `path` describe; see `describe_adapter`."""
+    config = DecomposerConfig()
+    for part in fields(DecomposerConfig):
+        kind: type[Any] = type(getattr(config, part.name))
+        setattr(config, part.name, config_from(kind, metadata.get(part.name), f"{path}: {part.name}"))
+    places = asdict(config.weights)
+    if unknown := [name for name in files if name not in places]:
+        raise InputError(f"{unknown[0]}= names no weight file; expected some of {', '.join(places)}")
+    for name, value in {**places, **files}.items():
+        if value is not None:
+            setattr(config.weights, name, str(find_weights(value, [path.parent, REPOSITORY])))
+    for name, file in config.weights.named().items():
+        key = SHA256_KEYS[name]
+        if name == "prompt" and key not in metadata:  # older adapters do not tell
+            continue
+        for part_file in weight_files(Path(file)):
+            read_metadata(part_file)  # a truncated file is told as such, not as another one
+        found, expected = checksums(Path(file)), metadata.get(key, "unknown")
+        if expected not in found:
+            raise InputError(
+                f"{file} is not the {name} that {path} was trained with: sha256 {found[0][:12]}..., expected "
+                f"{expected[:12]}...; name the right file with {name}="
+            )
+    return config

@@ -1,0 +1,57 @@
+"""Pictures of any size: what a model gets of them, and what comes back of its layers."""
+
+import pytest
+import torch
+
+from layerdecomp.resizing import at_its_size, keep_pixels, to_model_size, to_own_size
+from layerdecomp.sampling import SampleConfig
+
+
+@pytest.mark.parametrize(
+    ("size", "shrunk", "padded"), [((30, 50), (30, 50), (32, 64)), ((200, 100), (64, 32), (64, 32))]
+)
+def test_a_model_gets_multiples_of_sixteen(
+    size: tuple[int, int], shrunk: tuple[int, int], padded: tuple[int, int]
+) -> None:
+    sample = SampleConfig(max_side=64)
+    batch = {
+        "image": torch.rand(2, 3, *size) * 2 - 1,
+        "mask": torch.ones(2, 1, *size),
+        "cues": torch.rand(2, 1, 3, *size),
+    }
+    seen = to_model_size(batch, sample)
+    assert {name: tuple(value.shape[-2:]) for name, value in seen.items()} == dict.fromkeys(batch, padded)
+    background, foreground = torch.zeros(2, 3, *padded), torch.zeros(2, 4, *padded)
+    background[..., : shrunk[0], : shrunk[1]] = 1  # what was drawn of the padding must not come back
+    back, front = to_own_size(background, foreground, batch, sample)
+    assert back.shape == (2, 3, *size) and front.shape == (2, 4, *size)
+    assert back.min() > 0.999
+
+
+def test_nothing_but_rounding_is_lost_at_the_own_size() -> None:
+    image, mask = torch.rand(1, 3, 48, 32) * 2 - 1, torch.zeros(1, 1, 48, 32)
+    mask[..., 8:20, 8:20] = 1
+    layers = torch.rand(1, 3, 48, 32), torch.rand(1, 4, 48, 32)
+    background, foreground = at_its_size(
+        lambda _: layers, {"image": image, "mask": mask}, SampleConfig(keep_pixels=False)
+    )
+    torch.testing.assert_close(background, layers[0])
+    torch.testing.assert_close(foreground, layers[1])
+
+
+def test_the_colour_under_alpha_zero_does_not_bleed_into_edges() -> None:
+    foreground = torch.zeros(1, 4, 32, 32)  # mid-grey, as the decoder leaves what is not there
+    foreground[:, :3, :, 16:], foreground[:, 3, :, 16:] = 1.0, 1.0
+    batch = {"image": torch.zeros(1, 3, 128, 128), "mask": torch.ones(1, 1, 128, 128)}
+    _, large = to_own_size(torch.zeros(1, 3, 32, 32), foreground, batch, SampleConfig(max_side=32))
+    edge = (large[:, 3:] > 0.3) & (large[:, 3:] < 0.95)
+    assert edge.any() and large[:, :3][edge.expand(-1, 3, -1, -1)].min() > 0.95
+
+
+def test_pixels_are_painted_in_the_grown_mask_only() -> None:
+    image, painted, mask = torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64), torch.zeros(1, 1, 64, 64)
+    mask[..., 20:30, 20:30] = 1
+    result = keep_pixels(image, mask, painted, SampleConfig())
+    assert (result[..., 20:30, 20:30] == 1).all() and (result[..., :15, :] == 0).all()
+    assert result[..., 18, 25].min() > 0  # grown
+    assert keep_pixels(image, mask, painted, SampleConfig(keep_pixels=False)) is painted
