@@ -19,8 +19,8 @@ from layerdecomp.evaluation import markdown_table, metric_title, metric_value
 from layerdecomp.files import write_whole
 from layerdecomp.manifest import SHA256_KEYS
 from layerdecomp.metrics.layers import METRICS
+from layerdecomp.tensor_files import read_metadata
 from layerdecomp.training.runs import build_job, train
-from layerdecomp.weights import read_metadata
 
 SHOWN = ("background/psnr", "background/psnr_mask", "foreground/alpha_iou", "foreground/hidden_iou")
 PUBLISHED = "background/psnr"  # what the paper's ablation reports

@@ -39,7 +39,8 @@ from layerdecomp.models.mmdit import MMDiT
 from layerdecomp.predictions import PredictionFolder, describe
 from layerdecomp.report import case_grid, format_report
 from layerdecomp.resizing import at_its_size
-from layerdecomp.weights import Adapter, file_sha256, load_mmdit, read_metadata, weight_files
+from layerdecomp.tensor_files import file_sha256, read_metadata, weight_files
+from layerdecomp.weights import Adapter, load_mmdit
 
 ROWS = ("adapted", "base", "classical", "matting", "maskless")
 WITH_MODEL = ("adapted", "base", "maskless")

@@ -40,17 +40,8 @@ from layerdecomp.models.lora import inject_lora, merge_lora, without_lora
 from layerdecomp.models.mmdit import MMDiT
 from layerdecomp.resizing import model_size, to_model_size, to_own_size
 from layerdecomp.sampling import Progress, SampleConfig, euler, schedule
-from layerdecomp.weights import (
-    Adapter,
-    Metadata,
-    check_keys,
-    copy_tensors,
-    empty_mmdit,
-    load_autoencoder,
-    load_mmdit,
-    open_safetensors,
-    open_state,
-)
+from layerdecomp.tensor_files import Metadata, open_safetensors
+from layerdecomp.weights import Adapter, check_keys, copy_tensors, empty_mmdit, load_autoencoder, load_mmdit, open_state
 
 TRAINED = re.compile(r"\.lora_[AB]\.weight$|^transformer\.img_in\.|^context_fusion\.")  # names of trained parameters
 

@@ -11,7 +11,8 @@ from layerdecomp.evaluation import markdown_table
 from layerdecomp.memory import TrainingWork, linear_in_blocks, parameter_counts, training_memory, with_depths
 from layerdecomp.models.autoencoder import AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiTConfig
-from layerdecomp.weights import config_from, read_metadata
+from layerdecomp.tensor_files import read_metadata
+from layerdecomp.weights import config_from
 
 ModelT = TypeVar("ModelT", MMDiTConfig, AutoencoderConfig)
 FLUX_TEXT_TOKENS = 512

@@ -18,16 +18,8 @@ from layerdecomp.incoming import extras_beside, frozen_input, read_adapters
 from layerdecomp.manifest import ADAPTER, REPOSITORY, DecomposerConfig
 from layerdecomp.modelcard import model_card, notice
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
-from layerdecomp.weights import (
-    TOOL_VERSION,
-    Adapter,
-    Metadata,
-    date_of_writing,
-    empty_mmdit,
-    open_state,
-    save_tensors,
-    write_tensors,
-)
+from layerdecomp.tensor_files import Metadata, save_tensors, write_tensors
+from layerdecomp.weights import TOOL_VERSION, Adapter, date_of_writing, empty_mmdit, open_state
 
 
 @dataclass(frozen=True)

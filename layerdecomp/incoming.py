@@ -24,15 +24,8 @@ from layerdecomp.manifest import REPOSITORY, DecomposerConfig, WeightFiles, desc
 from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig
 from layerdecomp.models.mmdit import MMDiT
-from layerdecomp.weights import (
-    Adapter,
-    Metadata,
-    empty_mmdit,
-    find_weights,
-    open_safetensors,
-    open_state,
-    read_metadata,
-)
+from layerdecomp.tensor_files import Metadata, open_safetensors, read_metadata
+from layerdecomp.weights import Adapter, empty_mmdit, find_weights, open_state
 
 
 def read_adapters(

@@ -11,19 +11,8 @@ from layerdecomp.flow import FlowConfig
 from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig
 from layerdecomp.sampling import SampleConfig
-from layerdecomp.weights import (
-    FORMAT_VERSION,
-    LICENCE,
-    TOOL_VERSION,
-    Adapter,
-    Metadata,
-    checksums,
-    config_from,
-    file_sha256,
-    find_weights,
-    read_metadata,
-    weight_files,
-)
+from layerdecomp.tensor_files import Metadata, file_sha256, read_metadata, weight_files
+from layerdecomp.weights import FORMAT_VERSION, LICENCE, TOOL_VERSION, Adapter, checksums, config_from, find_weights
 
 # Where an adapter's metadata keep the checksum of each frozen part.
 SHA256_KEYS = {

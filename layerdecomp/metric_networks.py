@@ -19,7 +19,8 @@ from layerdecomp.errors import InputError
 from layerdecomp.metrics.layers import Measures
 from layerdecomp.metrics.perceptual import LPIPS, TRUNKS
 from layerdecomp.metrics.region import REGIONS
-from layerdecomp.weights import check_keys, file_sha256, shapes
+from layerdecomp.tensor_files import file_sha256
+from layerdecomp.weights import check_keys, shapes
 
 logger = logging.getLogger(__name__)
 FOLDER = "checkpoints/metrics"

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from layerdecomp.errors import InputError
-from layerdecomp.weights import TOOL_VERSION, Metadata, file_sha256, save_tensors
+from layerdecomp.tensor_files import Metadata, file_sha256, save_tensors
+from layerdecomp.weights import TOOL_VERSION
 
 CLIP_TOKENS = 77
 ENCODERS = {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"}

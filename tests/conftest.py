@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +114,11 @@ TRANSFORMER = MMDiTConfig(
 )
 RGB = AutoencoderConfig(ch=8, ch_mult=[1, 1, 2, 2], num_res_blocks=1, norm_groups=4)
 RGBA = AutoencoderConfig(**{**vars(RGB), "in_channels": 4})
+
+
+def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    """Whether two sets of tensors are equal, names and all."""
+    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
 
 
 @torch.no_grad()

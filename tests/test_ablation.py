@@ -20,10 +20,11 @@ from layerdecomp.decomposer import Decomposer, build_decomposer
 from layerdecomp.errors import InputError
 from layerdecomp.manifest import DecomposerConfig
 from layerdecomp.metrics.layers import METRICS
+from layerdecomp.tensor_files import file_sha256
 from layerdecomp.training.decomposer import DecomposerJob
 from layerdecomp.training.inpainter import InpainterJob
 from layerdecomp.training.runs import train
-from layerdecomp.weights import file_sha256, load_mmdit, save_model
+from layerdecomp.weights import load_mmdit, save_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = REPOSITORY / "configs" / "tiny.yaml"

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from layerdecomp.config import load_config
 from layerdecomp.errors import InputError
+from layerdecomp.tensor_files import read_metadata
 from layerdecomp.training.average import RunningAverage
 from layerdecomp.training.decomposer import DecomposerJob
 from layerdecomp.training.runs import train
-from layerdecomp.weights import read_metadata
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml"
 DECAY = 0.25  # above 2 / 11, so that the first two steps average less

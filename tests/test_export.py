@@ -24,7 +24,8 @@ from layerdecomp.manifest import DecomposerConfig
 from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig, merge_lora
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
-from layerdecomp.weights import Adapter, load_mmdit, read_metadata, save_model
+from layerdecomp.tensor_files import read_metadata
+from layerdecomp.weights import Adapter, load_mmdit, save_model
 
 METADATA = (
     "format_version",

@@ -17,8 +17,8 @@ from conftest import curve
 from safetensors.torch import load_file
 
 from layerdecomp.config import load_config
+from layerdecomp.tensor_files import file_sha256
 from layerdecomp.training.runs import train
-from layerdecomp.weights import file_sha256
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden.json"

@@ -19,7 +19,8 @@ from layerdecomp.manifest import DecomposerConfig
 from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig, merge_lora
 from layerdecomp.models.mmdit import MMDiT
-from layerdecomp.weights import Adapter, load_mmdit, read_metadata
+from layerdecomp.tensor_files import read_metadata
+from layerdecomp.weights import Adapter, load_mmdit
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

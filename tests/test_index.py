@@ -10,7 +10,7 @@ import torch
 
 from layerdecomp.data.index import Index, Item, split_of, write_index
 from layerdecomp.errors import InputError
-from layerdecomp.weights import save_tensors
+from layerdecomp.tensor_files import save_tensors
 
 
 @dataclass(frozen=True)

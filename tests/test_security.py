@@ -20,7 +20,8 @@ from layerdecomp.data.mulan import MulanAnnotations
 from layerdecomp.data.prepare import prepare
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.layers import read_image
-from layerdecomp.weights import config_from, read_metadata
+from layerdecomp.tensor_files import read_metadata
+from layerdecomp.weights import config_from
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [*sorted((ROOT / "layerdecomp").rglob("*.py")), *sorted((ROOT / "tools").glob("*.py"))]

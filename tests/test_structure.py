@@ -26,7 +26,7 @@ ORDER = [
     *("metrics.__init__", "metrics.region", "metrics.background", "metrics.foreground", "metrics.perceptual"),
     *("metrics.distribution", "metrics.recomposition", "metrics.layers"),
     # floor 1: the parts composed, their files, their data, their figures
-    *("quantization", "layouts", "weights", "manifest", "decomposer", "sharding"),
+    *("quantization", "layouts", "tensor_files", "weights", "manifest", "decomposer", "sharding"),
     *("adapters", "incoming", "modelcard", "export", "text"),
     *("data.__init__", "data.index", "data.prepare"),
     *("data.folders", "data.layerdiffuse", "data.openimages", "data.mulan"),
@@ -138,4 +138,4 @@ def test_no_reference_implementation_is_imported(path: Path) -> None:
 @pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.name)
 def test_tools_are_short_and_print_errors_plainly(path: Path) -> None:
     assert "cli" in own(path) and "run_command(main, sys.argv[1:])" in path.read_text()
-    assert len(path.read_text().splitlines()) < 80
+    assert len(path.read_text().splitlines()) <= 80

@@ -14,8 +14,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 from layerdecomp.decomposer import Prompt, build_decomposer
 from layerdecomp.errors import InputError
 from layerdecomp.manifest import DecomposerConfig
+from layerdecomp.tensor_files import file_sha256, read_metadata
 from layerdecomp.text import embed_prompt, save_prompt
-from layerdecomp.weights import file_sha256, load_mmdit, read_metadata
+from layerdecomp.weights import load_mmdit
 
 LETTERS = [chr(letter) for letter in range(ord("a"), ord("z") + 1)]
 

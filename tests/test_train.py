@@ -28,12 +28,13 @@ from layerdecomp.errors import InputError
 from layerdecomp.manifest import describe_adapter
 from layerdecomp.metric_networks import open_networks
 from layerdecomp.metrics.layers import METRICS, LayerMetrics
+from layerdecomp.tensor_files import file_sha256, read_metadata
 from layerdecomp.training.autoencoder import BACKGROUND_MEAN, BACKGROUND_SQUARE, composite_error
 from layerdecomp.training.checkpoints import newest_checkpoint
 from layerdecomp.training.decomposer import DecomposerJob, fixed_settings
 from layerdecomp.training.inpainter import InpainterJob
 from layerdecomp.training.runs import build_strategy, open_run, train
-from layerdecomp.weights import file_sha256, load_autoencoder, load_mmdit, read_metadata
+from layerdecomp.weights import load_autoencoder, load_mmdit
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 AUTOENCODER = ["model.ch=8", "model.ch_mult=[1,1,2,2]", "model.norm_groups=4"]

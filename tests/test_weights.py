@@ -2,20 +2,16 @@
 
 import hashlib
 import json
-import os
-import re
 import shutil
-import struct
 import subprocess
 import sys
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
-from conftest import RGB, RGBA, TRANSFORMER, fill
+from conftest import RGB, RGBA, TRANSFORMER, fill, same
 from reference import build_reference_autoencoder, build_reference_transformer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,25 +22,8 @@ from layerdecomp.layouts import diffusers_transformer, published
 from layerdecomp.manifest import DecomposerConfig, describe_adapter
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
-from layerdecomp.weights import (
-    Adapter,
-    TensorFile,
-    config_from,
-    empty,
-    file_sha256,
-    find_weights,
-    load_autoencoder,
-    load_mmdit,
-    open_state,
-    read_metadata,
-    save_model,
-    save_tensors,
-    write_tensors,
-)
-
-
-def _same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+from layerdecomp.tensor_files import TensorFile, file_sha256, read_metadata
+from layerdecomp.weights import Adapter, config_from, find_weights, load_autoencoder, load_mmdit, open_state, save_model
 
 
 @pytest.mark.parametrize(
@@ -56,20 +35,20 @@ def test_models_come_back(tmp_path: Path, model: MMDiT | Autoencoder) -> None:
     save_model(path, model, {"steps": "5"}, dtype=torch.float32)
     loaded = load(path)
     assert loaded.config == model.config and not loaded.training
-    assert _same(loaded.state_dict(), model.state_dict())
+    assert same(loaded.state_dict(), model.state_dict())
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert read_metadata(path)["steps"] == "5"
 
     save_model(path, model, {})
     rounded = {name: tensor.bfloat16().float() for name, tensor in model.state_dict().items()}
-    assert _same(load(path).state_dict(), rounded)
+    assert same(load(path).state_dict(), rounded)
     assert {tensor.dtype for tensor in load(path, dtype=torch.bfloat16).state_dict().values()} == {torch.bfloat16}
 
 
 def test_a_given_config_comes_before_the_files(tmp_path: Path) -> None:
     path, model = tmp_path / "a.safetensors", MMDiT(TRANSFORMER)
     save_file(model.state_dict(), path)  # as published: no metadata
-    assert _same(load_mmdit(path, TRANSFORMER).state_dict(), model.state_dict())
+    assert same(load_mmdit(path, TRANSFORMER).state_dict(), model.state_dict())
     assert load_mmdit(path, replace(TRANSFORMER, theta=100)).config.theta == 100
 
 
@@ -102,62 +81,6 @@ def test_rgb_weights_are_no_rgba_weights(tiny_weights: Path) -> None:
         load_autoencoder(tiny_weights / "autoencoder.safetensors", RGBA)
 
 
-@pytest.mark.parametrize("length", [0, 7, 8, 9, 1000, 5000, 0.5, -1])
-def test_truncated_files(tiny_weights: Path, tmp_path: Path, length: float) -> None:
-    content = (tiny_weights / "transformer.safetensors").read_bytes()
-    length = int(length * len(content)) if 0 < length < 1 else int(length) % len(content)
-    path = tmp_path / "cut.safetensors"
-    path.write_bytes(content[:length])
-    with pytest.raises(InputError, match="only|cut off|truncated") as error:
-        load_mmdit(path)
-    assert str(path) in str(error.value) and f"{length:,} bytes" in str(error.value)
-    if length > len(content) // 3:
-        assert f"truncated: {length:,} bytes found, {len(content):,} expected" in str(error.value)
-
-
-def _with_header(header: bytes) -> bytes:
-    return struct.pack("<Q", len(header)) + header
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        bytes(range(256)) * 9,
-        b"\x80\x02}q\x00." * 50,
-        b"\xff" * 100,
-        _with_header(b"[1, 2]"),
-        _with_header(b"7"),
-        _with_header(b'{"a": 1}'),
-        _with_header(b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": ["x", "y"]}}'),
-        _with_header(b'{"a": {"dtype": "XX", "shape": [1], "data_offsets": [0, 4]}}') + bytes(4),
-    ],
-    ids=["bytes", "pickle", "ff", "list", "number", "no entry", "offsets", "dtype"],
-)
-def test_files_of_another_kind(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(
-        InputError, match=r"a\.safetensors: (not a safetensors file|damaged).*download or export it again"
-    ):
-        read_metadata(path)
-
-
-def test_missing_files_and_folders(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"absent.safetensors does not exist; put the file there"):
-        load_mmdit(tmp_path / "absent.safetensors")
-    with pytest.raises(InputError, match="is a folder; expected one .safetensors file"):
-        read_metadata(tmp_path)
-    with pytest.raises(InputError, match="holds 0 .safetensors files and no .*index.json; expected a diffusers folder"):
-        load_autoencoder(tmp_path)
-
-
-@pytest.mark.parametrize(("content", "what"), [(b"GGUF" + bytes(99), "a GGUF file"), (b"PK\x03\x04" * 99, "a pickled")])
-def test_other_kinds_of_weights(tmp_path: Path, content: bytes, what: str) -> None:
-    (tmp_path / "a.safetensors").write_bytes(content)
-    with pytest.raises(InputError, match=f"a.safetensors: {what}"):
-        load_mmdit(tmp_path / "a.safetensors")
-
-
 # The folders of diffusers
 
 
@@ -176,14 +99,14 @@ def diffusers_folder(tmp_path: Path) -> tuple[Path, MMDiT, Autoencoder]:
 def test_diffusers_folders_are_read(diffusers_folder: tuple[Path, MMDiT, Autoencoder]) -> None:
     folder, mmdit, autoencoder = diffusers_folder
     loaded = load_mmdit(folder / "transformer")
-    assert loaded.config == mmdit.config and _same(loaded.state_dict(), mmdit.state_dict())
+    assert loaded.config == mmdit.config and same(loaded.state_dict(), mmdit.state_dict())
     half = load_mmdit(folder / "transformer", dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     with pytest.raises(InputError, match="holds 0 .safetensors files .* such as transformer/ or vae/"):
         load_mmdit(folder)
     for path in (folder / "vae", folder / "vae" / "diffusion_pytorch_model.safetensors"):
         read = load_autoencoder(path, None if path.is_dir() else RGB)
-        assert read.config == RGB and _same(read.state_dict(), autoencoder.state_dict())
+        assert read.config == RGB and same(read.state_dict(), autoencoder.state_dict())
 
 
 def test_an_adapter_on_a_diffusers_folder(
@@ -247,7 +170,7 @@ def test_fp8_files_are_read_with_their_scales(tmp_path: Path) -> None:
 
     beside = {name.replace(".weight", ".scale_weight"): scale for name, scale in scales.items()}
     save_file({**state, **small, **beside, "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}, path)
-    assert _same(load_mmdit(path, TRANSFORMER).state_dict(), expected)
+    assert same(load_mmdit(path, TRANSFORMER).state_dict(), expected)
 
     rows = {name: torch.full((len(state[name]), 1), float(scales[name])) for name in matrices}  # one for each
     rows["img_in.weight"][0] *= 2
@@ -255,12 +178,12 @@ def test_fp8_files_are_read_with_their_scales(tmp_path: Path) -> None:
     expected["img_in.weight"][0] *= 2
     beside = {name.replace(".weight", ".weight_scale"): scale for name, scale in rows.items()}
     save_file({**state, **small, **beside}, path)
-    assert _same(load_mmdit(path, TRANSFORMER).state_dict(), expected)
+    assert same(load_mmdit(path, TRANSFORMER).state_dict(), expected)
 
     plain = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in state.items()}
     save_file(plain, path)
     loaded = load_mmdit(path, TRANSFORMER, dtype=torch.bfloat16).state_dict()
-    assert _same(loaded, {name: tensor.bfloat16() for name, tensor in plain.items()})
+    assert same(loaded, {name: tensor.bfloat16() for name, tensor in plain.items()})
     save_file({**plain, "img_in.odd_scale": torch.ones(1)}, path)
     with pytest.raises(
         InputError, match=r"fp8.safetensors \(in fp8\) does not fit .*\n.* unexpected: img_in.odd_scale"
@@ -287,40 +210,6 @@ def test_tensors_are_read_as_they_lie(diffusers_folder: tuple[Path, MMDiT, Autoe
         assert names != list(mmdit.state_dict()) and set(names) == mmdit.state_dict().keys()
         first = [file.places[next(iter(layout(name, (96, 1)).shapes))] for name in names]
         assert all((a.path, a.start) < (b.path, b.start) for a, b in pairwise(first))
-
-
-def test_a_file_that_is_cut_off_while_it_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "a.safetensors"
-    save_tensors(path, {"x": torch.ones(9)}, {})
-    file = TensorFile(path)
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(InputError, match=r"a\.safetensors: truncated: .* bytes found"):
-        file.read("x")
-
-
-def test_types_that_torch_does_not_have(tmp_path: Path) -> None:
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(_with_header(b'{"x": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}') + bytes(3))
-    with pytest.raises(InputError, match=r"a\.safetensors: tensors of F6_E2M3 are not read; expected F64, F32"):
-        TensorFile(path).read("x")
-
-
-def test_large_tensors_are_in_huge_pages() -> None:
-    """As far as the system has been asked for them: the flag hg of their part of memory."""
-    tensor = empty((1 << 23, 2), torch.uint8).fill_(1)
-    assert tensor.shape == (1 << 23, 2) and tensor.sum() == 1 << 24
-    parts = Path("/proc/self/smaps").read_text().split("VmFlags:")
-    (flags,) = [flags.splitlines()[0] for part, flags in pairwise(parts) if _spans(part, tensor.data_ptr())]
-    assert " hg" in flags
-    with mock.patch("layerdecomp.weights.mmap.mmap", side_effect=AssertionError):  # a small one is no part of its own
-        small = empty((1 << 16, 2), torch.uint8).fill_(1)
-    assert small.shape == (1 << 16, 2) and small.sum() == 1 << 17
-
-
-def _spans(part: str, address: int) -> bool:
-    """Whether the last part of memory that a piece of smaps describes holds an address."""
-    (*_, (start, end)) = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) ", part, re.MULTILINE)
-    return int(start, 16) <= address < int(end, 16)
 
 
 def test_loading_takes_little_memory_beside_the_model(tmp_path: Path) -> None:
@@ -372,65 +261,14 @@ def test_configs_come_from_metadata() -> None:
     assert config_from(AutoencoderConfig, None, "a") == AutoencoderConfig()
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
-    path, new = tmp_path / "a.safetensors", {"x": torch.zeros(3), "y": torch.zeros(3)}
-    save_tensors(path, {"x": torch.ones(3)}, {})
-    before, read = path.read_bytes(), []
-
-    def full_disk(name: str) -> Tensor:
-        read.append(name)
-        if name == "y":
-            raise OSError(28, "No space left on device")
-        return new[name]
-
-    with pytest.raises(InputError, match=r"a\.safetensors could not be written .*free some space"):
-        write_tensors(path, new, full_disk, {})
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path] and read == ["x", "y"]
-
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool)
-
-
-def test_what_is_written_is_what_the_library_reads(tmp_path: Path) -> None:
-    drawn = torch.randint(0, 2, (3, 5), generator=torch.Generator().manual_seed(0))
-    tensors = {f"{dtype}": drawn.to(dtype) for dtype in DTYPES}
-    tensors |= {"number": torch.tensor(2.5), "nothing": torch.zeros(0, 4), "z\u00fcg": torch.ones(7).half()}
-    metadata = {"z": "1", "a": 'quote " and \u00fc'}
-    save_tensors(tmp_path / "a.safetensors", tensors, metadata)
-    assert _same(load_file(tmp_path / "a.safetensors"), tensors)
-    assert read_metadata(tmp_path / "a.safetensors") == metadata
-    shuffled = dict(reversed(tensors.items())), dict(reversed(metadata.items()))
-    save_tensors(tmp_path / "b.safetensors", *shuffled)
-    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
-
-
-def test_places_where_no_file_can_be(tmp_path: Path) -> None:
-    (tmp_path / "taken").write_text("a file")
-    (tmp_path / "folder").mkdir()
-    for path in (tmp_path / "taken" / "a.safetensors", tmp_path / "taken" / "b" / "a.safetensors", tmp_path / "folder"):
-        with pytest.raises(InputError, match="could not be written"):
-            save_tensors(path, {"x": torch.ones(3)}, {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "taken"]
-
-
-def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
-    mask = os.umask(0)
-    os.umask(mask)
-    save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(3)}, {})
-    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
-
-
-def test_views_and_shared_tensors_can_be_saved(tmp_path: Path) -> None:
-    tensor = torch.arange(6.0).view(2, 3)
-    save_tensors(tmp_path / "a.safetensors", {"x": tensor.T, "y": tensor[:1]}, {})
-    assert _same(load_file(tmp_path / "a.safetensors"), {"x": tensor.T, "y": tensor[:1]})
 
 
 def test_the_adapter_comes_back(tiny_weights: Path, tiny_decomposer: Decomposer, tmp_path: Path) -> None:
     adapter = Adapter.load(tiny_weights / "adapter.safetensors")
     adapter.save(tmp_path / "copy.safetensors")
     copy = Adapter.load(tmp_path / "copy.safetensors")
-    assert _same(copy.tensors, adapter.tensors) and copy.metadata == adapter.metadata
+    assert same(copy.tensors, adapter.tensors) and copy.metadata == adapter.metadata
     kinds = {name.split(".")[0] for name in adapter.tensors}
     assert kinds == {"img_in", "double_blocks", "single_blocks", "context_fusion"}
     assert all("lora_" in name for name in adapter.tensors if "blocks" in name and "context_fusion" not in name)
@@ -500,7 +338,7 @@ def test_mapped_weights_are_the_pages_of_their_file_and_writing_to_them_does_not
     save_file({name: tensor.bfloat16() for name, tensor in model.state_dict().items()}, path)
     before = path.read_bytes()
     read, mapped = (load_mmdit(path, TRANSFORMER, torch.bfloat16, mapped=how) for how in (False, True))
-    assert _same(read.state_dict(), mapped.state_dict())
+    assert same(read.state_dict(), mapped.state_dict())
     lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
     pages = [range(*(int(end, 16) for end in line.split()[0].split("-"))) for line in lines]
 

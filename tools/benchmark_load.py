@@ -19,7 +19,8 @@ import torch
 from layerdecomp.cli import device_name, named_dtype, run_command, take
 from layerdecomp.config import merge_config
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
-from layerdecomp.weights import empty, load_mmdit, write_tensors
+from layerdecomp.tensor_files import empty, write_tensors
+from layerdecomp.weights import load_mmdit
 
 
 def main(arguments: list[str]) -> None:

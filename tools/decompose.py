@@ -25,7 +25,8 @@ from layerdecomp.errors import InputError, RunError
 from layerdecomp.imaging.layers import FORMATS, check_formats
 from layerdecomp.manifest import adapter_file
 from layerdecomp.sampling import SampleConfig
-from layerdecomp.weights import file_sha256, load_depth
+from layerdecomp.tensor_files import file_sha256
+from layerdecomp.weights import load_depth
 
 PARTS = ("transformer", "autoencoder", "rgba_autoencoder", "prompt")
 ARGUMENTS: dict[str, str | None] = {

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from layerdecomp.errors import InputError
-from layerdecomp.weights import open_safetensors, read_metadata, save_tensors
+from layerdecomp.tensor_files import open_safetensors, read_metadata, save_tensors
 
 VERSION = "2"
 KINDS = ("layered", "foregrounds", "backgrounds", "triplets")

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from layerdecomp.errors import InputError
-from layerdecomp.weights import open_safetensors, save_tensors
+from layerdecomp.tensor_files import open_safetensors, save_tensors
 
 
 class LatentCache:

@@ -16,9 +16,10 @@ from layerdecomp.imaging.compositing import from_autoencoder, on_checkerboard, t
 from layerdecomp.imaging.geometry import to_pixels
 from layerdecomp.metrics.background import psnr
 from layerdecomp.models.autoencoder import Autoencoder, extend_to_rgba, rescale_latents
+from layerdecomp.tensor_files import stored_dtype
 from layerdecomp.training.base import Job, every_fourth
 from layerdecomp.training.projection import SPECTRUM, BlockProjection
-from layerdecomp.weights import REFINES, checksums, load_autoencoder, save_model, stored_dtype
+from layerdecomp.weights import REFINES, checksums, load_autoencoder, save_model
 
 # Mean and mean square of the colours of natural pictures in [-1, 1], which a foreground may be laid over (AlphaVAE,
 # arXiv 2507.09308).

@@ -28,11 +28,12 @@ from layerdecomp.errors import InputError
 from layerdecomp.evaluation import Share, write_metrics
 from layerdecomp.flow import seeded_normal
 from layerdecomp.quantization import adamw, check_optimizer
+from layerdecomp.tensor_files import Metadata, file_sha256
 from layerdecomp.training.checkpoints import loops_at
 from layerdecomp.training.faults import FaultCount, StepGuard, fitting_settings, poisoned
 from layerdecomp.training.late import Late, to_device
 from layerdecomp.training.muon import Muon, is_hidden
-from layerdecomp.weights import Metadata, copy_tensors, date_of_writing, file_sha256
+from layerdecomp.weights import copy_tensors, date_of_writing
 
 
 def resolve_precision(setting: str) -> str:

@@ -20,9 +20,10 @@ from layerdecomp.metric_networks import open_networks
 from layerdecomp.metrics.layers import LayerMetrics
 from layerdecomp.pictures import comparison_grid
 from layerdecomp.sharding import ShardedBase
+from layerdecomp.tensor_files import file_sha256
 from layerdecomp.training.base import local_device, resolve_precision
 from layerdecomp.training.flow import FlowJob
-from layerdecomp.weights import Adapter, file_sha256, latents_sha256
+from layerdecomp.weights import Adapter, latents_sha256
 
 ENCODED = ("image", "mask", "cues", "background", "foreground")
 

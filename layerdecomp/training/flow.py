@@ -11,8 +11,8 @@ from layerdecomp.config import FlowJobConfig
 from layerdecomp.data.index import Index
 from layerdecomp.data.latents import LatentCache
 from layerdecomp.flow import interpolate, sample_times, velocity_target
+from layerdecomp.tensor_files import file_sha256
 from layerdecomp.training.base import Job, resolve_precision
-from layerdecomp.weights import file_sha256
 
 
 class FlowJob(Job):
