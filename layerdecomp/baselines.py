@@ -37,8 +37,8 @@ def classical(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     full = hole.flatten(1).all(dim=1)
     if full.any():
         raise InputError(
-            f"mask {int(full.int().argmax())} of the batch covers the whole image; expected some background around the "
-            "object to inpaint from; use a smaller mask."
+            f"mask {int(full.int().argmax())} of the batch covers the whole image, grown by {RIM} pixel; expected some "
+            "background around the object to inpaint from: use a smaller mask"
         )
     filled = [_inpaint(picture, region) for picture, region in zip(image, hole, strict=True)]
     return torch.stack(filled).to(image), base_foreground(image, mask)

@@ -3,7 +3,7 @@
 import json
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -45,7 +45,8 @@ from layerdecomp.weights import Adapter, load_mmdit
 ROWS = ("adapted", "base", "classical", "matting", "maskless")
 WITH_MODEL = ("adapted", "base", "maskless")
 MASKLESS = "checkpoints/tiny/transformer_maskless.safetensors"  # which ships, for the ablation as well
-SETTINGS = ".settings.json"  # of an evaluation that is not finished: what its layers are drawn by
+SETTINGS = ".settings.json"  # among a row's layers, until their evaluation is finished: what they are drawn by
+RESULTS = ("metrics.json", "table.md", "per_image.csv", "report.html", "published.md")
 TestData = Samples | TestFolder
 
 
@@ -236,6 +237,8 @@ def compare(
             **({"predictions": described} if described else {}),
         }
         _write(out, evaluation, folders, data, told)
+        for settings in settings_files(out, rows):
+            settings.unlink(missing_ok=True)
     return evaluation
 
 
@@ -271,17 +274,27 @@ def row_names(folders: Sequence[Path], taken: Mapping[str, Any]) -> Iterator[tup
         yield name, path
 
 
-def open_folder(out: Path, rows: Mapping[str, Method], told: Mapping[str, Any]) -> None:
-    """Makes `out`, and removes these rows' layers in it, unless they are those of the same, cut-off evaluation."""
-    settings, content = out / SETTINGS, json.dumps(told, indent=2)
+def open_folder(out: Path, rows: Iterable[str], told: Mapping[str, Any]) -> None:
+    """Removes what is in `out` of an evaluation before: its results, and these rows' layers.
+
+    Layers stay where the same settings drew them and their evaluation was cut off.
+    """
+    content = json.dumps(told, indent=2)
     try:
         (out / "samples").mkdir(parents=True, exist_ok=True)
-        if not settings.is_file() or settings.read_text() != content:
-            for row in rows:
-                shutil.rmtree(out / "layers" / row, ignore_errors=True)
-            write_whole(settings, content)
+        for name in RESULTS:
+            (out / name).unlink(missing_ok=True)
+        for settings in settings_files(out, rows):
+            if not settings.is_file() or settings.read_text() != content:
+                shutil.rmtree(settings.parent, ignore_errors=True)
+                write_whole(settings, content)
     except OSError as error:
         raise InputError(f"{out} cannot be written ({error}); choose another folder") from error
+
+
+def settings_files(out: Path, rows: Iterable[str]) -> list[Path]:
+    """Where it stands what the layers of some rows are drawn by."""
+    return [out / "layers" / row / SETTINGS for row in rows]
 
 
 def _write(
@@ -295,7 +308,6 @@ def _write(
     if (grid := case_grid(evaluation, folders, data)) is not None:
         write_picture(out / "samples" / "comparison.png", grid)
     table = write_figures(out, evaluation, told)  # last, since metrics.json says that all is there
-    (out / SETTINGS).unlink(missing_ok=True)
     print(table)
     for reason in dict.fromkeys(told["not_measured"].values()):
         metrics = [metric for metric, why in told["not_measured"].items() if why == reason]
@@ -311,7 +323,8 @@ def drawn_by(models: Models | None, data: TestData, config: EvaluateConfig) -> d
     """What the layers depend on."""
     told = {**describe_data(data), "count": len(data), "seed": config.seed}
     if models is not None:
-        told |= {**asdict(models.decomposer.sample), "weights": dict(models.files)}
+        precision = str(next(models.decomposer.autoencoder.parameters()).dtype).removeprefix("torch.")
+        told |= {**asdict(models.decomposer.sample), "precision": precision, "weights": dict(models.files)}
         told |= {"quantize": models.quantize} if models.quantize else {}
     if "maskless" in config.rows:
         told["maskless"] = file_sha256(maskless_weights(config))

@@ -144,10 +144,18 @@ def draw_layers(
                 for row, method in waiting.items():
                     progress.set_postfix_str(row)
                     started = time.perf_counter()
-                    write_prediction(folder / row, [names[position] for position in group], method.draw(batch))
+                    drawn = [names[position] for position in group]
+                    write_prediction(folder / row, drawn, _drawn(row, method, batch, drawn))
                     spent.setdefault(row, []).extend([(time.perf_counter() - started) / len(group)] * len(group))
             progress.update(len(chunk))
     return {row: sum(seconds) / len(seconds) for row, seconds in spent.items()}
+
+
+def _drawn(row: str, method: Method, batch: Batch, names: Sequence[str]) -> Prediction:
+    try:
+        return method.draw(batch)
+    except InputError as error:
+        raise InputError(f"{row}, of {', '.join(names)}: {error}; or leave {row} out of evaluate.rows") from error
 
 
 def _batches(data: Samples, positions: Sequence[int], device: torch.device | str) -> Iterator[tuple[list[int], Batch]]:
@@ -230,7 +238,7 @@ def _why_not(name: str, folder: PredictionFolder, with_truth: bool, missing: Map
     metric = name.removesuffix(STDERR_SUFFIX)
     kind = metric.partition("/")[0]
     needed = {"background": ("background",), "recomposition": LAYERS}.get(kind, ("foreground",))
-    if lacking := [layer for layer in needed if layer not in folder.parts]:
+    if lacking := [layer for layer in needed if layer not in folder.given]:
         return f"this row has no {lacking[0]}s"
     if kind in ("foreground", "boundary") and not with_truth:
         return "the data have no true foregrounds"

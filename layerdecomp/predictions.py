@@ -28,7 +28,8 @@ class PredictionFolder:
     """A method's layers of the samples of a test set.
 
     Attributes:
-        parts: layer -> name -> file, of the layers that the method gives.
+        parts: layer -> name -> file, of the layers that there is a folder of.
+        given: layers that at least one sample has.
         missing: layer -> names of samples that it lacks.
         extra: layer -> names of files that belong to no sample.
         resized: names of those that `read` has brought to their image's size so far.
@@ -44,8 +45,9 @@ class PredictionFolder:
             raise InputError(f"{root} has neither background/ nor foreground/; expected one of them, or both")
         self.missing = {layer: [name for name in names if name not in files] for layer, files in self.parts.items()}
         self.extra = {layer: sorted(files.keys() - known) for layer, files in self.parts.items()}
+        self.given = {layer for layer, files in self.parts.items() if files.keys() & known}
         self.resized: set[str] = set()
-        if all(len(missing) == len(names) for missing in self.missing.values()):
+        if not self.given:
             found = next(iter(next(iter(self.parts.values())).values()))
             raise InputError(
                 f"{root}: no file is named like a sample; found {found}, expected {names[0]}.png: give the files the "

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from layerdecomp.baselines import base_foreground, classical, matted_foreground
-from layerdecomp.comparison import MASKLESS, EvaluateConfig, Models, compare, export, methods, row_names
+from layerdecomp.comparison import MASKLESS, RESULTS, EvaluateConfig, Models, compare, export, methods, row_names
 from layerdecomp.data.datamodule import DataConfig
 from layerdecomp.data.scenes import SceneConfig, Scenes
 from layerdecomp.data.testset import TestFolder
@@ -107,6 +107,7 @@ def test_a_comparison_leaves_figures_layers_and_a_report(
     assert {"data": "scenes", "split": "test", "count": 3, "resolution": 32, "seed": 1234}.items() <= told.items()
     assert {"region": "mask", "lpips_net": "squeeze", "steps": 2, "guidance": 30.0}.items() <= told.items()
     assert told["metric_weights"].keys() == {FILES["squeeze"]} and told["weights"] == {"adapter": "a sum"}
+    assert told["precision"] == "float32"
     assert told["versions"].keys() >= {"layerdecomp", "torch", "python", "torchmetrics"}
     assert list(told["seconds_per_image"]) == ["adapted", "base", "classical"]
     assert 0 < min(told["seconds_per_image"].values()) < 60
@@ -185,6 +186,24 @@ def test_a_cut_off_evaluation_goes_on_and_a_finished_one_is_made_anew(
     other = replace(models, files={"adapter": "another"})
     compare(other, SCENES, settings, tmp_path / "out")
     assert drawn == [2, 1, 2, 1], "layers of another adapter were kept"
+
+
+def test_a_row_of_other_settings_is_not_taken_over(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(*_: object, **__: object) -> None:
+        raise PowerCutError
+
+    other = Scenes(SceneConfig(size=32), "test", 99, 3)
+    out, both = tmp_path / "out", config(rows=["base", "classical"])
+    compare(models, SCENES, both, out)
+    monkeypatch.setattr("layerdecomp.comparison.draw_layers", cut)
+    with pytest.raises(PowerCutError):
+        compare(models, other, config(rows=["classical"]), out)
+    assert not [name for name in RESULTS if (out / name).exists()], "results of other layers than those beside them"
+    monkeypatch.undo()
+    mixed, clean = (compare(models, other, both, folder) for folder in (out, tmp_path / "clean"))
+    assert mixed is not None and clean is not None and str(mixed.results) == str(clean.results)
 
 
 def test_scenes_as_a_folder_are_measured_as_they_are_drawn(models: Models, tmp_path: Path) -> None:

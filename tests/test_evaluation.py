@@ -186,11 +186,21 @@ def test_samples_of_several_sizes_are_drawn_together_by_size(tmp_path: Path):
     assert evaluation is not None and evaluation.results["base"]["background/psnr"] > 0
 
 
+def test_a_method_that_cannot_draw_a_sample_says_which(tmp_path: Path):
+    def refuse(batch: Batch) -> Prediction:
+        raise InputError("its mask is full")
+
+    expected = f"classical, of {NAMES[0]}: its mask is full; or leave classical out of evaluate.rows"
+    with pytest.raises(InputError, match=expected):
+        draw_layers({"classical": Method(refuse)}, Squares(), NAMES, tmp_path, batch_size=1)
+
+
 def test_every_figure_that_is_missing_has_its_reason(tmp_path: Path):
     def matte(batch: Batch) -> Prediction:
         return None, do_nothing(batch)[1]
 
-    draw_layers({"matting": Method(matte, ("foreground",)), "base": Method(do_nothing)}, Squares(), NAMES, tmp_path)
+    plain = {row: Method(do_nothing) for row in ("base", "stray")}
+    draw_layers({"matting": Method(matte, ("foreground",)), **plain}, Squares(), NAMES, tmp_path)
     folders = {row: PredictionFolder(tmp_path / row, NAMES) for row in ("base", "matting")}
 
     class Exact(Squares):
@@ -211,6 +221,12 @@ def test_every_figure_that_is_missing_has_its_reason(tmp_path: Path):
     assert found.reasons["base"]["background/lpips"] == "no such file"
     assert "hidden part" in found.reasons["base"]["foreground/hidden_iou"]
     assert "two images" in found.reasons["base"]["foreground/hidden_iou" + STDERR_SUFFIX]
+    for file in (tmp_path / "stray" / "foreground").iterdir():
+        file.rename(file.with_name(f"other-{file.name}"))
+    astray = score({"stray": PredictionFolder(tmp_path / "stray", NAMES)}, Exact(), NAMES, networks)
+    assert astray is not None and "background/psnr" not in astray.reasons["stray"]
+    for name in ("foreground/alpha_sad", "recomposition/psnr"):
+        assert astray.reasons["stray"][name] == "this row has no foregrounds"
     unknown = score(folders, Unknown(), NAMES, networks)
     assert unknown is not None
     assert unknown.reasons["base"]["boundary/rgb_l1"] == "the data have no true foregrounds"

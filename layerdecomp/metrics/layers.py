@@ -30,12 +30,14 @@ class MetricInfo:
 
 _HIDDEN_TOO_SMALL = f"the object's hidden part has fewer than {foreground.MIN_HIDDEN_PIXELS} pixels"
 _REGION_EMPTY = "the region is empty"
+_COVERED = "the occluder covers the whole image"
+_SMALL_FOR_SSIM, _SMALL_FOR_LPIPS = (f"the picture has fewer than {side} pixels a side" for side in (11, 32))
 _TOO_FEW = "there are fewer than two images"
 METRICS = {
     "background/psnr": MetricInfo("dB", "↑", _REGION_EMPTY),
     "background/psnr_mask": MetricInfo("dB", "↑", "the mask is empty"),
-    "background/ssim": MetricInfo("", "↑", _REGION_EMPTY),
-    "background/lpips": MetricInfo("", "↓", _REGION_EMPTY),
+    "background/ssim": MetricInfo("", "↑", f"{_REGION_EMPTY}, or {_SMALL_FOR_SSIM}"),
+    "background/lpips": MetricInfo("", "↓", f"{_REGION_EMPTY}, or {_SMALL_FOR_LPIPS}"),
     "background/fid": MetricInfo("", "↓", _TOO_FEW, of_set=True),
     "background/kid": MetricInfo("", "↓", _TOO_FEW, of_set=True),
     "background/sharpness": MetricInfo("", "→1", "the mask holds no neighbours, or the true background is flat there"),
@@ -48,8 +50,8 @@ METRICS = {
     "foreground/hidden_iou": MetricInfo("", "↑", _HIDDEN_TOO_SMALL),
     "foreground/hidden_rgb_l1": MetricInfo("", "↓", _HIDDEN_TOO_SMALL),
     "boundary/rgb_l1": MetricInfo("", "↓", "the true alpha has no outline"),
-    "recomposition/psnr": MetricInfo("dB", "↑", "the occluder covers the whole image"),
-    "recomposition/lpips": MetricInfo("", "↓", "the occluder covers the whole image"),
+    "recomposition/psnr": MetricInfo("dB", "↑", _COVERED),
+    "recomposition/lpips": MetricInfo("", "↓", f"{_COVERED}, or {_SMALL_FOR_LPIPS}"),
 }
 PER_IMAGE = [name for name, info in METRICS.items() if not info.of_set]
 STDERR_SUFFIX = "_stderr"
