@@ -1,6 +1,6 @@
 """Adapters as what they add to the transformer: in the layouts of others and back, summed, cut in rank.
 
-Everything here is exact but `reduce_rank`, which says what it costs.
+Everything here is exact, to float32's rounding, but `reduce_rank`, which says what it costs.
 """
 
 import json
@@ -40,7 +40,7 @@ class Change:
 
     def baked(self) -> "Change":
         """The same change with a scale of 1: alpha = rank."""
-        return self if self.scale == 1 else replace(self, b=self.scale * self.b, scale=1.0)
+        return self if self.scale == 1 else replace(self, b=self.scale * self.b.float(), scale=1.0)
 
 
 Changes = dict[str, Change]  # by the published name of the layer
@@ -263,8 +263,8 @@ def add_changes(parts: Sequence[tuple[Changes, float]]) -> Changes:
     for changes, share in parts:
         for layer, change in changes.items():
             change = change.baked()
-            bias = None if change.bias is None else share * change.bias
-            change = Change(change.a, share * change.b, bias=bias)
+            bias = None if change.bias is None else share * change.bias.float()
+            change = Change(change.a, share * change.b.float(), bias=bias)
             total[layer] = _sum(total[layer], change) if layer in total else change
     return total
 
@@ -284,7 +284,7 @@ def average(parts: Sequence[tuple[Tensors, float]]) -> Tensors:
     whole = sum(share for _, share in parts)
     if whole == 0:
         raise InputError("weights= sum up to 0; expected weights of which the fusion modules have a mean")
-    return {name: torch.stack([share / whole * t[name] for t, share in parts]).sum(0) for name in first}
+    return {name: torch.stack([share / whole * t[name].float() for t, share in parts]).sum(0) for name in first}
 
 
 def reduce_rank(changes: Changes, rank: int) -> tuple[Changes, dict[str, float]]:

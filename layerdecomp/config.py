@@ -261,6 +261,9 @@ def merge_config(
             merged = OmegaConf.merge(merged, source)
         except (OmegaConfBaseException, ValueError) as error:
             raise InputError(f"{name}: {_first_line(error)}; expected the type of its default") from error
+    for key, value in _dotted(OmegaConf.to_container(merged)).items():
+        if isinstance(value, float) and math.isnan(value):
+            raise InputError(f"{key} is {value}; expected a number")
     try:
         return cast(ConfigT, OmegaConf.to_object(merged))
     except MissingMandatoryValue as error:

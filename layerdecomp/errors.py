@@ -20,7 +20,7 @@ class RunError(RuntimeError):
 def check_at_least(minimum: int, config: object, section: str, *names: str) -> None:
     """Raises `InputError` for the first of the named numbers of a config's section that is below `minimum`."""
     for name in names:
-        if (value := getattr(config, name)) < minimum:
+        if not (value := getattr(config, name)) >= minimum:  # so that NaN is refused as well
             raise InputError(f"{section}{name} is {value}; expected at least {minimum}")
 
 

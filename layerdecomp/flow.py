@@ -32,6 +32,7 @@ class FlowConfig:
 
     def __post_init__(self) -> None:
         check_at_least(self.base_tokens + 1, self, "flow.", "max_tokens")
+        check_at_least(0, self, "flow.", "logit_std")
 
 
 def shift_times(t: Tensor, tokens: int, config: FlowConfig | None = None) -> Tensor:
@@ -77,6 +78,11 @@ def flow_loss(velocity: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(velocity.float(), target.float())
 
 
+def seed_at(seed: int, position: int, stream: int) -> int:
+    """A seed for a generator, which those of other positions and streams tell nothing of."""
+    return int(np.random.SeedSequence([seed, position, stream]).generate_state(1, np.uint64)[0])
+
+
 def seeded_normal(seed: int, positions: Sequence[int], shape: Sequence[int], stream: int = 0) -> Tensor:
     """Standard normal numbers (len(positions), *shape), float32, each row a pure function of (seed, position, stream).
 
@@ -84,7 +90,6 @@ def seeded_normal(seed: int, positions: Sequence[int], shape: Sequence[int], str
     """
 
     def row(position: int) -> Tensor:
-        state = np.random.SeedSequence([seed, position, stream]).generate_state(1, np.uint64)[0]
-        return torch.randn(*shape, generator=torch.Generator().manual_seed(int(state)))
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed_at(seed, position, stream)))
 
     return torch.stack([row(position) for position in positions])

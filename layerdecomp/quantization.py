@@ -54,8 +54,10 @@ def quantized(tensor: Tensor, name: str) -> Tensor:
         return to_nf4(tensor, 64, math.gcd(blocks, 256))
     with needs_torchao(f"quantize={name}"):
         from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
-    kind = Int8Tensor if name == "int8" else Float8Tensor
-    found: Tensor = kind.from_hp(tensor, granularity=PerRow())
+    if name == "int8":
+        found: Tensor = Int8Tensor.from_hp(tensor, granularity=PerRow())
+    else:  # a row of zeros would be divided by its largest number
+        found = Float8Tensor.from_hp(tensor, granularity=PerRow(), hp_value_lb=1e-12)
     return found
 
 

@@ -1,6 +1,7 @@
 """Adapters as changes: layouts of others and back, full-size names, sums, and ranks."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,18 @@ def test_sums_are_exact() -> None:
         assert torch.allclose(change.weight, expected, atol=1e-5), name
     assert first["img_in"].bias is not None and second["img_in"].bias is not None and total["img_in"].bias is not None
     assert torch.allclose(total["img_in"].bias, 0.75 * first["img_in"].bias - 0.5 * second["img_in"].bias)
+
+
+def test_sums_of_bf16_are_rounded_when_they_are_written_and_not_before() -> None:
+    half = {
+        name: replace(change, a=change.a.bfloat16(), b=change.b.bfloat16(), scale=0.3)
+        for name, change in _changes(rank=3).items()
+    }
+    total = add_changes([(half, 0.7), (half, 0.3)])
+    for name, change in half.items():
+        torch.testing.assert_close(total[name].weight, change.weight, rtol=1e-5, atol=1e-6)
+    mean = average([({"x": torch.tensor([1.0]).bfloat16()}, 0.7), ({"x": torch.tensor([3.0]).bfloat16()}, 0.3)])
+    assert mean["x"].item() == pytest.approx(1.6, rel=1e-6)
 
 
 def test_means() -> None:

@@ -154,6 +154,9 @@ def test_changed_keys_are_listed(tmp_path: Path, override: str, said: str) -> No
         ("optim.betas=[2,0.9]", r"optim.betas is \[2.0, 0.9\]; expected two numbers from 0 to less than 1"),
         ("optim.betas=[0.9]", "expected two numbers"),
         ("flow.max_tokens=256", "flow.max_tokens is 256; expected at least 257"),
+        ("flow.logit_std=-1", "flow.logit_std is -1.0; expected at least 0"),
+        ("lora.alpha=0", "lora.alpha = 0, at which LoRA adds nothing"),
+        *((f"{key}=nan", f"{key} is nan") for key in ("optim.lr", "optim.clip", "lora.alpha", "sample.guidance")),
     ],
 )
 def test_numbers_that_train_nothing_are_told(override: str, message: str) -> None:

@@ -1,11 +1,14 @@
 """Nothing in a training step makes the host wait for the device."""
 
+import json
+import os
 import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import as_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -84,3 +87,35 @@ def test_numbers_arrive() -> None:
     numbers = torch.arange(3)
     assert to_device(numbers, torch.device("cpu")).equal(numbers)
     assert to_device(numbers, torch.device("meta")).is_meta
+
+
+def _train_and_count_barriers(rank: int, port: int, settings: list[str], said: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(WORLD_SIZE="2", NODE_RANK="0")
+    barriers, found = list[None](), list[int]()
+    barrier, start, end = torch.distributed.barrier, Job.on_train_batch_start, Job.on_train_batch_end
+
+    def started(self: Job, *args: Any) -> None:
+        barriers.clear()
+        start(self, *args)
+
+    def ended(self: Job, *args: Any) -> None:
+        end(self, *args)
+        found.append(len(barriers))
+
+    torch.distributed.barrier = lambda *args, **more: (barriers.append(None), barrier(*args, **more))[1]
+    Job.on_train_batch_start, Job.on_train_batch_end = started, ended  # type: ignore[method-assign]
+    train(load_config(ROOT / "configs" / "tiny.yaml", settings))
+    (said / f"{rank}").write_text(str(found))
+
+
+def test_no_step_of_several_ranks_has_a_barrier(
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    settings = ["train.devices=2", "train.batch_size=1", "train.steps=3", "train.validate_every=3", "latent_cache=null"]
+    few = ["data.validation=2", "evaluate.rows=[]", f"run_dir={tmp_path}/run"]
+    assert as_ranks(_train_and_count_barriers, [*tiny_overrides, *settings, *few], tmp_path) == [0, 0]
+    steps = [json.loads((tmp_path / rank).read_text()) for rank in "01"]
+    assert steps == [[0, 0, 1]] * 2, "the last one is saved, which may wait"

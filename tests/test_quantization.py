@@ -40,6 +40,14 @@ def test_numbers_stay_near_and_take_few_bits(name: str, dtype: torch.dtype) -> N
 
 
 @FORMATS
+def test_a_row_of_zeros_stays_one(name: str) -> None:
+    weight = matrix()
+    weight[3] = 0
+    found = dense(quantized(weight, name))
+    assert found.isfinite().all() and not found[3].any() and found[4].any()
+
+
+@FORMATS
 def test_training_through_a_quantised_layer_has_the_gradients_of_its_dense_numbers(name: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 128))

@@ -25,9 +25,11 @@ from layerdecomp.data.datamodule import open_samples
 from layerdecomp.data.index import VERSION
 from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError
+from layerdecomp.flow import seeded_normal
 from layerdecomp.manifest import describe_adapter
 from layerdecomp.metric_networks import open_networks
 from layerdecomp.metrics.layers import METRICS, LayerMetrics
+from layerdecomp.models.autoencoder import Autoencoder
 from layerdecomp.tensor_files import file_sha256, read_metadata
 from layerdecomp.training.autoencoder import BACKGROUND_MEAN, BACKGROUND_SQUARE, composite_error
 from layerdecomp.training.checkpoints import newest_checkpoint
@@ -347,6 +349,17 @@ def test_autoencoder_chain(tmp_path: Path) -> None:
     assert "alpha_l1" in json.loads((rgba / "metrics.json").read_text())["results"]["autoencoder"]
 
 
+def test_an_autoencoder_is_measured_in_batches_that_fit(
+    tmp_path: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, sizes = Autoencoder.encode, list[int]()
+    monkeypatch.setattr(Autoencoder, "encode", lambda self, x: (sizes.append(len(x)), encode(self, x))[1])
+    few = ["train.steps=1", "data.validation=1", "evaluate.samples=3", "evaluate.batch_size=2"]
+    settings = [f"refine={tiny_weights}/autoencoder.safetensors", "extend=null", *few, f"run_dir={tmp_path}/run"]
+    run("tiny_autoencoder", *SMALL, *settings)
+    assert sizes[-2:] == [2, 1]
+
+
 @pytest.mark.parametrize("name", ["autoencoder", "rgba_autoencoder"])
 def test_a_refined_autoencoder_has_the_latents_that_it_had(tmp_path: Path, tiny_weights: Path, name: str) -> None:
     weights = tiny_weights / f"{name}.safetensors"
@@ -550,6 +563,10 @@ def test_a_run_goes_on_from_another_ones_adapter(tmp_path: Path, overrides: list
         ("conditioning.foreground=false", "conditioning.foreground=True; found False"),
         ("lora.targets=[double_blocks.*_mlp.*]", "adapter.safetensors"),
         ("adapter=nowhere.safetensors", "nowhere.safetensors does not exist"),
+        (
+            "weights.prompt={tmp_path}/prompt.safetensors",
+            "weights.prompt=null; found .*prompt.safetensors, set",
+        ),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_not_gone_on_from(
@@ -559,9 +576,27 @@ def test_an_adapter_that_does_not_fit_is_not_gone_on_from(
     fitting = [f"{key}={value}" for key, value in fixed_settings(describe_adapter(file)[1]).items()]
     settings = [*overrides, *fitting, f"adapter={file}", "train.steps=1", f"run_dir={tmp_path}/run"]
     DecomposerJob(load_config(REPOSITORY / "configs" / "tiny.yaml", settings))
+    zeros = {"txt": torch.zeros(1, 8), "vec": torch.zeros(8)}
+    save_file(zeros, tmp_path / "prompt.safetensors")
     with pytest.raises(InputError, match=told):
-        run("tiny", *settings, change)
+        run("tiny", *settings, change.format(tmp_path=tmp_path))
     assert not (tmp_path / "run" / "adapter.safetensors").exists()
+
+
+def test_what_else_a_model_draws_is_not_the_noise(overrides: list[str]) -> None:
+    job = DecomposerJob(load_config(REPOSITORY / "configs" / "tiny.yaml", [*overrides, "seed=3"]))
+    drawn = []
+    for position in (5, 5, 6):
+        job.on_train_batch_start({"position": [position], "faults": []}, 0)
+        drawn.append(torch.randn(4))
+    assert drawn[0].equal(drawn[1]) and not drawn[0].equal(drawn[2])
+    assert not any(drawn[0].equal(seeded_normal(3, [5], (4,), stream)[0]) for stream in (0, 1))
+
+
+def test_a_job_stays_where_it_is(overrides: list[str]) -> None:
+    job = DecomposerJob(load_config(REPOSITORY / "configs" / "tiny.yaml", overrides)).to("meta")
+    job.cpu()  # as Lightning calls it after validating
+    assert job.device.type == "meta" and all(parameter.is_meta for parameter in job.parameters())
 
 
 def test_a_dry_run_tells_and_leaves_nothing(

@@ -98,9 +98,9 @@ def position_embedding(ids: Tensor, dim: int) -> Tensor:
 
 
 def _validate(config: ContextFusionConfig, hidden_size: int) -> None:
-    if hidden_size % config.num_heads:
+    if config.num_heads < 1 or hidden_size % config.num_heads:
         raise InputError(
-            f"fusion.num_heads = {config.num_heads} does not divide the transformer's hidden_size = {hidden_size}"
+            f"fusion.num_heads = {config.num_heads}: expected a divisor of the transformer's width, {hidden_size}"
         )
     if hidden_size % 4:
         raise InputError(f"hidden_size = {hidden_size}: the fusion's position embedding needs a multiple of 4")

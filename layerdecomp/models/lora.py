@@ -37,6 +37,8 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise InputError(f"lora.rank = {self.rank}: expected a positive whole number")
+        if self.alpha == 0:
+            raise InputError("lora.alpha = 0, at which LoRA adds nothing; expected another number, or null: the rank")
 
     @property
     def scale(self) -> float:
@@ -123,7 +125,7 @@ class LoRALinear(nn.Linear):
         return as_one < 3 * rank * (self.in_features + self.out_features) * tokens
 
     def _sum(self) -> Tensor:
-        """W + scale * B A in float32, (out_features, in_features)."""
+        """W + scale * B A, (out_features, in_features), in float32 but for a product that autocast takes in bf16."""
         return dense(self.weight).float() + self.scale * self.lora_B.weight.float() @ self.lora_A.weight.float()
 
     @torch.no_grad()

@@ -45,7 +45,7 @@ class MMDiTConfig:
     guidance_embed: bool = True
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_heads:
+        if self.num_heads < 1 or self.hidden_size % self.num_heads:
             raise InputError(
                 f"hidden_size = {self.hidden_size} cannot be split into num_heads = {self.num_heads} heads of equal "
                 "width: make hidden_size a multiple of num_heads"

@@ -18,6 +18,7 @@ from layerdecomp.metrics.background import psnr
 from layerdecomp.models.autoencoder import Autoencoder, extend_to_rgba, rescale_latents
 from layerdecomp.tensor_files import stored_dtype
 from layerdecomp.training.base import Job, every_fourth
+from layerdecomp.training.late import to_device
 from layerdecomp.training.projection import SPECTRUM, BlockProjection
 from layerdecomp.weights import REFINES, checksums, load_autoencoder, save_model
 
@@ -35,7 +36,8 @@ def composite_error(decoded: Tensor, target: Tensor) -> Tensor:
     """
     d = decoded[:, :3] - target[:, :3]
     e = (decoded[:, 3:] - target[:, 3:]) / 2  # alpha from [-1, 1] to [0, 1]
-    mean, square = (decoded.new_tensor(stat).view(3, 1, 1) for stat in (BACKGROUND_MEAN, BACKGROUND_SQUARE))
+    moments = to_device(torch.tensor([BACKGROUND_MEAN, BACKGROUND_SQUARE]), decoded.device)
+    mean, square = moments.to(decoded.dtype).view(2, 3, 1, 1)
     return (d.square() - 2 * mean * d * e + square * e.square()).mean()
 
 
@@ -152,7 +154,10 @@ class AutoencoderJob(Job):
         pictures = self.pictures(self.held_out())
         with torch.no_grad():
             decoded = torch.cat(
-                [self.autoencoder.decode(self.autoencoder.encode(x)) for x in torch.split(pictures, 16)]
+                [
+                    self.autoencoder.decode(self.autoencoder.encode(x))
+                    for x in pictures.split(self.run.evaluate.batch_size)
+                ]
             ).clamp(-1, 1)
         figures = {name: value.item() for name, value in reconstruction_metrics(decoded, pictures).items()}
         metadata = self.provenance(figures)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -26,12 +26,12 @@ from layerdecomp.config import RunConfig
 from layerdecomp.data.datamodule import Positions, collate, open_samples
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import Share, write_metrics
-from layerdecomp.flow import seeded_normal
+from layerdecomp.flow import seed_at, seeded_normal
 from layerdecomp.quantization import adamw, check_optimizer
 from layerdecomp.tensor_files import Metadata, file_sha256
 from layerdecomp.training.checkpoints import loops_at
 from layerdecomp.training.faults import FaultCount, StepGuard, fitting_settings, poisoned
-from layerdecomp.training.late import Late, to_device
+from layerdecomp.training.late import Late, summed, to_device
 from layerdecomp.training.muon import Muon, is_hidden
 from layerdecomp.weights import copy_tensors, date_of_writing
 
@@ -104,6 +104,13 @@ class Job(LightningModule):
             share: of the work that this rank may do; the first one writes.
         """
 
+    def cpu(self) -> Self:
+        """Leaves everything where it is: Lightning calls this after validating and after training.
+
+        Each rank of a machine would copy the frozen weights into its memory, before they go back to the same device.
+        """
+        return self
+
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch with its tensors where the model is."""
         return {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
@@ -114,8 +121,7 @@ class Job(LightningModule):
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Makes whatever else a model draws, such as dropout, a pure function of the seed and the samples as well."""
-        state = np.random.SeedSequence([self.run.seed, batch["position"][0]]).generate_state(1, np.uint64)[0]
-        torch.manual_seed(int(state))
+        torch.manual_seed(seed_at(self.run.seed, batch["position"][0], stream=2))  # 0 and 1 are noise and times
         self.faults.note(batch["faults"])
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -124,7 +130,7 @@ class Job(LightningModule):
         self.guard.note(batch["position"], losses["loss"])
         self._losses.append(torch.stack([value.detach() for value in losses.values()]))
         if len(self._losses) == self.trainer.accumulate_grad_batches:
-            means = self.trainer.strategy.reduce(torch.stack(self._losses).mean(dim=0), reduce_op="mean")
+            means = summed(torch.stack(self._losses).mean(dim=0)) / self.trainer.world_size
             self._losses = []
             self.log_pending()
             self._pending = self.global_step, [*losses], Late(means)
@@ -174,7 +180,6 @@ class Job(LightningModule):
 
     def what_fits(self) -> str:
         """Which settings fit the device after a step did not, found by trying."""
-        self.to(self.trainer.strategy.root_device)  # Lightning has moved it to the CPU
         parameters = [parameter for _, parameter in self.trained()]
         train = self.run.train
         sizes = train.batch_size, train.accumulate

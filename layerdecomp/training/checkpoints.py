@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from layerdecomp.errors import InputError, RunError
 from layerdecomp.files import remedy
-from layerdecomp.training.late import Late, to_device
+from layerdecomp.training.late import Late, summed, to_device
 
 logger = logging.getLogger(__name__)
 LAST, PREVIOUS, DAMAGED = "last.ckpt", "previous.ckpt", "damaged.ckpt"
@@ -315,7 +315,7 @@ class Checkpoints(Checkpoint):
         if trainer.world_size == 1:
             return self._signal is not None
         told = to_device(torch.tensor([float(self._signal is not None)]), trainer.strategy.root_device)
-        asked, self._asked = self._asked, Late(trainer.strategy.reduce(told, reduce_op="sum"))
+        asked, self._asked = self._asked, Late(summed(told))
         return asked is not None and asked.read()[0] > 0
 
 

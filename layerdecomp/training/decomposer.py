@@ -1,5 +1,6 @@
 """Adapting the frozen inpainting base to layer decomposition: LoRA, input projection and context fusion."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -152,12 +153,24 @@ def fitting_adapter(config: DecomposerJobConfig) -> Adapter | None:
     if config.adapter is None:
         return None
     adapter, described = describe_adapter(config.adapter, **config.weights.named())
+    _check_prompt(config, adapter)
     now = fixed_settings(config)
     for key, then in fixed_settings(described).items():
         if then != now[key]:
             found = f"found {now[key]}, set {key}={then}"
             raise InputError(f"adapter={config.adapter} was trained with {key}={then}; {found}")
     return adapter
+
+
+def _check_prompt(config: DecomposerJobConfig, adapter: Adapter) -> None:
+    """Raises `InputError` where one of both is told nothing but zeros; another prompt's checksum has been refused."""
+    then: str | None = json.loads(adapter.metadata["weights"]).get("prompt")
+    now = config.weights.prompt
+    if (then is None) != (now is None):
+        found, expected = ("null" if path is None else path for path in (now, then))
+        raise InputError(
+            f"adapter={config.adapter} was trained with weights.prompt={expected}; found {found}, set the same one"
+        )
 
 
 def fixed_settings(config: DecomposerConfig) -> dict[str, Any]:

@@ -89,7 +89,6 @@ def train(config: RunConfig) -> None:
         if checkpoint is None:
             trainer.validate(job, data, verbose=False)  # where training starts from
         trainer.fit(job, data, ckpt_path=checkpoint, weights_only=True)
-        job.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
         with averaged(trainer, job):
             job.finish(run_dir, Share.join() if trainer.world_size > 1 else Share())
 
