@@ -110,6 +110,8 @@ def decompose_folder(
     check_seed(seed)
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; expected at least 1")
+    if not any((out / pair.stem).is_dir() for pair in pairs):  # nothing is there that others have made
+        (out / SETTINGS).unlink(missing_ok=True)
     keep_settings(out / SETTINGS, {**told, "seed": seed, **asdict(decomposer.sample)})
     names = [name for format in formats for name in FORMATS[format]]
     left = [pair for pair in pairs if not pair.is_split(out / pair.stem, names)]

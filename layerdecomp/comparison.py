@@ -316,7 +316,10 @@ def _write(
         for what, which in found.items():
             some = ", ".join(which[:5]) + (", ..." if len(which) > 5 else "")
             print(f"{row}: {len(which)} {what.replace('_', ' ')}: {some}")
-    print(f"{len(data)} samples; figures in {out / 'metrics.json'}, pictures of all kinds in {out / 'report.html'}")
+    few = f" of {told['pictures']} pictures" if told.get("pictures", len(data)) < len(data) else ""
+    print(
+        f"{len(data)} samples{few}; figures in {out / 'metrics.json'}, pictures of all kinds in {out / 'report.html'}"
+    )
 
 
 def drawn_by(models: Models | None, data: TestData, config: EvaluateConfig) -> dict[str, Any]:
@@ -348,8 +351,8 @@ def describe_data(data: TestData) -> dict[str, Any]:
     if isinstance(data, TestFolder):
         where = {"data": str(data.root), "sha256": data.digest()}
         return {**where, "split": "test", "resolution": "each picture's own"}
-    source = "scenes" if isinstance(data, Scenes) else "triplets"
-    described = {"data": source, "split": data.split, "resolution": data.config.size}
+    described: dict[str, Any] = {"split": data.split, "resolution": data.config.size}
+    described |= {"data": "scenes"} if isinstance(data, Scenes) else {"data": "triplets", "pictures": data.pictures}
     return described | {"settings": asdict(data.config), "data_seed": data.seed}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,10 @@ def test_an_interrupted_run_goes_on(
     with pytest.raises(InputError, match="made with adapter a sum, now it is another"):
         decompose_folder(tiny_decomposer, pairs, out, {"adapter": "another"})
     assert json.loads((out / SETTINGS).read_text())["steps"] == 2
+    for pair in pairs:
+        shutil.rmtree((out / pair.stem), ignore_errors=True)
+    decompose_folder(tiny_decomposer, pairs[:1], out, TOLD, seed=1)  # nothing is there that was made with seed 0
+    assert json.loads((out / SETTINGS).read_text())["seed"] == 1
 
 
 def test_a_bad_picture_does_not_lose_the_others(

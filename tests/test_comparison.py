@@ -228,6 +228,15 @@ def test_pictures_of_several_sizes_in_one_folder(models: Models, tmp_path: Path)
     assert (tmp_path / "out" / "samples" / "comparison.png").is_file()
 
 
+def test_samples_of_few_pictures_are_called_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = {"split": "test", "resolution": 32, "data": "triplets", "pictures": 2}
+    monkeypatch.setattr("layerdecomp.comparison.describe_data", lambda _: told)
+    compare(None, SCENES, config(rows=["classical"]), tmp_path / "out")
+    assert "3 samples of 2 pictures; figures in" in capsys.readouterr().out
+
+
 def test_folders_are_told_apart() -> None:
     folders = [Path("x/layers"), Path("y/layers"), Path("z/base"), Path("z/other/")]
     assert [name for name, _ in row_names(folders, {"base": None})] == ["x/layers", "y/layers", "z/base", "other"]

@@ -36,6 +36,19 @@ def test_other_settings_and_other_code_have_other_latents(tmp_path: Path, monkey
     assert not LatentCache(tmp_path, {"seed": 0}).has([0])
 
 
+def test_the_code_that_makes_and_encodes_samples_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    changed, read_bytes = [""], Path.read_bytes
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda path: read_bytes(path) + changed[0].encode() * (path.name in changed)
+    )
+    before = latents._source_sha256.__wrapped__()
+    for name in ("scenes.py", "masks.py", "conditioning.py", "decomposer.py", "autoencoder.py"):
+        changed[:] = [name]
+        assert latents._source_sha256.__wrapped__() != before, name
+    changed[:] = ["flow.py"]
+    assert latents._source_sha256.__wrapped__() == before
+
+
 def test_a_folder_that_cannot_be_written_is_an_error_with_a_way_out(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"latent_cache: .*file.* could not be written .*latent_cache=null"):

@@ -271,6 +271,17 @@ def test_the_splits_share_no_file(sets: Path) -> None:
         assert len(index.rows("test")) > 0 and len(index.rows("train")) > 0
 
 
+@pytest.mark.parametrize(("kind", "name"), [("layered", "layered"), ("pasted", "backgrounds"), ("folders", "folders")])
+def test_held_out_pictures_come_in_turn(sets: Path, kind: str, name: str) -> None:
+    index = Index(sets / f"{name}.safetensors")
+    held_out = [index[row].id for row in index.rows("test")]
+    data = Triplets(config(sets, kind, min_area=0.0), "test", seed=3, length=2 * len(held_out))
+    assert [data.name(i).split(" + ")[0] for i in range(len(data))] == 2 * held_out
+    assert data.pictures == len(held_out) > 1
+    train = Triplets(config(sets, kind), "train", seed=3, length=8)
+    assert [train.name(i) for i in range(8)] != [index[row].id for row in index.rows("train")][:8]
+
+
 @pytest.mark.parametrize("kind", ["layered", "pasted"])
 def test_a_group_is_of_one_bucket_which_varies(sets: Path, kind: str) -> None:
     settings = config(sets, kind, aspects=[1.5, 0.6667])

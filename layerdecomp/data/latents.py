@@ -20,7 +20,7 @@ class LatentCache:
 
     Args:
         folder: holds one folder for every description.
-        described: everything that the latents depend on, as JSON would have it; the code that makes samples is added.
+        described: everything that the latents depend on, as JSON would have it; the code in `SOURCES` is added.
     """
 
     def __init__(self, folder: str | Path, described: Mapping[str, Any]) -> None:
@@ -64,9 +64,12 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
+SOURCES = ("data/*.py", "imaging/*.py", "conditioning.py", "decomposer.py", "models/autoencoder.py")
+
+
 @cache
 def _source_sha256() -> str:
-    """Of the code that makes samples, so that nobody who changes it trains on what it made before."""
+    """Of the code that makes and encodes samples: whoever changes it must not train on what it made before."""
     package = Path(__file__).parent.parent
-    files = sorted(path for folder in ("data", "imaging") for path in (package / folder).glob("*.py"))
+    files = sorted(path for pattern in SOURCES for path in package.glob(pattern))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

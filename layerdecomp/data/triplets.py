@@ -165,7 +165,7 @@ class Triplets(Dataset[dict[str, Any]]):
         """What a log calls a sample: the ids of the items of its first draw whose files can be read."""
         for attempt in range(TRIES):
             with suppress(InputError):
-                items = self._draw(self._rngs(index, attempt)[0], self._size(index)).items
+                items = self._draw(self._rngs(index, attempt)[0], self._size(index), self._first(index, attempt)).items
                 return " + ".join(item.id for item in items)
         return f"sample {index}"
 
@@ -178,7 +178,8 @@ class Triplets(Dataset[dict[str, Any]]):
     def draw(self, index: int, attempt: int = 0) -> dict[str, Any]:
         """A sample; every attempt draws other items for the same place, of the same size."""
         scene_rng, mask_rng, cue_rng, finish_rng = self._rngs(index, attempt)
-        shot = self._finish(self._draw(scene_rng, self._size(index)), finish_rng)
+        drawn = self._draw(scene_rng, self._size(index), self._first(index, attempt))
+        shot = self._finish(drawn, finish_rng)
         sample = build_sample(shot.scene, masks=self.config.masks, rng=mask_rng, image=shot.image, visible=shot.visible)
         dropout = self.config.cue_dropout if self.split == "train" else 0.0
         cues = build_cues(sample["image"], cue_rng, dropout=dropout, enabled=self.with_cues, maps=shot.maps)
@@ -200,11 +201,20 @@ class Triplets(Dataset[dict[str, Any]]):
         """What gives a picture of a kind its aspect."""
         return {"layered": self.layered, "pasted": self.backgrounds, "folders": self.folders}[kind]
 
-    def _draw(self, rng: np.random.Generator, size: tuple[int, int]) -> Shot:
-        """Draws pictures until one has an object of a size that will do."""
+    def _first(self, index: int, attempt: int) -> int | None:
+        """Where among the pictures a sample begins to look: held-out ones come in turn, others as chance has it."""
+        return index if self.split == "test" and attempt == 0 else None
+
+    @property
+    def pictures(self) -> int:
+        """How many there are to draw from; held-out samples beyond that show one for a second time."""
+        return sum(len(self._rows(kind)) for kind in self.kinds)
+
+    def _draw(self, rng: np.random.Generator, size: tuple[int, int], first: int | None) -> Shot:
+        """Draws pictures, perhaps a certain one first, until one has an object of a size that will do."""
         make = {"layered": self._layered, "pasted": self._pasted, "folders": self._folder}[self._kind(rng)]
-        for _ in range(TRIES):
-            shot = make(rng, size)
+        for tries in range(TRIES):
+            shot = make(rng, size, None if tries else first)
             if self.config.min_area <= shot.area <= self.config.max_area and 0 < shot.area < 1:
                 return shot
         raise InputError(
@@ -212,17 +222,24 @@ class Triplets(Dataset[dict[str, Any]]):
             f"{self.config.max_area} of them; look at the data (tools/prepare_data.py check=...), or widen these limits"
         )
 
-    def _matching(self, rows: "Rows", rng: np.random.Generator, size: tuple[int, int]) -> tuple[Index, Item]:
-        """Draws a row whose nearest bucket is `size`, or after some tries any row, which is then cropped."""
+    def _matching(
+        self, rows: "Rows", rng: np.random.Generator, size: tuple[int, int], first: int | None
+    ) -> tuple[Index, Item]:
+        """Draws a row whose nearest bucket is `size`, or after some tries any row, which is then cropped.
+
+        Of rows that come in turn it is the one whose turn it is, whatever its size.
+        """
+        if first is not None:
+            return rows[first % len(rows)]
         for _ in range(TRIES):
             index, item = rows.draw(rng)
             if self.config.buckets()[nearest_aspect(item, self.config.aspects)] == size:
                 break
         return index, item
 
-    def _layered(self, rng: np.random.Generator, size: tuple[int, int]) -> Shot:
+    def _layered(self, rng: np.random.Generator, size: tuple[int, int], first: int | None) -> Shot:
         """One layer of a layered picture is the object: what lies below and above it is the background."""
-        index, item = self._matching(self.layered, rng, size)
+        index, item = self._matching(self.layered, rng, size, first)
         pictures = load_layers(index, item)
         chosen = int(rng.integers(1, len(pictures)))
         place = fit((item.width, item.height), size, rng, bounds(pictures[chosen]))
@@ -230,9 +247,9 @@ class Triplets(Dataset[dict[str, Any]]):
         layers = [layer(place.apply(picture, path)) for picture, path in zip(pictures, paths, strict=True)]
         return Shot(scene_around(layers, chosen), maps=self._maps(index, item, place), items=(item,))
 
-    def _pasted(self, rng: np.random.Generator, size: tuple[int, int]) -> Shot:
+    def _pasted(self, rng: np.random.Generator, size: tuple[int, int], first: int | None) -> Shot:
         """A cut-out somewhere over a background, and sometimes another one in front of it; nobody has maps of that."""
-        index, item = self._matching(self.backgrounds, rng, size)
+        index, item = self._matching(self.backgrounds, rng, size, first)
         background = load_background(index, item, size, rng)
         foreground, cut_out = self._placed(rng, size, float(np.exp(rng.uniform(np.log(0.05), np.log(0.5)))))
         items: tuple[Item, ...] = (item, cut_out)
@@ -265,9 +282,9 @@ class Triplets(Dataset[dict[str, Any]]):
             foreground = soften(foreground, rng.uniform(0.3, 1.5))
         return foreground
 
-    def _folder(self, rng: np.random.Generator, size: tuple[int, int]) -> Shot:
+    def _folder(self, rng: np.random.Generator, size: tuple[int, int], first: int | None) -> Shot:
         """A ready triplet, its image and its mask those of the files; what may stand in front is not known."""
-        index, item = self._matching(self.folders, rng, size)
+        index, item = self._matching(self.folders, rng, size, first)
         if not has_foreground(item):
             raise InputError(f"{index.path}: {item.id} has no foreground; such a set is for evaluation, not training")
         parts = dict(zip(PARTS, load_parts(index, item, PARTS), strict=True))
@@ -320,9 +337,14 @@ class Rows:
     def _ends(self) -> NDArray[np.int64]:
         return np.cumsum([len(rows) for rows in self._rows])
 
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
     def draw(self, rng: np.random.Generator) -> tuple[Index, Item]:
         """Draws any row, each as likely as the other."""
-        place = int(rng.integers(self._ends[-1]))
+        return self[int(rng.integers(len(self)))]
+
+    def __getitem__(self, place: int) -> tuple[Index, Item]:
         which = int(np.searchsorted(self._ends, place, side="right"))
         row = self._rows[which][place - int(self._ends[which])]  # counted from the end of its index
         return self.indexes[which], self.indexes[which][int(row)]

@@ -1,5 +1,6 @@
 """What the two jobs that train by flow matching share: latents, perhaps from a cache, with noise."""
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -70,10 +71,10 @@ class FlowJob(Job):
         return interpolate(z, noise, t), t, velocity_target(z, noise)
 
     def _description(self) -> dict[str, Any]:
-        """What the latents of a sample depend on, but for the code that makes it."""
+        """What the latents of a sample depend on, but for the package's code that makes and encodes it."""
         run, sample = self.run, self.run.sample
         described = {
-            **{"job": run.job, "seed": run.seed, **self.encoding},
+            **{"job": run.job, "seed": run.seed, "code": inspect.getsource(type(self).encode), **self.encoding},
             **{"precision": resolve_precision(run.train.precision), "tiles": [sample.tile, sample.tile_overlap]},
         }
         data = asdict(run.data)
