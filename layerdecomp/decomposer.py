@@ -40,7 +40,7 @@ from layerdecomp.models.lora import inject_lora, merge_lora, without_lora
 from layerdecomp.models.mmdit import MMDiT
 from layerdecomp.resizing import model_size, to_model_size, to_own_size
 from layerdecomp.sampling import Progress, SampleConfig, euler, schedule
-from layerdecomp.tensor_files import Metadata, open_safetensors
+from layerdecomp.tensor_files import Metadata, check_present, open_safetensors
 from layerdecomp.weights import Adapter, check_keys, copy_tensors, empty_mmdit, load_autoencoder, load_mmdit, open_state
 
 TRAINED = re.compile(r"\.lora_[AB]\.weight$|^transformer\.img_in\.|^context_fusion\.")  # names of trained parameters
@@ -464,9 +464,7 @@ def build_decomposer(
 
 def _check_adaptation(config: DecomposerConfig) -> None:
     """Raises `InputError` for what can be known to be wrong before 24 GB are read."""
-    for path in config.weights.named().values():
-        if not Path(path).exists():
-            open_safetensors(path)  # says what to put there
+    check_present(*config.weights.named().values())
     if unknown := [name for name in config.fusion.cues if name not in CUES]:
         raise InputError(f"fusion.cues names {unknown[0]!r}; expected some of {', '.join(CUES)}")
     if config.lora.adapts("img_in"):

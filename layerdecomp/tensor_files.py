@@ -54,12 +54,17 @@ def open_safetensors(path: str | Path, device: str = "cpu", backend: str = "mmap
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder; expected one .safetensors file")
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; put the file there or name another (see checkpoints/README.md)")
+    check_present(path)
     try:
         return safe_open(path, framework="pt", device=device, backend=backend)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: {_why_unreadable(path)} ({error}); download or export it again") from error
+
+
+def check_present(*paths: str | Path) -> None:
+    """Raises one `InputError` for all of some files and folders that do not exist."""
+    if missing := [f"{path} does not exist" for path in paths if not Path(path).exists()]:
+        raise InputError(f"{'; '.join(missing)}; put the file there or name another (see checkpoints/README.md)")
 
 
 def _why_unreadable(path: Path) -> str:

@@ -339,9 +339,10 @@ def test_a_file_that_is_missing_is_told_before_the_large_one_is_read(
     tiny_config: DecomposerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("layerdecomp.decomposer.load_mmdit", lambda *_: pytest.fail("24 GB"))
-    for name in ("rgba_autoencoder", "prompt"):
-        weights = replace(tiny_config.weights, **{name: "nowhere.safetensors"})
-        with pytest.raises(InputError, match="nowhere.safetensors does not exist"):
+    for names in (["rgba_autoencoder"], ["prompt"], ["autoencoder", "prompt"]):
+        weights = replace(tiny_config.weights, **{name: f"{name}.gone" for name in names})
+        told = "; ".join(f"{name}.gone does not exist" for name in names)
+        with pytest.raises(InputError, match=f"^{told}; put the file there"):
             build_decomposer(replace(tiny_config, weights=weights))
 
 
