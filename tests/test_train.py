@@ -169,7 +169,7 @@ def test_a_directory_with_other_settings_is_refused_or_put_aside(tmp_path: Path,
     settings = [*overrides, f"run_dir={tmp_path}/run", "train.steps=1"]
     run_dir = run("tiny", *settings)
     first = (run_dir / "adapter.safetensors").read_bytes()
-    with pytest.raises(InputError, match=r"optim\.lr.*resume=never"):
+    with pytest.raises(InputError, match=rf"optim\.lr.*, or resume={run_dir}/last\.ckpt to go on .*resume=never"):
         run("tiny", *settings, "optim.lr=0.5")
     assert (run_dir / "adapter.safetensors").read_bytes() == first
     run("tiny", *settings, "optim.lr=0.5", "resume=never")
@@ -209,6 +209,40 @@ def test_a_branch_from_an_earlier_checkpoint_gives_up_the_later_ones(tmp_path: P
     (run_dir / "abandoned-last.ckpt").rename(run_dir / "last.ckpt")
     config.resume = str(run_dir / "last.ckpt")  # of which the one before is no branch
     assert open_run(run_dir, config) == run_dir / "last.ckpt" and (run_dir / "previous.ckpt").is_file()
+
+
+def put(checkpoint: Path, step: int) -> bytes:
+    """Writes the smallest checkpoint of a step, and returns its bytes."""
+    checkpoint.parent.mkdir(exist_ok=True)
+    torch.save({"global_step": step, "state_dict": {}}, checkpoint)
+    return checkpoint.read_bytes()
+
+
+@pytest.mark.parametrize("by_link", [False, True])
+def test_no_checkpoint_is_lost_however_often_another_branch_is_taken_up(
+    tmp_path: Path, overrides: list[str], by_link: bool
+) -> None:
+    run_dir = tmp_path / "run"
+    chosen, link = run_dir / "abandoned-last.ckpt", tmp_path / "link.ckpt"
+    link.symlink_to(chosen)
+    settings = [*overrides, f"run_dir={run_dir}", f"resume={link if by_link else chosen}"]
+    config = load_config(REPOSITORY / "configs" / "tiny.yaml", settings)
+    files = {put(chosen, 9)}
+    for steps in ((4, 5), (6, 7)):
+        files |= {put(run_dir / f"{name}.ckpt", step) for name, step in zip(("previous", "last"), steps, strict=True)}
+        assert open_run(run_dir, config) == chosen and torch.load(chosen)["global_step"] == 9
+        assert newest_checkpoint(run_dir) is None
+        assert {path.read_bytes() for path in run_dir.glob("*.ckpt")} == files
+
+
+def test_a_checkpoint_in_a_folder_of_the_run_stays_where_it_is(tmp_path: Path, overrides: list[str]) -> None:
+    run_dir = tmp_path / "run"
+    last, inner = run_dir / "last.ckpt", run_dir / "kept" / "last.ckpt"
+    put(last, 5)
+    put(inner, 3)
+    settings = [*overrides, f"run_dir={run_dir}", f"resume={inner}"]
+    assert open_run(run_dir, load_config(REPOSITORY / "configs" / "tiny.yaml", settings)) == inner
+    assert inner.is_file() and not last.exists() and [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_frozen_files_may_move(tmp_path: Path, overrides: list[str], tiny_weights: Path) -> None:

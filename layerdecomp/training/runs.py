@@ -1,10 +1,10 @@
 """A run's directory, whether it continues an earlier one, and the trainer that drives it."""
 
 import logging
-import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -102,54 +102,76 @@ def averaged(trainer: Trainer, job: Job) -> AbstractContextManager[None]:
 def open_run(run_dir: Path, config: RunConfig) -> Path | None:
     """Makes the run's directory and says which checkpoint to go on from.
 
-    With `resume=auto`, the last sound one of an earlier run of the same config; with `never`, none, and an earlier
-    run's directory is kept under another name; else the given file.
+    An earlier run's directory is kept under another name, unless this run goes on from a checkpoint in it.
+
+    Raises:
+        InputError: as `find_checkpoint`, or the directory cannot be written.
+    """
+    checkpoint = find_checkpoint(run_dir, config)
+    if config.resume != "auto":
+        _make_room(run_dir, checkpoint)
+    _write_config(run_dir, config)
+    return checkpoint
+
+
+def find_checkpoint(run_dir: Path, config: RunConfig) -> Path | None:
+    """The checkpoint to go on from.
+
+    With `resume=auto`, the last sound one of an earlier run of the same config; with `never`, none; else the given
+    file.
 
     Raises:
         InputError: the directory holds a run of another config, or none of its checkpoints, or the given file, can be
             read.
     """
-    described, checkpoint = run_dir / "config.yaml", None
     if config.resume == "never":
-        _put_aside(run_dir)
-    elif config.resume != "auto":
-        checkpoint = Path(config.resume)
-        if not checkpoint.is_file():
-            raise InputError(f"resume={checkpoint}: no such checkpoint; expected auto, never or an existing file")
-        read_checkpoint(checkpoint, device="meta")
-        if checkpoint.resolve().parent == run_dir.resolve():
-            _abandon_others(checkpoint)
-        else:
-            _put_aside(run_dir)
-    elif (checkpoint := newest_checkpoint(run_dir)) and described.is_file():
-        _check_unchanged(run_dir, changed_keys(config, described))
-    _write_config(run_dir, config)
+        return None
+    if config.resume != "auto":
+        return _given_checkpoint(config.resume)
+    checkpoint, described = newest_checkpoint(run_dir), run_dir / "config.yaml"
+    if checkpoint is not None and described.is_file():
+        _check_unchanged(checkpoint, changed_keys(config, described))
     return checkpoint
 
 
-def _check_unchanged(run_dir: Path, changed: Mapping[str, str]) -> None:
+def _given_checkpoint(name: str) -> Path:
+    checkpoint = Path(name)
+    if not checkpoint.is_file():
+        raise InputError(f"resume={checkpoint}: no such checkpoint; expected auto, never or an existing file")
+    read_checkpoint(checkpoint, device="meta")
+    return checkpoint.resolve()  # a link may be renamed with its folder, which leaves the file itself where it is
+
+
+def _check_unchanged(checkpoint: Path, changed: Mapping[str, str]) -> None:
     if changed:
         listed = "; ".join(f"{key}: {values}" for key, values in [*changed.items()][:5])
         raise InputError(
-            f"{run_dir} holds a run with other settings ({listed}); choose another name=, or resume=never to start "
-            "anew and keep the old one aside"
+            f"{checkpoint.parent} holds a run with other settings ({listed}); choose another name=, or "
+            f"resume={checkpoint} to go on from there with the settings of now, or resume=never to start anew and "
+            "keep the old one aside"
         )
 
 
 @rank_zero_only
-def _put_aside(run_dir: Path) -> None:
-    if run_dir.exists():
-        taken = (run_dir.with_name(f"{run_dir.name}.{n}") for n in range(1, sys.maxsize))
-        run_dir.rename(next(path for path in taken if not path.exists()))
+def _make_room(run_dir: Path, checkpoint: Path | None) -> None:
+    """Puts an earlier run's directory aside, or only its later checkpoints, if the one to go on from is in there."""
+    if checkpoint is not None and run_dir.resolve() in checkpoint.parents:
+        _abandon_later(run_dir.resolve(), checkpoint)
+    elif run_dir.exists():
+        run_dir.rename(_first_free(run_dir.with_name(f"{run_dir.name}.{n}") for n in count(1)))
 
 
-@rank_zero_only
-def _abandon_others(checkpoint: Path) -> None:
+def _abandon_later(run_dir: Path, checkpoint: Path) -> None:
     """Keeps the run's later checkpoints from being taken for those of the branch that starts at an earlier one."""
-    later = {LAST: (), PREVIOUS: (LAST,)}.get(checkpoint.name, (LAST, PREVIOUS))
-    for other in map(checkpoint.with_name, later):
-        if other.is_file():
-            other.replace(other.with_name(f"abandoned-{other.name}"))
+    last, previous = run_dir / LAST, run_dir / PREVIOUS
+    for later in {last: (), previous: (last,)}.get(checkpoint, (last, previous)):
+        if later.is_file():
+            names = chain([f"abandoned-{later.name}"], (f"abandoned-{n}-{later.name}" for n in count(2)))
+            later.rename(_first_free(map(run_dir.joinpath, names)))
+
+
+def _first_free(paths: Iterable[Path]) -> Path:
+    return next(path for path in paths if not path.exists())
 
 
 @rank_zero_only
