@@ -467,7 +467,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
     with monkeypatch.context() as patch:
         cut_off(patch, 2, 0, lambda: os.kill(os.getpid(), reason))
         with pytest.raises(SystemExit) as stopped:
-            run("tiny", *settings)
+            run("tiny", *settings, "resume=never")
     assert stopped.value.code == 128 + reason
     said = capsys.readouterr().err
     assert f"stopped by {reason.name} after step 3; go on with" in said
@@ -496,6 +496,33 @@ def test_a_signal_during_validation_is_heeded_at_once(
     assert stopped.value.code == 128 + signal.SIGTERM and begun == [0, 2][: validation + 1]
     newest = newest_checkpoint(tmp_path / "run")
     assert (newest and read_checkpoint(newest)["global_step"]) == saved
+
+
+def test_a_run_that_has_saved_nothing_goes_on_from_the_file_that_it_was_given(
+    tmp_path: Path, jobs: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [*jobs["tiny"], "train.validate_every=2", "train.checkpoint_every=9", "train.steps=4"]
+    straight = run("tiny", *settings, f"run_dir={tmp_path}/straight")
+    branch = f"resume={straight / PREVIOUS}"  # of step 2, so that it begins with a validation
+    settings.append(f"run_dir={tmp_path}/branch")
+
+    def tell() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def stopped(*resume: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["tools/train.py", *resume])
+        with pytest.raises(SystemExit):
+            run("tiny", *settings, *resume)
+        return capsys.readouterr().err.splitlines()[-1].strip()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "on_validation_start", lambda self: tell() if self.global_step else None)
+        assert stopped(branch) == f"python tools/train.py {branch}"
+    with monkeypatch.context() as patch:
+        cut_off(patch, 2, 0, tell)
+        assert stopped(branch) == "python tools/train.py resume=auto"
+    resumed = run("tiny", *settings, "resume=auto")
+    assert same(result(resumed, "tiny"), result(straight, "tiny"))
 
 
 # Two processes

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,11 +13,13 @@ import threading
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from conftest import alone
+from lightning import Trainer
 from torch import Tensor, nn
 
 from layerdecomp.config import load_config
@@ -26,7 +29,7 @@ from layerdecomp.training import checkpoints
 from layerdecomp.training.base import Job
 from layerdecomp.training.checkpoints import LAST, read_checkpoint
 from layerdecomp.training.decomposer import DecomposerJob
-from layerdecomp.training.faults import FaultCount, StepGuard, end_with_parent, fitting_settings, poisoned
+from layerdecomp.training.faults import FaultCount, StepGuard, end_with_parent, explained, fitting_settings, poisoned
 from layerdecomp.training.runs import StepBar, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -249,9 +252,38 @@ def test_a_disk_that_cannot_be_written(
         original(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(RunError, match=rf"step 3 could not be saved .*{os.strerror(number)}.*; {remedy}.*goes on"):
+    with pytest.raises(RunError, match=rf"step 3 could not be saved .*{os.strerror(number)}.*; {remedy}.*goes on:"):
         run(overrides)
     assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("resume", "named", "saved", "expected"),
+    [
+        ("auto", [], True, []),  # an ablation sets it itself
+        ("auto", ["resume=auto"], True, ["resume=auto"]),  # over another one in the YAML
+        ("never", ["resume=never"], False, ["resume=auto"]),
+        ("never", [], True, ["resume=auto"]),  # the YAML's
+        ("a b.ckpt", ["resume=a b.ckpt"], False, ["resume=a b.ckpt"]),
+        ("a b.ckpt", ["resume=a b.ckpt"], True, ["resume=auto"]),
+    ],
+)
+def test_an_error_names_the_command_that_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, resume: str, named: list[str], saved: bool, expected: list[str]
+) -> None:
+    settings = [f"run_dir={tmp_path}/run", f"resume={resume}"]
+    config = load_config(ROOT / "configs" / "tiny.yaml", settings)
+    monkeypatch.setattr(sys, "argv", ["tools/train.py", *named, "train.steps=6"])
+    one_rank = SimpleNamespace(world_size=1, global_rank=0)
+    with pytest.raises(RunError) as caught, explained(cast(Trainer, one_rank), config, str):
+        if saved:
+            (tmp_path / "run").mkdir()
+            (tmp_path / "run" / "previous.ckpt").touch()  # a power cut before the last one had its name
+        raise RunError("a fault")
+    kept, command = str(caught.value).split("\n  ")
+    assert kept == f"a fault; {tmp_path}/run keeps what was saved, and this command goes on:"
+    given = shlex.split(command)
+    assert given[:2] == ["python", "tools/train.py"] and sorted(given[2:]) == sorted([*expected, "train.steps=6"])
 
 
 @pytest.mark.parametrize(
@@ -294,7 +326,7 @@ def test_a_checkpoint_that_could_not_be_written_ends_the_run(
     monkeypatch.setattr(checkpoints, "_write", write)
     monkeypatch.setattr(Job, "training_step", training_step)
     monkeypatch.setattr(Job, "on_validation_start", validation)
-    with pytest.raises(RunError, match=r"step 3 could not be saved .*No space left.*; .* goes on from there"):
+    with pytest.raises(RunError, match=r"step 3 could not be saved .*No space left.*; .* goes on:"):
         run(overrides, *settings, "train.checkpoint_every=3")
     assert steps[-1] == reached and not (tmp_path / "run" / "adapter.safetensors").exists()
 
@@ -352,7 +384,7 @@ def die(self: Positions, position: int) -> dict[str, Any]:
 def test_a_dead_worker_ends_the_run(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Positions, "__getitem__", die)
     started = time.monotonic()
-    with pytest.raises(RunError, match=r"makes samples died \(.*fewer data\.workers.*goes on from there"):
+    with pytest.raises(RunError, match=r"makes samples died \(.*fewer data\.workers.*goes on:"):
         run(overrides, "data.workers=1")
     assert time.monotonic() - started < 60
 

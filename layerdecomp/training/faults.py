@@ -21,8 +21,9 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
+from layerdecomp.config import RunConfig
 from layerdecomp.errors import InputError, RunError
-from layerdecomp.training.checkpoints import StoppedError
+from layerdecomp.training.checkpoints import LAST, PREVIOUS, StoppedError
 from layerdecomp.training.late import Late
 
 logger = logging.getLogger(__name__)
@@ -108,14 +109,20 @@ class FaultCount:
             )
 
 
-def command_to_continue() -> str:
-    """The command that was given, without what would start anew."""
+def command_to_continue(config: RunConfig) -> str:
+    """The command that was given, with `resume=auto` in place of what would start anew, or again from a checkpoint.
+
+    Where the run has saved nothing yet, that checkpoint is still the one to go on from.
+    """
+    saved = any((Path(config.run_dir) / name).is_file() for name in (LAST, PREVIOUS))
+    if config.resume == "auto" or (config.resume != "never" and not saved):
+        return shlex.join(["python", *sys.argv])
     return shlex.join(["python", *(part for part in sys.argv if not part.startswith("resume=")), "resume=auto"])
 
 
 @contextmanager
-def explained(trainer: Trainer, run_dir: Path, what_fits: Callable[[], str]) -> Iterator[None]:
-    """Turns what ends a run, and is no bug, into one message that names the rank.
+def explained(trainer: Trainer, config: RunConfig, what_fits: Callable[[], str]) -> Iterator[None]:
+    """Turns what ends a run, and is no bug, into one message that names the rank and says how to go on.
 
     A run that was told to stop exits with 128 and the number of the signal, as a shell would say.
 
@@ -123,34 +130,39 @@ def explained(trainer: Trainer, run_dir: Path, what_fits: Callable[[], str]) -> 
         what_fits: says which settings need less memory, once what the failed step held has been freed.
     """
     rank = f"rank {trainer.global_rank}: " if trainer.world_size > 1 else ""
-    kept = f"; {run_dir} keeps what was saved, and the same command goes on from there"
     try:
         yield
     except StoppedError as stopped:
-        _leave(trainer, stopped)
+        _leave(trainer, stopped, command_to_continue(config))
     except InputError as error:
         raise InputError(rank + _of_worker(str(error))) from error
     except RunError as error:
-        raise RunError(rank + str(error) + kept) from error
+        raise RunError(rank + str(error) + _kept(config)) from error
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         _free(error)
         raise RunError(f"{rank}{reason}\n{what_fits()}") from None
     except OSError as error:
-        raise RunError(f"{rank}a file could not be read or written ({error}){kept}") from error
+        raise RunError(f"{rank}a file could not be read or written ({error}){_kept(config)}") from error
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
             why = "often it is memory: fewer data.workers need less"
-            raise RunError(f"{rank}a process that makes samples died ({_first_line(error)}); {why}{kept}") from error
+            died = f"a process that makes samples died ({_first_line(error)}); {why}"
+            raise RunError(rank + died + _kept(config)) from error
         if fault := _dead_rank(trainer, error):
-            raise RunError(f"{rank}{fault}{kept}") from error
+            raise RunError(rank + fault + _kept(config)) from error
         raise
 
 
-def _leave(trainer: Trainer, stopped: StoppedError) -> None:
+def _kept(config: RunConfig) -> str:
+    """The end of an error's message; asked for when the run has ended, since what was saved by then counts."""
+    return f"; {config.run_dir} keeps what was saved, and this command goes on:\n  {command_to_continue(config)}"
+
+
+def _leave(trainer: Trainer, stopped: StoppedError, command: str) -> None:
     if not trainer.is_global_zero:
         sys.exit(0)  # the first rank speaks for all
-    print(f"\n{stopped}; go on with\n  {command_to_continue()}", file=sys.stderr, flush=True)
+    print(f"\n{stopped}; go on with\n  {command}", file=sys.stderr, flush=True)
     if stopped.alone and trainer.strategy.launcher is not None:
         trainer.strategy.launcher.kill(signal.SIGKILL)  # the others wait for this one
         os._exit(128 + stopped.reason)  # before Lightning finds them dead, and kills this one too

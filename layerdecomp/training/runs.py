@@ -85,7 +85,7 @@ def train(config: RunConfig) -> None:
         print(f"going on from {checkpoint}; a finished run is only evaluated again (resume=never starts anew)")
     if trainer.local_rank > 0:
         end_with_parent(trainer.global_rank)
-    with explained(trainer, run_dir, job.what_fits):
+    with explained(trainer, config, job.what_fits):
         if checkpoint is None:
             trainer.validate(job, data, verbose=False)  # where training starts from
         trainer.fit(job, data, ckpt_path=checkpoint, weights_only=True)
