@@ -252,7 +252,8 @@ def test_frozen_files_may_move(tmp_path: Path, overrides: list[str], tiny_weight
     settings += [f"resume={first / 'last.ckpt'}", f"run_dir={tmp_path}/second"]
     run("tiny", *settings, f"weights.transformer={moved}")
     other = tiny_weights / "autoencoder.safetensors"
-    with pytest.raises(InputError, match="autoencoder.safetensors has changed since"):
+    told = rf"frozen files: {other} \(sha256 \w{{8}}\) then, {tmp_path}/autoencoder.safetensors \(sha256 \w{{8}}\) now;"
+    with pytest.raises(InputError, match=told):
         save_file(
             load_file(other), tmp_path / "autoencoder.safetensors", safe_open(other, "pt").metadata() | {"a": "b"}
         )
@@ -274,10 +275,33 @@ def test_a_run_does_not_go_on_with_another_base(tmp_path: Path, overrides: list[
     settings = [*overrides, f"weights.transformer={base}", f"run_dir={tmp_path}/run", "train.steps=2"]
     run_dir = run("tiny", *settings)
     checkpoint = torch.load(run_dir / "last.ckpt", weights_only=True)
-    checkpoint["frozen_sha256"][str(base)] = "of another file"
-    torch.save(checkpoint, run_dir / "last.ckpt")
-    with pytest.raises(InputError, match="transformer.safetensors has changed"):
-        run("tiny", *settings)
+    sha256 = file_sha256(base)
+    for then, told in (
+        (checkpoint["frozen_sha256"] | {str(base): "0123456789"}, rf"{base} \(sha256 01234567\) then, {base} .* now"),
+        (checkpoint["frozen_sha256"] | {"/a/prompt": sha256}, rf": /a/prompt \(sha256 {sha256[:8]}\) then, none now;"),
+        (
+            {str(base): sha256},
+            r": none then, \S*/autoencoder\.\S* \(.*\) now; none then, \S*/rgba_autoencoder\.\S* .* now;",
+        ),
+    ):
+        torch.save({**checkpoint, "frozen_sha256": then}, run_dir / "last.ckpt")
+        with pytest.raises(InputError, match=f"started with other frozen files.*{told}.*resume=never"):
+            run("tiny", *settings)
+
+
+def test_no_save_reads_the_frozen_files(tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    original = DecomposerJob.on_save_checkpoint
+
+    def save(self: DecomposerJob, checkpoint: dict[str, Any]) -> None:
+        before = file_sha256.cache_info().misses
+        original(self, checkpoint)
+        read.append(file_sha256.cache_info().misses - before)
+
+    monkeypatch.setattr(DecomposerJob, "on_save_checkpoint", save)
+    file_sha256.cache_clear()
+    run("tiny", *overrides, "latent_cache=null", "evaluate.rows=[]", "train.steps=2", f"run_dir={tmp_path}/run")
+    assert read == [0]
 
 
 def test_settings_that_cannot_work_leave_nothing_behind(tmp_path: Path, overrides: list[str]) -> None:

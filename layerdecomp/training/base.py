@@ -71,6 +71,10 @@ def _as(before: Any, value: Any) -> Any:
     return torch.as_tensor(value).to(before) if isinstance(before, Tensor) else value
 
 
+def _file(path: str, sha256: str) -> str:
+    return f"{path} (sha256 {sha256[:8]})" if sha256 else path
+
+
 class Job(LightningModule):
     """A training job. Its checkpoints hold the trained tensors only: the frozen ones have files of their own."""
 
@@ -219,19 +223,20 @@ class Job(LightningModule):
         """The weight files that what is trained belongs to."""
         return []
 
+    def frozen_sha256(self) -> dict[str, str]:
+        """The checksums of `frozen_files`, each read once in a process."""
+        return {path: file_sha256(Path(path)) for path in self.frozen_files}
+
+    def on_fit_start(self) -> None:
+        self.frozen_sha256()  # now: reading 24 GB would hold up the step of the first save, on every rank
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["frozen_sha256"] = {path: file_sha256(Path(path)) for path in self.frozen_files}
+        checkpoint["frozen_sha256"] = self.frozen_sha256()
         checkpoint["optimizer"] = self._optimizer_kind
         checkpoint["skipped_steps"] = self.guard.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        expected = checkpoint.get("frozen_sha256", {}).values()  # by content: the files may lie elsewhere now
-        for path, sha256 in zip_longest(self.frozen_files, expected):
-            if path is None or sha256 != file_sha256(Path(path)):
-                raise InputError(
-                    f"{path} has changed since this run was started; put the old file back, or start anew with "
-                    "resume=never"
-                )
+        self._check_frozen(checkpoint.get("frozen_sha256", {}))
         self._take_own_rates(checkpoint)
         self.guard.skipped = checkpoint.get("skipped_steps", 0)
         step, train = checkpoint["global_step"], self.run.train
@@ -242,6 +247,16 @@ class Job(LightningModule):
             batches=train.accumulate,
             validates=step % train.validate_every == 0 and step < train.steps,
         )
+
+    def _check_frozen(self, then: Mapping[str, str]) -> None:
+        """Compares files by content: they may lie elsewhere now."""
+        pairs = zip_longest(then.items(), self.frozen_sha256().items(), fillvalue=("none", ""))
+        changed = [f"{_file(*before)} then, {_file(*now)} now" for before, now in pairs if before[1] != now[1]]
+        if changed:
+            raise InputError(
+                f"this run was started with other frozen files: {'; '.join(changed)}; put back or name the files of "
+                "then, or start anew with resume=never"
+            )
 
     @property
     def _optimizer_kind(self) -> str:

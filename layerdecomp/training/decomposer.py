@@ -135,7 +135,7 @@ class DecomposerJob(FlowJob):
         config = self.run.evaluate
         data = open_samples(self.run.data, "test", config.seed, config.samples)
         # What is trained by its numbers: layers drawn in a run that was cut off here may be those of another step.
-        files = {path: file_sha256(Path(path)) for path in self.frozen_files} | {"adapter": self.decomposer.digest()}
+        files = self.frozen_sha256() | {"adapter": self.decomposer.digest()}
         models = Models(self.decomposer, base, files, self.run.quantize)
         evaluation = compare(models, data, config, run_dir, device=self.device, share=share)
         if evaluation is not None:
