@@ -386,6 +386,28 @@ def test_latents_are_those_of_what_they_depend_on(
     assert folder() != before
 
 
+@pytest.mark.parametrize("muon", ["true", "false"])
+def test_rate_and_gradient_norm_are_logged_as_each_step_has_them(
+    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch, muon: str
+) -> None:
+    found: list[tuple[float, float]] = []
+    original = DecomposerJob.configure_gradient_clipping
+
+    def watched(self: DecomposerJob, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+        gradients = [parameter.grad for _, parameter in self.trained() if parameter.grad is not None]
+        squares = sum(gradient.double().square().sum().item() for gradient in gradients)
+        found.append((optimizer.param_groups[0]["lr"], squares**0.5))
+        original(self, optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(DecomposerJob, "configure_gradient_clipping", watched)
+    settings = [*overrides, "evaluate.rows=[]", "train.steps=5", "train.accumulate=2", f"optim.muon={muon}"]
+    run_dir = run("tiny", *settings, "optim.warmup=3", "optim.clip=1e-3", f"run_dir={tmp_path}/run")
+    rates, norms = (dict(enumerate(values)) for values in zip(*found, strict=True))
+    assert curve(run_dir, "train/lr") == pytest.approx(rates) and len(set(rates.values())) == 5
+    assert curve(run_dir, "train/grad_norm") == pytest.approx(norms, rel=1e-5)
+    assert min(norms.values()) > 1e-3  # before it is clipped
+
+
 def test_several_processes_share_gradients_in_buckets() -> None:
     alone, several = TrainConfig(), TrainConfig(devices=2)
     assert build_strategy(alone) == "auto"

@@ -87,7 +87,8 @@ class Job(LightningModule):
         self._commit = source_commit()  # now: the files may move on while the run trains
         self._step_started: float | None = None
         self._losses: list[Tensor] = []  # of the batches of a step
-        self._pending: tuple[int, list[str], Late] | None = None  # a step whose losses are not logged yet
+        self._means: dict[str, Tensor] = {}  # of the losses of a step
+        self._pending: tuple[int, list[str], Late] | None = None  # a step whose numbers are not logged yet
         self.shown: dict[str, float] = {}  # beside the progress bar
         self.guard, self.faults = StepGuard(config.train.max_skipped), FaultCount(config.data.max_faulty)
 
@@ -135,9 +136,7 @@ class Job(LightningModule):
         self._losses.append(torch.stack([value.detach() for value in losses.values()]))
         if len(self._losses) == self.trainer.accumulate_grad_batches:
             means = summed(torch.stack(self._losses).mean(dim=0)) / self.trainer.world_size
-            self._losses = []
-            self.log_pending()
-            self._pending = self.global_step, [*losses], Late(means)
+            self._losses, self._means = [], dict(zip(losses, means, strict=True))
         self._rate_samples(size * self.trainer.world_size)
         return poisoned(losses["loss"])
 
@@ -146,12 +145,12 @@ class Job(LightningModule):
         if self._pending is None:
             return
         (step, names, numbers), self._pending = self._pending, None
-        losses = dict(zip(names, numbers.read(), strict=True))
-        self.shown["loss"] = losses["loss"]
-        figures = {f"train/{name}": value for name, value in losses.items()}
+        figures = dict(zip(names, numbers.read(), strict=True))
+        self.shown["loss"] = figures["loss"]
+        figures |= {"lr": self.run.optim.lr * self._rate(step), "skipped": self.guard.skipped}
         rates = {name: value for name, value in self.shown.items() if name != "loss"}
         if self.logger is not None:
-            self.logger.log_metrics({**figures, **rates, "train/skipped": self.guard.skipped}, step)
+            self.logger.log_metrics({f"train/{name}": value for name, value in figures.items()} | rates, step)
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         """Clips the gradient of a step, or leaves the step out: without gradients, an optimizer changes nothing.
@@ -160,6 +159,9 @@ class Job(LightningModule):
         """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.run.optim.clip if self.run.optim.clip > 0 else math.inf)
+        self.log_pending()
+        figures = {**self._means, "grad_norm": norm}
+        self._pending = self.global_step, [*figures], Late(torch.stack([*figures.values()]))
         step = self.trainer.global_step + 1
         if all(group.get("fused") for group in optimizer.param_groups) and not isinstance(norm, DTensor):
             optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # its kernel looks at it
