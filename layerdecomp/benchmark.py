@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from torch.optim import Optimizer
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from layerdecomp.conditioning import LATENT_FACTOR, TOKEN_FACTOR, ConditioningConfig
 from layerdecomp.decomposer import Context, Decomposer, Prompt, mixed_precision
@@ -28,12 +28,23 @@ from layerdecomp.flow import FlowConfig, flow_loss
 from layerdecomp.imaging.cues import CUES
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.context_fusion import ContextFusion, ContextFusionConfig
-from layerdecomp.models.lora import LoRAConfig, inject_lora, merge_lora
+from layerdecomp.models.lora import LoRAConfig, inject_lora, merge_lora, without_lora
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.quantization import adamw, check_bits, check_format, check_optimizer, quantize_blocks
 from layerdecomp.sampling import SampleConfig
 
 META = torch.device("meta")
+# Keys that reference= does not take: the other side has no such thing, or the comparison has no use for it.
+OURS_ALONE = (
+    "quantize",
+    "bits",
+    "recompute",
+    "recompute_attention",
+    "pictures_at_once",
+    "steps",
+    "measure",
+    "sync_debug",
+)
 
 
 @dataclass
@@ -71,8 +82,10 @@ class BenchmarkConfig:
             raise InputError(f"sync_debug is {self.sync_debug!r}; expected default, warn or error")
         if self.reference not in (None, "diffusers"):
             raise InputError(f"reference is {self.reference!r}; expected diffusers, or null for none")
-        if self.reference and (self.quantize or self.bits != 32):
-            raise InputError("reference=diffusers compares neither quantize nor bits=8; leave them out")
+        for key in OURS_ALONE if self.reference else ():
+            found, neutral = getattr(self, key), getattr(BenchmarkConfig, key)
+            if found != neutral:
+                raise InputError(f"{key} is {found}; expected {neutral} beside reference=diffusers; leave it out")
 
     @property
     def transformer(self) -> MMDiTConfig:
@@ -253,23 +266,41 @@ def count(config: BenchmarkConfig) -> dict[str, float]:
     """Operations of each piece, and of the parts of training that are differences between such counts."""
     workload = Workload(config, META, torch.float32)
     counts = {name: float(_operations(workload, piece)) for name, piece in TRAINING_PIECES.items()}
-    wider = replace(config, lora=replace(config.lora, rank=2 * config.lora.rank))
-    counts["of it LoRA"] = _training(wider) - counts[TRAINING]  # which grows with the rank, and nothing else does
+    with without_lora(workload.decomposer.transformer):
+        counts["of it LoRA"] = counts[TRAINING] - _operations(workload, Workload.train)
     counts["of it attention"] = _operations(workload, Workload.train, of=("bmm", "attention"))
-    counts["of it recomputed"] = counts[TRAINING] - _training(replace(config, recompute=0))
+    once = Workload(replace(config, recompute=0), META, torch.float32)
+    counts["of it recomputed"] = counts[TRAINING] - _operations(once, Workload.train)
     counts[STEP] = counts[ENCODING] + counts[TRAINING]
     workload.merge()
     counts |= {name: float(_operations(workload, piece)) for name, piece in SAMPLING_PIECES.items()}
     return counts
 
 
-def _training(config: BenchmarkConfig) -> float:
-    return _operations(Workload(config, META, torch.float32), Workload.train)
-
-
 def flop_counter() -> FlopCounterMode:
-    """Counts multiplications and additions, those of products that are added in place as well."""
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _added_in_place})
+    """Counts multiplications and additions: of products added in place as well, of attention by whichever kernel."""
+    aten = torch.ops.aten
+    backward = (
+        aten._scaled_dot_product_flash_attention_for_cpu_backward,
+        aten._scaled_dot_product_flash_attention_backward,
+        aten._scaled_dot_product_efficient_attention_backward,
+        aten._scaled_dot_product_cudnn_attention_backward,
+    )
+    formulas: dict[Any, Callable[..., int]] = {
+        aten.addmm_: _added_in_place,
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,  # which PyTorch's own table lacks
+        **dict.fromkeys(backward, _attention_backward),
+    }
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def _attention(q: Sequence[int], k: Sequence[int], v: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def _attention_backward(gradient: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """Four products for the forward pass's two; that kernels compute the scores anew is no work of the formula."""
+    return 2 * _attention(*args, **kwargs)
 
 
 def _added_in_place(out: Sequence[int], a: Sequence[int], b: Sequence[int], **kwargs: Any) -> int:
@@ -344,13 +375,17 @@ def attention_backend(config: BenchmarkConfig, device: torch.device, dtype: torc
 def stopwatch(function: Callable[[], Tensor | None], device: torch.device) -> float:
     """Seconds that a call takes; on one CPU thread those of the processor, which others on the machine disturb less."""
     clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    _wait_for(device)
     start = clock()
     function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    _wait_for(device)
     return clock() - start
+
+
+def _wait_for(device: torch.device) -> None:
+    """Until an accelerator has done what it was given; a CPU has when a call returns."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def _seconds(function: Callable[[], Tensor | None], device: torch.device, repeats: int) -> list[float]:

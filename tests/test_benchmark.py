@@ -6,7 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from layerdecomp.benchmark import ENCODING, FUSION, STEP, TRAINING, BenchmarkConfig, Workload, benchmark, count
+from layerdecomp.benchmark import (
+    ENCODING,
+    FUSION,
+    STEP,
+    TRAINING,
+    BenchmarkConfig,
+    Workload,
+    benchmark,
+    count,
+    flop_counter,
+    stopwatch,
+)
 from layerdecomp.config import merge_config
 from layerdecomp.errors import InputError
 from layerdecomp.models.context_fusion import ContextFusionConfig
@@ -41,6 +52,25 @@ def test_counts_are_those_of_the_formulas() -> None:
     assert counts["of it recomputed"] == 0
     assert 2 * counts["one sampling step"] < counts[TRAINING] < 3 * counts["one sampling step"], "frozen weights"
     assert 0 < counts[FUSION] < counts[TRAINING]
+
+
+@pytest.mark.parametrize("rank", [2, 400])  # of a width of 256; a large rank is added to the weight itself
+def test_the_part_of_lora_is_what_is_saved_without_it(rank: int) -> None:
+    config = replace(SMALL, lora=LoRAConfig(rank=rank))
+    none = replace(SMALL, lora=LoRAConfig(rank=rank, targets=[]))
+    counts = count(config)
+    assert counts["of it LoRA"] == counts[TRAINING] - count(none)[TRAINING] > 0
+
+
+def test_a_cpu_and_the_meta_device_count_the_same() -> None:
+    found = []
+    for device in ("meta", "cpu"):
+        workload = Workload(SMALL, torch.device(device), torch.float32)
+        with flop_counter() as counter:
+            workload.train()
+        found.append(counter.get_total_flops())
+        assert any("attention" in str(name) for name in counter.get_flop_counts()["Global"]) == (device == "cpu")
+    assert found[0] == found[1]
 
 
 def test_recomputing_costs_no_more_than_another_forward_pass() -> None:
@@ -96,6 +126,14 @@ def test_a_training_step_is_its_pieces_and_trains() -> None:
 def test_waiting_for_a_gpu_is_looked_for_on_a_gpu() -> None:
     with pytest.raises(InputError, match="sync_debug=error looks at a GPU"):
         benchmark(BenchmarkConfig(size=32, scale=0.04, sync_debug="error"), "cpu", torch.float32)
+
+
+def test_a_stopwatch_waits_for_every_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[object] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", said.append)
+    for name in ("cpu", "mps", "cuda"):
+        stopwatch(lambda: said.append("run"), torch.device(name))
+    assert said == ["run", *(x for name in ("mps", "cuda") for x in (torch.device(name), "run", torch.device(name)))]
 
 
 def test_fusion_with_three_cues_is_no_more_than_three_hundredths_of_a_step() -> None:

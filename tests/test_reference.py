@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from layerdecomp.benchmark import BenchmarkConfig
+from layerdecomp.config import merge_config
 from layerdecomp.errors import InputError
 from layerdecomp.models.lora import LoRALinear
 from layerdecomp.reference import NAMES, Side, compare, differences, pair, random_inputs, results
@@ -41,6 +42,25 @@ def test_the_table_has_both_and_their_ratio() -> None:
     counted = [float(cell) for cell in rows[1][2:4]]
     assert counted[0] == counted[1] > 0, "merged, both are the base"
     assert re.search(r"diffusers [0-9.]+, peft [0-9.]+", told)
+
+
+@pytest.mark.parametrize(
+    ("setting", "neutral"),
+    [
+        ("quantize=int8", "None"),
+        ("bits=8", "32"),
+        ("recompute=1", "0"),
+        ("recompute_attention=false", "True"),
+        ("pictures_at_once=1", "0"),
+        ("steps=4", "28"),
+        ("measure=false", "True"),
+        ("sync_debug=warn", "default"),
+    ],
+)
+def test_what_only_ours_would_do_is_refused(setting: str, neutral: str) -> None:
+    merge_config(BenchmarkConfig(), [], [setting])
+    with pytest.raises(InputError, match=f"{setting.split('=')[0]} is .*; expected {neutral} beside reference=diff"):
+        merge_config(BenchmarkConfig(), [], ["reference=diffusers", setting])
 
 
 @pytest.mark.parametrize("gain", [2.0, float("nan")])
