@@ -12,6 +12,7 @@ from datetime import timedelta
 from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from layerdecomp.config import DecomposerJobConfig, changed_keys, load_config, merge_config, read_yaml
 from layerdecomp.errors import InputError
@@ -126,7 +127,7 @@ def _run(config: AblationConfig, row: str, seed: int, folder: Path, overrides: S
 def _check_kept(run: Run) -> None:
     """Raises `InputError` if the run's folder holds one with other settings or, when it is finished, other weights."""
     changed: list[str] = []
-    if (run.folder / "last.ckpt").is_file():
+    if run.finished or (run.folder / "last.ckpt").is_file():  # which may be deleted once a run is finished
         changed += changed_keys(run.config, run.folder / "config.yaml")
     if run.finished:
         kept, now = read_metadata(run.folder / "adapter.safetensors"), run.config.to_metadata()
@@ -180,7 +181,7 @@ def report(config: AblationConfig, runs: Sequence[Run], out: Path) -> str:
     protocol = {
         "ablation": asdict(config),
         "summary": "mean and sample standard deviation over seeds",
-        "evaluation": documents[0]["protocol"],  # the same for all
+        "evaluation": _shared([document["protocol"] for document in documents]),
     }
     document = {"protocol": protocol, "results": results, "summary": summary}
     write_whole(out / "results.json", json.dumps(document, indent=2, allow_nan=False) + "\n")
@@ -188,6 +189,11 @@ def report(config: AblationConfig, runs: Sequence[Run], out: Path) -> str:
     write_whole(out / "table.md", table + "\n")
     write_whole(out / f"{out.name}.png", draw(config, {run.row: run.config for run in runs}, results))
     return table
+
+
+def _shared(protocols: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What holds for every run, unlike its adapter's digest, how long it took, and what a row switches."""
+    return {key: told for key, told in protocols[0].items() if all(other.get(key) == told for other in protocols)}
 
 
 def values(results: Results, row: str, name: str) -> list[float]:

@@ -104,6 +104,9 @@ def check_results(out: Path) -> None:
                 continue
             np.testing.assert_allclose(found["summary"][row][name], [np.mean(numbers), np.std(numbers, ddof=1)])
     assert found["protocol"]["ablation"]["rows"] == ROWS and found["protocol"]["evaluation"]["count"] == 3
+    protocols = [figures(out / f"{row}-{seed}", "metrics")["protocol"] for row in ROWS for seed in (0, 1)]
+    for key, told in found["protocol"]["evaluation"].items():
+        assert all(protocol[key] == told for protocol in protocols), f"{key} is not the same for all"
     lines = (out / "table.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == list(ROWS)
     with Image.open(out / "out.png") as picture:
@@ -149,6 +152,8 @@ def test_runs_with_other_settings_or_weights_are_not_mixed(
     tmp_path: Path, overrides: list[str], tiny_weights: Path
 ) -> None:
     path, out = write(tmp_path, rows={"full": []}, paper={}, seeds=[3]), tmp_path / "out"
+    ablate(path, out, overrides)
+    (out / "full-3" / "last.ckpt").unlink()  # the run is finished without it
     ablate(path, out, overrides)
     with pytest.raises(InputError, match=r"full-3 holds a run with other settings or weights \(optim.lr\)"):
         ablate(path, out, [*overrides, "optim.lr=1"])
