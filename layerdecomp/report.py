@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from layerdecomp.evaluation import Evaluation, Samples, metric_title, metric_value, ranked_cases, to_batch
-from layerdecomp.imaging.compositing import on_checkerboard
+from layerdecomp.imaging.compositing import on_checkerboard, resize_straight
 from layerdecomp.imaging.geometry import resize
 from layerdecomp.imaging.layers import Pixels
 from layerdecomp.metrics.layers import METRICS, PER_IMAGE, STDERR_SUFFIX
@@ -126,7 +126,7 @@ def case_grid(evaluation: Evaluation, folders: Mapping[str, PredictionFolder], d
         row: (_joined([pair[0] for pair in pairs], 3, size), _joined([pair[1] for pair in pairs], 4, size))
         for row, pairs in layers.items()
     }
-    batch = {str(part): torch.cat([resize(found[part], size) for found in batches]) for part in parts}
+    batch = {str(part): torch.cat([_at(found[part], size) for found in batches]) for part in parts}
     return comparison_grid(batch, predictions, labels)
 
 
@@ -134,7 +134,13 @@ def _joined(layers: Sequence[Tensor | None], channels: int, size: tuple[int, int
     """Layers of one image each, as a batch of one size, grey or transparent where there is none."""
     if all(layer is None for layer in layers):
         return None
-    return torch.cat([torch.zeros(1, channels, *size) if layer is None else resize(layer, size) for layer in layers])
+    return torch.cat([torch.zeros(1, channels, *size) if layer is None else _at(layer, size) for layer in layers])
+
+
+def _at(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    """A mask (1, 1, H, W), picture (1, 3, H, W) or straight foreground (1, 4, H, W) at a size; unchanged if it fits."""
+    straight = picture.shape[1] == 4 and picture.shape[-2:] != size
+    return resize_straight(picture, size) if straight else resize(picture, size)
 
 
 Cell = tuple[str, float | str]  # what is shown, what it is sorted by

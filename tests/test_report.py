@@ -5,13 +5,28 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import torch
 from squares import Squares
 from test_evaluation import METHODS, NAMES
 
 from layerdecomp.evaluation import Evaluation, Method, draw_layers, score
 from layerdecomp.metrics.layers import METRICS, PER_IMAGE
 from layerdecomp.predictions import PredictionFolder
-from layerdecomp.report import extremes, format_report
+from layerdecomp.report import _joined, extremes, format_report
+
+
+def test_colours_that_nobody_sees_stay_out_of_a_resized_foreground() -> None:
+    """Red where it is visible, white where it is not."""
+    visible = torch.zeros(1, 1, 16, 16)
+    visible[..., :7] = 1
+    foreground = torch.cat([torch.ones_like(visible), *[1 - 2 * visible] * 2, visible], dim=1)
+    for size in ((8, 8), (24, 24)):
+        joined = _joined([foreground, None], 4, size)
+        assert joined is not None and joined.shape == (2, 4, *size) and not joined[1].any()
+        rgb, alpha = joined[0, :3], joined[0, 3]
+        red = torch.tensor([1.0, -1.0, -1.0])[:, None]
+        assert ((alpha > 0.1) & (alpha < 0.9)).any()
+        torch.testing.assert_close(rgb[:, alpha > 0.1], red.expand(3, int((alpha > 0.1).sum())), atol=1e-3, rtol=0)
 
 
 class Reader(HTMLParser):
