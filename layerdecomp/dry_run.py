@@ -8,7 +8,7 @@ from layerdecomp.benchmark import ENCODING, STEP, count, recomputed
 from layerdecomp.config import DecomposerJobConfig, RunConfig
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import markdown_table
-from layerdecomp.memory import TrainingWork, linear_in_blocks, parameter_counts, training_memory, with_depths
+from layerdecomp.memory import Memory, TrainingWork, linear_in_blocks, parameter_counts, training_memory
 from layerdecomp.models.autoencoder import AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiTConfig
 from layerdecomp.tensor_files import read_metadata
@@ -29,31 +29,18 @@ def dry_run(config: RunConfig) -> str:
     Models are those that the files describe; where there is no file, FLUX.1-Fill-dev's.
 
     Raises:
-        InputError: the job trains no adapter.
+        InputError: the job trains no adapter, or keeps its frozen parts in float32.
     """
     if not isinstance(config, DecomposerJobConfig):
         raise InputError(f"train.dry_run counts a decomposer job; found job={config.job}")
+    if config.train.precision == "32-true":
+        raise InputError(
+            "train.dry_run counts a step in bf16; found train.precision=32-true, expected auto or bf16-mixed"
+        )
     work = training_work(config)
-    memory = training_memory(work)
-    others = (replace(work, recompute=n, recompute_attention=again) for n, again in ((0, True), (1, False), (1, True)))
-    otherwise = [
-        f"{training_memory(other).step / 1e9:.1f} with {recomputed(other)}"
-        for other in others
-        if recomputed(other) != recomputed(work)
-    ]
-    counts = linear_in_blocks(lambda depths: count(with_depths(work, depths)), work.model, work.recompute)
-    samples, average = config.train.global_batch, memory.trained * bool(config.train.ema)
+    counts = linear_in_blocks(count, work)
+    samples = config.train.global_batch
     encode, per_sample = (counts[name] / work.batch_size for name in (ENCODING, STEP))
-    rows = [
-        ("frozen weights", memory.frozen, _kept(config)),
-        ("trained weights", memory.trained, "float32"),
-        ("gradients", memory.gradients, "float32"),
-        ("optimizer", memory.optimizer, f"two averages in {config.optim.bits} bits; Muon has fewer"),
-        ("running average", average, f"train.ema={config.train.ema:g}"),
-        ("activations", memory.step, "; ".join([recomputed(work), *otherwise])),
-        ("or autoencoders'", memory.encode, f"pictures_at_once={work.pictures_at_once}; before the step"),
-        ("together", memory.total + average, "with the larger of the last two; CUDA itself takes about 0.5 more"),
-    ]
     return "\n".join(
         [
             f"{config.name}: {work.size} x {work.size}, batch {work.batch_size} on each of "
@@ -62,7 +49,7 @@ def dry_run(config: RunConfig) -> str:
             "",
             markdown_table([["part", "parameters"], *([k, f"{n:,}"] for k, n in parameter_counts(work).items())]),
             "",
-            markdown_table([["memory of a device", "GB", "in"], *([k, f"{n / 1e9:.1f}", why] for k, n, why in rows)]),
+            markdown_table([["memory of a device", "GB", "in"], *memory_rows(training_memory(work), config)]),
             "",
             f"a step of {samples} samples: {samples * per_sample / 1e12:.4g} TFLOP, "
             f"{encode / 1e12:.4g} of a sample's {per_sample / 1e12:.4g} in the autoencoders, "
@@ -71,6 +58,32 @@ def dry_run(config: RunConfig) -> str:
             *missing_files(config),
         ]
     )
+
+
+def memory_rows(memory: Memory, config: DecomposerJobConfig) -> list[list[str]]:
+    """What takes a device's memory, in GB, and how it is kept."""
+    average = memory.trained * bool(config.train.ema)
+    rows = [
+        ("frozen weights", memory.frozen, _kept(config)),
+        ("trained weights", memory.trained, "float32"),
+        ("gradients", memory.gradients, "float32"),
+        ("optimizer", memory.optimizer, f"two averages in {config.optim.bits} bits; Muon has fewer"),
+        ("running average", average, f"train.ema={config.train.ema:g}"),
+        ("activations", memory.step, "; ".join(_recomputing(training_work(config)))),
+        ("or autoencoders'", memory.encode, f"pictures_at_once={config.pictures_at_once}; before the step"),
+        ("together", memory.total + average, "with the larger of the last two; CUDA itself takes about 0.5 more"),
+    ]
+    return [[part, f"{size / 1e9:.1f}", how] for part, size, how in rows]
+
+
+def _recomputing(work: TrainingWork) -> list[str]:
+    """What is computed again, and what activations would take otherwise."""
+    others = (replace(work, recompute=n, recompute_attention=again) for n, again in ((0, True), (1, False), (1, True)))
+    return [recomputed(work)] + [
+        f"{training_memory(other).step / 1e9:.1f} with {recomputed(other)}"
+        for other in others
+        if recomputed(other) != recomputed(work)
+    ]
 
 
 def _kept(config: DecomposerJobConfig) -> str:

@@ -2,13 +2,15 @@
 
 A step's forward and backward pass run on tensors that have shapes and no content (`FakeTensorMode`), while every
 storage is counted from when it is made until it is given up: the peak is that of what autograd keeps and of all that is
-needed for a moment. Blocks are alike, so that a few of them tell what many take.
+needed for a moment. Blocks are alike, unless LoRA's targets tell them apart, so that a few tell what many take.
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from layerdecomp.benchmark import META, BenchmarkConfig, Workload
 from layerdecomp.decomposer import cached_token_ids
 from layerdecomp.models import attention
 from layerdecomp.models.autoencoder import AutoencoderConfig
-from layerdecomp.models.mmdit import MMDiTConfig
+from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.quantization import BITS
 
 # At the moment when a weight is made dense again: bytes per number, its dense form in bf16 among them.
@@ -117,29 +119,40 @@ def _part(name: str) -> str:
 
 def training_memory(work: TrainingWork) -> Memory:
     """Counts a step's memory."""
-    model = work.model
-    return Memory(**linear_in_blocks(lambda depths: vars(_memory(with_depths(work, depths))), model, work.recompute))
+    return Memory(**linear_in_blocks(lambda some: vars(_memory(some)), work))
 
 
-def linear_in_blocks(
-    values: Callable[[tuple[int, int]], dict[str, float]], model: MMDiTConfig, period: int = 1
-) -> dict[str, float]:
-    """Values that are linear in the numbers of both kinds of block, from three small models.
+def linear_in_blocks(values: Callable[[TrainingWork], dict[str, float]], work: TrainingWork) -> dict[str, float]:
+    """Values by name that are linear in the numbers of both kinds of block, from three small models.
 
-    Args:
-        values: by name, of a model with so many double and single blocks.
-        period: blocks of a kind are alike in groups of so many; 0 as 1.
+    Blocks of a kind are alike in groups of `work.recompute`. Where LoRA's targets tell them apart, all are counted.
     """
-    full, period = (model.depth, model.depth_single_blocks), max(1, period)
+    if not blocks_are_alike(work):
+        return values(work)
+    full, period = (work.model.depth, work.model.depth_single_blocks), max(1, work.recompute)
     few = tuple(n if n <= 2 * period else period + n % period for n in full)
-    first = values((few[0], few[1]))
+    first = values(with_depths(work, (few[0], few[1])))
     total = dict(first)
     for kind in (0, 1):
         if full[kind] > few[kind]:
-            more = values((few[0] + period * (kind == 0), few[1] + period * (kind == 1)))
+            more = values(with_depths(work, (few[0] + period * (kind == 0), few[1] + period * (kind == 1))))
             times = (full[kind] - few[kind]) // period
             total = {name: total[name] + times * (more[name] - first[name]) for name in total}
     return total
+
+
+def blocks_are_alike(work: TrainingWork) -> bool:
+    """Whether each of LoRA's patterns takes the same layers of all blocks of a kind, or of none."""
+    with META:
+        modules = MMDiT(work.model).named_modules()
+    linears = [name for name, module in modules if isinstance(module, nn.Linear) and "_blocks." in name]
+    depths = {"double_blocks": work.model.depth, "single_blocks": work.model.depth_single_blocks}
+    for pattern in work.lora.targets:
+        parts = [name.split(".", 2) for name in linears if fnmatchcase(name, pattern)]  # kind, number, layer
+        taken = Counter((kind, layer) for kind, _, layer in parts)
+        if any(blocks < depths[kind] for (kind, _), blocks in taken.items()):
+            return False
+    return True
 
 
 def with_depths(work: TrainingWork, depths: tuple[int, int]) -> TrainingWork:

@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from layerdecomp.config import load_config
-from layerdecomp.dry_run import missing_files, training_work
+from layerdecomp.dry_run import dry_run, missing_files, training_work
+from layerdecomp.errors import InputError
 from layerdecomp.models.autoencoder import AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiTConfig
 
@@ -20,6 +23,12 @@ def test_missing_files_are_listed_with_what_belongs_there(tmp_path: Path) -> Non
     assert "made by tools/train.py config=configs/flux_rgba_autoencoder.yaml" in told[2]
     assert told[3].endswith("(weights.prompt); made by make embed-prompt")
     assert "adapter.safetensors (adapter); what a run wrote" in told[4]
+
+
+def test_frozen_parts_in_float32_are_not_counted_as_bf16() -> None:
+    config = load_config(CONFIGS / "tiny.yaml", ["train.precision=32-true"])
+    with pytest.raises(InputError, match=r"found train.precision=32-true, expected auto or bf16-mixed"):
+        dry_run(config)
 
 
 def test_a_model_is_the_one_in_its_file_or_else_the_published_one(tiny_weights: Path) -> None:

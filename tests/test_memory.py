@@ -8,10 +8,20 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from layerdecomp.benchmark import META, BenchmarkConfig, Workload
+from layerdecomp.benchmark import META, BenchmarkConfig, Workload, count
 from layerdecomp.config import load_config
 from layerdecomp.dry_run import training_work
-from layerdecomp.memory import DENSE_BYTES, Peak, TrainingWork, _memory, parameter_counts, training_memory, with_depths
+from layerdecomp.memory import (
+    DENSE_BYTES,
+    Peak,
+    TrainingWork,
+    _memory,
+    blocks_are_alike,
+    linear_in_blocks,
+    parameter_counts,
+    training_memory,
+    with_depths,
+)
 from layerdecomp.models.autoencoder import AutoencoderConfig
 from layerdecomp.models.lora import LoRAConfig, dense
 from layerdecomp.quantization import BITS, quantized
@@ -71,6 +81,25 @@ def test_a_few_blocks_tell_what_many_take(recompute: int, attention: bool) -> No
     whole = _memory(work)
     assert (told.frozen, told.trained) == (whole.frozen, whole.trained)
     assert told.step == pytest.approx(whole.step, rel=0.01) and told.encode == whole.encode
+
+
+@pytest.mark.parametrize(
+    ("targets", "alike"),
+    [
+        (["double_blocks.*_attn.qkv", "*.linear1"], True),
+        (["double_blocks.*_attn.qkv", "single_blocks.5.linear1"], False),  # a block that a small model lacks
+        (["single_blocks.?.linear1", "single_blocks.??.linear1"], False),
+        (["single_blocks.[0-3]*.linear1"], False),
+        (["double_blocks.*[02468].img_mlp.0"], False),
+    ],
+)
+def test_blocks_that_lora_tells_apart_are_counted_one_by_one(targets: list[str], alike: bool) -> None:
+    work = with_depths(replace(SMALL, size=32, lora=LoRAConfig(rank=4, targets=targets)), (7, 12))
+    assert blocks_are_alike(work) == alike
+    told, whole = training_memory(work), _memory(work)
+    assert (told.frozen, told.trained) == (whole.frozen, whole.trained)
+    assert told.step == (pytest.approx(whole.step, rel=0.01) if alike else whole.step)
+    assert linear_in_blocks(count, work) == pytest.approx(count(work))
 
 
 def test_recomputing_keeps_little_and_pictures_may_go_one_by_one() -> None:
