@@ -683,6 +683,7 @@ def test_a_dry_run_tells_and_leaves_nothing(
     tmp_path: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = [*overrides, f"run_dir={tmp_path}/run", "train.dry_run=true", "data.scenes.size=32", "recompute=1"]
+    small += ["train.precision=auto"]
     run("tiny", *small)
     said = capsys.readouterr().out
     model = load_mmdit(overrides[0].partition("=")[2])
