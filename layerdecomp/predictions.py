@@ -17,7 +17,7 @@ from layerdecomp.data.testset import as_stored
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.compositing import resize_straight
 from layerdecomp.imaging.geometry import resize, to_pixels, to_tensor
-from layerdecomp.imaging.layers import read_image, write_picture
+from layerdecomp.imaging.layers import read_image, to_srgb, write_picture
 
 LAYERS = ("background", "foreground")
 MAX_STRETCH = 0.02  # by which the aspect of a prediction may differ from its image's
@@ -95,7 +95,7 @@ def _read_foreground(path: Path, image: Tensor) -> Tensor:
         return torch.cat([resize(image.cpu(), (alpha.shape[-2], alpha.shape[-1])).clamp(-1, 1), alpha], dim=1)
     if not picture.has_transparency_data:
         raise InputError(f"{path} has no alpha channel (its mode is {picture.mode}); expected RGBA, or a grey matte")
-    rgba = to_tensor(np.asarray(picture.convert("RGBA")))
+    rgba = to_tensor(np.asarray(to_srgb(picture).convert("RGBA")))
     return torch.cat([rgba[:, :3], (rgba[:, 3:] + 1) / 2], dim=1)
 
 

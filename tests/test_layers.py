@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
+from profiles import SWAPPED, SWAPPED_LINEAR
 
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.layers import FORMATS, Layers, read_image, read_mask
@@ -73,6 +74,51 @@ def test_sixteen_bits_become_eight(tmp_path: Path) -> None:
     np.testing.assert_allclose(pixels, np.repeat(levels[..., None] / 257, 3, axis=-1), atol=1)
 
 
+def test_floats_up_to_one_are_scaled(tmp_path: Path) -> None:
+    levels = np.linspace(0, 1, 54, dtype=np.float32).reshape(SIZE)
+    pixels = read_image(_saved(Image.fromarray(levels), tmp_path / "a.tif"))
+    np.testing.assert_allclose(pixels[..., 0], levels * 255, atol=1)
+    np.testing.assert_allclose(read_image(Image.fromarray(levels * 255))[..., 0], levels * 255, atol=1)
+
+
+def test_twelve_bits_in_sixteen_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    read_image(_saved(Image.fromarray(np.full(SIZE, 65535, np.uint16)), tmp_path / "a.png"))
+    read_image(np.zeros(SIZE, np.uint8))  # a picture may be black
+    assert not caplog.messages
+    read_image(_saved(Image.fromarray(np.full(SIZE, 4095, np.uint16)), tmp_path / "a.png"))
+    assert "a.png is nearly black: its brightest level is 15 of 255" in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colour_profiles_are_applied(tmp_path: Path, mode: str) -> None:
+    picture = _rgba() if mode == "RGBA" else Image.fromarray(_rgb()).convert(mode)
+    plain = read_image(_saved(picture, tmp_path / "plain.png"))
+    pixels = read_image(_saved(picture, tmp_path / "a.png", icc_profile=SWAPPED))
+    np.testing.assert_allclose(pixels.astype(int), plain[..., ::-1], atol=2)
+
+
+def test_an_srgb_profile_changes_nothing(tmp_path: Path) -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    np.testing.assert_array_equal(
+        read_image(_saved(Image.fromarray(_rgb()), tmp_path / "a.png", icc_profile=srgb)), _rgb()
+    )
+
+
+@pytest.mark.parametrize("profile", [b"no profile", SWAPPED[:200], SWAPPED.replace(b"RGB ", b"CMYK")])
+def test_profiles_that_cannot_be_used_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, profile: bytes
+) -> None:
+    path = _saved(Image.fromarray(_rgb()), tmp_path / "a.png", icc_profile=profile)
+    np.testing.assert_array_equal(read_image(path), _rgb())
+    assert "colour profile cannot be used" in caplog.text
+
+
+def test_masks_have_no_colours_to_convert(tmp_path: Path) -> None:
+    grey = _saved(Image.fromarray(_alpha()), tmp_path / "m.png", icc_profile=SWAPPED_LINEAR)
+    np.testing.assert_array_equal(read_mask(grey), OBJECT)
+    np.testing.assert_array_equal(read_image(grey)[..., 0], _alpha())
+
+
 def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera stood on its side
@@ -86,10 +132,10 @@ def test_arrays_and_pictures_need_no_file() -> None:
 
 
 @pytest.mark.parametrize(
-    "array", [np.zeros((4, 4)), np.zeros((4, 4, 1), np.uint8), np.zeros((2, 4, 4, 3), np.uint8), np.zeros((0, 4), bool)]
+    "array", [np.zeros((4, 4)), np.zeros((4, 4, 2), np.uint8), np.zeros(4, np.uint8), np.zeros((0, 4), bool)]
 )
 def test_other_arrays_are_refused(array: Any) -> None:
-    with pytest.raises(InputError, match=r"expected uint8"):
+    with pytest.raises(InputError, match=r"expected uint8 or bool"):
         read_image(array)
 
 
@@ -129,12 +175,13 @@ def _painted() -> Image.Image:
         Image.fromarray(_alpha()).convert("RGB"),
         Image.fromarray(_alpha()).convert("RGBA"),
         Image.fromarray(_alpha().astype(np.uint16) * 257),
+        Image.fromarray(_alpha().astype(np.float32) / 255),
         _painted(),
     ],
-    ids=["L", "1", "P", "RGB", "opaque RGBA", "I;16", "painted RGBA"],
+    ids=["L", "1", "P", "RGB", "opaque RGBA", "I;16", "F", "painted RGBA"],
 )
 def test_every_kind_of_mask(tmp_path: Path, picture: Image.Image) -> None:
-    mask = read_mask(_saved(picture, tmp_path / "m.png"), SIZE)
+    mask = read_mask(_saved(picture, tmp_path / ("m.tif" if picture.mode == "F" else "m.png")), SIZE)
     assert mask.dtype == bool
     np.testing.assert_array_equal(mask, OBJECT)
 
@@ -147,20 +194,33 @@ def test_a_mask_painted_on_a_transparent_layer_says_so(caplog: pytest.LogCapture
     assert "alpha channel" in caplog.text
 
 
-def test_boolean_arrays_are_masks() -> None:
-    np.testing.assert_array_equal(read_mask(OBJECT), OBJECT)
+@pytest.mark.parametrize("mask", [OBJECT, OBJECT[..., None], _alpha()[..., None]])
+def test_arrays_are_masks(mask: Any) -> None:
+    np.testing.assert_array_equal(read_mask(mask), OBJECT)
+
+
+def _labels() -> Image.Image:
+    """As VOC and DAVIS have them: label 1 is dark red."""
+    picture = Image.fromarray(OBJECT.astype(np.uint8), mode="P")
+    picture.putpalette([0, 0, 0, 128, 0, 0])
+    return picture
 
 
 @pytest.mark.parametrize(
     ("picture", "message"),
     [
         (Image.fromarray(_rgb()), "m.png is in colour; expected grey"),
-        (Image.new("L", SIZE[::-1], 127), "m.png is empty: no pixel is 128 or brighter; expected white"),
+        (_labels(), "m.png is a palette .* image: save one label as white; expected grey"),
+        (Image.new("L", SIZE[::-1], 0), "m.png is empty: no pixel is 128 or brighter; expected white"),
+        (
+            Image.new("L", SIZE[::-1], 1),
+            r"is 128 or brighter \(the brightest is 1: multiply it by 255\); expected white",
+        ),
         (Image.new("L", SIZE[::-1], 128), "m.png is full: it marks every pixel; expected white"),
         (Image.new("RGBA", SIZE[::-1], (0, 0, 0, 0)), "m.png is empty"),
         (Image.fromarray(_alpha()[:-1]), r"m.png is 9 x 5 pixels, the image 9 x 6; expected equal sizes"),
     ],
-    ids=["colour", "empty", "full", "transparent", "size"],
+    ids=["colour", "labels", "empty", "ones", "full", "transparent", "size"],
 )
 def test_masks_that_cannot_be_used(tmp_path: Path, picture: Image.Image, message: str) -> None:
     with pytest.raises(InputError, match=message):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from profiles import SWAPPED
 
 from layerdecomp.data.index import Index, write_index
 from layerdecomp.data.mulan import (
@@ -486,13 +487,13 @@ def test_recomposing_is_what_the_package_composites() -> None:
 
 
 def _data_set(folder: Path) -> MulanAnnotations:
-    """Two annotations, the pictures of both in folders, and one more that is nobody's."""
+    """Two annotations, the pictures of both in folders, and one more that is nobody's; colour profiles do not count."""
     for seed, id in enumerate([ID, "000635517"]):
         layers = _truth(seed)
         _write(folder / "mulan" / f"part{seed}" / f"{id}.p.zl", _annotation(layers))
         picture = folder / "pictures" / f"of {seed}" / f"{id}.{'png' if seed else 'webp'}"
         picture.parent.mkdir(parents=True)
-        Image.fromarray(recompose(layers)).save(picture, lossless=True)
+        Image.fromarray(recompose(layers)).save(picture, lossless=True, icc_profile=SWAPPED)
     Image.new("RGB", (3, 3)).save(folder / "pictures" / "000000000009.jpg")
     (folder / "pictures" / f"{ID}.json").write_text("{}")
     return MulanAnnotations(folder / "mulan", folder / "pictures", folder / "layers")

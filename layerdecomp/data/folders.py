@@ -13,7 +13,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from layerdecomp.data.index import Item
 from layerdecomp.errors import InputError
-from layerdecomp.imaging.layers import READABLE, Pixels, check_pixels, read_mask
+from layerdecomp.imaging.layers import READABLE, Pixels, check_pixels, read_mask, to_srgb
 
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"})
 UNFINISHED = frozenset({".part", ".partial", ".tmp"})  # "a.partial.png": somebody is still writing it
@@ -84,7 +84,7 @@ def upright_size(picture: Image.Image) -> tuple[int, int]:
 
 
 def read_rgba(path: Path) -> Pixels:
-    """A foreground as (H, W, 4) uint8, its EXIF orientation applied, with an alpha channel that cuts something out.
+    """A foreground as (H, W, 4) uint8 in sRGB, its EXIF orientation applied, whose alpha channel cuts something out.
 
     Raises:
         InputError: as for `open_picture`, or there is no alpha channel, or it is 0 or 255 everywhere.
@@ -92,7 +92,7 @@ def read_rgba(path: Path) -> Pixels:
     picture = open_picture(path)
     if not picture.has_transparency_data:
         raise InputError(f"{path} has no alpha channel (its mode is {picture.mode}); expected a cut-out RGBA picture")
-    rgba = np.asarray(ImageOps.exif_transpose(picture).convert("RGBA"))
+    rgba = np.asarray(to_srgb(ImageOps.exif_transpose(picture)).convert("RGBA"))
     if not rgba[..., 3].any():
         raise InputError(f"{path} is transparent everywhere; expected an object whose alpha is above 0")
     if rgba[..., 3].min() == 255:

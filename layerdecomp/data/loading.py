@@ -14,7 +14,7 @@ from layerdecomp.data.index import Index, Item
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.cues import CUES
 from layerdecomp.imaging.geometry import to_tensor
-from layerdecomp.imaging.layers import READABLE, check_pixels, read_image
+from layerdecomp.imaging.layers import READABLE, check_pixels, read_image, to_srgb
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -99,7 +99,7 @@ def open_shrunk(path: Path, item: Item, size: tuple[int, int]) -> Image.Image:
 
 def load_foreground(path: Path, item: Item) -> Image.Image:
     """A cut-out, upright, cropped to where its alpha is above 0; RGBA."""
-    picture = ImageOps.exif_transpose(open_picture(path)).convert("RGBA")
+    picture = to_srgb(ImageOps.exif_transpose(open_picture(path))).convert("RGBA")
     box = picture.getchannel("A").getbbox()
     if box is None:
         raise InputError(f"{path} is transparent everywhere; run tools/prepare_data.py again")
@@ -126,7 +126,7 @@ def load_parts(index: Index, item: Item, parts: Sequence[str]) -> list[Image.Ima
         else:
             picture = ImageOps.exif_transpose(open_picture(path))
             opaque = part != "foreground"  # as an evaluation reads them
-            pictures.append(Image.fromarray(read_image(picture)) if opaque else picture.convert("RGBA"))
+            pictures.append(Image.fromarray(read_image(picture)) if opaque else to_srgb(picture).convert("RGBA"))
     return pictures
 
 

@@ -346,6 +346,13 @@ def _check_misfit(where: str, layers: Sequence[Pixels], image: Pixels, limit: fl
         )
 
 
+def _read_annotated(path: Path) -> Pixels:
+    """A picture with the numbers that annotations add to: those of its file, whatever its colour profile."""
+    picture = open_picture(path)
+    picture.info.pop("icc_profile", None)
+    return read_image(picture)
+
+
 def read_layers(paths: Iterable[Path]) -> list[Pixels]:
     """The files of one picture's layers, back to front, as (H, W, 4) uint8.
 
@@ -445,7 +452,7 @@ class MulanAnnotations:
                 f"{path}: its picture {id} is not found below {self.images} ({' '.join(sorted(_PICTURES))}); "
                 "12 digits are of COCO 2017 (train or val), 9 of LAION-Aesthetics"
             )
-        image = read_image(picture)
+        image = _read_annotated(picture)
         finished = folder.is_dir()
         if finished:
             names = [_LAYER.fullmatch(f"{id}/{file.name}") for file in folder.iterdir()]
@@ -491,7 +498,7 @@ class MulanLayers:
         match = _LAYER.fullmatch(candidate.replace("{layer}", "0"))
         assert match is not None
         if picture := _find_picture(path, self._pictures, match["id"]):
-            _check_misfit(str(path), layers, read_image(picture), self.max_misfit)
+            _check_misfit(str(path), layers, _read_annotated(picture), self.max_misfit)
         height, width = layers[0].shape[:2]
         return Item(match["id"], candidate, width, height, len(layers))
 

@@ -4,11 +4,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from layerdecomp.errors import InputError
 from layerdecomp.files import written_whole
@@ -18,22 +20,55 @@ logger = logging.getLogger(__name__)
 Pixels = NDArray[np.uint8]
 READABLE = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # others, such as EPS, would start programs
 Picture = str | Path | Image.Image | Pixels
+CHANNELS = ((), (1,), (3,), (4,))  # that the array of a picture may have
+SRGB = ImageCms.createProfile("sRGB")
 
 
 def read_image(source: Picture) -> Pixels:
-    """A picture as (H, W, 3) uint8, its EXIF rotation applied, 16 bits reduced to 8, transparency laid over white.
+    """A picture as (H, W, 3) uint8 in sRGB, its EXIF rotation applied, in 8 bits, transparency laid over white.
 
     Of an animation, it is the first frame. `InputError` if it cannot be read, or has more pixels than
     `PIL.Image.MAX_IMAGE_PIXELS`.
     """
-    picture = _open(source)
-    if picture.mode.startswith(("I;16", "I")) or picture.mode == "F":
-        deep = np.nan_to_num(np.asarray(picture, dtype=np.float64))
-        picture = Image.fromarray((deep / (257 if deep.max(initial=0) > 255 else 1)).clip(0, 255).astype(np.uint8))
+    stored = _open(source)
+    picture = to_srgb(_eight_bits(stored))
+    if picture.mode == "L" != stored.mode and (peak := np.asarray(picture).max()) < 16:
+        fault = "%s is nearly black: its brightest level is %d of 255; scale it up if it has fewer bits than its file"
+        logger.warning(fault, _name(source, "a picture"), peak)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return np.asarray(picture.convert("RGB"))
+
+
+def to_srgb(picture: Image.Image) -> Image.Image:
+    """A picture in sRGB, if its colour profile is another one, such as Display P3 or a press's CMYK; else as it is.
+
+    Grey pictures stay as they are, since masks, mattes and maps are levels, and so does one whose profile is broken.
+    """
+    embedded = picture.info.get("icc_profile")
+    if not embedded or picture.mode in ("1", "L", "LA"):
+        return picture
+    mode = "RGBA" if picture.has_transparency_data else "RGB"
+    try:
+        profile = ImageCms.ImageCmsProfile(BytesIO(embedded))
+        if "sRGB" in ImageCms.getProfileDescription(profile):
+            return picture
+        coloured = picture if picture.mode == "CMYK" else picture.convert(mode)
+        return ImageCms.buildTransform(profile, SRGB, coloured.mode, mode).apply(coloured)
+    except (ImageCms.PyCMSError, OSError) as error:
+        logger.warning("a picture's colour profile cannot be used (%s); its colours are taken for sRGB", error)
+        return picture
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """A grey picture of floats, or of more bits, in 8; of numbers up to 255 as they are, of floats up to 1 scaled."""
+    if not picture.mode.startswith(("I", "F")):
+        return picture
+    deep = np.nan_to_num(np.asarray(picture, dtype=np.float64))
+    peak = deep.max(initial=0)
+    scale = 255 if picture.mode == "F" and peak < 2 else 1 / 257 if peak > 255 else 1  # floats may overshoot 1
+    return Image.fromarray((deep * scale).clip(0, 255).astype(np.uint8))
 
 
 def read_mask(source: Picture, size: tuple[int, int] | None = None) -> NDArray[np.bool_]:
@@ -48,9 +83,8 @@ def read_mask(source: Picture, size: tuple[int, int] | None = None) -> NDArray[n
     Raises:
         InputError: the file cannot be read, is in colour, has another size, or marks nothing or everything.
     """
-    name = str(source) if isinstance(source, str | Path) else "mask"
-    picture = _open(source)
-    levels = _mask_levels(picture, name)
+    name = _name(source, "mask")
+    levels = _mask_levels(_eight_bits(_open(source)), name)
     mask = levels >= 128
     if size is not None and mask.shape != size:
         raise InputError(
@@ -58,9 +92,15 @@ def read_mask(source: Picture, size: tuple[int, int] | None = None) -> NDArray[n
             "expected equal sizes: scale the mask to the image"
         )
     if mask.all() or not mask.any():
-        state = "full: it marks every pixel" if mask.all() else "empty: no pixel is 128 or brighter"
+        state = "full: it marks every pixel" if mask.all() else f"empty: {_why_empty(levels)}"
         raise InputError(f"{name} is {state}; expected white (or opaque) on the object and black elsewhere")
     return mask
+
+
+def _why_empty(levels: Pixels) -> str:
+    """Many masks are of 0 and 1."""
+    advice = f" (the brightest is {levels.max()}: multiply it by {255 // levels.max()})" if levels.any() else ""
+    return f"no pixel is 128 or brighter{advice}"
 
 
 def _mask_levels(picture: Image.Image, name: str) -> Pixels:
@@ -71,21 +111,20 @@ def _mask_levels(picture: Image.Image, name: str) -> Pixels:
             return alpha
     if picture.mode in ("1", "L", "LA"):
         return np.asarray(picture.convert("L"))
-    if picture.mode.startswith("I") or picture.mode == "F":
-        return read_image(picture)[..., 0]
     rgb = np.asarray(picture.convert("RGB")).astype(np.int16)
     if (rgb.max(axis=-1) - rgb.min(axis=-1)).max() > 8:  # JPEG leaves a grey picture slightly coloured
-        raise InputError(f"{name} is in colour; expected grey levels, white = object, or a painted alpha channel")
+        found = "a palette (label) image: save one label as white" if picture.mode == "P" else "in colour"
+        raise InputError(f"{name} is {found}; expected grey levels, white = object, or a painted alpha channel")
     return rgb[..., 1].astype(np.uint8)
+
+
+def _name(source: Picture, otherwise: str) -> str:
+    return str(source) if isinstance(source, str | Path) else otherwise
 
 
 def _open(source: Picture) -> Image.Image:
     if isinstance(source, np.ndarray):
-        if source.dtype == np.bool_:
-            source = source.astype(np.uint8) * 255
-        if source.dtype != np.uint8 or not source.size or not (source.ndim == 2 or source.shape[2:] in ((3,), (4,))):
-            raise InputError(f"an array of {source.dtype} and shape {source.shape}; expected uint8 (H, W[, 3 or 4])")
-        return Image.fromarray(source)
+        return _from_array(source)
     if isinstance(source, Image.Image):
         return ImageOps.exif_transpose(source)
     if not Path(source).is_file():
@@ -99,6 +138,16 @@ def _open(source: Picture) -> Image.Image:
         raise
     except Exception as error:  # a damaged file can raise anything
         raise InputError(f"{source} cannot be read as an image ({error}); expected PNG, JPEG, WebP or TIFF") from error
+
+
+def _from_array(array: NDArray[Any]) -> Image.Image:
+    channels = array.shape[2:]
+    if array.dtype not in (np.bool_, np.uint8) or not array.size or array.ndim < 2 or channels not in CHANNELS:
+        raise InputError(
+            f"an array of {array.dtype} and shape {array.shape}; expected uint8 or bool (H, W[, 1, 3 or 4])"
+        )
+    pixels = array.astype(np.uint8) * 255 if array.dtype == np.bool_ else array
+    return Image.fromarray(pixels[..., 0] if channels == (1,) else pixels)
 
 
 def write_picture(path: Path, pixels: Pixels) -> None:
