@@ -14,7 +14,7 @@ RUN := .venv/bin/python
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 
-.PHONY: train tiny decompose embed-prompt evaluate export ablation curves benchmark benchmark-data test test-kill audit lint clean
+.PHONY: train tiny decompose embed-prompt evaluate export ablation curves benchmark benchmark-data test test-kill audit lint clean help
 .DEFAULT_GOAL := train
 
 .venv/installed: setup.cfg
@@ -42,7 +42,7 @@ ADAPTER_ARGS ?= train.batch_size=128 train.steps=917 data.samples=12288 data.sce
 FURTHER_ARGS ?= train.steps=9000 optim.lr=2e-3 seed=1 data.samples=12288 data.scenes.many_coloured_probability=0.35
 # What both autoencoders end with: their decoders alone, by Muon, which changes no latent.
 REFINE_ARGS ?= train.batch_size=16 train.steps=600 optim.lr=3e-3 optim.muon=true
-tiny: $(TINY)/adapter.safetensors
+tiny: $(TINY)/adapter.safetensors  ## the tiny base, its autoencoders and its adapter, from nothing
 
 $(TINY)/autoencoder.safetensors: | .venv/installed
 	$(RUN) tools/train.py config=configs/tiny_autoencoder.yaml $(ARGS) $(AUTOENCODER_ARGS)
@@ -74,7 +74,7 @@ embed-prompt: ROOT ?= checkpoints/flux1-fill-dev
 embed-prompt: .venv/installed-text  ## the empty prompt's embedding, once, from FLUX's text encoders in ROOT
 	$(RUN) tools/embed_prompt.py root=$(ROOT) $(ARGS)
 
-evaluate: .venv/installed-matting  ## and any other method: make evaluate ARGS="predictions=FOLDER data=FOLDER"
+evaluate: .venv/installed-matting  ## the README's table; of any other method: make evaluate ARGS="predictions=FOLDER data=FOLDER"
 	$(RUN) tools/evaluate.py adapter=$(ADAPTER) out=runs/evaluate evaluate.samples=256 \
 		"evaluate.rows=[adapted,base,classical,matting]" $(ARGS)
 
@@ -100,7 +100,7 @@ benchmark-data: .venv/installed  ## triplets per second: make benchmark-data ARG
 benchmark: .venv/installed  ## operations and speed: make benchmark ARGS="device=cuda recompute=1"
 	$(RUN) tools/benchmark.py $(ARGS)
 
-test: .venv/installed-dev
+test: .venv/installed-dev  ## make test ARGS="tests/test_flow.py"
 	$(RUN) -m pytest $(ARGS)
 
 test-kill: .venv/installed-dev  ## a training killed fifty times ends with the weights of an undisturbed one
@@ -111,10 +111,13 @@ audit: .venv/installed-dev  ## known vulnerabilities of what is installed; what 
 	$(RUN) -m pip_audit --strict --no-deps --disable-pip -r .venv/audited.txt $(ARGS) || \
 		{ echo "error: a known vulnerability, or a package that could not be looked up (see above; it asks https://pypi.org)"; exit 1; }
 
-lint: .venv/installed-dev
+lint: .venv/installed-dev  ## style and types
 	$(RUN) -m ruff check layerdecomp tools tests
 	$(RUN) -m ruff format --check layerdecomp tools tests
 	$(RUN) -m mypy
 
 clean:  ## what installing made; runs/ is yours
 	rm -rf .venv
+
+help:  ## this list; python tools/NAME.py --help says what a tool takes
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s %s\n", $$1, $$2}' Makefile

@@ -1,9 +1,12 @@
 """What the command-line tools share: `key=value` arguments, and errors without a traceback."""
 
 import gc
+import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -59,6 +62,19 @@ def device_name(arguments: dict[str, str]) -> str:
     return device
 
 
+def out_folder(arguments: dict[str, str]) -> Path:
+    """The value of `out=`, once it is known that files can be written there; nothing is made yet."""
+    folder = Path(arguments["out"]).absolute()
+    place = next(place for place in (folder, *folder.parents) if os.path.exists(place))
+    if not place.is_dir():
+        raise InputError(f"out={arguments['out']}: {place} is a file; expected a folder: choose another out=")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(
+            f"out={arguments['out']}: {place} cannot be written to; make it writable, or choose another out="
+        )
+    return Path(arguments["out"])
+
+
 def named_dtype(arguments: dict[str, str]) -> torch.dtype:
     """The value of `dtype=`: what frozen parts may be kept in."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -73,7 +89,13 @@ def frozen_dtype(device: str) -> torch.dtype:
 
 
 def run_command(main: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Runs a tool. What is no bug is one message on stderr and exit status 2 or 1; bugs keep their traceback."""
+    """Runs a tool, or prints what its file says of it where help is asked for.
+
+    What is no bug is one message on stderr and exit status 2 or 1; bugs keep their traceback.
+    """
+    if {"-h", "--help", "help"} & {*arguments}:
+        print(inspect.getdoc(inspect.getmodule(main)))
+        return
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         main(arguments)

@@ -19,6 +19,10 @@ def remedy(error: OSError, folder: Path) -> str:
         return f"free some space in {folder}"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"make {folder} writable"
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return "rename the file that is where a folder is needed"
+    if error.errno in (errno.EISDIR, errno.ENOTEMPTY):
+        return "rename the folder of that name"
     if error.errno == errno.EFBIG:
         return f"allow larger files in {folder} (ulimit -f)"
     return f"see to the disk of {folder}"

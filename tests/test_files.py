@@ -27,6 +27,18 @@ def test_a_folder_does_as_well(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "b").read_text() == "c" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_what_is_in_the_way_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "file" / "a", tmp_path / "file" / "a" / "b"):
+        with pytest.raises(
+            InputError, match="could not be written .*; rename the file that is where a folder is needed"
+        ):
+            write_whole(path, "")
+    with pytest.raises(InputError, match="could not be written .*; rename the folder of that name or choose another"):
+        write_whole(tmp_path / "folder", "")
+
+
 def test_several_may_write_one_file(tmp_path: Path) -> None:
     with written_whole(tmp_path / "a") as first:
         first.write_text("first")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -33,7 +34,7 @@ CONFIGS = ROOT / "configs"
 def _tool(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -334,7 +335,8 @@ def test_benchmark_load_tells_rate_and_memory(tmp_path: Path, capsys: pytest.Cap
         ("stpes=3", "unknown argument stpes=3; expected adapter= image= mask="),
         ("format=xcf", "format=xcf: expected some of png, ora, psd"),
         ("transformer=absent", "absent does not exist"),
-        ("out=text.png", "text.png/background.png could not be written"),
+        ("out=text.png", "text.png is a file; expected a folder: choose another out="),
+        ("out=text.png/below", "text.png is a file; expected a folder: choose another out="),
     ],
 )
 def test_decompose(
@@ -348,6 +350,18 @@ def test_decompose(
     Image.new("L", mask.size, 255).save(tmp_path / "full.png")
     adapter = f"adapter={tiny_weights / 'adapter.safetensors'}"
     assert message in fails("decompose", adapter, *pictures, "steps=1", "out=layers", change)
+
+
+def test_decompose_tries_its_folder_before_it_reads_weights(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["adapter=absent.safetensors", "image=a.png", "mask=m.png"]
+    assert "absent.safetensors does not exist" in fails("decompose", *given, "out=new/layers")
+    monkeypatch.setattr(os, "access", lambda place, mode: not mode & os.W_OK)  # the superuser may write anywhere
+    said = fails("decompose", *given, "out=new/layers")
+    assert f"out=new/layers: {Path.cwd()} cannot be written to; make it writable" in said
+
+
+def test_the_default_adapter_lies_beside_the_package(fails: Fails, pictures: list[str]) -> None:
+    assert "absent.png does not exist" in fails("decompose", *pictures, "image=absent.png")
 
 
 def test_decompose_needs_a_picture(fails: Fails) -> None:
@@ -500,6 +514,21 @@ def test_take_splits_arguments() -> None:
     assert own == {"a": "3", "b": "7", "c": "d=e"} and rest == ["x.y=2", "b"]
     with pytest.raises(InputError, match="a= is missing; expected a=... c=..."):
         take([], a=None, b="1", c=None)
+
+
+@pytest.mark.parametrize("asked", [["-h"], ["--help"], ["help"], ["image=absent.png", "--help"]])
+def test_help_is_what_a_tools_file_says(capsys: pytest.CaptureFixture[str], asked: list[str]) -> None:
+    run_command(TOOLS["decompose"].main, asked)
+    said = capsys.readouterr()
+    assert said.out.startswith("Splits a picture, or a folder of them.\n") and "format=png,ora,psd" in said.out
+    assert said.err == ""
+
+
+def test_make_help_lists_every_target() -> None:
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert targets is not None
+    assert {line.split()[0] for line in listed.splitlines()} == {*targets[1].split()}
 
 
 def test_a_run_that_cannot_go_on_has_a_status_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:

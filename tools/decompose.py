@@ -18,19 +18,19 @@ from pathlib import Path
 from tqdm import tqdm
 
 from layerdecomp.bulk import decompose_folder, pair_up
-from layerdecomp.cli import device_name, frozen_dtype, run_command, take, truth, whole_number
+from layerdecomp.cli import device_name, frozen_dtype, out_folder, run_command, take, truth, whole_number
 from layerdecomp.config import merge_config
 from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError, RunError
 from layerdecomp.imaging.layers import FORMATS, check_formats
-from layerdecomp.manifest import adapter_file
+from layerdecomp.manifest import REPOSITORY, adapter_file
 from layerdecomp.sampling import SampleConfig
 from layerdecomp.tensor_files import file_sha256
 from layerdecomp.weights import load_depth
 
 PARTS = ("transformer", "autoencoder", "rgba_autoencoder", "prompt")
 ARGUMENTS: dict[str, str | None] = {
-    **{"adapter": "checkpoints/tiny/adapter.safetensors", "image": None, "mask": None, "out": "layers"},
+    **{"adapter": f"{REPOSITORY}/checkpoints/tiny/adapter.safetensors", "image": None, "mask": None, "out": "layers"},
     **{"format": "png", "seed": "0", "batch_size": "1", "device": "cpu", "compile": "false"},
     **dict.fromkeys(("steps", "quantize", "depth", *PARTS), ""),
 }
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
     if own["steps"]:
         rest.append(f"sample.steps={whole_number(own, 'steps')}")
     merge_config(Overrides(), [], rest)  # what is wrong with them is told now, not when everything is loaded
-    out, folders = Path(own["out"]), any(Path(own[key]).is_dir() for key in ("image", "mask"))
+    out, folders = out_folder(own), any(Path(own[key]).is_dir() for key in ("image", "mask"))
     pairs = pair_up(Path(own["image"]), Path(own["mask"]), out) if folders else []
     device, compiled, quantize = device_name(own), truth(own, "compile"), own["quantize"] or None
     files = {part: own[part] for part in PARTS if own[part]}
