@@ -21,6 +21,7 @@ from layerdecomp.data.prepare import prepare
 from layerdecomp.data.shapes import whole_shape
 from layerdecomp.data.textures import photograph_crop
 from layerdecomp.data.triplets import TripletConfig, Triplets, stack
+from layerdecomp.errors import InputError
 from layerdecomp.imaging.compositing import over
 from layerdecomp.imaging.cues import edge_map, segmentation_map
 from layerdecomp.imaging.masks import imperfect_mask
@@ -41,8 +42,10 @@ STAGES: dict[str, tuple[Callable[..., Any], ...]] = {
 def benchmark(config: TripletConfig, count: int) -> None:
     """Makes `count` triplets in this process, on one thread as a worker does, and prints the rate and the stages.
 
-    Without indexes, of data sets of its own in a temporary folder.
+    Without indexes, of data sets of its own in a temporary folder. `InputError` for a count below 1.
     """
+    if count < 1:
+        raise InputError(f"count is {count}; expected at least 1 triplet to time")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -111,16 +111,8 @@ def _string_column(name: str, strings: list[str]) -> dict[str, Tensor]:
 class Index:
     """An index file, its columns mapped into memory. Costs nothing to open, and nothing to hand to a worker process."""
 
-    def __init__(self, path: str | Path, root: str | Path | None = None) -> None:
-        """Opens an index.
-
-        Args:
-            path: the file.
-            root: where the data lie now, if they have moved.
-
-        Raises:
-            InputError: the file is missing or no index of this version, or the data are not where it says.
-        """
+    def __init__(self, path: str | Path) -> None:
+        """Opens an index; `InputError` if it is missing, of another version, or its data are not where it says."""
         self.path = Path(path)
         metadata = read_metadata(path)
         if metadata.get("index_version") != VERSION:
@@ -129,9 +121,9 @@ class Index:
         if missing := [key for key in ("source", "kind", "licence", "root") if key not in metadata]:
             raise InputError(f"{path}: its metadata lack {missing[0]}; run tools/prepare_data.py again")
         self.source, self.kind, self.licence = (metadata[key] for key in ("source", "kind", "licence"))
-        self.root = Path(root or metadata["root"])
+        self.root = Path(metadata["root"])
         if not self.root.is_dir():
-            raise InputError(f"{path}: its data are not at {self.root}; put them there, or name their folder")
+            raise InputError(f"{path}: its data are not at {self.root}; put them there, or index them again")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_columns"}  # a worker maps its own
