@@ -1,6 +1,9 @@
 """Making indexes: parallel equals serial, an interrupted run goes on, and faults are told without stopping the rest."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +17,7 @@ from PIL import Image
 from layerdecomp.data.folders import BackgroundFolder
 from layerdecomp.data.index import Index, Item
 from layerdecomp.data.prepare import prepare
-from layerdecomp.errors import InputError
+from layerdecomp.errors import InputError, RunError
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Numbers:
         text = (self.root / candidate).read_text()
         if text == "stop":
             raise KeyboardInterrupt
+        if text == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
         if not text.isdigit():
             raise InputError(f"{candidate} says {text!r}; expected a number")
         width = int(text)
@@ -114,6 +119,53 @@ def test_other_settings_start_over(folder: Path) -> None:
     (folder / "5.txt").write_text("51")
     prepare(Numbers(folder, smallest=40), folder / "index.safetensors")
     assert [item.id for item in Index(folder / "index.safetensors")] == ["4", "5", "6", "7"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"candidate": "0.t\n',
+        b"\xff\xfe\n",
+        b"7\n",
+        b'{"candidate": "0.txt", "fault": null}\n',
+        b'{"candidate": "0.txt", "item": {"colour": "red"}, "fault": null}\n',
+    ],
+    ids=["JSON", "text", "object", "entry", "item"],
+)
+def test_a_damaged_journal_is_set_aside(folder: Path, damage: bytes) -> None:
+    (folder / "5.txt").write_text("stop")
+    out, journal = folder / "index.safetensors", folder / ".index.safetensors.journal"
+    with pytest.raises(KeyboardInterrupt):
+        prepare(Numbers(folder), out)
+    damaged = journal.read_bytes() + damage
+    journal.write_bytes(damaged)
+    (folder / "5.txt").write_text("51")
+    prepare(Numbers(folder), out)
+    assert len(Index(out)) == 8 and journal.with_suffix(".old").read_bytes() == damaged
+
+
+def test_a_killed_worker_is_told_and_what_is_done_is_kept(folder: Path) -> None:
+    (folder / "7.txt").write_text("die")
+    with pytest.raises(RunError, match=r"one of 2 workers died, .* fewer workers="):
+        prepare(Numbers(folder), folder / "index.safetensors", workers=2)
+    (folder / "7.txt").write_text("71")
+    prepare(Numbers(folder), folder / "index.safetensors", workers=2)
+    assert len(Index(folder / "index.safetensors")) == 8
+
+
+@pytest.mark.parametrize(
+    ("share", "told"),
+    [
+        (0.5, "3 for training, 5 held out\n"),
+        (0.0, "8 for training, 0 held out: nothing to validate or evaluate on; .* test_share= above 0\n"),
+        (1.0, "0 for training, 8 held out: nothing to train on; .* test_share= below 1\n"),
+    ],
+)
+def test_the_last_lines_tell_the_split(
+    folder: Path, share: float, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(Numbers(folder), folder / "index.safetensors", test_share=share)
+    assert re.search(told, capsys.readouterr().out)
 
 
 def test_faults_that_are_mended_are_no_longer_listed(folder: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import IO, Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from layerdecomp.data.index import TEST_SHARE, Item, Reader, write_index
-from layerdecomp.errors import InputError
+from layerdecomp.data.index import TEST_SHARE, Item, Reader, split_of, write_index
+from layerdecomp.errors import InputError, RunError
 from layerdecomp.files import remedy
 
 T = TypeVar("T")
@@ -82,7 +83,18 @@ def _finish(reader: Reader, out: Path, outcomes: list[Outcome], test_share: floa
         raise InputError(f"{reader.root}: none of {len(outcomes)} candidates can be used{first}")
     write_index(out, reader, items, test_share)
     print(f"{out}: {len(items)} items, {len(outcomes) - len(items) - len(faults)} left out, {len(faults)} faulty")
+    print(f"  {_describe_splits(items, test_share)}")
     print_some(faults, f"all in {listing}")
+
+
+def _describe_splits(items: Sequence[Item], test_share: float) -> str:
+    held_out = sum(split_of(item.id, test_share) == "test" for item in items)
+    told = f"{len(items) - held_out} for training, {held_out} held out"
+    if held_out == 0:
+        return f"{told}: nothing to validate or evaluate on; index more, or again with test_share= above {test_share:g}"
+    if held_out == len(items):
+        return f"{told}: nothing to train on; index more, or again with test_share= below {test_share:g}"
+    return told
 
 
 def print_some(faults: Sequence[str], rest: str) -> None:
@@ -104,25 +116,34 @@ def _note(file: IO[str], entry: dict[str, Any]) -> None:
 
 
 def _read_journal(journal: Path, reader: Reader) -> dict[str, Outcome]:
-    """The outcomes of an interrupted run, by candidate; none if it had other settings.
+    """The outcomes of an interrupted run, by candidate; none if it had other settings or its journal is damaged.
 
     What was faulty then is read again: it may have been mended since.
     """
     if not journal.is_file():
         return {}
-    lines = journal.read_text().splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):  # written when the machine stopped
-        lines.pop()
-    entries = [json.loads(line) for line in lines]
-    if not entries or entries[0] != _describe(reader):
+    try:
+        lines = journal.read_text().splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):  # written when the machine stopped
+            lines.pop()
+        done = _parse_journal(lines, reader)
+    except (ValueError, TypeError, LookupError):  # also of what is no text, no JSON, or has other fields
         os.replace(journal, journal.with_suffix(".old"))
         return {}
     journal.write_text("".join(lines))
-    return {entry["candidate"]: _outcome(entry) for entry in entries[1:] if entry["fault"] is None}
+    return {outcome.candidate: outcome for outcome in done if outcome.fault is None}
 
 
-def _outcome(entry: dict[str, Any]) -> Outcome:
-    return Outcome(entry["candidate"], entry["item"] and Item(**entry["item"]), entry["fault"])
+def _parse_journal(lines: list[str], reader: Reader) -> list[Outcome]:
+    """The outcomes that a journal's lines note; `ValueError` if they are of other settings."""
+    entries = [json.loads(line) for line in lines]
+    if not entries or entries[0] != _describe(reader):
+        raise ValueError("a journal of other settings")
+    return [_outcome(**entry) for entry in entries[1:]]
+
+
+def _outcome(candidate: str, item: dict[str, Any] | None, fault: str | None) -> Outcome:
+    return Outcome(candidate, None if item is None else Item(**item), fault)
 
 
 def _read(reader: Reader, candidate: str) -> Outcome:
@@ -136,6 +157,9 @@ def parallel(function: Callable[[T], R], inputs: Sequence[T], workers: int, chun
     """The results of a function in the order of its inputs, from worker processes, each of which is sent it once.
 
     A worker takes `chunk` inputs at a time: one, where they take seconds each, so that progress shows.
+
+    Raises:
+        RunError: a worker was killed.
     """
     if workers <= 1:
         yield from map(function, inputs)
@@ -143,6 +167,11 @@ def parallel(function: Callable[[T], R], inputs: Sequence[T], workers: int, chun
     pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(function,))
     try:
         yield from pool.map(_call, inputs, chunksize=chunk)
+    except BrokenProcessPool as error:
+        raise RunError(
+            f"one of {workers} workers died, often for want of memory; run the same command with fewer workers=, and "
+            "it goes on"
+        ) from error
     finally:  # when interrupted, what has not begun is dropped
         pool.shutdown(cancel_futures=True)
 
