@@ -22,13 +22,13 @@ Sample = dict[str, Any]
 
 
 @cache
-def _samples(split: str, truncated_shapes: bool = False) -> list[Sample]:
+def _samples(split: str, truncated_shapes: bool, /) -> list[Sample]:
     scenes = Scenes(SceneConfig(truncated_shapes=truncated_shapes), split, seed=3, length=COUNT, with_cues=False)
     return [scenes[index] for index in range(COUNT)]
 
 
 def _stacked(split: str, key: str) -> Tensor:
-    return torch.stack([sample[key] for sample in _samples(split)])
+    return torch.stack([sample[key] for sample in _samples(split, False)])
 
 
 def _same(first: Sample, second: Sample) -> bool:
@@ -83,8 +83,7 @@ def test_workers_make_the_same_samples() -> None:
     assert all(_same(scenes[index], sample) for index, sample in enumerate(loader))
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-@pytest.mark.parametrize("truncated_shapes", [False, True])
+@pytest.mark.parametrize(("split", "truncated_shapes"), [("train", False), ("train", True), ("test", False)])
 def test_recomposition_is_exact_where_nothing_occludes(split: str, truncated_shapes: bool) -> None:
     for sample in _samples(split, truncated_shapes):
         free = (sample["occluder"] == 0).expand(3, -1, -1)
@@ -133,8 +132,8 @@ def test_masks_are_imperfect_but_useful(split: str) -> None:
 
 
 def test_truncated_shapes_differ_only_in_the_foreground() -> None:
-    truncated = _samples("train", truncated_shapes=True)
-    for whole, cut in zip(_samples("train"), truncated, strict=True):
+    truncated = _samples("train", True)
+    for whole, cut in zip(_samples("train", False), truncated, strict=True):
         assert torch.equal(whole["image"], cut["image"]) and torch.equal(whole["mask"], cut["mask"])
         assert torch.equal(cut["foreground"][3:], whole["foreground"][3:] * (1 - whole["occluder"]))
         assert not (cut["foreground"] * (cut["occluder"] == 1)).any()
@@ -154,14 +153,14 @@ def test_things_of_many_colours_come_in_training_alone() -> None:
             spreads.append((inside[0] - inside[1]).std() if inside.numel() else torch.tensor(0.0))
         return float(torch.stack(spreads).mean())
 
-    assert colours(_many_coloured("train")) > 3 * colours(_samples("train")[:8])
-    assert all(_same(*pair) for pair in zip(_many_coloured("test"), _samples("test"), strict=False))
+    assert colours(_many_coloured("train")) > 3 * colours(_samples("train", False)[:8])
+    assert all(_same(*pair) for pair in zip(_many_coloured("test"), _samples("test", False), strict=False))
     with pytest.raises(InputError, match=r"data\.scenes\.many_coloured_probability is 1\.5"):
         SceneConfig(many_coloured_probability=1.5)
 
 
 def test_held_out_shapes_are_never_truncated() -> None:
-    pairs = zip(_samples("test"), _samples("test", truncated_shapes=True), strict=True)
+    pairs = zip(_samples("test", False), _samples("test", True), strict=True)
     assert all(_same(*pair) for pair in pairs)
     assert any((sample["foreground"][3:] * sample["occluder"]).any() for sample in _samples("test", True))
 
@@ -193,7 +192,7 @@ def test_cue_dropout_clears_cues_in_training_only() -> None:
 
 
 def test_without_cues_all_are_absent() -> None:
-    sample = _samples("train")[0]
+    sample = _samples("train", False)[0]
     assert not sample["cues"].any() and not sample["cues_present"].any()
 
 
