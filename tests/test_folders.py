@@ -74,6 +74,14 @@ def test_folders_that_are_links_are_followed(tmp_path: Path) -> None:
     assert BackgroundFolder(tmp_path / "data").candidates() == ["linked/a.png"]
 
 
+def test_a_link_that_leads_back_lists_nothing_twice(tmp_path: Path) -> None:
+    _save(_pixels(), tmp_path / "data" / "a.png")
+    _save(_pixels(), tmp_path / "data" / "deep" / "b.png")
+    (tmp_path / "data" / "deep" / "up").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "same").symlink_to(tmp_path / "data" / "deep")
+    assert list_pictures(tmp_path / "data") == ["a.png", "deep/b.png"]
+
+
 def test_folders_without_pictures(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no pictures; expected files that end in .*png"):
         BackgroundFolder(tmp_path).candidates()
@@ -116,6 +124,13 @@ def test_cut_outs_are_read_upright(tmp_path: Path) -> None:
     rgba = _cut_out()
     np.testing.assert_array_equal(read_rgba(_save(rgba, tmp_path / "a.png")), rgba)
     np.testing.assert_array_equal(read_rgba(_save(rgba, tmp_path / "b.png", exif=_turned(6))), np.rot90(rgba, -1))
+
+
+def test_a_cut_out_in_grey_of_sixteen_bits_is_refused(tmp_path: Path) -> None:
+    deep = np.arange(WIDTH * HEIGHT, dtype=np.uint16).reshape(HEIGHT, WIDTH) * 500
+    path = _save(deep, tmp_path / "a.png", transparency=500)
+    with pytest.raises(InputError, match=r"a\.png is grey of more than 8 bits .*: save it as RGB or RGBA"):
+        read_rgba(path)
 
 
 def test_a_folder_of_backgrounds_becomes_an_index(tmp_path: Path) -> None:

@@ -1,16 +1,20 @@
 """Pictures of an index as training sees them: the same pixels that an evaluation reads."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from profiles import SWAPPED
 
 from layerdecomp.data.folders import BackgroundFolder, TripletFolder, read_rgba
 from layerdecomp.data.index import Index, write_index
-from layerdecomp.data.loading import load_background, load_foreground, load_parts
-from layerdecomp.imaging.geometry import to_pixels
+from layerdecomp.data.loading import Box, Fit, load_background, load_foreground, load_layers, load_parts, resized_map
+from layerdecomp.data.mulan import MulanLayers
+from layerdecomp.errors import InputError
+from layerdecomp.imaging.geometry import to_pixels, to_tensor
 from layerdecomp.imaging.layers import read_image
 from layerdecomp.predictions import PredictionFolder
 
@@ -74,3 +78,54 @@ def test_pictures_with_a_palette_are_shrunk_as_others_are(tmp_path: Path) -> Non
     index = Index(tmp_path / "i.safetensors")
     background = load_background(index, index[0], (16, 16), np.random.default_rng(0))
     assert background.std() < 0.2  # noise that was averaged; its nearest pixels alone would be as strong as before
+
+
+def layered(root: Path) -> Index:
+    """An index of one picture of two layers."""
+    for number, pixels in enumerate((noise(3), noise(4))):
+        Image.fromarray(pixels).save(root / f"a-layer_{number}.png")
+    reader = MulanLayers(root)
+    write_index(root / "index.safetensors", reader, [reader.read(reader.candidates()[0])])
+    return Index(root / "index.safetensors")
+
+
+def test_layers_in_grey_of_sixteen_bits_are_refused(tmp_path: Path) -> None:
+    index = layered(tmp_path)
+    assert [picture.mode for picture in load_layers(index, index[0])] == ["RGBA", "RGBA"]
+    Image.fromarray(noise(2).view(np.uint16)[..., 0]).save(tmp_path / "a-layer_0.png")
+    with pytest.raises(InputError, match=r"a-layer_0\.png is grey of more than 8 bits"):
+        load_layers(index, index[0])
+
+
+def map_of(pixels: np.ndarray, cue: str, size: tuple[int, int], box: Box) -> np.ndarray:
+    """(*size) in [-1, 1]: what is seen of a map of grey levels whose crop is brought to a size."""
+    place = Fit(pixels.shape[1::-1], box, size)
+    picture = Image.fromarray(pixels).convert("RGB")
+    fitted = place.apply(picture, Path("map.png"), partial(resized_map, cue))
+    values = to_tensor(np.asarray(fitted))[0].numpy()
+    assert (values == values[:1]).all()
+    return values[0]
+
+
+@pytest.mark.parametrize("side", [24, 100, 128, 300])
+def test_lines_of_an_edge_map_are_neither_lost_nor_grey_at_another_size(side: int) -> None:
+    pixels = np.zeros((SIDE, SIDE), np.uint8)
+    pixels[:, 77], pixels[40] = 255, 200  # one of them as a lossy file has it
+    edges = map_of(pixels, "edge", (side, side), (0, 0, SIDE, SIDE))
+    assert set(np.unique(edges)) == {-1, 1}
+    assert (edges[:, int(77.5 * side / SIDE)] == 1).all() and (edges[int(40.5 * side / SIDE)] == 1).all()
+    assert (edges == 1).mean() < 4 / min(side, SIDE)
+
+
+def test_an_edge_map_is_cropped_as_its_picture_is() -> None:
+    pixels = np.zeros((SIDE, SIDE), np.uint8)
+    pixels[:, 20] = 255
+    edges = map_of(pixels, "edge", (32, 32), (8, 0, 72, 64))
+    assert np.flatnonzero(edges[0] == 1).tolist() == [6]  # two pixels become one
+
+
+def test_segments_do_not_blend_at_another_size() -> None:
+    pixels = np.where(np.arange(SIDE) < 50, 30, 220).astype(np.uint8)[None].repeat(SIDE, 0)
+    segments = map_of(pixels, "segmentation", (47, 47), (0, 0, SIDE, SIDE))
+    np.testing.assert_array_equal(np.unique(segments), np.float32([30, 220]) / np.float32(127.5) - 1)
+    assert (segments[:, :18] < 0).all() and (segments[:, 19:] > 0).all()

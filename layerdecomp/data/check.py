@@ -11,7 +11,16 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from layerdecomp.data.folders import PARTS, open_mask, open_picture, part_names, part_path, read_rgba, upright_size
+from layerdecomp.data.folders import (
+    PARTS,
+    open_mask,
+    open_picture,
+    part_names,
+    part_path,
+    read_rgba,
+    to_rgba,
+    upright_size,
+)
 from layerdecomp.data.index import Index, Item
 from layerdecomp.data.layerdiffuse import looks_premultiplied
 from layerdecomp.data.loading import WITH_MAPS, layer_paths, read_map
@@ -112,7 +121,7 @@ def _check_layers(root: Path, item: Item) -> Path:
         if number == 0:
             picture = open_picture(path)
             _check_size(path, picture.size, item)
-            if picture.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+            if to_rgba(picture, path).getchannel("A").getextrema() != (255, 255):
                 raise InputError(f"{path} is transparent in places; expected an opaque background")
         else:
             rgba = read_rgba(path)

@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
@@ -25,13 +26,25 @@ def list_pictures(folder: Path, extensions: frozenset[str] = PICTURES) -> list[s
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; expected one of pictures ({' '.join(sorted(extensions))})")
     found = []
-    for place, below, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
-        below[:] = [name for name in below if not name.startswith(".")]
-        inside = Path(place).relative_to(folder)
+    for place, names in _folders_below(folder):
+        inside = place.relative_to(folder)
         found += [(inside / name).as_posix() for name in names if _is_picture(name, extensions)]
     if not found:
         raise InputError(f"{folder} holds no pictures; expected files that end in {' '.join(sorted(extensions))}")
     return sorted(found)
+
+
+def _folders_below(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and all below it with the names in them, each once: links are followed, but never in a circle."""
+    seen = set()
+    for place, below, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+        status = os.stat(place)
+        if (identity := (status.st_dev, status.st_ino)) in seen:
+            below.clear()
+            continue
+        seen.add(identity)
+        below[:] = sorted(name for name in below if not name.startswith("."))  # the same one comes first everywhere
+        yield Path(place), names
 
 
 def _refuse_folder(error: OSError) -> None:
@@ -83,6 +96,16 @@ def upright_size(picture: Image.Image) -> tuple[int, int]:
     return picture.size if orientation(picture) < 5 else (picture.height, picture.width)
 
 
+def to_rgba(picture: Image.Image, path: Path) -> Image.Image:
+    """A layer that was opened, as RGBA in sRGB; `InputError` for grey of more than 8 bits, which would turn white."""
+    if picture.mode.startswith("I") or picture.mode == "F":
+        raise InputError(
+            f"{path} is grey of more than 8 bits (its mode is {picture.mode}); expected a layer of 8 bits a channel: "
+            "save it as RGB or RGBA"
+        )
+    return to_srgb(picture).convert("RGBA")
+
+
 def read_rgba(path: Path) -> Pixels:
     """A foreground as (H, W, 4) uint8 in sRGB, its EXIF orientation applied, whose alpha channel cuts something out.
 
@@ -92,7 +115,7 @@ def read_rgba(path: Path) -> Pixels:
     picture = open_picture(path)
     if not picture.has_transparency_data:
         raise InputError(f"{path} has no alpha channel (its mode is {picture.mode}); expected a cut-out RGBA picture")
-    rgba = np.asarray(to_srgb(ImageOps.exif_transpose(picture)).convert("RGBA"))
+    rgba = np.asarray(to_rgba(ImageOps.exif_transpose(picture), path))
     if not rgba[..., 3].any():
         raise InputError(f"{path} is transparent everywhere; expected an object whose alpha is above 0")
     if rgba[..., 3].min() == 255:

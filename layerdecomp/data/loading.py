@@ -1,7 +1,8 @@
 """From an item of an index to its pictures, cropped and resized in the same step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,19 +10,34 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from layerdecomp.data.folders import open_mask, open_picture, part_names, part_path
+from layerdecomp.data.folders import open_mask, open_picture, part_names, part_path, to_rgba
 from layerdecomp.data.index import Index, Item
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.cues import CUES
 from layerdecomp.imaging.geometry import to_tensor
-from layerdecomp.imaging.layers import READABLE, check_pixels, read_image, to_srgb
+from layerdecomp.imaging.layers import READABLE, check_pixels, read_image
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
+Resize = Callable[[Image.Image, tuple[int, int], Box | None], Image.Image]  # takes what `resized` does
 
 
 def resized(picture: Image.Image, size: tuple[int, int], box: Box | None = None) -> Image.Image:
     """A picture, or a crop of it, brought to (height, width); an alpha channel weights the colours."""
     return picture.resize(size[::-1], Image.Resampling.BICUBIC, box, reducing_gap=3)
+
+
+def resized_map(cue: str, picture: Image.Image, size: tuple[int, int], box: Box | None = None) -> Image.Image:
+    """The map of a cue, or a crop of it, brought to (height, width) as it would look had it been computed there.
+
+    Edges stay black and white and no line is lost, segments do not blend, depth is resized as pictures are.
+    """
+    if cue == "segmentation":
+        return picture.resize(size[::-1], Image.Resampling.NEAREST, box)
+    if cue == "edge":
+        lines = picture.convert("L").point(lambda level: 255 * (level >= 128))
+        shares = lines.resize(size[::-1], Image.Resampling.BOX, box)  # above 0 wherever a line passes
+        return shares.point(lambda level: 255 * (level > 0)).convert("RGB")
+    return resized(picture, size, box)
 
 
 @dataclass(frozen=True)
@@ -32,14 +48,14 @@ class Fit:
     box: Box
     size: tuple[int, int]
 
-    def apply(self, picture: Image.Image, path: Path) -> Image.Image:
+    def apply(self, picture: Image.Image, path: Path, resize: Resize = resized) -> Image.Image:
         """Crop and resize."""
         if picture.size != self.source:
             raise InputError(
                 f"{path} is {picture.width} x {picture.height} pixels, its index says {self.source[0]} x "
                 f"{self.source[1]}; run tools/prepare_data.py again"
             )
-        return resized(picture, self.size, self.box)
+        return resize(picture, self.size, self.box)
 
 
 def fit(source: tuple[int, int], size: tuple[int, int], rng: np.random.Generator, around: Box | None = None) -> Fit:
@@ -99,7 +115,7 @@ def open_shrunk(path: Path, item: Item, size: tuple[int, int]) -> Image.Image:
 
 def load_foreground(path: Path, item: Item) -> Image.Image:
     """A cut-out, upright, cropped to where its alpha is above 0; RGBA."""
-    picture = to_srgb(ImageOps.exif_transpose(open_picture(path))).convert("RGBA")
+    picture = to_rgba(ImageOps.exif_transpose(open_picture(path)), path)
     box = picture.getchannel("A").getbbox()
     if box is None:
         raise InputError(f"{path} is transparent everywhere; run tools/prepare_data.py again")
@@ -108,7 +124,7 @@ def load_foreground(path: Path, item: Item) -> Image.Image:
 
 def load_layers(index: Index, item: Item) -> list[Image.Image]:
     """The layers of a layered picture as RGBA, back to front."""
-    return [open_picture(path).convert("RGBA") for path in layer_paths(index.root, item)]
+    return [to_rgba(open_picture(path), path) for path in layer_paths(index.root, item)]
 
 
 def layer_paths(root: Path, item: Item) -> Iterator[Path]:
@@ -126,7 +142,7 @@ def load_parts(index: Index, item: Item, parts: Sequence[str]) -> list[Image.Ima
         else:
             picture = ImageOps.exif_transpose(open_picture(path))
             opaque = part != "foreground"  # as an evaluation reads them
-            pictures.append(Image.fromarray(read_image(picture)) if opaque else to_srgb(picture).convert("RGBA"))
+            pictures.append(Image.fromarray(read_image(picture)) if opaque else to_rgba(picture, path))
     return pictures
 
 
@@ -156,7 +172,7 @@ def load_maps(index: Index, item: Item, place: Fit) -> dict[str, Tensor]:
     """The cue maps that there are of an item, cropped as its picture is: (3, *size) in [-1, 1], by name."""
     found = {cue: read_map(index.root, item, cue) for cue in CUES}
     return {
-        cue: to_tensor(np.asarray(place.apply(picture, map_path(index.root, item, cue))))[0]
+        cue: to_tensor(np.asarray(place.apply(picture, map_path(index.root, item, cue), partial(resized_map, cue))))[0]
         for cue, picture in found.items()
         if picture is not None
     }

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from layerdecomp.data.folders import list_pictures, open_picture
+from layerdecomp.data.folders import list_pictures, open_picture, to_rgba
 from layerdecomp.data.index import Item
 from layerdecomp.errors import InputError
 from layerdecomp.files import remedy
@@ -370,7 +370,7 @@ def read_layers(paths: Iterable[Path]) -> list[Pixels]:
 
 def _read_layer(path: Path, transparent: bool) -> Pixels:
     picture = open_picture(path)
-    layer = np.asarray(picture.convert("RGBA"))
+    layer = np.asarray(to_rgba(picture, path))
     if transparent and not picture.has_transparency_data:
         raise InputError(f"{path} has no alpha channel; expected RGBA above layer 0")
     if not transparent and layer[..., 3].min() < 255:
