@@ -114,6 +114,14 @@ def test_an_object_of_one_colour_keeps_it_at_another_size(size: tuple[int, int])
     assert resized[:, 3].min() == 0 and resized[:, 3].max() == pytest.approx(1)
 
 
+def test_shrinking_a_foreground_averages_fine_detail() -> None:
+    rows, columns = torch.meshgrid(torch.arange(48), torch.arange(48), indexing="ij")
+    checks = ((rows + columns) % 2 * 2 - 1).expand(3, 48, 48)
+    foreground = torch.cat([checks, torch.ones(1, 48, 48)])[None]
+    shrunk = resize_straight(foreground, (16, 16))
+    assert shrunk[:, :3, 1:-1, 1:-1].abs().max() < 0.05 and (shrunk[:, 3] == 1).all()
+
+
 def test_checkerboard_alternates_and_shows_behind_transparency() -> None:
     board = checkerboard(20, 12, cell=4)
     assert board.shape == (3, 20, 12) and board.min() == 0.5 and board.max() == 1

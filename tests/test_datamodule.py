@@ -68,6 +68,12 @@ def test_loaders_follow_the_trainer() -> None:
     assert not validation[0]["image"].equal(batches[0]["image"])
 
 
+def test_validation_looks_at_other_samples_than_an_evaluation_of_the_same_seed() -> None:
+    found = next(iter(_module(global_rank=0, world_size=1).val_dataloader()))["image"][0]
+    evaluated, expected = (open_samples(CONFIG, "test", seed, 3)[0]["image"] for seed in (3, 4))
+    assert found.equal(expected) and not found.equal(evaluated)
+
+
 def test_validation_is_shared_out_without_repeating_a_sample() -> None:
     shares = [list(_module(global_rank=rank, world_size=2).val_dataloader()) for rank in (0, 1)]
     assert [[batch["index"] for batch in share] for share in shares] == [[[0, 2]], [[1]]]

@@ -1,10 +1,11 @@
 """The parts composed: layers of any size, reproducible, that depend on everything they should and on nothing else."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.depth import DepthConfig, DepthEstimator
 from layerdecomp.models.lora import LoRAConfig, LoRALinear
 from layerdecomp.resizing import keep_pixels
+from layerdecomp.sampling import schedule
 from layerdecomp.weights import Adapter, load_mmdit
 
 SIZES = [(32, 48), (37, 53), (17, 16), (1, 20), (300, 200)]
@@ -428,8 +430,21 @@ def test_merging_changes_rounding_alone(tiny_weights: Path) -> None:
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
-def test_the_foreground_is_the_median_of_several_draws(tiny_decomposer: Decomposer) -> None:
-    batch, noises = batch_of(2), [noise_of(2) + shift for shift in (0.0, 0.3, -0.3)]
+def test_the_shift_of_the_times_is_that_of_one_layers_tokens(tiny_decomposer: Decomposer) -> None:
+    times = []
+
+    def velocity(self: Decomposer, x: Tensor, context: object, t: Tensor) -> Tensor:
+        times.append(t.item())
+        return torch.zeros_like(x)
+
+    with mock.patch.object(Decomposer, "velocity", velocity):
+        tiny_decomposer.draw(batch_of(1, 64), noise_of(1, 64), steps=5)
+    assert times == schedule(5, (64 // 16) ** 2, tiny_decomposer.flow)[:-1].tolist()
+
+
+@pytest.mark.parametrize("shifts", [(0.0, 0.3, -0.3), (0.0, 0.3)])  # of an even number it is the lower one
+def test_the_foreground_is_the_median_of_several_draws(tiny_decomposer: Decomposer, shifts: Sequence[float]) -> None:
+    batch, noises = batch_of(2), [noise_of(2) + shift for shift in shifts]
     drawn = [tiny_decomposer.draw(batch, noise, steps=STEPS) for noise in noises]
     background, foreground = tiny_decomposer.draw(batch, torch.cat(noises, dim=1), steps=STEPS)
     torch.testing.assert_close(background, drawn[0][0])

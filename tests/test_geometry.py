@@ -45,6 +45,8 @@ def test_pixels_are_rounded_and_clipped() -> None:
         ((10, 20), (10, 20)),
         ((1, 640), (1, 64)),
         ((300, 199), (64, 42)),
+        ((100, 70), (64, 45)),  # 44.8
+        ((70, 100), (45, 64)),
     ],
 )
 def test_fitted_size(size: tuple[int, int], expected: tuple[int, int]) -> None:
@@ -87,6 +89,14 @@ def test_the_place_of_a_mask_is_grown_then_fades() -> None:
     assert (profile[20 + 4 + 2 * 5 + 1 :] == 0).all()
     assert share[0, 0] == 0 and share.max() <= 1
     assert grow_and_feather(mask, grow=0.0, feather=0.0).equal(mask)
+
+
+def test_the_place_of_a_mask_does_not_fade_along_the_border() -> None:
+    mask = torch.zeros(1, 1, 60, 80)
+    mask[..., :20] = 1
+    share = grow_and_feather(mask, grow=0.05, feather=0.05)  # 4 pixels each
+    assert 0 < share[..., 28].min() < 1
+    torch.testing.assert_close(share, share[..., 30:31, :].expand_as(share))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 200), (2, 200), (3, 90), (7, 300), (16, 16)])

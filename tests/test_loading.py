@@ -1,12 +1,13 @@
 """Pictures of an index as training sees them: the same pixels that an evaluation reads."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from profiles import SWAPPED
 
 from layerdecomp.data.folders import BackgroundFolder, TripletFolder, read_rgba
@@ -78,6 +79,33 @@ def test_pictures_with_a_palette_are_shrunk_as_others_are(tmp_path: Path) -> Non
     index = Index(tmp_path / "i.safetensors")
     background = load_background(index, index[0], (16, 16), np.random.default_rng(0))
     assert background.std() < 0.2  # noise that was averaged; its nearest pixels alone would be as strong as before
+
+
+def background_of(path: Path, rotation: int = 0) -> np.ndarray:
+    """(3, H, W), the whole of a picture, which is `rotation` from upright."""
+    item = replace(BackgroundFolder(path.parent).read(path.name), rotation=rotation)
+    if rotation % 180:
+        item = replace(item, width=item.height, height=item.width)
+    write_index(path.with_suffix(".safetensors"), BackgroundFolder(path.parent), [item])
+    size = (item.height, item.width)
+    return load_background(Index(path.with_suffix(".safetensors")), item, size, np.random.default_rng(0)).numpy()
+
+
+@pytest.mark.parametrize("rotation", [0, 90, 180, 270])
+def test_a_background_is_turned_counter_clockwise_by_what_its_index_says(tmp_path: Path, rotation: int) -> None:
+    pixels = noise(3)[:, :80]
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    expected = to_tensor(np.rot90(pixels, rotation // 90))[0].numpy()
+    np.testing.assert_array_equal(background_of(tmp_path / "a.png", rotation), expected)
+
+
+@pytest.mark.parametrize(("orientation", "quarters"), [(1, 0), (3, 2), (6, -1), (8, 1)])
+def test_a_background_is_turned_by_its_exif(tmp_path: Path, orientation: int, quarters: int) -> None:
+    pixels, exif = noise(3)[:, :80], Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    expected = to_tensor(np.rot90(pixels, quarters))[0].numpy()
+    np.testing.assert_array_equal(background_of(tmp_path / "a.png"), expected)
 
 
 def layered(root: Path) -> Index:

@@ -88,6 +88,14 @@ def test_the_box_has_straight_sides_close_to_the_objects() -> None:
         assert 0 < np.abs(errors).max() <= 6
 
 
+def test_the_box_of_an_object_too_small_for_a_hand_to_err_is_exact() -> None:
+    alpha = np.zeros((32, 32), np.float32)
+    alpha[10:16, 8:14], alpha[10:12, 8:10] = 1, 0
+    expected = np.zeros((32, 32), bool)
+    expected[10:16, 8:14] = True
+    assert (_masks("box", alpha) == expected).all()
+
+
 def test_brush_strokes_are_thick_connected_to_the_object_and_miss_some_of_it() -> None:
     truth = _matte(128) > 0.3
     for mask in _masks("brush", _matte(128)):

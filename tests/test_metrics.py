@@ -291,6 +291,7 @@ def test_alpha_conn_of_known_alphas():
     assert value(slice(0, 1), slice(0, 1), 0) == 0
     assert value(slice(20, 23), slice(20, 23), 1) == pytest.approx(9)  # a floating piece
     assert value(slice(20, 23), slice(20, 23), 0.1) == 0  # too faint to be noticed
+    assert value(slice(20, 23), slice(20, 23), 0.15) == pytest.approx(1.35)  # just noticed
     assert value(slice(6, 8), slice(6, 8), 0) == pytest.approx(4)  # a hole
     assert value(slice(6, 8), slice(6, 8), 0.9) == 0  # connected up to 0.9, and the rest is not noticed
     assert value(slice(14, 16), slice(14, 16), 0.9) == pytest.approx(0.4)  # in a piece of its own everything counts
@@ -398,6 +399,14 @@ def test_recomposition_ignores_what_stands_in_front():
         composite = alpha * dimmed[index, :3].numpy() + (1 - alpha) * rgb[index].numpy()
         error = np.square((composite - image[index].numpy())[:, visible]).mean()
         assert value == pytest.approx(10 * math.log10(4 / error), abs=1e-3)
+
+
+def test_recomposition_leaves_out_the_soft_edge_of_what_stands_in_front():
+    batch = make_batch()
+    rgba, rgb, image, occluder = (batch[key].clone() for key in ("foreground", "background", "image", "occluder"))
+    occluder[..., 11] = 0.3
+    image[..., 11] = 0.3 * 0.25 + 0.7 * image[..., 11]
+    assert (recomposition.psnr(rgba, rgb, image, occluder=occluder) > 99).all()
 
 
 def test_regions():
@@ -575,6 +584,20 @@ def test_a_resolution_brings_everything_to_a_size_first():
     torch.testing.assert_close(same, per_image(*layers, batch), rtol=0, atol=0, equal_nan=True)
     perfect = per_image(batch["background"], batch["foreground"], batch, Measures(resolution=2 * SIZE))
     assert (perfect["background/psnr"] == background.PSNR_CEILING).all() and (perfect["foreground/rgb_l1"] == 0).all()
+
+
+def test_a_mask_stays_as_large_as_it_is_at_another_resolution():
+    batch, layers = make_batch(), worsened(make_batch())
+    batch["mask"] = torch.zeros_like(batch["mask"])
+    batch["mask"][..., :10] = 1
+    half = per_image(*layers, batch, Measures(resolution=SIZE // 2))
+    small = torch.nn.functional.interpolate(
+        torch.cat([batch["background"], layers[0]]), (SIZE // 2,) * 2, mode="bicubic", antialias=True
+    ).clamp(-1, 1)
+    inside = torch.zeros(3, 1, SIZE // 2, SIZE // 2, dtype=torch.bool)
+    inside[..., :5] = True
+    expected = background.psnr(small[3:], small[:3], inside)
+    torch.testing.assert_close(half["background/psnr_mask"], expected, rtol=1e-5, atol=0)
 
 
 def test_pasting_and_selecting():

@@ -77,6 +77,11 @@ def test_a_sample_depends_on_seed_split_and_index_alone() -> None:
     assert not any(torch.equal(first["image"], other["image"]) for other in others)
 
 
+def test_the_splits_share_no_seed() -> None:
+    train, test = (Scenes(SceneConfig(size=32), split, 5, 4, with_cues=False) for split in ("train", "test"))
+    assert not any(train[index]["inpaint_mask"].equal(test[index]["inpaint_mask"]) for index in range(4))
+
+
 def test_workers_make_the_same_samples() -> None:
     scenes = Scenes(SceneConfig(size=64), "train", seed=5, length=6)
     loader = DataLoader(scenes, batch_size=None, num_workers=2)

@@ -155,6 +155,13 @@ def test_all_objects_of_the_right_area_or_one_of_each_picture(mulan: Path) -> No
     assert {name[2] for name, _ in test_objects(large, "all", stretch=True)} == {"1"}
 
 
+def test_every_picture_is_cropped_in_a_place_of_its_own(mulan: Path) -> None:
+    config = TripletConfig(layered=[str(mulan)], size=32, masks=EXACT)
+    found = dict(test_objects(config, "all", stretch=False))
+    for layer in (1, 2):  # a and b differ in their colours alone
+        assert not found[f"a-{layer}"]["foreground"][3].equal(found[f"b-{layer}"]["foreground"][3])
+
+
 def test_an_object_is_taken_out_of_its_picture(mulan: Path) -> None:
     config = TripletConfig(layered=[str(mulan)], size=32, masks=EXACT)
     for stretch in (True, False):

@@ -1,6 +1,7 @@
 """The training jobs end to end, at toy size: files, what a checkpoint holds, resuming, two processes."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -31,7 +32,7 @@ from layerdecomp.metric_networks import open_networks
 from layerdecomp.metrics.layers import METRICS, LayerMetrics
 from layerdecomp.models.autoencoder import Autoencoder
 from layerdecomp.tensor_files import file_sha256, read_metadata
-from layerdecomp.training.autoencoder import BACKGROUND_MEAN, BACKGROUND_SQUARE, composite_error
+from layerdecomp.training.autoencoder import BACKGROUND_MEAN, BACKGROUND_SQUARE, AutoencoderJob, composite_error
 from layerdecomp.training.checkpoints import newest_checkpoint
 from layerdecomp.training.decomposer import DecomposerJob, fixed_settings
 from layerdecomp.training.inpainter import InpainterJob
@@ -465,6 +466,14 @@ def test_a_refined_autoencoder_has_the_latents_that_it_had(tmp_path: Path, tiny_
 def test_one_autoencoder_cannot_be_extended_and_refined(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected one of them"):
         run("tiny_rgba_autoencoder", "refine=other.safetensors", f"run_dir={tmp_path}/none")
+
+
+def test_the_decoder_learns_from_draws_of_the_posterior() -> None:
+    settings = [*SMALL, *AUTOENCODER, "projection=0", "noise=0"]
+    job = AutoencoderJob(load_config(REPOSITORY / "configs" / "tiny_autoencoder.yaml", settings))
+    mean, log_variance = torch.zeros(2, 16, 4, 4), torch.full((2, 16, 4, 4), -3.0)
+    noise = seeded_normal(job.run.seed, [7, 8], (16, 4, 4))
+    torch.testing.assert_close(job._deviation(mean, log_variance, [7, 8]), math.exp(-1.5) * noise)
 
 
 def test_composite_error_is_the_mean_over_backgrounds() -> None:

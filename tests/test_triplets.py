@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from layerdecomp.data.layerdiffuse import ForegroundFolder, pad_colours
 from layerdecomp.data.loading import Fit, load_maps, map_path
 from layerdecomp.data.mulan import MulanLayers
 from layerdecomp.data.prepare import prepare
-from layerdecomp.data.triplets import TripletConfig, Triplets
+from layerdecomp.data.triplets import Rows, TripletConfig, Triplets, scene_around
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.compositing import over
 from layerdecomp.imaging.geometry import to_tensor
@@ -229,7 +230,11 @@ def test_cut_outs_are_whole_and_vary_in_place_and_size(sets: Path) -> None:
 def test_a_second_cut_out_sometimes_stands_in_front(sets: Path) -> None:
     never, always = (config(sets, "pasted", occluder_probability=share) for share in (0.0, 1.0))
     assert not any(sample["occluder"].any() for sample in samples(never))
-    assert any(sample["occluder"].any() for sample in samples(always, 16))
+    covered = [sample for sample in samples(always, 16) if sample["occluder"].any()]
+    assert covered
+    for sample in covered:  # partly, so that there is something to be guessed and something to guess it by
+        alpha = sample["foreground"][3]
+        assert 0.05 <= (alpha * sample["occluder"][0]).sum() / alpha.sum() <= 0.5
 
 
 def test_kinds_are_mixed_by_weight(sets: Path) -> None:
@@ -390,9 +395,48 @@ def test_indexes_of_the_wrong_kind_or_without_a_partner(sets: Path) -> None:
         Triplets(TripletConfig(layered=[str(sets / "missing.safetensors")]), "train", 0, 1)
 
 
-def test_objects_that_are_too_small_are_passed_over(sets: Path) -> None:
+@pytest.mark.parametrize("limit", [{"min_area": 0.7}, {"max_area": 0.02}])
+def test_objects_that_are_too_small_or_too_large_are_passed_over(sets: Path, limit: dict[str, float]) -> None:
     with pytest.raises(InputError, match="16 pictures in a row have no object"):
-        samples(config(sets, "layered", min_area=0.7))
+        samples(config(sets, "layered", **limit))
+
+
+@pytest.mark.parametrize("kind", ["layered", "folders"])
+def test_an_object_at_the_end_of_a_wide_picture_is_whole_in_the_crop(tmp_path: Path, kind: str) -> None:
+    rng, (height, width) = np.random.default_rng(0), (40, 160)
+    clean, alpha = noise(rng, height, width), disc(height, width, (20, 145), 10)
+    thing = rgba(noise(rng, height, width), alpha)
+    if kind == "layered":
+        Image.fromarray(clean).save(tmp_path / "a-layer_0.png")
+        thing.save(tmp_path / "a-layer_1.png")
+    else:
+        for part, shown in zip(PARTS, (Image.fromarray(clean), Image.fromarray(alpha), thing), strict=False):
+            (tmp_path / part).mkdir()
+            shown.save(tmp_path / part / "a.png")
+        shutil.copytree(tmp_path / "image", tmp_path / "background")
+    reader = MulanLayers(tmp_path) if kind == "layered" else TripletFolder(tmp_path)
+    prepare(reader, tmp_path / f"{kind}.safetensors", test_share=0)
+    for sample in samples(config(tmp_path, kind, size=32), 6):
+        assert sample["foreground"][3].sum() == pytest.approx(alpha.sum() / 255 * (32 / height) ** 2, rel=0.02)
+
+
+def test_every_row_of_several_indexes_is_as_likely_as_the_others(sets: Path, tmp_path: Path) -> None:
+    prepare(BackgroundFolder(sets / "triplets" / "image"), tmp_path / "few.safetensors", test_share=0.6)
+    paths = [str(sets / "backgrounds.safetensors"), str(tmp_path / "few.safetensors")]
+    rows, rng = Rows(paths, "backgrounds", "train"), np.random.default_rng(0)
+    drawn = Counter((index.path.name, item.id) for index, item in (rows.draw(rng) for _ in range(2000)))
+    lengths = [len(index.rows("train")) for index in rows.indexes]
+    assert min(lengths) > 1 and lengths[0] != lengths[1] and len(drawn) == sum(lengths)
+    shares = [count / 2000 * len(drawn) for count in drawn.values()]
+    assert min(shares) > 0.7 and max(shares) < 1.3
+
+
+def test_layers_in_front_are_joined_as_if_each_were_laid_over_the_others() -> None:
+    back, thing, middle, front = torch.rand(4, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    back[3] = 1
+    scene = scene_around([back, thing, middle, front], 1)
+    expected = over(front, over(middle, over(thing, back[:3])))
+    torch.testing.assert_close(scene.image, expected)
 
 
 def test_a_split_without_items_says_so(sets: Path, tmp_path: Path) -> None:
