@@ -20,6 +20,7 @@ from layerdecomp.data.triplets import TripletConfig
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.compositing import over
 from layerdecomp.imaging.cues import CUES
+from layerdecomp.imaging.geometry import to_tensor
 from layerdecomp.imaging.masks import MaskConfig
 
 SCENES = Scenes(SceneConfig(size=32), "test", 0, 3)
@@ -98,10 +99,18 @@ def test_parts_of_another_size_are_named(tmp_path: Path) -> None:
 
 def test_maps_of_the_folder_are_the_cues(tmp_path: Path) -> None:
     export_samples(drawn_samples(SCENES), tmp_path)
-    (tmp_path / "depth").mkdir()
-    Image.fromarray(np.full((32, 32), 255, np.uint8)).save(tmp_path / "depth" / "00000.png")
+    levels = np.arange(1024, dtype=np.uint16).reshape(32, 32).astype(np.uint8)
+    for cue in ("depth", "edge"):
+        (tmp_path / cue).mkdir()
+        Image.fromarray(levels).save(tmp_path / cue / "00000.png")
     sample = TestFolder(tmp_path)[0]
-    assert sample["cues_present"].all() and (sample["cues"][CUES.index("depth")] == 1).all()
+    assert sample["cues_present"].all()
+    np.testing.assert_array_equal(
+        sample["cues"][CUES.index("depth")], to_tensor(levels[..., None])[0].expand(3, 32, 32)
+    )
+    np.testing.assert_array_equal(
+        sample["cues"][CUES.index("edge")][0], np.where(levels >= 128, 1, -1)
+    )  # as in training
 
 
 def test_rorems_layout(tmp_path: Path) -> None:

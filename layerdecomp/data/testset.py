@@ -20,7 +20,7 @@ from tqdm import tqdm
 from layerdecomp.data.datamodule import Samples
 from layerdecomp.data.folders import PARTS, RoremFolder, by_stem, read_rgba, triplet_id
 from layerdecomp.data.index import Index, Item
-from layerdecomp.data.loading import Fit, fit, layer, layer_paths, load_layers, read_map
+from layerdecomp.data.loading import Fit, fit, layer, layer_paths, load_layers, read_map, resized_map
 from layerdecomp.data.sample import build_cues, build_sample
 from layerdecomp.data.triplets import TripletConfig, bounds, scene_around
 from layerdecomp.errors import InputError
@@ -120,9 +120,13 @@ class TestFolder(Dataset[dict[str, Any]]):
     def _maps(self, name: str, image: Pixels) -> dict[str, Tensor]:
         if not self.with_cues:
             return {}
-        item = Item(name, "", image.shape[1], image.shape[0])
+        item, size = Item(name, "", image.shape[1], image.shape[0]), (image.shape[0], image.shape[1])
         found = {cue: read_map(self.root, item, cue) for cue in CUES}
-        return {cue: to_tensor(np.asarray(picture))[0] for cue, picture in found.items() if picture is not None}
+        return {
+            cue: to_tensor(np.asarray(resized_map(cue, picture, size)))[0]
+            for cue, picture in found.items()
+            if picture is not None
+        }
 
 
 def _of_size(pixels: Pixels, image: Pixels, path: Path) -> Pixels:
