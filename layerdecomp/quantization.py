@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layerdecomp.errors import InputError
+from layerdecomp.models.lora import freeze_quantized
 
 # Bits that a number takes: the code, and its share of the scales (int8, fp8: one per row, which is next to nothing).
 BITS = {"int8": 8.0, "fp8": 8.0, "nf4": 4 + 8 / 64}
@@ -82,6 +83,7 @@ def quantize_blocks(transformer: nn.Module, format: str) -> None:
         for name, weight in module.named_parameters(recurse=False):
             if not weight.requires_grad:
                 module.register_parameter(name, nn.Parameter(convert(f"{path}.{name}", weight.data), False))
+    freeze_quantized(transformer)
 
 
 def check_bits(key: str, bits: int) -> None:

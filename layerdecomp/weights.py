@@ -32,6 +32,7 @@ from layerdecomp.layouts import (
 )
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.depth import DepthConfig, DepthEstimator, published_names
+from layerdecomp.models.lora import freeze_quantized
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.quantization import block_matrices
 from layerdecomp.tensor_files import (
@@ -208,6 +209,7 @@ def load_mmdit(
     convert = block_matrices(quantize)
     model, layout = empty_mmdit(path, config)
     load_state(model, path, dtype, device, layout, convert, mapped)
+    freeze_quantized(model)
     return model.requires_grad_(False).eval()
 
 

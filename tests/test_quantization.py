@@ -14,7 +14,7 @@ from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError
 from layerdecomp.models.lora import LoRAConfig, LoRALinear, dense, inject_lora, is_quantized, merge_lora
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
-from layerdecomp.quantization import BITS, block_matrices, quantized, stored_bytes
+from layerdecomp.quantization import BITS, block_matrices, quantize_blocks, quantized, stored_bytes
 from layerdecomp.weights import load_mmdit, save_model
 
 # Relative errors of normal numbers: uniform steps of the largest of 256, a mantissa of 3 bits, 16 levels.
@@ -118,6 +118,31 @@ def test_a_model_keeps_its_names_and_nearly_its_velocity(weights: Path, name: st
         found, expected = model(**inputs()).float(), plain(**inputs())
     error = ((found - expected).norm() / expected.norm()).item()
     assert 1e-4 < error < {"int8": 0.02, "fp8": 0.06, "nf4": 0.3}[name] + 0.02 * (dtype == torch.bfloat16)
+
+
+@FORMATS
+def test_a_model_keeps_no_dense_weight_of_layers_that_are_not_adapted(weights: Path, name: str) -> None:
+    """Trained as it is: frozen parts in bf16, a trained input layer before all blocks, LoRA on few of their layers."""
+    plain = load_mmdit(weights, dtype=torch.bfloat16)
+    inject_lora(plain, LoRAConfig(rank=2, targets=["*_attn.qkv"]))
+    quantize_blocks(plain, name)
+    read = load_mmdit(weights, dtype=torch.bfloat16, quantize=name)
+    inject_lora(read, LoRAConfig(rank=2, targets=["*_attn.qkv"]))
+    for model in (plain, read):
+        model.img_in.requires_grad_(True)
+        own, kept = {parameter.data_ptr() for parameter in model.parameters() if not is_quantized(parameter)}, []
+
+        def keep(tensor: Tensor, own: set[int] = own, kept: list[Tensor] = kept) -> Tensor:
+            matrix = tensor.dim() == 2 and min(tensor.shape) >= MODEL.hidden_size  # there are fewer tokens than that
+            if matrix and not is_quantized(tensor) and tensor.data_ptr() not in own:
+                kept.append(tensor)
+            return tensor
+
+        with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            velocity = model(**inputs())
+        assert [tensor.shape for tensor in kept] == []
+        velocity.float().square().mean().backward()
+        assert model.img_in.weight.grad is not None and model.img_in.weight.grad.abs().max() > 0
 
 
 @FORMATS

@@ -76,7 +76,27 @@ class _QuantizedLinear(torch.autograd.Function):
         return gradient @ dense(ctx.weight).to(gradient.dtype), None, None
 
 
-class LoRALinear(nn.Linear):
+class FrozenLinear(nn.Linear):
+    """A linear layer that is not trained: of a weight that is quantised, autograd keeps nothing dense."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        if not is_quantized(self.weight):
+            return super().forward(x)
+        out: Tensor = _QuantizedLinear.apply(x, self.weight, self.bias)
+        return out
+
+
+def freeze_quantized(model: nn.Module) -> None:
+    """Makes a `FrozenLinear` of every plain linear layer of `model` whose weight is quantised, in place."""
+    for module in model.modules():
+        if type(module) is nn.Linear and is_quantized(module.weight):
+            module.__class__ = (
+                FrozenLinear  # the same object with the same parameters: only its forward pass is another
+            )
+
+
+class LoRALinear(FrozenLinear):
     """A frozen linear layer plus `scale * B A`.
 
     It takes over the very `weight` and `bias` of the layer that it replaces, so their names stay as they were;
@@ -100,20 +120,14 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         if not self.adapted:
-            return self._base(x)
+            return super().forward(x)
         if self._cheaper_as_one(x.numel() // self.in_features):
             return F.linear(x, self._sum().to(x.dtype), self.bias)
         rows = x.flatten(0, -2)  # (N, in_features)
         low_rank = F.linear(rows, self.lora_A.weight.to(x.dtype))  # (N, rank)
         # In place: the product is added while it is computed, so that no pass over the output is spent on a sum.
-        out = self._base(rows).addmm_(low_rank, self.lora_B.weight.to(low_rank.dtype).t(), alpha=self.scale)
+        out = super().forward(rows).addmm_(low_rank, self.lora_B.weight.to(low_rank.dtype).t(), alpha=self.scale)
         return out.view(*x.shape[:-1], self.out_features)
-
-    def _base(self, x: Tensor) -> Tensor:
-        if not is_quantized(self.weight):
-            return super().forward(x)
-        base: Tensor = _QuantizedLinear.apply(x, self.weight, self.bias)
-        return base
 
     def _cheaper_as_one(self, tokens: int) -> bool:
         """Whether W + scale * B A, forward and backward, takes fewer multiplications than its two parts one by one.
