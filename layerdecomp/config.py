@@ -254,13 +254,16 @@ def merge_config(
     known = sorted(flat)
     free = tuple(f"{key}." for key, value in flat.items() if value == {})  # dictionaries, which take any key
     for name, source in sources:
-        for key in _dotted(OmegaConf.to_container(source)):
+        for key, value in _dotted(OmegaConf.to_container(source)).items():
             if not key.startswith(free):
                 _check_known(key, known, name)
+            if isinstance(flat.get(key), list) and isinstance(value, str | int | float):
+                raise InputError(f"{name}: found {value!r}, expected a list: {key}=[{value}]")
         try:
             merged = OmegaConf.merge(merged, source)
         except (OmegaConfBaseException, ValueError) as error:
-            raise InputError(f"{name}: {_first_line(error)}; expected the type of its default") from error
+            default = flat.get(getattr(error, "full_key", None) or "")
+            raise InputError(f"{name}: {_first_line(error)}; expected {_kind(default)}") from error
     for key, value in _dotted(OmegaConf.to_container(merged)).items():
         if isinstance(value, float) and math.isnan(value):
             raise InputError(f"{key} is {value}; expected a number")
@@ -337,8 +340,17 @@ def _check_known(key: str, known: list[str], source: str) -> None:
     sections = [name for name in known if name.startswith(f"{key}.")]
     if sections:
         raise InputError(f"{source}: {key} is a section; expected one of its keys: {', '.join(sections)}")
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-    raise InputError(f"{source}: unknown key {key}; the nearest known one is {nearest}")
+    namesakes = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    if nearest := difflib.get_close_matches(key, namesakes, 1, cutoff=0.0) or difflib.get_close_matches(key, known, 1):
+        raise InputError(f"{source}: unknown key {key}; the nearest known one is {nearest[0]}")
+    begins = ", ".join(dict.fromkeys(name.partition(".")[0] for name in known))
+    raise InputError(f"{source}: unknown key {key}; the known ones begin with {begins}")
+
+
+def _kind(default: Any) -> str:
+    """What is expected where there is a default, in words."""
+    kinds = {bool: "true or false", int: f"a whole number, such as {default}", float: f"a number, such as {default}"}
+    return kinds.get(type(default), "the type of its default")
 
 
 def _first_line(error: Exception) -> str:

@@ -20,7 +20,14 @@ from layerdecomp.adapters import (
     told_alphas,
 )
 from layerdecomp.errors import InputError
-from layerdecomp.manifest import REPOSITORY, DecomposerConfig, WeightFiles, describe_adapter, described_config
+from layerdecomp.manifest import (
+    REPOSITORY,
+    DecomposerConfig,
+    WeightFiles,
+    adapter_file,
+    describe_adapter,
+    described_config,
+)
 from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig
 from layerdecomp.models.mmdit import MMDiT
@@ -68,6 +75,8 @@ def _reduce(changes: Changes, rank: int) -> tuple[Changes, str]:
     if rank < 1:
         raise InputError(f"rank is {rank}; expected at least 1")
     before = max(change.rank for layer, change in changes.items() if layer != INPUT)
+    if rank >= before:
+        raise InputError(f"rank is {rank}, and {before} without it; expected less, or no rank: nothing would be cut")
     reduced, errors = reduce_rank(changes, rank)
     worst = max(errors, key=lambda layer: errors[layer])
     text = f"rank {before} to {rank}: relative error {errors['all']:.2%} (worst: {worst} {errors[worst]:.2%})"
@@ -95,8 +104,7 @@ def read_adapter(path: Path, files: dict[str, str]) -> tuple[Adapter, Decomposer
     A LoRA file that was exported from here carries its description, and finds beside it what it had no room for; of
     one from elsewhere, `files` must name the frozen parts, and there is no fusion module.
     """
-    if path.is_dir():
-        return describe_adapter(path, **files)
+    path = adapter_file(path)
     with open_safetensors(path) as file:
         names = set(file.keys())
         layout = next((n for n, (start, *_) in LAYOUTS.items() if any(name.startswith(start) for name in names)), None)

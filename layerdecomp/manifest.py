@@ -74,8 +74,17 @@ class DecomposerConfig:
 
 
 def adapter_file(path: str | Path) -> Path:
-    """The file of an adapter that is named by itself or by the folder that it was published in."""
-    return Path(path) / ADAPTER if Path(path).is_dir() else Path(path)
+    """The file of an adapter that is named by itself or by the folder that it was published or trained in."""
+    path = Path(path)
+    if path.suffix == ".ckpt":
+        raise InputError(f"{path} is a training checkpoint; expected what its run ends with: {path.with_name(ADAPTER)}")
+    if not path.is_dir():
+        return path
+    if not (path / ADAPTER).is_file() and (path / "last.ckpt").is_file():
+        raise InputError(
+            f"{path} is an unfinished run without {ADAPTER}; let the command that began it go on to its end"
+        )
+    return path / ADAPTER
 
 
 def describe_adapter(path: str | Path, **files: str) -> tuple[Adapter, DecomposerConfig]:

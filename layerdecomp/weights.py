@@ -187,7 +187,8 @@ def config_from(kind: type[ConfigT], text: str | None, where: str) -> ConfigT:
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), json.loads(text or "{}")))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
-        raise InputError(f"{where}: its metadata does not describe a {kind.__name__}: {error}") from error
+        reason = str(error).partition("\n")[0]  # OmegaConf's own keys follow
+        raise InputError(f"{where}: its metadata does not describe a {kind.__name__}: {reason}") from error
     assert isinstance(config, kind)
     return config
 

@@ -269,6 +269,7 @@ def test_prepare_data_makes_maps(tmp_path: Path, capsys: pytest.CaptureFixture[s
     )
     maps = [f"maps={index}", "cues=edge,segmentation", "workers=1"]
     run_command(TOOLS["prepare_data"].main, maps)
+    assert capsys.readouterr().out.endswith(f"{index}: 1 items with maps of edge, segmentation, 0 faulty\n")
     assert all(Image.open(tmp_path / "layers" / cue / "a.png").size == (30, 20) for cue in ("edge", "segmentation"))
     with pytest.raises(SystemExit) as stopped:
         run_command(TOOLS["prepare_data"].main, [f"maps={index}", f"depth={tmp_path}/model.safetensors"])
@@ -426,10 +427,18 @@ def test_evaluate_without_the_matting_library(
         (["out=a.safetensors", "weights=1,x"], "weights=1,x: expected numbers with commas between them"),
         (["out=a.safetensors", "base=maybe"], "base=maybe: expected true or false"),
         (["out=taken/a.safetensors"], "taken/a.safetensors could not be written"),
+        (["out=a.safetensors", "rank=128"], "rank is 128, and 2 without it; expected less, or no rank"),
+        (["out=a.safetensors", "adapter=run"], "run is an unfinished run without adapter.safetensors; let the command"),
+        (
+            ["out=a.safetensors", "adapter=run/last.ckpt"],
+            "run/last.ckpt is a training checkpoint; expected what its run ends with: run/adapter.safetensors",
+        ),
     ],
 )
 def test_export(fails: Fails, tiny_weights: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "taken").write_text("a file")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last.ckpt").write_bytes(b"PK\x03\x04")
     assert message in fails("export", f"adapter={tiny_weights / 'adapter.safetensors'}", *arguments)
 
 
@@ -477,7 +486,8 @@ def test_gated_weights_are_not_there(fails: Fails) -> None:
     ("arguments", "message"),
     [
         ([], "expected check=FILES, or maps=FILES, or out=FILE and source= one of mulan, "),
-        (["source=mulam", "out=a.safetensors"], "source= one of mulan, "),
+        (["source=mulam", "out=a.safetensors"], "source=mulam: expected one of mulan, "),
+        (["source=mulan", "root=."], "out= is missing; expected out=FILE"),
         (["source=backgrounds", "out=a.safetensors"], "root= is missing"),
         (["source=backgrounds", "out=a.safetensors", "rot=x"], "unknown key rot; the nearest known one is root"),
         (["source=backgrounds", "out=a.safetensors", "root=absent"], "absent is no folder"),

@@ -43,17 +43,22 @@ def main(arguments: list[str]) -> None:
         if check_indexes(_paths(own["check"]), workers) if own["check"] else _write_maps(own, workers):
             sys.exit(1)
         return
-    if own["source"] not in READERS or not own["out"]:
-        sources = ", ".join(READERS)
-        raise InputError(f"expected check=FILES, or maps=FILES, or out=FILE and source= one of {sources}")
-    reader: Reader = merge_config(READERS[own["source"]], [], settings)
+    if (source := own["source"]) not in READERS:
+        forms = (
+            f"source={source}: expected" if source else "expected check=FILES, or maps=FILES, or out=FILE and source="
+        )
+        raise InputError(f"{forms} one of {', '.join(READERS)}")
+    if not own["out"]:
+        raise InputError("out= is missing; expected out=FILE, the index to write")
+    reader: Reader = merge_config(READERS[source], [], settings)
     prepare(reader, Path(own["out"]), workers, _share(own["test_share"]))
 
 
 def _write_maps(own: dict[str, str], workers: int) -> list[str]:
     indexes, cues, faults = [Index(path) for path in _paths(own["maps"])], own["cues"].split(","), []
     for index in indexes:
-        faults += write_maps(index, cues, Path(own["depth"]), workers)
+        faults += (found := write_maps(index, cues, Path(own["depth"]), workers))
+        print(f"{index.path}: {len(index) - len(found)} items with maps of {', '.join(cues)}, {len(found)} faulty")
     print_some(faults, f"{len(faults)} in all")
     return faults
 
