@@ -75,8 +75,8 @@ def _reduce(changes: Changes, rank: int) -> tuple[Changes, str]:
     if rank < 1:
         raise InputError(f"rank is {rank}; expected at least 1")
     before = max(change.rank for layer, change in changes.items() if layer != INPUT)
-    if rank >= before:
-        raise InputError(f"rank is {rank}, and {before} without it; expected less, or no rank: nothing would be cut")
+    if rank > before:
+        raise InputError(f"rank is {rank}, and {before} without it; expected at most that: ranks are cut, not raised")
     reduced, errors = reduce_rank(changes, rank)
     worst = max(errors, key=lambda layer: errors[layer])
     text = f"rank {before} to {rank}: relative error {errors['all']:.2%} (worst: {worst} {errors[worst]:.2%})"

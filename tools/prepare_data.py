@@ -44,10 +44,8 @@ def main(arguments: list[str]) -> None:
             sys.exit(1)
         return
     if (source := own["source"]) not in READERS:
-        forms = (
-            f"source={source}: expected" if source else "expected check=FILES, or maps=FILES, or out=FILE and source="
-        )
-        raise InputError(f"{forms} one of {', '.join(READERS)}")
+        wrong = f"source={source}: expected" if source else "expected check=FILES, maps=FILES, or out=FILE and source="
+        raise InputError(f"{wrong} one of {', '.join(READERS)}")
     if not own["out"]:
         raise InputError("out= is missing; expected out=FILE, the index to write")
     reader: Reader = merge_config(READERS[source], [], settings)
