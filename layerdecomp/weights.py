@@ -63,7 +63,8 @@ def checksums(path: Path) -> list[str]:
 
     Latents are the same in all of them, so that what was trained on one works with the others.
     """
-    return [file_sha256(path), *read_metadata(weight_files(path)[0]).get(REFINES, "").split()]
+    refined = read_metadata(weight_files(path)[0]).get(REFINES, "").split()  # first, as it says what a file lacks
+    return [file_sha256(path), *refined]
 
 
 def latents_sha256(path: Path) -> str:

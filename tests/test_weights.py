@@ -23,7 +23,16 @@ from layerdecomp.manifest import DecomposerConfig, describe_adapter
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.tensor_files import TensorFile, file_sha256, read_metadata
-from layerdecomp.weights import Adapter, config_from, find_weights, load_autoencoder, load_mmdit, open_state, save_model
+from layerdecomp.weights import (
+    Adapter,
+    checksums,
+    config_from,
+    find_weights,
+    load_autoencoder,
+    load_mmdit,
+    open_state,
+    save_model,
+)
 
 
 @pytest.mark.parametrize(
@@ -254,6 +263,11 @@ if __name__ == "__main__":
 def test_metadata_that_describe_no_model(text: str) -> None:
     with pytest.raises(InputError, match="^a.safetensors: its metadata [^\n]* MMDiTConfig[^\n]*$"):
         config_from(MMDiTConfig, text, "a.safetensors")
+
+
+def test_checksums_of_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="absent.safetensors does not exist; put the file there"):
+        checksums(tmp_path / "absent.safetensors")
 
 
 def test_configs_come_from_metadata() -> None:
