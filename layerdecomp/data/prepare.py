@@ -127,19 +127,20 @@ def _read_journal(journal: Path, reader: Reader) -> dict[str, Outcome]:
         if lines and not lines[-1].endswith("\n"):  # written when the machine stopped
             lines.pop()
         done = _parse_journal(lines, reader)
-    except (ValueError, TypeError, LookupError):  # also of what is no text, no JSON, or has other fields
+    except (ValueError, TypeError):  # also of what is no text, no JSON, or has other fields
         os.replace(journal, journal.with_suffix(".old"))
         return {}
     journal.write_text("".join(lines))
-    return {outcome.candidate: outcome for outcome in done if outcome.fault is None}
+    return done
 
 
-def _parse_journal(lines: list[str], reader: Reader) -> list[Outcome]:
-    """The outcomes that a journal's lines note; `ValueError` if they are of other settings."""
+def _parse_journal(lines: list[str], reader: Reader) -> dict[str, Outcome]:
+    """The outcomes without a fault that a journal's lines note; `ValueError` if they are of other settings."""
     entries = [json.loads(line) for line in lines]
     if not entries or entries[0] != _describe(reader):
         raise ValueError("a journal of other settings")
-    return [_outcome(**entry) for entry in entries[1:]]
+    outcomes = [_outcome(**entry) for entry in entries[1:]]
+    return {outcome.candidate: outcome for outcome in outcomes if outcome.fault is None}
 
 
 def _outcome(candidate: str, item: dict[str, Any] | None, fault: str | None) -> Outcome:
