@@ -458,7 +458,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
     tmp_path: Path,
     jobs: dict[str, list[str]],
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
     reason: signal.Signals,
 ) -> None:
     settings = [*jobs["tiny"], "train.accumulate=2", f"run_dir={tmp_path}/run"]
@@ -470,13 +470,33 @@ def test_a_signal_saves_and_says_how_to_go_on(
         with pytest.raises(SystemExit) as stopped:
             run("tiny", *settings, "resume=never")
     assert stopped.value.code == 128 + reason
-    said = capsys.readouterr().err
+    said = capfd.readouterr().err
     assert f"stopped by {reason.name} after step 3; go on with" in said
     assert "python tools/train.py config=configs/tiny.yaml 'optim.betas=[0, 1]' resume=auto" in said
+    assert ("Ctrl-C again stops at once" in said) is (reason == signal.SIGINT)
     assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 3
     assert signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, None)  # as it was
     straight = run("tiny", *settings[:-1], f"run_dir={tmp_path}/straight")
     assert same(result(run("tiny", *settings), "tiny"), result(straight, "tiny"))
+
+
+def test_a_second_interrupt_stops_at_once_and_says_how_to_go_on(
+    tmp_path: Path, jobs: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def twice() -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)  # in which Python attends to it
+
+    monkeypatch.setattr(sys, "argv", ["tools/train.py", "resume=never"])
+    with monkeypatch.context() as patch:
+        cut_off(patch, 3, 0, twice)
+        with pytest.raises(SystemExit) as stopped:
+            run("tiny", *jobs["tiny"], "train.checkpoint_every=2", "resume=never", f"run_dir={tmp_path}/run")
+    assert stopped.value.code == 128 + signal.SIGINT
+    said = capfd.readouterr().err
+    assert "interrupted; " in said and said.rstrip().endswith("python tools/train.py resume=auto")
+    assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 2, "the step that was being made is lost"
 
 
 @pytest.mark.parametrize(("validation", "saved"), [(0, None), (1, 2)])
@@ -518,10 +538,10 @@ def test_a_run_that_has_saved_nothing_goes_on_from_the_file_that_it_was_given(
 
     with monkeypatch.context() as patch:
         patch.setattr(Job, "on_validation_start", lambda self: tell() if self.global_step else None)
-        assert stopped(branch) == f"python tools/train.py {branch}"
+        assert stopped(branch).endswith(f"python tools/train.py {branch}")
     with monkeypatch.context() as patch:
         cut_off(patch, 2, 0, tell)
-        assert stopped(branch) == "python tools/train.py resume=auto"
+        assert stopped(branch).endswith("python tools/train.py resume=auto")
     resumed = run("tiny", *settings, "resume=auto")
     assert same(result(resumed, "tiny"), result(straight, "tiny"))
 

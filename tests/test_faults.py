@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,15 @@ from layerdecomp.training import checkpoints
 from layerdecomp.training.base import Job
 from layerdecomp.training.checkpoints import LAST, read_checkpoint
 from layerdecomp.training.decomposer import DecomposerJob
-from layerdecomp.training.faults import FaultCount, StepGuard, end_with_parent, explained, fitting_settings, poisoned
+from layerdecomp.training.faults import (
+    FaultCount,
+    StepGuard,
+    command_to_continue,
+    end_with_parent,
+    explained,
+    fitting_settings,
+    poisoned,
+)
 from layerdecomp.training.runs import StepBar, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -283,7 +292,19 @@ def test_an_error_names_the_command_that_goes_on(
     kept, command = str(caught.value).split("\n  ")
     assert kept == f"a fault; {tmp_path}/run keeps what was saved, and this command goes on:"
     given = shlex.split(command)
-    assert given[:2] == ["python", "tools/train.py"] and sorted(given[2:]) == sorted([*expected, "train.steps=6"])
+    assert given[1] == "tools/train.py" and sorted(given[2:]) == sorted([*expected, "train.steps=6"])
+
+
+def test_the_interpreter_is_called_what_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(ROOT / "configs" / "tiny.yaml")
+    monkeypatch.setattr(sys, "argv", ["tools/train.py"])
+    monkeypatch.setattr(sys, "executable", f"{tmp_path}/.venv/bin/python")
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/python")
+    assert command_to_continue(config) == f"{tmp_path}/.venv/bin/python tools/train.py"
+    monkeypatch.chdir(tmp_path)
+    assert command_to_continue(config) == ".venv/bin/python tools/train.py"
+    monkeypatch.setattr(shutil, "which", lambda _: sys.executable)
+    assert command_to_continue(config) == "python tools/train.py"
 
 
 @pytest.mark.parametrize(
@@ -401,7 +422,7 @@ def _processes_of(group: int) -> list[int]:
     ("second", "how", "code", "expected"),
     [
         (True, signal.SIGKILL, 1, "error: rank 0: rank 1 was killed by SIGKILL"),
-        (False, signal.SIGTERM, 128 + signal.SIGTERM, "go on with\n  python tools/train.py config=configs/tiny.yaml"),
+        (False, signal.SIGTERM, 128 + signal.SIGTERM, "python tools/train.py config=configs/tiny.yaml"),
     ],
 )
 def test_two_processes_end_together(

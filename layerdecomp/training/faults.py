@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,8 +117,16 @@ def command_to_continue(config: RunConfig) -> str:
     """
     saved = any((Path(config.run_dir) / name).is_file() for name in (LAST, PREVIOUS))
     if config.resume == "auto" or (config.resume != "never" and not saved):
-        return shlex.join(["python", *sys.argv])
-    return shlex.join(["python", *(part for part in sys.argv if not part.startswith("resume=")), "resume=auto"])
+        return shlex.join([_python(), *sys.argv])
+    return shlex.join([_python(), *(part for part in sys.argv if not part.startswith("resume=")), "resume=auto"])
+
+
+def _python() -> str:
+    """What this interpreter is called where the command was given: "make" uses one that is on no path."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    interpreter = Path(sys.executable)
+    return str(interpreter.relative_to(Path.cwd()) if interpreter.is_relative_to(Path.cwd()) else interpreter)
 
 
 @contextmanager
@@ -134,6 +143,12 @@ def explained(trainer: Trainer, config: RunConfig, what_fits: Callable[[], str])
         yield
     except StoppedError as stopped:
         _leave(trainer, stopped, command_to_continue(config))
+    except SystemExit as ended:
+        if not isinstance(ended.__context__, KeyboardInterrupt):
+            raise
+        if trainer.is_global_zero:  # Lightning says nothing of it
+            print(f"\ninterrupted{_kept(config)}", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
     except InputError as error:
         raise InputError(rank + _of_worker(str(error))) from error
     except RunError as error:

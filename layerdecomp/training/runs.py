@@ -191,6 +191,7 @@ def quiet_lightning() -> None:
         "You're resuming from a checkpoint that ended before the epoch",  # StepSampler starts at the right step
         "`broadcast_buffers` is deprecated",  # what takes its place is newer than the oldest PyTorch that will do
         "FSDP2-wrapped module .* returned a view tensor",  # nothing is written into it
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of PyTorch
         "The '.*_dataloader' does not have many workers",  # `data.workers` is the user's choice
     )
     for message in expected:
