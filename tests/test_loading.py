@@ -12,9 +12,20 @@ from profiles import SWAPPED
 
 from layerdecomp.data.folders import BackgroundFolder, TripletFolder, read_rgba
 from layerdecomp.data.index import Index, write_index
-from layerdecomp.data.loading import Box, Fit, load_background, load_foreground, load_layers, load_parts, resized_map
+from layerdecomp.data.loading import (
+    Box,
+    Fit,
+    load_background,
+    load_foreground,
+    load_layers,
+    load_maps,
+    load_parts,
+    map_path,
+    resized_map,
+)
 from layerdecomp.data.mulan import MulanLayers
 from layerdecomp.errors import InputError
+from layerdecomp.imaging.cues import CUES
 from layerdecomp.imaging.geometry import to_pixels, to_tensor
 from layerdecomp.imaging.layers import read_image
 from layerdecomp.predictions import PredictionFolder
@@ -157,3 +168,15 @@ def test_segments_do_not_blend_at_another_size() -> None:
     segments = map_of(pixels, "segmentation", (47, 47), (0, 0, SIDE, SIDE))
     np.testing.assert_array_equal(np.unique(segments), np.float32([30, 220]) / np.float32(127.5) - 1)
     assert (segments[:, :18] < 0).all() and (segments[:, 19:] > 0).all()
+
+
+def test_each_map_of_a_picture_is_resized_as_its_cue_needs(tmp_path: Path) -> None:
+    index = layered(tmp_path)
+    stripes = np.where(np.arange(SIDE) % 8 < 3, 255, 0).astype(np.uint8)[None].repeat(SIDE, 0)
+    for cue in CUES:
+        path = map_path(index.root, index[0], cue)
+        path.parent.mkdir()
+        Image.fromarray(stripes).save(path)
+    maps = load_maps(index, index[0], Fit((SIDE, SIDE), (0, 0, SIDE, SIDE), (50, 50)))
+    levels = {cue: len(values.unique()) for cue, values in maps.items()}
+    assert levels["edge"] == levels["segmentation"] == 2 < levels["depth"]
