@@ -75,11 +75,10 @@ def test_folders_that_are_links_are_followed(tmp_path: Path) -> None:
 
 
 def test_a_link_that_leads_back_lists_nothing_twice(tmp_path: Path) -> None:
-    _save(_pixels(), tmp_path / "data" / "a.png")
-    _save(_pixels(), tmp_path / "data" / "deep" / "b.png")
-    (tmp_path / "data" / "deep" / "up").symlink_to(tmp_path / "data")
-    (tmp_path / "data" / "same").symlink_to(tmp_path / "data" / "deep")
-    assert list_pictures(tmp_path / "data") == ["a.png", "deep/b.png"]
+    for root, link, target in (("circle", "deep/up", "."), ("twice", "same", "deep")):
+        _save(_pixels(), tmp_path / root / "deep" / "a.png")
+        (tmp_path / root / link).symlink_to(tmp_path / root / target)
+        assert list_pictures(tmp_path / root) == ["deep/a.png"]
 
 
 def test_folders_without_pictures(tmp_path: Path) -> None:
