@@ -38,8 +38,8 @@ train: .venv/installed  ## adapt the tiny base: make train CONFIG=configs/flux_f
 TINY := checkpoints/tiny
 # The adapter that ships has seen more than the default one, which `make train` makes in a quarter of an hour.
 ADAPTER_ARGS ?= train.batch_size=128 train.steps=917 data.samples=12288 data.scenes.many_coloured_probability=0.35
-# Then it goes on with as many new scenes, by many small steps.
-FURTHER_ARGS ?= train.steps=9000 optim.lr=2e-3 seed=1 data.samples=12288 data.scenes.many_coloured_probability=0.35
+# Then it goes on twice, with new scenes each time, by many small steps.
+FURTHER_ARGS ?= optim.lr=2e-3 data.scenes.many_coloured_probability=0.35
 # What both autoencoders end with: their decoders alone, by Muon, which changes no latent.
 REFINE_ARGS ?= train.batch_size=16 train.steps=600 optim.lr=3e-3 optim.muon=true
 tiny: $(TINY)/adapter.safetensors  ## the tiny base, its autoencoders and its adapter, from nothing
@@ -62,9 +62,11 @@ $(TINY)/rgba_autoencoder.safetensors: | $(TINY)/autoencoder.safetensors
 
 $(TINY)/adapter.safetensors: | $(TINY)/transformer.safetensors $(TINY)/rgba_autoencoder.safetensors
 	$(RUN) tools/train.py config=configs/tiny.yaml $(ARGS) $(ADAPTER_ARGS)
-	$(RUN) tools/train.py config=configs/tiny.yaml name=tiny_further adapter=runs/tiny/adapter.safetensors \
-		$(ARGS) $(FURTHER_ARGS)
-	$(RUN) tools/export.py adapter=runs/tiny_further/adapter.safetensors format=adapter out=$@
+	$(RUN) tools/train.py config=configs/tiny.yaml name=tiny_further adapter=runs/tiny/adapter.safetensors seed=1 \
+		train.steps=9000 data.samples=12288 $(ARGS) $(FURTHER_ARGS)
+	$(RUN) tools/train.py config=configs/tiny.yaml name=tiny_third adapter=runs/tiny_further/adapter.safetensors seed=2 \
+		train.steps=11000 data.samples=8192 $(ARGS) $(FURTHER_ARGS)
+	$(RUN) tools/export.py adapter=runs/tiny_third/adapter.safetensors format=adapter out=$@
 
 decompose: OUT ?= layers
 decompose: .venv/installed $(if $(findstring psd,$(LAYERS)),.venv/installed-psd)  ## make decompose IMAGE=a.jpg MASK=a.png OUT=layers LAYERS=png,ora,psd
