@@ -91,9 +91,7 @@ def freeze_quantized(model: nn.Module) -> None:
     """Makes a `FrozenLinear` of every plain linear layer of `model` whose weight is quantised, in place."""
     for module in model.modules():
         if type(module) is nn.Linear and is_quantized(module.weight):
-            module.__class__ = (
-                FrozenLinear  # the same object with the same parameters: only its forward pass is another
-            )
+            module.__class__ = FrozenLinear  # the same object and parameters: only its forward pass is another
 
 
 class LoRALinear(FrozenLinear):

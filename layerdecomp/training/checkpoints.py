@@ -284,9 +284,8 @@ class Checkpoints(Checkpoint):
         if self._signal is signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             if self._trainer.is_global_zero and not self._trainer.validating:
-                os.write(
-                    2, b"\nfinishing the step, then saving it; Ctrl-C again stops at once\n"
-                )  # print may be at work
+                # Not by `print`, which may be at work.
+                os.write(2, b"\nfinishing the step, then saving it; Ctrl-C again stops at once\n")
         if self._trainer.validating and self._trainer.is_global_zero:
             self.files.wait()
             raise StoppedError(self._signal, self._trainer.global_step, alone=self._trainer.world_size > 1)
