@@ -67,7 +67,7 @@ def test_sound_items_are_indexed_and_the_others_told(
     outcomes = prepare(Numbers(folder, smallest=20), out, workers)
     assert [outcome.candidate for outcome in outcomes] == [f"{number}.txt" for number in range(8)]
     assert [item.id for item in Index(out)] == ["2", "4", "5", "6", "7"]
-    assert "5 items, 2 left out, 1 faulty" in capsys.readouterr().out
+    assert "; 2 left out, 1 faulty" in capsys.readouterr().out
     assert (folder / "out" / "index.faults.txt").read_text() == "3.txt says 'three'; expected a number\n"
     assert sorted(path.name for path in out.parent.iterdir()) == ["index.faults.txt", "index.safetensors"]
 
@@ -156,12 +156,13 @@ def test_a_killed_worker_is_told_and_what_is_done_is_kept(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("share", "told"),
     [
-        (0.5, "3 for training, 5 held out\n"),
-        (0.0, "8 for training, 0 held out: nothing to validate or evaluate on; .* test_share= above 0\n"),
-        (1.0, "0 for training, 8 held out: nothing to train on; .* test_share= below 1\n"),
+        (0.5, "8 items, 3 for training and 5 held out; 0 left out"),
+        (1e-6, r"8 for training and 0 held out \(nothing to validate or evaluate on: .* a larger test_share=\); 0"),
+        (1 - 1e-6, r"0 for training and 8 held out \(nothing to train on: .* a smaller test_share=\); 0"),
+        (0.0, "8 for training and 0 held out; 0"),
     ],
 )
-def test_the_last_lines_tell_the_split(
+def test_the_last_line_tells_the_split(
     folder: Path, share: float, told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare(Numbers(folder), folder / "index.safetensors", test_share=share)
