@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from layerdecomp.conditioning import TOKEN_FACTOR
@@ -28,7 +29,7 @@ def to_own_size(
 ) -> tuple[Tensor, Tensor]:
     """Layers that were drawn of `to_model_size(batch)`, at the batch's own size and where it is.
 
-    Outside the mask the background is the image's own if `sample.keep_pixels`.
+    Outside the mask, and what of the object it has missed, the background is the image's own if `sample.keep_pixels`.
     """
     image = batch["image"]
     full, size = (image.shape[-2], image.shape[-1]), model_size(image, sample)
@@ -36,7 +37,8 @@ def to_own_size(
     if size != full:  # premultiplied, or the grey under alpha 0 would bleed into the edges
         foreground = from_autoencoder(resize(to_autoencoder(foreground), full))
     background = resize(background, full).clamp(-1, 1)
-    return keep_pixels(image, batch["mask"], background, sample), foreground
+    hole = torch.maximum(batch["mask"], missed(image, background, foreground))
+    return keep_pixels(image, hole, background, sample), foreground
 
 
 def at_its_size(
@@ -44,6 +46,20 @@ def at_its_size(
 ) -> tuple[Tensor, Tensor]:
     """What a model draws of a batch of pictures of any size, at that size."""
     return to_own_size(*draw(to_model_size(batch, sample)), batch, sample)
+
+
+def missed(image: Tensor, background: Tensor, foreground: Tensor) -> Tensor:
+    """What of the object a mask may have missed: where it is, and has the image's colour rather than the background.
+
+    Args:
+        image, background: (B, 3, H, W) in [-1, 1].
+        foreground: straight, (B, 4, H, W); where something stands in front of the object, the image has not its colour.
+
+    Returns:
+        (B, 1, H, W) in {0, 1}, as a mask.
+    """
+    misfits = ((image - layer[:, :3]).square().sum(1, keepdim=True) for layer in (foreground, background))
+    return ((foreground[:, 3:] > 0.5) & torch.lt(*misfits)).to(image)
 
 
 def keep_pixels(image: Tensor, mask: Tensor, painted: Tensor, sample: SampleConfig) -> Tensor:

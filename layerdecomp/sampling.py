@@ -26,7 +26,7 @@ class SampleConfig:
     alpha_margin: float = 0.0  # alphas nearer to 0 or 1 become 0 or 1: a small model's are never quite there
     tile: int = 1024  # pixels: larger pictures pass the autoencoder in tiles of this side, so that they fit,
     tile_overlap: int = 256  # each of which fades into its neighbours over so many
-    keep_pixels: bool = True  # the background outside the mask is the input itself
+    keep_pixels: bool = True  # the background away from the object is the input itself
     grow: float = 0.015  # by how much the mask grows before that, and over how much it
     feather: float = 0.01  # fades; both as shares of the longer side
 

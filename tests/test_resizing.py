@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from layerdecomp.resizing import at_its_size, keep_pixels, to_model_size, to_own_size
+from layerdecomp.resizing import at_its_size, keep_pixels, missed, to_model_size, to_own_size
 from layerdecomp.sampling import SampleConfig
 
 
@@ -46,6 +46,20 @@ def test_the_colour_under_alpha_zero_does_not_bleed_into_edges() -> None:
     _, large = to_own_size(torch.zeros(1, 3, 32, 32), foreground, batch, SampleConfig(max_side=32))
     edge = (large[:, 3:] > 0.3) & (large[:, 3:] < 0.95)
     assert edge.any() and large[:, :3][edge.expand(-1, 3, -1, -1)].min() > 0.95
+
+
+def test_what_the_mask_has_missed_is_painted_and_what_stands_in_front_is_kept() -> None:
+    image, mask = torch.zeros(1, 3, 64, 96), torch.zeros(1, 1, 64, 96)
+    image[..., 8:56, 8:40] = 1  # the object, half of which is marked
+    mask[..., 8:56, 8:24] = 1
+    image[..., 8:56, 60:90] = -1  # stands in front of the rest of it, which the foreground has whole
+    foreground = torch.cat([torch.ones(1, 3, 64, 96), torch.zeros(1, 1, 64, 96)], dim=1)
+    foreground[:, 3, 8:56, 8:90] = 1
+    painted = torch.where(image == 1, 0.25, image)
+    assert missed(image, painted, foreground)[0, 0].nonzero().amax(0).tolist() == [55, 39]
+    background, _ = to_own_size(painted, foreground, {"image": image, "mask": mask}, SampleConfig())
+    assert (background[..., 8:56, 8:40] == 0.25).all(), "a rim of the object is left"
+    assert background[..., 60:].equal(image[..., 60:])
 
 
 def test_pixels_are_painted_in_the_grown_mask_only() -> None:
