@@ -8,7 +8,7 @@ from layerdecomp.benchmark import ENCODING, STEP, count, recomputed
 from layerdecomp.config import DecomposerJobConfig, RunConfig
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import markdown_table
-from layerdecomp.memory import Memory, TrainingWork, linear_in_blocks, parameter_counts, training_memory
+from layerdecomp.memory import TrainingWork, linear_in_blocks, parameter_counts, training_memory
 from layerdecomp.models.autoencoder import AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiTConfig
 from layerdecomp.tensor_files import read_metadata
@@ -49,7 +49,7 @@ def dry_run(config: RunConfig) -> str:
             "",
             markdown_table([["part", "parameters"], *([k, f"{n:,}"] for k, n in parameter_counts(work).items())]),
             "",
-            markdown_table([["memory of a device", "GB", "in"], *memory_rows(training_memory(work), config)]),
+            markdown_table([["memory of a device", "GB", "in"], *memory_rows(work, config)]),
             "",
             f"a step of {samples} samples: {samples * per_sample / 1e12:.4g} TFLOP, "
             f"{encode / 1e12:.4g} of a sample's {per_sample / 1e12:.4g} in the autoencoders, "
@@ -60,8 +60,9 @@ def dry_run(config: RunConfig) -> str:
     )
 
 
-def memory_rows(memory: Memory, config: DecomposerJobConfig) -> list[list[str]]:
+def memory_rows(work: TrainingWork, config: DecomposerJobConfig) -> list[list[str]]:
     """What takes a device's memory, in GB, and how it is kept."""
+    memory = training_memory(work)
     average = memory.trained * bool(config.train.ema)
     rows = [
         ("frozen weights", memory.frozen, _kept(config)),
@@ -69,7 +70,7 @@ def memory_rows(memory: Memory, config: DecomposerJobConfig) -> list[list[str]]:
         ("gradients", memory.gradients, "float32"),
         ("optimizer", memory.optimizer, f"two averages in {config.optim.bits} bits; Muon has fewer"),
         ("running average", average, f"train.ema={config.train.ema:g}"),
-        ("activations", memory.step, "; ".join(_recomputing(training_work(config)))),
+        ("activations", memory.step, "; ".join(_recomputing(work))),
         ("or autoencoders'", memory.encode, f"pictures_at_once={config.pictures_at_once}; before the step"),
         ("together", memory.total + average, "with the larger of the last two; CUDA itself takes about 0.5 more"),
     ]

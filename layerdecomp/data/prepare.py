@@ -15,7 +15,7 @@ from typing import IO, Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from layerdecomp.data.index import TEST_SHARE, Item, Reader, split_of, write_index
+from layerdecomp.data.index import TEST_SHARE, Index, Item, Reader, write_index
 from layerdecomp.errors import InputError, RunError
 from layerdecomp.files import remedy
 
@@ -82,17 +82,18 @@ def _finish(reader: Reader, out: Path, outcomes: list[Outcome], test_share: floa
         first = f"; the first of {len(faults)} faults: {faults[0]}" if faults else ""
         raise InputError(f"{reader.root}: none of {len(outcomes)} candidates can be used{first}")
     write_index(out, reader, items, test_share)
+    splits = _describe_splits(Index(out), test_share)
     left_out = len(outcomes) - len(items) - len(faults)
-    print(f"{out}: {_describe_splits(items, test_share)}; {left_out} left out, {len(faults)} faulty")
+    print(f"{out}: {splits}; {left_out} left out, {len(faults)} faulty")
     print_some(faults, f"all in {listing}")
 
 
-def _describe_splits(items: Sequence[Item], test_share: float) -> str:
-    held_out = sum(split_of(item.id, test_share) == "test" for item in items)
-    told = f"{len(items)} items, {len(items) - held_out} for training and {held_out} held out"
+def _describe_splits(index: Index, test_share: float) -> str:
+    held_out = len(index.rows("test"))
+    told = f"{len(index)} items, {len(index) - held_out} for training and {held_out} held out"
     if held_out == 0 < test_share:
         return f"{told} (nothing to validate or evaluate on: index more, or again with a larger test_share=)"
-    if held_out == len(items) and test_share < 1:
+    if held_out == len(index) and test_share < 1:
         return f"{told} (nothing to train on: index more, or again with a smaller test_share=)"
     return told
 
