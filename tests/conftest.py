@@ -52,6 +52,13 @@ def nothing_left_behind() -> Iterator[None]:
     assert not children and not threads
 
 
+def become_rank(rank: int, port: int) -> None:
+    """Makes this process one of two ranks, in the environment that torchrun gives one; on one thread."""
+    torch.set_num_threads(1)
+    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+    os.environ.update(here | {"WORLD_SIZE": "2"})
+
+
 def as_ranks(target: Callable[..., None], *arguments: Any) -> list[int | None]:
     """The exit codes of a function as the two ranks of a run, in processes that have imported everything already."""
     context = multiprocessing.get_context("forkserver")

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import as_ranks, curve
+from conftest import as_ranks, become_rank, curve
 from safetensors.torch import load_file
 
 from layerdecomp.config import load_config
@@ -550,9 +550,7 @@ def test_a_run_that_has_saved_nothing_goes_on_from_the_file_that_it_was_given(
 
 
 def _train_as(rank: int, port: int, settings: list[str], said: Path, kill_at: int | None) -> None:
-    torch.set_num_threads(1)
-    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
-    os.environ.update(here | {"WORLD_SIZE": "2"})
+    become_rank(rank, port)
     if kill_at is not None and rank == 1:
         cut_off(pytest.MonkeyPatch(), kill_at, 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
     with said.open("a") as file, redirect_stdout(file):

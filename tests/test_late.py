@@ -1,14 +1,13 @@
 """Nothing in a training step makes the host wait for the device."""
 
 import json
-import os
 import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import as_ranks
+from conftest import as_ranks, become_rank
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -90,9 +89,7 @@ def test_numbers_arrive() -> None:
 
 
 def _train_and_count_barriers(rank: int, port: int, settings: list[str], said: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
-    os.environ.update(WORLD_SIZE="2", NODE_RANK="0")
+    become_rank(rank, port)
     barriers, found = list[None](), list[int]()
     barrier, start, end = torch.distributed.barrier, Job.on_train_batch_start, Job.on_train_batch_end
 

@@ -4,7 +4,6 @@ In every run rank 0 has more samples to validate and to evaluate than rank 1, an
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import as_ranks, curve
+from conftest import as_ranks, become_rank, curve
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -43,9 +42,7 @@ def spoilt(self: DecomposerJob, latents: dict[str, Tensor], positions: list[int]
 
 def _train_as(rank: int, port: int, settings: list[str], folder: Path, names: list[str]) -> None:
     """Runs of some names as one of two ranks; "sharded" ones tell what the rank held."""
-    torch.set_num_threads(1)
-    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
-    os.environ.update(here | {"WORLD_SIZE": "2"})
+    become_rank(rank, port)
 
     def told(self: DecomposerJob, run_dir: Path, share: Share) -> None:
         (folder / f"{run_dir.name}.{rank}.json").write_text(json.dumps(_held(self)))
