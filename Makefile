@@ -1,4 +1,4 @@
-# Everything a user runs. Each target makes .venv first if it is missing or setup.cfg has changed.
+# User commands. Each target first creates or updates .venv if it is missing or setup.cfg has changed.
 PYTHON ?= python3
 CONFIG ?= configs/tiny.yaml
 ADAPTER ?= checkpoints/tiny/adapter.safetensors
@@ -10,7 +10,7 @@ ARGS ?=
 DEVICES ?=
 KILLS ?= 50
 RUN := .venv/bin/python
-# glibc gives every large buffer back to the system and takes the next one page by page: a quarter of a step on a CPU.
+# Otherwise glibc returns every large buffer to the system and faults in the next one page by page: a quarter of a CPU step.
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 
@@ -25,24 +25,24 @@ export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e .
 	touch $@
 
-# An extra of setup.cfg. That of the matting baseline compiles itself when it is first used, which takes a minute.
+# Extras of setup.cfg. The matting baseline compiles itself on first use, which takes a minute.
 .venv/installed-%: .venv/installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[$*]'
 	touch $@
 
-train: .venv/installed  ## adapt the tiny base: make train CONFIG=configs/flux_fill.yaml DEVICES=8 ARGS="name=mine optim.lr=1e-4"
+train: .venv/installed  ## adapts the tiny base: make train CONFIG=configs/flux_fill.yaml DEVICES=8 ARGS="name=mine optim.lr=1e-4"
 	$(RUN) tools/train.py config=$(CONFIG) $(if $(DEVICES),train.devices=$(DEVICES) train.strategy=ddp) $(ARGS)
 
-# The whole chain from nothing. A stage whose weights are there is skipped, an unfinished one goes on. ARGS go to every
-# stage; AUTOENCODER_ARGS, INPAINTER_ARGS, RGBA_ARGS, REFINE_ARGS, ADAPTER_ARGS and FURTHER_ARGS to their own.
+# The whole chain from scratch. Stages whose weights exist are skipped, unfinished ones are resumed. ARGS apply to every
+# stage; AUTOENCODER_ARGS, INPAINTER_ARGS, RGBA_ARGS, REFINE_ARGS, ADAPTER_ARGS and FURTHER_ARGS to one kind each.
 TINY := checkpoints/tiny
-# The adapter that ships has seen more than the default one, which `make train` makes in a quarter of an hour.
+# The shipped adapter is trained on more samples than the default one of `make train`, which takes a quarter of an hour.
 ADAPTER_ARGS ?= train.batch_size=128 train.steps=917 data.samples=12288 data.scenes.many_coloured_probability=0.35
-# Then it goes on twice, with new scenes each time, by many small steps.
+# It then continues twice, each time on new scenes, with many small steps.
 FURTHER_ARGS ?= optim.lr=2e-3 data.scenes.many_coloured_probability=0.35
-# What both autoencoders end with: their decoders alone, by Muon, which changes no latent.
+# The last stage of both autoencoders trains only their decoders, by Muon; latents do not change.
 REFINE_ARGS ?= train.batch_size=16 train.steps=600 optim.lr=3e-3 optim.muon=true
-tiny: $(TINY)/adapter.safetensors  ## the tiny base, its autoencoders and its adapter, from nothing
+tiny: $(TINY)/adapter.safetensors  ## trains the tiny base, its autoencoders and its adapter from scratch
 
 $(TINY)/autoencoder.safetensors: | .venv/installed
 	$(RUN) tools/train.py config=configs/tiny_autoencoder.yaml $(ARGS) $(AUTOENCODER_ARGS)
@@ -69,57 +69,57 @@ $(TINY)/adapter.safetensors: | $(TINY)/transformer.safetensors $(TINY)/rgba_auto
 	$(RUN) tools/export.py adapter=runs/tiny_third/adapter.safetensors format=adapter out=$@
 
 decompose: OUT ?= layers
-decompose: .venv/installed $(if $(findstring psd,$(LAYERS)),.venv/installed-psd)  ## make decompose IMAGE=a.jpg MASK=a.png OUT=layers LAYERS=png,ora,psd
+decompose: .venv/installed $(if $(findstring psd,$(LAYERS)),.venv/installed-psd)  ## splits an image into layers: make decompose IMAGE=a.jpg MASK=a.png OUT=layers LAYERS=png,ora,psd
 	$(RUN) tools/decompose.py adapter=$(ADAPTER) image=$(IMAGE) mask=$(MASK) out=$(OUT) format=$(LAYERS) $(ARGS)
 
 embed-prompt: ROOT ?= checkpoints/flux1-fill-dev
-embed-prompt: .venv/installed-text  ## the empty prompt's embedding, once, from FLUX's text encoders in ROOT
+embed-prompt: .venv/installed-text  ## computes the empty prompt's embedding with FLUX's text encoders in ROOT (once)
 	$(RUN) tools/embed_prompt.py root=$(ROOT) $(ARGS)
 
-evaluate: .venv/installed-matting  ## the README's table; of any other method: make evaluate ARGS="predictions=FOLDER data=FOLDER"
+evaluate: .venv/installed-matting  ## evaluates an adapter on 256 scenes; other methods: make evaluate ARGS="predictions=FOLDER data=FOLDER"
 	$(RUN) tools/evaluate.py adapter=$(ADAPTER) out=runs/evaluate evaluate.samples=256 \
 		"evaluate.rows=[adapted,base,classical,matting]" $(ARGS)
 
 export: OUT ?= runs/exported.safetensors
-export: .venv/installed  ## make export ADAPTER=runs/tiny/adapter.safetensors FORMAT=merged OUT=merged.safetensors
+export: .venv/installed  ## exports an adapter: make export ADAPTER=runs/tiny/adapter.safetensors FORMAT=merged OUT=merged.safetensors
 	$(RUN) tools/export.py adapter=$(ADAPTER) format=$(FORMAT) out=$(OUT) $(ARGS)
 
-# The image-to-image base that one row of the ablation adapts, pre-trained like the inpainting base.
+# The image-to-image base for the ablation's row maskless-base, pre-trained like the inpainting base.
 MASKLESS := $(TINY)/transformer_maskless.safetensors
 $(MASKLESS): | $(TINY)/autoencoder.safetensors .venv/installed
 	$(RUN) tools/train.py config=configs/tiny_inpainter.yaml conditioning.mask=false name=tiny_inpainter_maskless
 	cp runs/tiny_inpainter_maskless/transformer.safetensors $@
 
-ablation: .venv/installed-plots $(MASKLESS)  ## the paper's ablation: make ablation ARGS="train.steps=50 evaluate.samples=8"
+ablation: .venv/installed-plots $(MASKLESS)  ## runs the paper's ablation: make ablation ARGS="train.steps=50 evaluate.samples=8"
 	$(RUN) tools/ablate.py config=configs/ablation.yaml $(ARGS)
 
-curves: .venv/installed-plots  ## quality against steps and against distinct training samples
+curves: .venv/installed-plots  ## measures quality against training steps and distinct training samples
 	$(RUN) tools/ablate.py config=configs/curves.yaml $(ARGS)
 
-benchmark-data: .venv/installed  ## triplets per second: make benchmark-data ARGS="layered=[data/mulan.safetensors]"
+benchmark-data: .venv/installed  ## measures triplets per second: make benchmark-data ARGS="layered=[data/mulan.safetensors]"
 	$(RUN) tools/benchmark_data.py $(ARGS)
 
-benchmark: .venv/installed  ## operations and speed: make benchmark ARGS="device=cuda recompute=1"
+benchmark: .venv/installed  ## counts operations and measures speed: make benchmark ARGS="device=cuda recompute=1"
 	$(RUN) tools/benchmark.py $(ARGS)
 
-test: .venv/installed-dev  ## make test ARGS="tests/test_flow.py"
+test: .venv/installed-dev  ## runs the tests: make test ARGS="tests/test_flow.py"
 	$(RUN) -m pytest $(ARGS)
 
-test-kill: .venv/installed-dev  ## a training killed fifty times ends with the weights of an undisturbed one
+test-kill: .venv/installed-dev  ## checks that a run killed fifty times ends with the same weights as an uninterrupted one
 	KILLS=$(KILLS) $(RUN) -m pytest -s tests/test_kill.py $(ARGS)
 
-audit: .venv/installed-dev  ## known vulnerabilities of what is installed; what cannot be looked up is an error
+audit: .venv/installed-dev  ## checks installed packages for known vulnerabilities; fails on packages that cannot be looked up
 	$(RUN) -m pip freeze --exclude-editable > .venv/audited.txt
 	$(RUN) -m pip_audit --strict --no-deps --disable-pip -r .venv/audited.txt $(ARGS) || \
 		{ echo "error: a known vulnerability, or a package that could not be looked up (see above; it asks https://pypi.org)"; exit 1; }
 
-lint: .venv/installed-dev  ## style and types
+lint: .venv/installed-dev  ## checks style and types
 	$(RUN) -m ruff check layerdecomp tools tests
 	$(RUN) -m ruff format --check layerdecomp tools tests
 	$(RUN) -m mypy
 
-clean:  ## what installing made; runs/ is yours
+clean:  ## removes .venv; keeps runs/
 	rm -rf .venv
 
-help:  ## this list; python tools/NAME.py --help says what a tool takes
+help:  ## prints this list; python tools/NAME.py --help lists a tool's arguments
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s %s\n", $$1, $$2}' Makefile
