@@ -1,6 +1,6 @@
-"""Adapters as what they add to the transformer: in the layouts of others and back, summed, cut in rank.
+"""Adapters as changes of the transformer's layers: conversion between layouts, sums, rank reduction.
 
-Everything here is exact, to float32's rounding, but `reduce_rank`, which says what it costs.
+Everything here is exact up to float32 rounding, except `reduce_rank`, which returns its error.
 """
 
 import json
@@ -17,12 +17,12 @@ from layerdecomp.layouts import SWAPPED, diffusers_modules, kohya_module, row_co
 from layerdecomp.models.lora import LoRAConfig
 
 Tensors = dict[str, Tensor]
-INPUT = "img_in"  # trained as a whole, not by LoRA
+INPUT = "img_in"  # trained in full, not by LoRA
 
 
 @dataclass(frozen=True)
 class Change:
-    """What is added to one linear layer: scale * B A to its weight, and perhaps something to its bias."""
+    """The change of one linear layer: scale * B A for its weight and, optionally, one for its bias."""
 
     a: Tensor  # (rank, in)
     b: Tensor  # (out, rank)
@@ -39,7 +39,7 @@ class Change:
         return self.scale * self.b.float() @ self.a.float()
 
     def baked(self) -> "Change":
-        """The same change with a scale of 1: alpha = rank."""
+        """The same change with the scale folded into B: alpha = rank."""
         return self if self.scale == 1 else replace(self, b=self.scale * self.b.float(), scale=1.0)
 
 
@@ -49,9 +49,9 @@ Changes = dict[str, Change]  # by the published name of the layer
 def take_changes(
     tensors: Mapping[str, Tensor], lora: LoRAConfig, base: Mapping[str, Tensor]
 ) -> tuple[Changes, Tensors]:
-    """What an adapter's tensors add to the base, and the tensors that belong to no layer of it (the fusion module).
+    """An adapter's changes of the base, and its tensors that belong to no layer of the base (the fusion module).
 
-    The input projection's change is no wider than its input, so that identity times difference is a low-rank pair.
+    The change of the input projection becomes a pair too: A is the identity, B the difference.
 
     Args:
         base: the frozen img_in.weight and img_in.bias, float32.
@@ -69,9 +69,9 @@ def take_changes(
 
 
 def give_tensors(changes: Changes, base: Mapping[str, Tensor]) -> tuple[LoRAConfig, Tensors]:
-    """The adapter's tensors that add `changes` to the base, and their LoRA settings, which are the same for all layers.
+    """The inverse of `take_changes`: LoRA settings shared by all layers, and the adapter's tensors.
 
-    Where ranks differ, the smaller are padded with zeros; where scales differ, they go into B.
+    If ranks or scales differ, smaller ranks are padded with zeros and scales are folded into B.
     """
     layers = {name: change for name, change in changes.items() if name != INPUT}
     if not layers:
@@ -99,21 +99,21 @@ def _padded(change: Change, rank: int) -> Change:
     )
 
 
-# The layouts of others
+# Other layouts
 
 
 def to_diffusers(changes: Changes, hidden_size: int) -> Tensors:
-    """As `FluxTransformer2DModel.load_lora_adapter` reads it: q, k and v of their own, every scale 1.
+    """The layout of `FluxTransformer2DModel.load_lora_adapter`: separate q, k and v, every scale 1.
 
-    A fused layer's A goes to each of its parts, B's rows are shared out. If any layer's bias changes, PEFT expects a
-    bias of every layer's B; those of the others are zero.
+    The parts of a fused layer share its A and split the rows of its B. If any layer's bias changes, PEFT expects a bias
+    in every layer's B; the others are zero.
     """
     tensors: Tensors = {}
     with_bias = any(change.bias is not None for change in changes.values())
     for layer, change in changes.items():
         change, parts = change.baked(), diffusers_modules(layer)
         bias = change.b.new_zeros(len(change.b)) if change.bias is None else change.bias
-        b, bias = (_halves(tensor) if layer == SWAPPED else tensor for tensor in (change.b, bias))
+        b, bias = (_swapped(tensor) if layer == SWAPPED else tensor for tensor in (change.b, bias))
         rows = row_counts(len(b), len(parts), hidden_size)
         for part, b_part, bias_part in zip(parts, b.split_with_sizes(rows), bias.split_with_sizes(rows), strict=True):
             tensors |= {f"transformer.{part}.lora_A.weight": change.a, f"transformer.{part}.lora_B.weight": b_part}
@@ -123,10 +123,10 @@ def to_diffusers(changes: Changes, hidden_size: int) -> Tensors:
 
 
 def peft_settings(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """What PEFT is to make of the tensors of `to_diffusers`, as metadata that diffusers looks for.
+    """PEFT's settings for the tensors of `to_diffusers`, as the metadata that diffusers reads.
 
-    The input projection's rank differs from the others'. Without being told, diffusers before 0.40 takes the others'
-    rank for its alpha, and scales it wrongly.
+    The input projection's rank differs from the others'. Without these settings, diffusers before 0.40 takes the
+    others' rank as its alpha, and so scales it wrongly.
     """
     ends = (".lora_A.weight", "transformer.")
     ranks = {
@@ -147,10 +147,10 @@ def peft_settings(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in settings.items()})}
 
 
-def told_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Tensors:
-    """The alphas that PEFT's settings in a file's metadata tell, as tensors of the layout: `NAME.alpha`.
+def peft_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Tensors:
+    """Alphas from PEFT's settings in a file's metadata, as tensors of the layout: `NAME.alpha`.
 
-    diffusers goes by them, and by alpha = rank where there are none. Raises `InputError` if they cannot be read.
+    diffusers uses them, or alpha = rank where there are none. Raises `InputError` if they cannot be read.
     """
     try:
         settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
@@ -165,22 +165,22 @@ def told_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> T
     except (ValueError, TypeError, AttributeError, re.error) as error:
         raise InputError(f"lora_adapter_metadata cannot be read ({error}); expected PEFT's settings as JSON") from error
     if rank_stabilised:
-        raise InputError("lora_adapter_metadata has use_rslora, which is not read; expected alpha / rank as scale")
+        raise InputError("lora_adapter_metadata has use_rslora, which is not supported; expected alpha / rank as scale")
     return found
 
 
-def _halves(tensor: Tensor) -> Tensor:
-    """Exchanges the upper and the lower half of the rows."""
+def _swapped(tensor: Tensor) -> Tensor:
+    """Swaps the upper and lower half of the rows."""
     return tensor.roll(len(tensor) // 2, 0)
 
 
 def from_diffusers(tensors: Tensors, layers: Mapping[str, int], hidden_size: int) -> Changes:
-    """The inverse of `to_diffusers`; takes what it understands out of `tensors`.
+    """The inverse of `to_diffusers`; removes from `tensors` those that it converts.
 
-    Parts with one A are one layer again; parts with different ones are stacked, which takes the sum of their ranks.
+    Parts that share an A become one layer again; parts with different ones are stacked, so that their ranks add up.
 
     Args:
-        layers: output widths of the layers that may be adapted, by their published names.
+        layers: output widths of the layers that may be adapted, by published name.
     """
     changes = {}
     for layer, width in layers.items():
@@ -195,13 +195,13 @@ def from_diffusers(tensors: Tensors, layers: Mapping[str, int], hidden_size: int
         ]
         change = _stacked(pieces)
         if layer == SWAPPED:
-            change = replace(change, b=_halves(change.b), bias=None if change.bias is None else _halves(change.bias))
+            change = replace(change, b=_swapped(change.b), bias=None if change.bias is None else _swapped(change.bias))
         changes[layer] = change
     return changes
 
 
 def _stacked(pieces: list[Change]) -> Change:
-    """One layer's change from those of parts of its output, one below the other."""
+    """One layer's change from those of the parts of its output, in row order."""
     if len(pieces) == 1:
         return pieces[0]
     used = [piece for piece in pieces if piece.rank]
@@ -217,7 +217,7 @@ def _stacked(pieces: list[Change]) -> Change:
 
 
 def to_kohya(changes: Changes, hidden_size: int) -> Tensors:
-    """As ComfyUI and sd-scripts read it: layers as published, the scale told by an alpha of each."""
+    """The layout of ComfyUI and sd-scripts: layers as published, each with an alpha that holds its scale."""
     tensors: Tensors = {}
     for layer, change in changes.items():
         name = kohya_module(layer)
@@ -229,7 +229,7 @@ def to_kohya(changes: Changes, hidden_size: int) -> Tensors:
 
 
 def from_kohya(tensors: Tensors, layers: Mapping[str, int], hidden_size: int) -> Changes:
-    """The inverse of `to_kohya`; takes what it understands out of `tensors`."""
+    """The inverse of `to_kohya`; removes from `tensors` those that it converts."""
     found = {layer: _take_pair(tensors, kohya_module(layer), "lora_down", "lora_up") for layer in layers}
     return {layer: change for layer, change in found.items() if change is not None}
 
@@ -247,18 +247,18 @@ def _take_pair(tensors: Tensors, name: str, down: str, up: str) -> Change | None
 
 Write = Callable[[Changes, int], Tensors]
 Read = Callable[[Tensors, Mapping[str, int], int], Changes]
-# How a layout's names start, and the two ways.
+# By layout: prefix of its names, writer, reader.
 LAYOUTS: dict[str, tuple[str, Write, Read]] = {
     "diffusers": ("transformer.", to_diffusers, from_diffusers),
     "kohya": ("lora_unet_", to_kohya, from_kohya),
 }
 
 
-# Several at once, and smaller ones
+# Sums and rank reduction
 
 
 def add_changes(parts: Sequence[tuple[Changes, float]]) -> Changes:
-    """The weighted sum of several adapters' changes; its ranks are the sums of theirs."""
+    """The weighted sum of several adapters' changes; ranks add up."""
     total: Changes = {}
     for changes, share in parts:
         for layer, change in changes.items():
@@ -276,25 +276,25 @@ def _sum(first: Change, second: Change) -> Change:
 
 
 def average(parts: Sequence[tuple[Tensors, float]]) -> Tensors:
-    """The weighted mean of tensors that are no differences from anything; `InputError` unless all have the same."""
+    """The weighted mean of tensors that are not changes of a base; `InputError` unless names and shapes agree."""
     (first, _), *others = parts
     shapes = {name: tensor.shape for name, tensor in first.items()}
     if any({name: tensor.shape for name, tensor in tensors.items()} != shapes for tensors, _ in others):
         raise InputError("the adapters' fusion modules differ in size; expected adapters of one fusion config")
     whole = sum(share for _, share in parts)
     if whole == 0:
-        raise InputError("weights= sum up to 0; expected weights of which the fusion modules have a mean")
+        raise InputError("weights= sum up to 0; expected another sum, by which the fusion modules' mean is divided")
     return {name: torch.stack([share / whole * t[name].float() for t, share in parts]).sum(0) for name in first}
 
 
 def reduce_rank(changes: Changes, rank: int) -> tuple[Changes, dict[str, float]]:
-    """The nearest changes of at most `rank`, by singular values (Eckart and Young 1936), and what that costs.
+    """The nearest changes of at most `rank`, by truncated SVD (Eckart and Young 1936), and their errors.
 
-    The input projection's is left as it is.
+    The input projection is left unchanged.
 
     Returns:
-        The changes, and by layer the relative error of its weight's change in the Frobenius norm; under "all" that of
-        all layers together.
+        The changes, and the relative error of each layer's weight change in the Frobenius norm; "all" is that of all
+        layers together.
     """
     reduced, lost, whole = {**changes}, {}, {}
     for layer, change in changes.items():

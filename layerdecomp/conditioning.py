@@ -1,6 +1,6 @@
-"""How images, latents and masks become tokens, and the two image-mask contexts.
+"""Packing of images, latents and masks into tokens, and the two image-mask contexts.
 
-Every layout of FLUX.1-Fill-dev is written once, here. L = (H / 16) * (W / 16) tokens per layer for H x W pixels.
+All token layouts of FLUX.1-Fill-dev are defined here. L = (H / 16) * (W / 16) tokens per layer for H x W pixels.
 """
 
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ TOKEN_FACTOR = LATENT_FACTOR * PATCH  # pixels per token: image sides are multip
 
 @dataclass
 class ConditioningConfig:
-    """What the transformer is told; each `False` is an ablation."""
+    """What the transformer is conditioned on; each `False` is an ablation."""
 
-    foreground: bool = True  # False: the foreground layer is told nothing about image and mask
+    foreground: bool = True  # False: the foreground layer is not conditioned on image and mask
     mask: bool = True  # False: mask channels stay zero, as for an image-to-image base, which takes no mask
 
 
@@ -33,7 +33,7 @@ def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
 
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """The mask at full resolution: (B, 1, H, W) -> (B, L, 256). 8 x 8 pixels become channels, which are then packed."""
+    """The mask at full resolution: (B, 1, H, W) -> (B, L, 256). 8 x 8 pixels become channels, which are packed."""
     return pack(rearrange(mask, "B 1 (h p) (w q) -> B (p q) h w", p=LATENT_FACTOR, q=LATENT_FACTOR))
 
 
@@ -45,31 +45,31 @@ def position_ids(height: int, width: int, layer: int = 0, device: torch.device |
 
 
 def masked_images(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """What each layer may see of the image: everything but the object, and nothing but the object.
+    """The visible part of the image for each layer: everything but the object, and nothing but the object.
 
     Args:
         image: (B, 3, H, W) in [-1, 1].
         mask: (B, 1, H, W) in {0, 1}, 1 = object.
 
     Returns:
-        The images for background and foreground, (B, 3, H, W) each; what is hidden is mid-grey 0.
+        The images for background and foreground, (B, 3, H, W) each; hidden pixels are 0 (mid-grey).
     """
     return image * (1 - mask), image * mask
 
 
 def context(latents: Tensor, mask: Tensor, with_mask: bool = True) -> Tensor:
-    """The inpainting context of one layer, which is concatenated to its noisy tokens along the channels.
+    """The inpainting context of one layer, concatenated to its noisy tokens along the channels.
 
     Args:
-        latents: scaled latents of the image with a hole, (B, C, H / 8, W / 8).
+        latents: scaled latents of the masked image, (B, C, H / 8, W / 8).
         mask: the hole, (B, 1, H, W), 1 = to be generated.
-        with_mask: whether the mask's channels say so, or are all zero.
+        with_mask: whether the mask channels hold the mask; otherwise they are zero.
 
     Returns:
         (B, L, 4 * C + 256).
     """
-    told = mask if with_mask else torch.zeros_like(mask)
-    return torch.cat([pack(latents), pack_mask(told).to(latents.dtype)], dim=-1)
+    mask = mask if with_mask else torch.zeros_like(mask)
+    return torch.cat([pack(latents), pack_mask(mask).to(latents.dtype)], dim=-1)
 
 
 def contexts(background: Tensor, foreground: Tensor, mask: Tensor, config: ConditioningConfig) -> Tensor:
@@ -80,7 +80,7 @@ def contexts(background: Tensor, foreground: Tensor, mask: Tensor, config: Condi
         mask: (B, 1, H, W) in {0, 1}, 1 = object.
 
     Returns:
-        Contexts of the background's tokens, then of the foreground's, (B, 2 * L, 4 * C + 256).
+        Context of the background's tokens, then of the foreground's, (B, 2 * L, 4 * C + 256).
     """
     if not config.foreground:  # zero latents, and a hole that covers everything
         foreground, foreground_hole = torch.zeros_like(foreground), torch.ones_like(mask)

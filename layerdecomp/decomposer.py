@@ -1,4 +1,4 @@
-"""The parts composed: a picture and a mask go in, a clean background and a whole foreground come out."""
+"""The decomposer: splits an image and an object mask into a clean background and a complete foreground."""
 
 import hashlib
 import re
@@ -48,20 +48,20 @@ TRAINED = re.compile(r"\.lora_[AB]\.weight$|^transformer\.img_in\.|^context_fusi
 
 @dataclass(frozen=True)
 class Context:
-    """What the transformer is told about a batch: everything but the noisy tokens and the time."""
+    """What the transformer is conditioned on, besides the time and the prompt."""
 
-    told: Tensor  # (B, layers * L, 320): the background's tokens, then the foreground's
+    img_cond: Tensor  # inpainting context (B, layers * L, 320): the background's tokens, then the foreground's
     ids: Tensor  # (layers * L, 3)
     fused: Tensor | None = None  # (B, N, D)
 
     def repeat(self, count: int) -> "Context":
-        """The context of a batch in which every sample stands `count` times in a row."""
+        """The context of a batch in which every sample is repeated `count` times in a row."""
         fused = None if self.fused is None else self.fused.repeat_interleave(count, 0)
-        return Context(self.told.repeat_interleave(count, 0), self.ids, fused)
+        return Context(self.img_cond.repeat_interleave(count, 0), self.ids, fused)
 
 
 class Prompt(nn.Module):
-    """The embedding of the one (empty) prompt that every sample shares, never trained."""
+    """The frozen embedding of the one (empty) prompt that all samples share."""
 
     txt: Tensor
     vec: Tensor
@@ -74,7 +74,7 @@ class Prompt(nn.Module):
 
     @classmethod
     def load(cls, path: str | None, transformer: MMDiT) -> "Prompt":
-        """The embedding in a safetensors file with tensors txt and vec; zeros if there is no path."""
+        """Loads a safetensors file with the tensors txt and vec; without a path, the embedding is zero."""
         config = transformer.config
         if path is None:
             return cls(torch.zeros(1, config.context_in_dim), torch.zeros(config.vec_in_dim))
@@ -86,41 +86,41 @@ class Prompt(nn.Module):
             return cls(file.get_tensor("txt"), file.get_tensor("vec"))
 
     def inputs(self, batch: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The transformer's text arguments for a batch, made once: the next of that kind gets the same tensors."""
-        kind = batch, dtype, self.txt.device
-        if kind not in self._inputs:
+        """The transformer's text arguments for a batch, cached by batch size, dtype and device."""
+        key = batch, dtype, self.txt.device
+        if key not in self._inputs:
             with torch.inference_mode(False):
                 txt, vec = self.txt.to(dtype), self.vec.to(dtype)
                 ids = txt.new_zeros(len(txt), 3)
-                self._inputs[kind] = {"txt": txt.expand(batch, -1, -1), "txt_ids": ids, "y": vec.expand(batch, -1)}
-        return self._inputs[kind]
+                self._inputs[key] = {"txt": txt.expand(batch, -1, -1), "txt_ids": ids, "y": vec.expand(batch, -1)}
+        return self._inputs[key]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A picture that has been read and is ready to be split."""
+    """An image that has been read and prepared for the model."""
 
     pixels: Pixels  # (H, W, 3)
     mask: NDArray[np.bool_]  # (H, W)
     full: dict[str, Tensor]  # image and mask, (1, C, H, W) each
-    inputs: dict[str, Tensor]  # what a model takes: image, mask, cues and cues_present, as `to_model_size` makes them
+    inputs: dict[str, Tensor]  # the model's inputs, by `to_model_size`: image, mask, cues and cues_present
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) that the layers are drawn at."""
+        """(height, width) at which the layers are sampled."""
         return self.inputs["image"].shape[-2], self.inputs["image"].shape[-1]
 
     def layers(self, background: Tensor, foreground: Tensor) -> Layers:
-        """The layers (1, 3 or 4, H, W), straight, as pixels."""
+        """`Layers` in pixels from a background (1, 3, H, W) and a straight foreground (1, 4, H, W)."""
         rgba = torch.cat([foreground[:, :3], 2 * foreground[:, 3:] - 1], dim=1)
         return Layers(self.pixels, self.mask, to_pixels(background[0]), to_pixels(rgba[0]))
 
 
 class FrozenBase(nn.Module):
-    """A transformer as it was before it was adapted: without its LoRA, behind the input projection that it had.
+    """The transformer as it was before adaptation: without its LoRA, and with its original input projection.
 
-    There is no second copy of anything else, so that what the transformer's weights are (quantised, shared out among
-    processes) does not matter. It is not to be used while the transformer runs, or once its LoRA is merged.
+    All other weights are shared with the adapted transformer, whether they are quantised or sharded. Must not be used
+    while that transformer runs, nor after its LoRA has been merged.
     """
 
     def __init__(self, adapted: MMDiT, img_in: nn.Linear) -> None:
@@ -131,7 +131,7 @@ class FrozenBase(nn.Module):
         """As `MMDiT.forward`."""
         own, self.adapted.img_in = self.adapted.img_in, self.img_in
         try:
-            # Blocks that are compiled would be compiled once more.
+            # Compiled blocks would be recompiled.
             with without_lora(self.adapted), torch.compiler.set_stance("force_eager"):
                 velocity: Tensor = self.adapted(**inputs)
         finally:
@@ -140,10 +140,10 @@ class FrozenBase(nn.Module):
 
 
 class Decomposer(nn.Module):
-    """Background by inpainting inside the mask, foreground by outpainting outside it, drawn together.
+    """Samples the background by inpainting inside the mask and the foreground by outpainting outside it, jointly.
 
-    "From Inpainting to Layer Decomposition" (arXiv 2511.20996): both layers' tokens form one sequence of the adapted
-    transformer, told apart by position and by what their context lets them see.
+    After "From Inpainting to Layer Decomposition" (arXiv 2511.20996). The tokens of both layers form one sequence for
+    the adapted transformer and are distinguished by their positions and their inpainting contexts.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class Decomposer(nn.Module):
         self.sample = sample
 
     def compile_parts(self, backend: str = "inductor") -> None:
-        """Compiles what every step of training runs, on first use: the transformer's blocks and both encoders."""
+        """Compiles the parts that every training step runs, on first use: transformer blocks and both encoders."""
         self.transformer.compile_blocks(backend)
         for autoencoder in (self.autoencoder, self.rgba_autoencoder):
             autoencoder.encoder.compile(backend=backend)
@@ -178,7 +178,7 @@ class Decomposer(nn.Module):
     def encode_sample(
         self, image: Tensor, mask: Tensor, cues: Tensor | None, background: Tensor, foreground: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What training needs of a batch; all its RGB pictures pass their autoencoder together.
+        """Encodes a training batch; its RGB images pass through their autoencoder in one batch.
 
         Args:
             image, mask, cues: as in `encode`.
@@ -186,9 +186,9 @@ class Decomposer(nn.Module):
             foreground: straight, (B, 4, H, W).
 
         Returns:
-            what `encode_pictures` gives, and both layers' packed latents (B, 2L, 64).
+            The result of `encode_pictures`, and both layers' packed latents (B, 2L, 64).
         """
-        latents = self._encoded([*self._told(image, mask, cues), background])
+        latents = self._encode_rgb([*self._conditioning_images(image, mask, cues), background])
         z_f = self.rgba_autoencoder.encode(to_autoencoder(foreground), tiling=self.sample.tiling)
         return latents[:, :-1], torch.cat([pack(latents[:, -1]), pack(z_f)], dim=1)
 
@@ -201,7 +201,7 @@ class Decomposer(nn.Module):
             image: (B, 3, H, W) in [-1, 1], H and W multiples of 16.
             mask: (B, 1, H, W) in {0, 1}, 1 = object.
             cues: maps of all `CUES`, (B, len(CUES), 3, H, W) in [-1, 1]; not needed without context fusion.
-            cues_present: which of them are there, (B, len(CUES)) bool.
+            cues_present: which cues each sample has, (B, len(CUES)) bool.
         """
         return self.condition(self.encode_pictures(image, mask, cues), mask, cues_present)
 
@@ -211,36 +211,36 @@ class Decomposer(nn.Module):
 
         Arguments as in `encode`.
         """
-        return self._encoded(self._told(image, mask, cues))
+        return self._encode_rgb(self._conditioning_images(image, mask, cues))
 
-    def _told(self, image: Tensor, mask: Tensor, cues: Tensor | None) -> list[Tensor]:
-        """The two masked images and the cues that the fusion looks at, each (B, 3, H, W)."""
+    def _conditioning_images(self, image: Tensor, mask: Tensor, cues: Tensor | None) -> list[Tensor]:
+        """The two masked images and the cues that the fusion uses, each (B, 3, H, W)."""
         if self.context_fusion is None:
             return [*masked_images(image, mask)]
         assert cues is not None
-        return [*masked_images(image, mask), *self._used(cues)]
+        return [*masked_images(image, mask), *self._select_cues(cues)]
 
-    def _encoded(self, pictures: list[Tensor]) -> Tensor:
-        """Latents (B, M, 16, H/8, W/8) of M pictures (B, 3, H, W), all of them at once."""
-        latents = self.autoencoder.encode(torch.stack(pictures, dim=1).flatten(0, 1), tiling=self.sample.tiling)
-        return rearrange(latents, "(B M) C h w -> B M C h w", M=len(pictures))
+    def _encode_rgb(self, images: list[Tensor]) -> Tensor:
+        """Latents (B, M, 16, H/8, W/8) of M batches of images (B, 3, H, W), encoded as one batch."""
+        latents = self.autoencoder.encode(torch.stack(images, dim=1).flatten(0, 1), tiling=self.sample.tiling)
+        return rearrange(latents, "(B M) C h w -> B M C h w", M=len(images))
 
-    def _used(self, cues: Tensor) -> list[Tensor]:
-        """Of a tensor (B, len(CUES), ...), the part of each cue that the fusion looks at."""
+    def _select_cues(self, cues: Tensor) -> list[Tensor]:
+        """The slices of `cues` (B, len(CUES), ...) that the fusion uses, one per cue."""
         assert self.context_fusion is not None
-        # One by one: a GPU would wait for a list of numbers.
+        # One by one: indexing with a list would synchronise with the GPU.
         return [cues[:, CUES.index(name)] for name in self.context_fusion.config.cues]
 
     def condition(self, latents: Tensor, mask: Tensor, cues_present: Tensor | None = None) -> Context:
-        """The context that `latents` from `encode_pictures` make; the other arguments as in `encode`."""
-        told = contexts(latents[:, 0], latents[:, 1], mask, self.conditioning)
+        """The context of a batch from the `latents` of `encode_pictures`; other arguments as in `encode`."""
+        img_cond = contexts(latents[:, 0], latents[:, 1], mask, self.conditioning)
         ids = token_ids(mask, 0, 1)
         if self.context_fusion is None:
-            return Context(told, ids)
+            return Context(img_cond, ids)
         assert cues_present is not None
         tokens = torch.stack([pack(cue) for cue in latents[:, 2:].unbind(1)], dim=1)  # (B, M, L, 64)
-        present = torch.stack(self._used(cues_present), dim=1)
-        return Context(told, ids, self.context_fusion(tokens, present, token_ids(mask, 0)))
+        present = torch.stack(self._select_cues(cues_present), dim=1)
+        return Context(img_cond, ids, self.context_fusion(tokens, present, token_ids(mask, 0)))
 
     def velocity(self, x: Tensor, context: Context, timesteps: Tensor, guidance: float | None = None) -> Tensor:
         """Velocity (B, 2L, 64) of both layers' tokens.
@@ -248,7 +248,7 @@ class Decomposer(nn.Module):
         Args:
             x: noisy packed latents (B, 2L, 64): the background's, then the foreground's.
             timesteps: (B,) in [0, 1], 1 = pure noise.
-            guidance: scale for models that embed it; `sample.guidance` unless given.
+            guidance: scale, for models that embed it; default `sample.guidance`.
         """
         guidance = self.sample.guidance if guidance is None else guidance
         return predict_velocity(self.transformer, self.prompt, x, context, timesteps, guidance)
@@ -257,17 +257,17 @@ class Decomposer(nn.Module):
     def draw(
         self, batch: Mapping[str, Tensor], noise: Tensor, steps: int | None = None, progress: Progress = iter
     ) -> tuple[Tensor, Tensor]:
-        """Both layers of a batch.
+        """Samples both layers of a batch.
 
         Args:
             batch: image, mask, cues, cues_present as in `encode`.
-            noise: standard normal (B, 2 E, 16, H/8, W/8): for each of E draws the background's, then the foreground's.
-            steps: Euler steps; `sample.steps` unless given.
-            progress: shows how far they are, as `tqdm` does.
+            noise: standard normal (B, 2 E, 16, H/8, W/8): the background's, then the foreground's, for each of E draws.
+            steps: Euler steps; default `sample.steps`.
+            progress: wraps the steps to show progress, as `tqdm` does.
 
         Returns:
-            background (B, 3, H, W) in [-1, 1], of the first draw, and straight foreground (B, 4, H, W), the median of
-            all (test-time ensembling: Ke et al. 2024, arXiv 2312.02145).
+            Background (B, 3, H, W) in [-1, 1] of the first draw, and straight foreground (B, 4, H, W), the median of
+            all draws (test-time ensembling: Ke et al. 2024, arXiv 2312.02145).
         """
         draws = noise.shape[1] // 2
         pairs = rearrange(noise, "B (E S) C h w -> S (B E) C h w", S=2)
@@ -281,7 +281,7 @@ class Decomposer(nn.Module):
             background = self.autoencoder.decode(z_b[::draws], tiling=self.sample.tiling)
             foregrounds = self.rgba_autoencoder.decode(z_f, tiling=self.sample.tiling)
         ranked = rearrange(foregrounds.float(), "(B E) C H W -> E B C H W", E=draws).sort(dim=0).values
-        foreground = ranked[(draws - 1) // 2]  # `Tensor.median` has no deterministic form on a GPU
+        foreground = ranked[(draws - 1) // 2]  # `Tensor.median` is not deterministic on GPUs
         return background.float().clamp(-1, 1), from_autoencoder(foreground, margin=self.sample.alpha_margin)
 
     def decompose(
@@ -294,22 +294,22 @@ class Decomposer(nn.Module):
         depth: DepthEstimator | None = None,
         progress: Progress = iter,
     ) -> Layers:
-        """Splits a picture of any size.
+        """Decomposes an image of any size.
 
         Args:
             image: path, PIL image or uint8 array (H, W, 3).
-            mask: the same, as `read_mask` reads it, of the image's size.
-            steps: Euler steps; `sample.steps` unless given.
+            mask: likewise, of the image's size; see `read_mask`.
+            steps: Euler steps; default `sample.steps`.
             seed: of the noise; the same seed gives the same layers.
-            cues: maps (M, 3, H, W) in [-1, 1] in the order of `CUES`, all present, instead of those computed here.
-            depth: on the CPU; computes the depth cue, which is absent without it.
-            progress: shows how far the steps are, as `tqdm` does.
+            cues: maps (M, 3, H, W) in [-1, 1] in the order of `CUES`, all present; computed from the image by default.
+            depth: estimator on the CPU for the depth cue, which is absent without it.
+            progress: wraps the steps to show progress, as `tqdm` does.
 
         Returns:
-            `Layers` at the image's own size.
+            `Layers` at the image's size.
 
         Raises:
-            InputError: a file cannot be read, or mask and image do not go together.
+            InputError: a file cannot be read, or the mask does not fit the image.
         """
         return self.decompose_batch([self.prepare(image, mask, cues, depth)], steps, seed, progress)[0]
 
@@ -320,25 +320,26 @@ class Decomposer(nn.Module):
         cues: NDArray[np.float32] | None = None,
         depth: DepthEstimator | None = None,
     ) -> Prepared:
-        """Reads a picture for `decompose_batch`; arguments and errors as in `decompose`."""
+        """Reads an image for `decompose_batch`; arguments and errors as in `decompose`."""
         pixels = read_image(image)
-        marked = read_mask(mask, pixels.shape[:2])
-        full = {"image": to_tensor(pixels), "mask": torch.from_numpy(marked).float()[None, None]}
-        return Prepared(pixels, marked, full, to_model_size({**full, **self._cues(full, cues, depth)}, self.sample))
+        object_mask = read_mask(mask, pixels.shape[:2])
+        full = {"image": to_tensor(pixels), "mask": torch.from_numpy(object_mask).float()[None, None]}
+        inputs = to_model_size({**full, **self._cues(full, cues, depth)}, self.sample)
+        return Prepared(pixels, object_mask, full, inputs)
 
     def decompose_batch(
         self, pictures: Sequence[Prepared], steps: int | None = None, seed: int = 0, progress: Progress = iter
     ) -> list[Layers]:
-        """Splits pictures whose `Prepared.size` is the same, at once; arguments as in `decompose`.
+        """Decomposes images of equal `Prepared.size` in one batch; arguments as in `decompose`.
 
-        Each is given the noise of the seed, so that its layers are what they would be alone, up to rounding.
+        All get the same noise, so that the layers of each are those it would have alone, up to rounding.
         """
         if steps is not None and steps < 1:
             raise InputError(f"steps is {steps}; expected at least 1")
         check_seed(seed)
         first, *others = dict.fromkeys(f"{width} x {height}" for height, width in (one.size for one in pictures))
         if others:
-            raise InputError(f"pictures of {first} and of {others[0]} pixels; expected one size to draw them at")
+            raise InputError(f"pictures of {first} and of {others[0]} pixels; expected one size for a batch")
         device = self.prompt.vec.device
         inputs = [picture.inputs for picture in pictures]
         batch = {name: torch.cat([one[name] for one in inputs]).to(device) for name in inputs[0]}
@@ -356,7 +357,7 @@ class Decomposer(nn.Module):
     ) -> dict[str, Tensor]:
         if self.context_fusion is None:
             return {}
-        if given is None:  # at the size that they are looked at
+        if given is None:  # at the model's size
             image = resize(full["image"], model_size(full["image"], self.sample))
             estimated = {} if depth is None else {"depth": depth.estimate(image)[0].numpy()}
             computed, present = compute_cues(to_pixels(image[0]), estimated)
@@ -369,35 +370,35 @@ class Decomposer(nn.Module):
         return {"cues": maps, "cues_present": torch.ones(1, len(CUES), dtype=torch.bool)}
 
     def adapter(self, metadata: Metadata) -> Adapter:
-        """The trained tensors, under the names of the adapter file."""
+        """The trained tensors, under their names in the adapter file."""
         trained = {name: p for name, p in self.named_parameters() if TRAINED.search(name)}
         return Adapter({name.removeprefix("transformer."): p for name, p in trained.items()}, metadata)
 
     def digest(self) -> str:
-        """A checksum of the trained tensors, whatever file they lie in."""
+        """A checksum of the trained tensors, independent of the file they come from."""
         sha256 = hashlib.sha256()
         for tensor in self.adapter({}).tensors.values():
             sha256.update(tensor.detach().cpu().contiguous().numpy().data)
         return sha256.hexdigest()
 
     def load_adapter(self, adapter: Adapter, path: str | Path) -> None:
-        """Fills in the trained tensors; `InputError` unless they are exactly those of this model."""
+        """Loads the trained tensors; `InputError` unless they are exactly those of this model."""
         copy_tensors(path, adapter.tensors, self.adapter({}).tensors, "this decomposer")
 
     def frozen_base(self, path: str | Path) -> "FrozenBase":
-        """The base in the file at `path` that was adapted; it shares all weights but its input projection's."""
+        """The base at `path` before adaptation; it shares all weights except the input projection."""
         base, layout = empty_mmdit(path, self.transformer.config)
         dtype, device = next(self.autoencoder.parameters()).dtype, self.prompt.vec.device
         readers, img_in = open_state(base, path, str(device), layout), base.img_in
-        own = {name: readers[f"img_in.{name}"]().to(dtype) for name in img_in.state_dict()}
-        img_in.load_state_dict(own, assign=True)
+        state = {name: readers[f"img_in.{name}"]().to(dtype) for name in img_in.state_dict()}
+        img_in.load_state_dict(state, assign=True)
         return FrozenBase(self.transformer, img_in.requires_grad_(False))
 
     def merge(self) -> "Decomposer":
-        """Folds the LoRA into the transformer's weights, so that a step of sampling costs what the base's costs.
+        """Merges the LoRA into the transformer's weights, so that a sampling step costs no more than the base's.
 
-        In place, and for good: what is merged is neither trained nor saved as an adapter. Quantised weights stay as
-        they are, beside their LoRA.
+        In place and irreversible: afterwards, the adapter can be neither trained nor saved. Layers with quantised
+        weights keep their LoRA.
         """
         merge_lora(self.transformer)
         return self
@@ -411,13 +412,13 @@ class Decomposer(nn.Module):
         quantize: str | None = None,
         **files: str,
     ) -> "Decomposer":
-        """The decomposer that an adapter file describes, ready to sample.
+        """Loads the decomposer described by an adapter file, ready to sample.
 
         Args:
             path: adapter.safetensors, or the folder that it was published in.
-            dtype: of the frozen parts; float32 unless given.
+            dtype: of the frozen parts; default float32.
             quantize: int8, fp8 or nf4, for the frozen transformer.
-            files: other places for the frozen parts (transformer=, autoencoder=, rgba_autoencoder=, prompt=).
+            files: other paths of the frozen parts (transformer=, autoencoder=, rgba_autoencoder=, prompt=).
 
         Raises:
             InputError: a file is missing or does not fit, or the base is not the one that was adapted.
@@ -439,9 +440,9 @@ def build_decomposer(
     quantize: str | None = None,
     mapped: bool = False,
 ) -> Decomposer:
-    """The whole architecture on a page: frozen parts from their files, what is trained in float32.
+    """Builds the whole architecture: frozen parts from their files, trained parts in float32.
 
-    The transformer may be `mapped`, as `load_mmdit` has it.
+    For `mapped`, see `load_mmdit`.
     """
     _check_adaptation(config)
     transformer = load_mmdit(config.weights.transformer, None, dtype, device, quantize, mapped)
@@ -463,25 +464,25 @@ def build_decomposer(
 
 
 def _check_adaptation(config: DecomposerConfig) -> None:
-    """Raises `InputError` for what can be known to be wrong before 24 GB are read."""
+    """Raises `InputError` for mistakes that can be found before 24 GB are read."""
     check_present(*config.weights.named().values())
     if unknown := [name for name in config.fusion.cues if name not in CUES]:
         raise InputError(f"fusion.cues names {unknown[0]!r}; expected some of {', '.join(CUES)}")
     if config.lora.adapts("img_in"):
         raise InputError(
-            f"lora.targets {config.lora.targets} take in img_in, which is trained as a whole; expected patterns that "
-            "leave it out, such as *_blocks.*"
+            f"lora.targets {config.lora.targets} match img_in, which is trained in full; expected patterns that "
+            "exclude it, such as *_blocks.*"
         )
 
 
 def mixed_precision(frozen: nn.Module) -> torch.autocast:
-    """Autocast where the frozen parts are in bf16, since what was trained beside them is in float32."""
+    """Autocast if the frozen parts are in bf16, since the trained ones are in float32."""
     weight = next(frozen.parameters())
     return torch.autocast(autocast_device(weight), torch.bfloat16, enabled=weight.dtype == torch.bfloat16)
 
 
 def token_ids(image: Tensor, *layers: int) -> Tensor:
-    """Positions (layers * L, 3) of the tokens of some layers of an image (B, C, H, W): for a size, the same tensor."""
+    """Positions (layers * L, 3) of the tokens of the given layers of an image (B, C, H, W), cached by size."""
     rows, columns = (side // TOKEN_FACTOR for side in image.shape[-2:])
     return cached_token_ids(rows, columns, layers, image.device)
 
@@ -502,9 +503,9 @@ def latent_noise(autoencoder: Autoencoder, image: Tensor, seed: int, positions: 
 def predict_velocity(
     transformer: MMDiT | FrozenBase, prompt: Prompt, x: Tensor, context: Context, timesteps: Tensor, guidance: float
 ) -> Tensor:
-    """Velocity (B, S, 64) of noisy tokens x (B, S, 64) in their context."""
+    """Velocity (B, S, 64) of noisy tokens x (B, S, 64), given their context."""
     return transformer(
-        img=torch.cat([x, context.told.to(x.dtype)], dim=-1),
+        img=torch.cat([x, context.img_cond.to(x.dtype)], dim=-1),
         img_ids=context.ids,
         timesteps=timesteps,
         guidance=torch.full_like(timesteps, guidance),
@@ -525,35 +526,35 @@ def inpaint(
     flow: FlowConfig,
     sample: SampleConfig,
 ) -> Tensor:
-    """What the frozen base does: fill the mask.
+    """Inpaints the mask with the frozen base.
 
     Args:
         image: (B, 3, H, W) in [-1, 1], H and W multiples of 16.
-        mask: (B, 1, H, W) in {0, 1}, 1 = to be filled.
+        mask: (B, 1, H, W) in {0, 1}, 1 = to be inpainted.
         noise: standard normal (B, 16, H/8, W/8).
 
     Returns:
-        The filled picture (B, 3, H, W) in [-1, 1], all of it as the autoencoder renders it.
+        The inpainted image (B, 3, H, W) in [-1, 1], decoded by the autoencoder outside the mask as well.
     """
     hole, _ = masked_images(image, mask)
     x = pack(noise)
     timesteps = schedule(sample.steps, x.shape[1], flow).to(x)
     with mixed_precision(autoencoder):
         latents = autoencoder.encode(hole, tiling=sample.tiling)
-        told = Context(context(latents, mask, conditioning.mask), token_ids(image, 0))
-        x = euler(lambda x, t: predict_velocity(transformer, prompt, x, told, t, sample.guidance), x, timesteps)
+        cond = Context(context(latents, mask, conditioning.mask), token_ids(image, 0))
+        x = euler(lambda x, t: predict_velocity(transformer, prompt, x, cond, t, sample.guidance), x, timesteps)
         painted = autoencoder.decode(unpack(x, *noise.shape[-2:]), tiling=sample.tiling)
     return painted.float().clamp(-1, 1)
 
 
 def check_seed(seed: int) -> None:
-    """Raises `InputError` unless noise can be drawn from it."""
+    """Raises `InputError` unless `seed` is valid for a generator."""
     if not 0 <= seed < 2**63:
         raise InputError(f"seed is {seed}; expected a number from 0 to 2^63 - 1")
 
 
 def _check_channels(config: DecomposerConfig, transformer: MMDiT, autoencoder: Autoencoder) -> None:
-    """A file or folder that describes itself may well be another model than an inpainting one."""
+    """Raises `InputError` if the transformer is not an inpainting model, or does not fit the other parts."""
     path, packed = config.weights.transformer, PATCH**2 * autoencoder.config.z_channels
     found, expected = transformer.config.in_channels, 2 * packed + TOKEN_FACTOR**2
     if found != expected:
@@ -563,7 +564,9 @@ def _check_channels(config: DecomposerConfig, transformer: MMDiT, autoencoder: A
             "the mask"
         )
     if config.fusion.enabled and config.fusion.in_channels != packed:
-        raise InputError(f"fusion.in_channels is {config.fusion.in_channels}; expected {packed}, as the latents have")
+        raise InputError(
+            f"fusion.in_channels is {config.fusion.in_channels}; expected {packed}, the channels of a packed latent"
+        )
 
 
 def _load_autoencoder(path: str, channels: int, dtype: torch.dtype | None, device: str) -> Autoencoder:

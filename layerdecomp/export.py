@@ -1,4 +1,4 @@
-"""An adapter in the forms that others take: LoRA files, one merged checkpoint, a folder to publish; and back."""
+"""Export of adapters: LoRA files in other layouts, a merged checkpoint, a folder to publish."""
 
 import json
 import shutil
@@ -23,17 +23,17 @@ from layerdecomp.weights import TOOL_VERSION, Adapter, date_of_writing, empty_mm
 
 
 @dataclass(frozen=True)
-class Outgoing:
-    """An adapter on its way out."""
+class ExportJob:
+    """An adapter and how to write it."""
 
     adapter: Adapter
     config: DecomposerConfig
     out: Path
-    dtype: str | None  # of the tensors; None: as they are
+    dtype: str | None  # of the tensors; None: unchanged
     with_base: bool = False
 
     def cast(self, tensors: Tensors) -> Tensors:
-        """In the wished dtype, but for single numbers, which might not survive it."""
+        """In the export's dtype, except for scalars, which might lose precision."""
         if self.dtype is None:
             return tensors
         return {name: tensor.to(FLOATS[self.dtype]) if tensor.dim() else tensor for name, tensor in tensors.items()}
@@ -54,17 +54,17 @@ def export(
     with_base: bool = False,
     **files: str,
 ) -> list[Path]:
-    """Writes an adapter, or the weighted sum of several, in another form. The same input gives the same bytes.
+    """Writes an adapter, or the weighted sum of several, in another format. The same input gives the same bytes.
 
     Args:
-        adapters: files of this package, or LoRA files in one of the `LAYOUTS`.
-        format: one of `FORMATS`, which says what each is.
+        adapters: this package's adapter files, or LoRA files in one of the `LAYOUTS`.
+        format: one of `FORMATS`.
         out: the file to write, or the folder for "decomposer".
-        dtype: float32, bfloat16, float16, and fp8 for "merged"; each format has its own if none is given.
-        weights: one per adapter; 1 each unless given.
-        rank: what the LoRA layers are cut down to, by singular values; the error that it costs is printed.
-        with_base: whether a "decomposer" folder holds the frozen base too.
-        files: other places for the frozen parts (transformer=, autoencoder=, rgba_autoencoder=, prompt=).
+        dtype: float32, bfloat16, float16, and fp8 for "merged"; each format has its own default.
+        weights: one per adapter; 1 each by default.
+        rank: reduce the LoRA layers to this rank by truncated SVD; the resulting error is printed.
+        with_base: whether to include the frozen base in a "decomposer" folder.
+        files: other paths of the frozen parts (transformer=, autoencoder=, rgba_autoencoder=, prompt=).
 
     Returns:
         The files written.
@@ -80,48 +80,48 @@ def export(
         raise InputError(f"dtype={dtype}: expected one of {', '.join(known)} for format={format}")
     paths = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     adapter, config = read_adapters([Path(path) for path in paths], weights, rank, files)
-    return write(Outgoing(adapter, config, Path(out), dtype or default, with_base))
+    return write(ExportJob(adapter, config, Path(out), dtype or default, with_base))
 
 
-def _write_adapter(parcel: Outgoing) -> list[Path]:
-    save_tensors(parcel.out, parcel.cast(parcel.adapter.tensors), _metadata(parcel, "adapter"))
-    return [parcel.out]
+def _write_adapter(job: ExportJob) -> list[Path]:
+    save_tensors(job.out, job.cast(job.adapter.tensors), _metadata(job, "adapter"))
+    return [job.out]
 
 
-def _write_lora(layout: str) -> Callable[[Outgoing], list[Path]]:
-    def write(parcel: Outgoing) -> list[Path]:
-        model, base = frozen_input(parcel.config)
-        changes, rest = take_changes(parcel.adapter.tensors, parcel.config.lora, base)
+def _write_lora(layout: str) -> Callable[[ExportJob], list[Path]]:
+    def write(job: ExportJob) -> list[Path]:
+        model, base = frozen_input(job.config)
+        changes, rest = take_changes(job.adapter.tensors, job.config.lora, base)
         tensors = LAYOUTS[layout][1](changes, model.config.hidden_size)
         if INPUT in changes:
-            rest |= {name: parcel.adapter.tensors[name] for name in base}
-        others = _write_beside(parcel, layout, model, rest)
+            rest |= {name: job.adapter.tensors[name] for name in base}
+        others = _write_beside(job, layout, model, rest)
         told = peft_settings(tensors) if layout == "diffusers" else {}
-        save_tensors(parcel.out, parcel.cast(tensors), {**_metadata(parcel, layout), **told})
-        return [parcel.out, *others]
+        save_tensors(job.out, job.cast(tensors), {**_metadata(job, layout), **told})
+        return [job.out, *others]
 
     return write
 
 
-def _write_beside(parcel: Outgoing, format: str, model: MMDiT, rest: Tensors) -> list[Path]:
-    """The trained tensors for which a host's file has no room, and the notice; before the file itself."""
-    extras = extras_beside(parcel.out)
+def _write_beside(job: ExportJob, format: str, model: MMDiT, rest: Tensors) -> list[Path]:
+    """Writes the trained tensors that the format cannot hold, and the notice; before the file itself."""
+    extras = extras_beside(job.out)
     text = extras.with_name(extras.name.replace(".extras.safetensors", ".NOTICE.txt"))
     with written_whole(text) as partial:
-        partial.write_text(notice(_is_flux(model), _metadata(parcel, format)))
+        partial.write_text(notice(_is_flux(model), _metadata(job, format)))
     if rest:
-        save_tensors(extras, rest, _metadata(parcel, "extras"))
+        save_tensors(extras, rest, _metadata(job, "extras"))
     return [text, extras] if rest else [text]
 
 
-def _write_merged(parcel: Outgoing) -> list[Path]:
-    """The base with the adapter folded in: one tensor in memory at a time, beside the adapter."""
-    path, adapted = parcel.config.weights.transformer, parcel.adapter.tensors
+def _write_merged(job: ExportJob) -> list[Path]:
+    """Writes the base with the adapter merged; holds one tensor at a time in memory, besides the adapter."""
+    path, adapted = job.config.weights.transformer, job.adapter.tensors
     model, layout = empty_mmdit(path)
     trained = {name: adapted[name].float() for name in (f"{INPUT}.weight", f"{INPUT}.bias")}
-    changes, rest = take_changes(adapted, parcel.config.lora, trained)
-    others = _write_beside(parcel, "merged", model, rest)
-    facts = {**_metadata(parcel, "merged"), "merged": "yes", "config": json.dumps(asdict(model.config))}
+    changes, rest = take_changes(adapted, job.config.lora, trained)
+    others = _write_beside(job, "merged", model, rest)
+    facts = {**_metadata(job, "merged"), "merged": "yes", "config": json.dumps(asdict(model.config))}
     read = open_state(model, path, layout=layout)
 
     def merged(name: str) -> Tensor:
@@ -131,37 +131,37 @@ def _write_merged(parcel: Outgoing) -> list[Path]:
         changed = kind == "weight" and layer in changes
         return read[name]().float() + changes[layer].weight if changed else read[name]().float()
 
-    like, give = _in_dtype(model.state_dict(), merged, parcel.dtype or "bfloat16")
-    write_tensors(parcel.out, like, give, facts)
-    return [parcel.out, *others]
+    like, read_cast = _in_dtype(model.state_dict(), merged, job.dtype or "bfloat16")
+    write_tensors(job.out, like, read_cast, facts)
+    return [job.out, *others]
 
 
 Read = Callable[[str], Tensor]
 
 
 def _in_dtype(like: Mapping[str, Tensor], read: Read, dtype: str) -> tuple[dict[str, Tensor], Read]:
-    """What `write_tensors` needs to write the tensors that `read` gives in a dtype."""
+    """The `like` and `read` of `write_tensors` that convert the tensors of `read` to a dtype."""
     if dtype == FP8:
         return _in_fp8(like, read)
     return {n: t.to(FLOATS[dtype]) for n, t in like.items()}, lambda name: read(name).to(FLOATS[dtype])
 
 
 def _in_fp8(like: Mapping[str, Tensor], read: Read) -> tuple[dict[str, Tensor], Read]:
-    """The blocks' matrices in e4m3 with a scale each, laid out as ComfyUI expects; the rest in bf16.
+    """As `_in_dtype`: the blocks' matrices in e4m3 with a scale each, in ComfyUI's layout; the rest in bf16.
 
-    What lies outside the blocks is little, and sensitive.
+    The tensors outside the blocks are small, and sensitive to quantisation.
     """
     small = torch.float8_e4m3fn
     matrices = {
         f"{n.removesuffix('weight')}scale_weight": n for n, t in like.items() if "blocks." in n and t.dim() == 2
     }
-    mark = torch.zeros(2).to(small)  # of two elements: multiply in full precision
+    mark = torch.zeros(2).to(small)  # two elements: ComfyUI multiplies in full precision
 
-    @cache  # scales are written first, and needed again
+    @cache  # scales are written first, and used again
     def scale(name: str) -> Tensor:
         return read(name).abs().max().clamp(min=1e-12) / torch.finfo(small).max
 
-    def give(name: str) -> Tensor:
+    def read_fp8(name: str) -> Tensor:
         if name == "scaled_fp8":
             return mark
         if name in matrices:
@@ -172,32 +172,32 @@ def _in_fp8(like: Mapping[str, Tensor], read: Read) -> tuple[dict[str, Tensor], 
 
     written = {name: tensor.to(small if name in matrices.values() else torch.bfloat16) for name, tensor in like.items()}
     scales = {name: torch.empty((), device="meta") for name in matrices}
-    return {**written, **scales, "scaled_fp8": mark}, give
+    return {**written, **scales, "scaled_fp8": mark}, read_fp8
 
 
-def _write_folder(parcel: Outgoing) -> list[Path]:
-    """A folder that is written under another name and renamed when it is complete."""
-    if parcel.out.exists() and (not parcel.out.is_dir() or any(parcel.out.iterdir())):
-        raise InputError(f"{parcel.out} exists and is not empty; choose another out= or remove it")
-    model, _ = empty_mmdit(parcel.config.weights.transformer)
-    licence = _licence(_is_flux(model), Path(parcel.config.weights.transformer))
-    with written_whole(parcel.out) as partial:
+def _write_folder(job: ExportJob) -> list[Path]:
+    """Writes a folder under a temporary name and renames it when it is complete."""
+    if job.out.exists() and (not job.out.is_dir() or any(job.out.iterdir())):
+        raise InputError(f"{job.out} exists and is not empty; choose another out= or remove it")
+    model, _ = empty_mmdit(job.config.weights.transformer)
+    licence = _licence(_is_flux(model), Path(job.config.weights.transformer))
+    with written_whole(job.out) as partial:
         partial.mkdir()
-        names = _copy_parts(parcel, partial)
-        metadata = {**_metadata(parcel, "adapter"), "weights": json.dumps(names)}
-        save_tensors(partial / ADAPTER, parcel.cast(parcel.adapter.tensors), metadata)
-        described = {**asdict(parcel.config), "weights": names}
+        names = _copy_parts(job, partial)
+        metadata = {**_metadata(job, "adapter"), "weights": json.dumps(names)}
+        save_tensors(partial / ADAPTER, job.cast(job.adapter.tensors), metadata)
+        described = {**asdict(job.config), "weights": names}
         (partial / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(described)))
         (partial / "NOTICE").write_text(notice(_is_flux(model), metadata))
         shutil.copyfile(licence, partial / licence.name)
         files = {name: what for name, what in FOLDER_FILES.items() if (partial / name).exists()}
         (partial / "README.md").write_text(model_card(_is_flux(model), metadata, files))
-    return sorted(parcel.out.iterdir())
+    return sorted(job.out.iterdir())
 
 
 FOLDER_FILES = {
     ADAPTER: "LoRA, input projection and context fusion",
-    "rgba_autoencoder.safetensors": "the RGBA autoencoder, which draws the foreground",
+    "rgba_autoencoder.safetensors": "the RGBA autoencoder, which decodes the foreground",
     "prompt.safetensors": "the embedding of the one (empty) prompt",
     "transformer.safetensors": "the frozen base",
     "autoencoder.safetensors": "the frozen RGB autoencoder",
@@ -205,11 +205,11 @@ FOLDER_FILES = {
 }
 
 
-def _copy_parts(parcel: Outgoing, folder: Path) -> dict[str, str | None]:
-    """Copies the parts that go with an adapter, and says by what names each is to be found."""
-    names: dict[str, str | None] = {**json.loads(parcel.adapter.metadata["weights"])}
-    for name, path in asdict(parcel.config.weights).items():
-        if path is None or (name in ("transformer", "autoencoder") and not parcel.with_base):
+def _copy_parts(job: ExportJob, folder: Path) -> dict[str, str | None]:
+    """Copies the frozen parts that accompany an adapter, and returns the path of each part."""
+    names: dict[str, str | None] = {**json.loads(job.adapter.metadata["weights"])}
+    for name, path in asdict(job.config.weights).items():
+        if path is None or (name in ("transformer", "autoencoder") and not job.with_base):
             continue
         names[name] = f"{name}.safetensors" if Path(path).is_file() else name
         (shutil.copyfile if Path(path).is_file() else shutil.copytree)(path, folder / str(names[name]))
@@ -217,7 +217,7 @@ def _copy_parts(parcel: Outgoing, folder: Path) -> dict[str, str | None]:
 
 
 def _licence(flux: bool, base: Path) -> Path:
-    """The licence to pass on: FLUX's lies with the base, that of weights trained from nothing is the repository's."""
+    """The licence to pass on: that of FLUX lies with the base; weights trained from scratch have the repository's."""
     if not flux:
         return REPOSITORY / "LICENSE"
     places = [folder / "LICENSE.md" for folder in (base, base.parent, base.parent.parent)]
@@ -235,28 +235,28 @@ def _is_flux(model: MMDiT) -> bool:
 
 MODIFIED = {
     "merged": "yes: LoRA and input projection folded into the base",
-    "extras": "yes: what was trained beside the base and has no room in the layout of others",
+    "extras": "yes: trained tensors that the exported layout cannot hold",
 }
 
 
-def _metadata(parcel: Outgoing, format: str) -> Metadata:
-    """The adapter's metadata, and whatever an older one may lack of what every file tells."""
-    metadata = {"data": "unknown", **parcel.config.lora_metadata(), **parcel.adapter.metadata}
-    metadata["date"] = date_of_writing(metadata.get("date", "unknown"))  # so that a file depends on its input alone
+def _metadata(job: ExportJob, format: str) -> Metadata:
+    """The adapter's metadata, completed with entries that older adapters lack."""
+    metadata = {"data": "unknown", **job.config.lora_metadata(), **job.adapter.metadata}
+    metadata["date"] = date_of_writing(metadata.get("date", "unknown"))  # depends on the input alone
     metadata["tool_version"] = TOOL_VERSION
     metadata["modified"] = MODIFIED.get(format, metadata.get("modified", "yes"))
     if format in LAYOUTS:
         return {**metadata, "format": format}
-    adapter_only = () if format == "adapter" else ("lora", "weights")  # what only an adapter's file may have
+    adapter_only = () if format == "adapter" else ("lora", "weights")  # reserved for adapter files
     return {key: text for key, text in metadata.items() if key not in adapter_only}
 
 
-# What is written, and in which dtype unless another is asked for (None: the adapter's own).
-FORMATS: dict[str, tuple[Callable[[Outgoing], list[Path]], str | None]] = {
+# Writer and default dtype of each format (None: the adapter's own).
+FORMATS: dict[str, tuple[Callable[[ExportJob], list[Path]], str | None]] = {
     "adapter": (_write_adapter, "bfloat16"),  # the same tensors, for this package
-    "import": (_write_adapter, None),  # the same, with every bit kept: for LoRA files that come from elsewhere
+    "import": (_write_adapter, None),  # the same, bit for bit: for LoRA files from elsewhere
     "diffusers": (_write_lora("diffusers"), None),  # a LoRA for FluxFillPipeline.load_lora_weights
     "kohya": (_write_lora("kohya"), None),  # a LoRA for ComfyUI and sd-scripts
     "merged": (_write_merged, "bfloat16"),  # the whole transformer in the published layout
-    "decomposer": (_write_folder, None),  # a folder to publish, which Decomposer.from_pretrained takes
+    "decomposer": (_write_folder, None),  # a folder to publish, for Decomposer.from_pretrained
 }

@@ -1,4 +1,4 @@
-"""Rectified flow: the noise convention, the density of training times and the loss, for training and sampling alike.
+"""Rectified flow: noise convention, density of training times and loss, shared by training and sampling.
 
 t = 0 is data, t = 1 is noise; x_t = (1 - t) z + t noise, and the velocity dx/dt = noise - z points towards the noise.
 Following Esser et al. 2024 (arXiv 2403.03206), with FLUX's shift of times by the number of tokens.
@@ -36,16 +36,16 @@ class FlowConfig:
 
 
 def shift_times(t: Tensor, tokens: int, config: FlowConfig | None = None) -> Tensor:
-    """Moves times in [0, 1] towards 1: e^mu / (e^mu + 1 / t - 1). 0 and 1 stay exactly where they are.
+    """Moves times in [0, 1] towards 1: e^mu / (e^mu + 1 / t - 1). 0 and 1 map exactly to themselves.
 
     Args:
         t: any shape.
-        tokens: tokens of ONE layer, L. More tokens share more information, so it takes more noise to hide it.
+        tokens: tokens of ONE layer, L. More tokens are more redundant, so it takes more noise to hide the image.
     """
     config = config or FlowConfig()
     slope = (config.max_shift - config.base_shift) / (config.max_tokens - config.base_tokens)
     mu = config.base_shift + slope * (tokens - config.base_tokens)
-    return 1 / (1 + math.exp(-mu) * (1 / t - 1))  # the same formula, written so that 0 and 1 survive rounding
+    return 1 / (1 + math.exp(-mu) * (1 / t - 1))  # the same formula, but exact at 0 and 1
 
 
 def sample_times(normal: Tensor, tokens: int, config: FlowConfig | None = None) -> Tensor:
@@ -79,14 +79,14 @@ def flow_loss(velocity: Tensor, target: Tensor) -> Tensor:
 
 
 def seed_at(seed: int, position: int, stream: int) -> int:
-    """A seed for a generator, which those of other positions and streams tell nothing of."""
+    """A generator seed, statistically independent of those of other positions and streams."""
     return int(np.random.SeedSequence([seed, position, stream]).generate_state(1, np.uint64)[0])
 
 
 def seeded_normal(seed: int, positions: Sequence[int], shape: Sequence[int], stream: int = 0) -> Tensor:
-    """Standard normal numbers (len(positions), *shape), float32, each row a pure function of (seed, position, stream).
+    """Standard normal noise (len(positions), *shape), float32, each row a pure function of (seed, position, stream).
 
-    Made on the CPU, so that neither the device nor how samples are spread over batches and ranks changes them.
+    Drawn on the CPU, so that neither the device nor the split into batches and ranks changes the numbers.
     """
 
     def row(position: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Adapters from files: this package's own, LoRA files in the layouts of others, and the sum of several."""
+"""Adapters read from files: this package's own, LoRA files in other layouts, and sums of several."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,9 +15,9 @@ from layerdecomp.adapters import (
     add_changes,
     average,
     give_tensors,
+    peft_alphas,
     reduce_rank,
     take_changes,
-    told_alphas,
 )
 from layerdecomp.errors import InputError
 from layerdecomp.manifest import (
@@ -38,7 +38,7 @@ from layerdecomp.weights import Adapter, empty_mmdit, find_weights, open_state
 def read_adapters(
     paths: Sequence[Path], weights: Sequence[float] | None, rank: int | None, files: dict[str, str]
 ) -> tuple[Adapter, DecomposerConfig]:
-    """One adapter from one or several, in whatever layout, and the decomposer that it belongs to."""
+    """One adapter from one or several files in any layout, and the decomposer that it belongs to."""
     weights = [1.0] * len(paths) if weights is None else weights
     if not paths or len(weights) != len(paths):
         raise InputError(f"weights= has {len(weights)} numbers for {len(paths)} adapters; expected one for each")
@@ -58,17 +58,17 @@ def read_adapters(
     notes: Metadata = {}
     if len(paths) > 1 or weights[0] != 1:
         shares = (f"{share:g} x {path.name}" for path, share in zip(paths, weights, strict=True))
-        notes = {"merged_from": " + ".join(shares), **_told_together([other.metadata for other, _ in read])}
+        notes = {"merged_from": " + ".join(shares), **_joint_provenance([other.metadata for other, _ in read])}
     if rank is not None:
         changes, notes["reduced"] = _reduce(changes, rank)
-    figures = {"figures": "{}"}  # they were another adapter's
+    figures = {"figures": "{}"}  # those on file were measured with another adapter
     return _adapter(changes, rest, base, config, {**adapter.metadata, **notes, **figures}), config
 
 
-def _told_together(told: Sequence[Metadata]) -> Metadata:
-    """How adapters were trained: what is the same for all once, what differs one after the other."""
-    keys = [key for key in ("data", "steps", "seed", "ema", "commit") if any(key in metadata for metadata in told)]
-    return {key: " + ".join(dict.fromkeys(metadata.get(key, "unknown") for metadata in told)) for key in keys}
+def _joint_provenance(metadata: Sequence[Metadata]) -> Metadata:
+    """How several adapters were trained: per key, the distinct values joined."""
+    keys = [key for key in ("data", "steps", "seed", "ema", "commit") if any(key in one for one in metadata)]
+    return {key: " + ".join(dict.fromkeys(one.get(key, "unknown") for one in metadata)) for key in keys}
 
 
 def _reduce(changes: Changes, rank: int) -> tuple[Changes, str]:
@@ -76,7 +76,7 @@ def _reduce(changes: Changes, rank: int) -> tuple[Changes, str]:
         raise InputError(f"rank is {rank}; expected at least 1")
     before = max(change.rank for layer, change in changes.items() if layer != INPUT)
     if rank > before:
-        raise InputError(f"rank is {rank}, and {before} without it; expected at most that: ranks are cut, not raised")
+        raise InputError(f"rank is {rank}, and {before} without it; expected at most that: ranks are only reduced")
     reduced, errors = reduce_rank(changes, rank)
     worst = max(errors, key=lambda layer: errors[layer])
     text = f"rank {before} to {rank}: relative error {errors['all']:.2%} (worst: {worst} {errors[worst]:.2%})"
@@ -85,7 +85,7 @@ def _reduce(changes: Changes, rank: int) -> tuple[Changes, str]:
 
 
 def _adapter(changes: Changes, rest: Tensors, base: Tensors, config: DecomposerConfig, metadata: Metadata) -> Adapter:
-    """An adapter of these changes, whose `config` and metadata tell its LoRA settings."""
+    """An adapter of these changes; its LoRA settings are written to `config` and to the metadata."""
     lora, tensors = give_tensors(changes, base)
     model, _ = empty_mmdit(config.weights.transformer)
     if set(lora.targets) == set(_targeted(model, config.lora)):
@@ -101,8 +101,8 @@ def _targeted(model: MMDiT, lora: LoRAConfig) -> list[str]:
 def read_adapter(path: Path, files: dict[str, str]) -> tuple[Adapter, DecomposerConfig]:
     """An adapter of this package, or a LoRA file in one of the `LAYOUTS`, and the decomposer that it belongs to.
 
-    A LoRA file that was exported from here carries its description, and finds beside it what it had no room for; of
-    one from elsewhere, `files` must name the frozen parts, and there is no fusion module.
+    A LoRA file exported by this package describes itself, and the tensors that its layout cannot hold are read from the
+    file beside it. For any other LoRA file, `files` must name the frozen parts, and there is no fusion module.
     """
     path = adapter_file(path)
     with open_safetensors(path) as file:
@@ -113,7 +113,7 @@ def read_adapter(path: Path, files: dict[str, str]) -> tuple[Adapter, Decomposer
         tensors = {name: file.get_tensor(name) for name in names}
     metadata = read_metadata(path)
     if layout == "diffusers":
-        tensors |= told_alphas(tensors, metadata)
+        tensors |= peft_alphas(tensors, metadata)
     if "lora" in metadata and "weights" in metadata:
         config = described_config(metadata, path, **files)
     else:
@@ -149,11 +149,11 @@ def _check_widths(path: Path, changes: Changes, model: MMDiT) -> None:
     for layer, change in changes.items():
         expected = tuple(model.get_parameter(f"{layer}.weight").shape)
         if (found := (change.b.shape[0], change.a.shape[1])) != expected or change.a.shape[0] != change.b.shape[1]:
-            raise InputError(f"{path}: {layer} is changed by {found}, but has {expected}; the LoRA is for another base")
+            raise InputError(f"{path}: {layer} is changed by {found}, but is {expected}: a LoRA for another base")
 
 
 def _read_extras(path: Path, changes: Changes, base: Tensors, needed: bool) -> Tensors:
-    """The tensors that an exported LoRA file had no room for, from the file beside it."""
+    """The tensors that an exported LoRA file cannot hold, from the file beside it."""
     file = extras_beside(path)
     if not needed and not file.is_file():
         return {}
@@ -161,14 +161,14 @@ def _read_extras(path: Path, changes: Changes, base: Tensors, needed: bool) -> T
         extras: Tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     exact = {name: extras.pop(name) for name in base if name in extras}
     _, computed = give_tensors({**changes}, base)
-    # A difference cannot give every last bit back; where the pair was changed elsewhere, it counts.
+    # Base plus difference is not bit-exact: take the exact tensors, unless the pair was changed since the export.
     if all(torch.allclose(exact[name].float(), computed[name], rtol=1e-5, atol=1e-6) for name in exact):
         extras |= exact
     return extras
 
 
 def frozen_input(config: DecomposerConfig) -> tuple[MMDiT, Tensors]:
-    """The frozen transformer on the meta device, and its input projection, float32."""
+    """The frozen transformer on the meta device, and its input projection in float32."""
     path = config.weights.transformer
     model, layout = empty_mmdit(path)
     read = open_state(model, path, layout=layout)
@@ -176,5 +176,5 @@ def frozen_input(config: DecomposerConfig) -> tuple[MMDiT, Tensors]:
 
 
 def extras_beside(path: Path) -> Path:
-    """Where the trained tensors lie for which a file in the layout of others has no room."""
+    """The path of the trained tensors that an exported file in another layout cannot hold."""
     return path.with_name(f"{path.name.removesuffix('.safetensors')}.extras.safetensors")

@@ -1,4 +1,4 @@
-"""The names under which others keep FLUX's weights: the diffusers folder, kohya's LoRA files, and how to tell them.
+"""Other layouts of FLUX's weights: diffusers folders, kohya LoRA files, and hints that recognise common files.
 
 Inside this package every tensor has its published (single-file) name. Nothing here opens a file.
 """
@@ -17,7 +17,7 @@ from layerdecomp.models.mmdit import MMDiTConfig
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
-# Published module -> diffusers modules that, one below the other, are it; # is the number of a block.
+# Published module -> diffusers modules whose rows, concatenated, form it; # is the number of a block.
 DIFFUSERS_MODULES: dict[str, tuple[str, ...]] = {
     "img_in": ("x_embedder",),
     "txt_in": ("context_embedder",),
@@ -56,7 +56,7 @@ SWAPPED = "final_layer.adaLN_modulation.1"  # diffusers keeps scale above shift,
 
 
 def diffusers_modules(module: str) -> tuple[str, ...]:
-    """The modules of `FluxTransformer2DModel` that, one below the other, are a published one."""
+    """The modules of `FluxTransformer2DModel` whose rows, concatenated, form a published module."""
     number = re.match(r"(?:double|single)_blocks\.(\d+)\.", module)
     if number is None:
         return DIFFUSERS_MODULES[module]
@@ -65,7 +65,7 @@ def diffusers_modules(module: str) -> tuple[str, ...]:
 
 
 def row_counts(rows: int, parts: int, hidden_size: int) -> list[int]:
-    """How many rows each part of a fused linear has: q, k and v the hidden size, what is last the rest."""
+    """Rows of each part of a fused linear: the hidden size, and the remainder for the last part."""
     return [hidden_size] * (parts - 1) + [rows - hidden_size * (parts - 1)]
 
 
@@ -76,13 +76,13 @@ def kohya_module(module: str) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a published tensor lies in another layout: in tensors that, one below the other, are it."""
+    """The tensors of another layout whose rows, concatenated, form a published tensor."""
 
-    shapes: dict[str, Shape]  # by their names there, from top to bottom
-    swapped: bool = False  # whether the upper and the lower half have changed places
+    shapes: dict[str, Shape]  # by their names there, in row order
+    swapped: bool = False  # whether the upper and lower half of the rows are exchanged
 
     def join(self, tensors: list[Tensor], shape: Shape) -> Tensor:
-        """The published tensor, (*shape); a lone one is not copied."""
+        """The published tensor, (*shape); a single one is not copied."""
         tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
         return (tensor.roll(tensor.shape[0] // 2, 0) if self.swapped else tensor).view(shape)
 
@@ -107,7 +107,7 @@ def diffusers_transformer(hidden_size: int) -> Layout:
     return source
 
 
-# Patterns over published names; those of levels come last, since a decoder's are counted the other way round.
+# Patterns over published names, after the levels of the decoder have been renumbered.
 AUTOENCODER_NAMES = [
     (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
     (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
@@ -124,7 +124,7 @@ AUTOENCODER_NAMES = [
 
 
 def diffusers_autoencoder(levels: int) -> Layout:
-    """The layout of `AutoencoderKL`, whose attention is linear where the published one is a 1 x 1 convolution."""
+    """The layout of `AutoencoderKL`, whose attention has linears where the published one has 1 x 1 convolutions."""
 
     def source(name: str, shape: Shape) -> Source:
         name = re.sub(r"(?<=decoder\.up\.)\d+", lambda level: str(levels - 1 - int(level[0])), name)
@@ -168,7 +168,7 @@ def autoencoder_config(description: Mapping[str, Any]) -> AutoencoderConfig:
 
 
 def recognise(found: Shapes, expected: Shapes) -> str | None:
-    """What tensors that do not fit look like to somebody who knows the files that go round, if like anything."""
+    """A hint at what tensors that do not fit are, if they look like a common kind of file."""
     return next((what for is_it, what in LOOKS if is_it(found, expected)), None)
 
 
@@ -188,22 +188,22 @@ def _takes(channels: int) -> Test:
 
 
 def _instead(pattern: str) -> Test:
-    """Whether there are such names and none was expected."""
+    """Whether the pattern matches a name that was found, but none that was expected."""
     return lambda found, expected: _named(pattern)(found, expected) and not _named(pattern)(expected, found)
 
 
 LOOKS: list[tuple[Test, str]] = [
     (
         _instead(r"\.(lora_(A|B|down|up)|lokr_\w+|hada_\w+)(\.|$)"),
-        "this is a LoRA, not a model; tools/export.py format=import makes an adapter of it",
+        "this is a LoRA, not a model; tools/export.py format=import converts it to an adapter",
     ),
     (
         _named(r"quant_state|\.absmax$|\.qweight$|\.wscales$|\.weight_scale_inv$"),
-        "this file is quantised in a way that is not read here; take the bf16 file, or one in fp8 (e4m3) with scales",
+        "this file is quantised in a way that is not supported; use the bf16 file, or one in fp8 (e4m3) with scales",
     ),
     (
         _named(r"^model\.diffusion_model\."),
-        "this is an all-in-one checkpoint with text encoders and autoencoder; take the transformer's own file",
+        "this is an all-in-one checkpoint with text encoders and autoencoder; use the transformer's own file",
     ),
     (
         _instead(r"^(text_model\.|shared\.weight|encoder\.block\.)"),

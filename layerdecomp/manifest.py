@@ -1,4 +1,4 @@
-"""What an adapter file says of itself: its settings, and the frozen files that it belongs to."""
+"""How an adapter file describes itself: its settings, and the frozen files that it belongs to."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -14,7 +14,7 @@ from layerdecomp.sampling import SampleConfig
 from layerdecomp.tensor_files import Metadata, file_sha256, read_metadata, weight_files
 from layerdecomp.weights import FORMAT_VERSION, LICENCE, TOOL_VERSION, Adapter, checksums, config_from, find_weights
 
-# Where an adapter's metadata keep the checksum of each frozen part.
+# Keys of an adapter's metadata that hold the checksums of the frozen parts.
 SHA256_KEYS = {
     "transformer": "base_sha256",
     "autoencoder": "autoencoder_sha256",
@@ -22,13 +22,13 @@ SHA256_KEYS = {
     "prompt": "prompt_sha256",
 }
 BASES = {"03e289f530df51d014f48e675a9ffa2141bc003259bf5f25d75b957e920a41ca": "black-forest-labs/FLUX.1-Fill-dev"}
-ADAPTER = "adapter.safetensors"  # its name in a run's directory and in a published folder
+ADAPTER = "adapter.safetensors"  # file name in a run directory and in a published folder
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @dataclass
 class WeightFiles:
-    """Where the frozen parts lie."""
+    """Paths of the frozen parts."""
 
     transformer: str = "checkpoints/tiny/transformer.safetensors"
     autoencoder: str = "checkpoints/tiny/autoencoder.safetensors"
@@ -36,13 +36,13 @@ class WeightFiles:
     prompt: str | None = None  # tensors txt (T, context_in_dim) and vec (vec_in_dim); null: one token of zeros
 
     def named(self) -> dict[str, str]:
-        """The files by key, those that are named."""
+        """Paths by key, without those that are None."""
         return {name: path for name, path in vars(self).items() if path is not None}
 
 
 @dataclass
 class DecomposerConfig:
-    """Everything that describes a decomposer; an adapter's metadata hold it as JSON, field by field."""
+    """Everything that describes a decomposer; stored in an adapter's metadata as JSON, field by field."""
 
     weights: WeightFiles = field(default_factory=WeightFiles)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -67,31 +67,30 @@ class DecomposerConfig:
         }
 
     def lora_metadata(self) -> Metadata:
-        """The LoRA settings, as a whole and one by one."""
+        """The LoRA settings, as one JSON entry and as separate entries."""
         alpha = self.lora.rank if self.lora.alpha is None else self.lora.alpha
         settings = {"rank": str(self.lora.rank), "alpha": str(alpha), "targets": " ".join(self.lora.targets)}
         return {"lora": json.dumps(asdict(self.lora)), **settings}
 
 
 def adapter_file(path: str | Path) -> Path:
-    """The file of an adapter that is named by itself or by the folder that it was published or trained in."""
+    """The adapter file for a path to it, or to the folder that it was published or trained in."""
     path = Path(path)
     if path.suffix == ".ckpt":
-        raise InputError(f"{path} is a training checkpoint; expected what its run ends with: {path.with_name(ADAPTER)}")
+        adapter = path.with_name(ADAPTER)
+        raise InputError(f"{path} is a training checkpoint; expected the adapter that its run writes last, {adapter}")
     if not path.is_dir():
         return path
     if not (path / ADAPTER).is_file() and (path / "last.ckpt").is_file():
-        raise InputError(
-            f"{path} is an unfinished run without {ADAPTER}; let the command that began it go on to its end"
-        )
+        raise InputError(f"{path} is an unfinished run without {ADAPTER}; resume it with the command that started it")
     return path / ADAPTER
 
 
 def describe_adapter(path: str | Path, **files: str) -> tuple[Adapter, DecomposerConfig]:
-    """An adapter file and the decomposer it belongs to, the paths of whose frozen parts exist and fit.
+    """An adapter file, and the config of its decomposer with verified paths of the frozen parts.
 
-    `path` may be a folder that holds `ADAPTER`. Paths are looked for as they stand, beside the adapter and in the
-    repository; `files` names other ones.
+    `path` may be a folder that holds `ADAPTER`. Paths of frozen parts are tried as given, beside the adapter and in the
+    repository; `files` overrides them.
 
     Raises:
         InputError: a file is missing, or the base is not the one that was adapted.
@@ -102,7 +101,7 @@ def describe_adapter(path: str | Path, **files: str) -> tuple[Adapter, Decompose
 
 
 def described_config(metadata: Metadata, path: Path, **files: str) -> DecomposerConfig:
-    """The decomposer that the metadata of the adapter at `path` describe; see `describe_adapter`."""
+    """The decomposer config in the metadata of the adapter at `path`; see `describe_adapter`."""
     config = DecomposerConfig()
     for part in fields(DecomposerConfig):
         kind: type[Any] = type(getattr(config, part.name))
@@ -115,10 +114,10 @@ def described_config(metadata: Metadata, path: Path, **files: str) -> Decomposer
             setattr(config.weights, name, str(find_weights(value, [path.parent, REPOSITORY])))
     for name, file in config.weights.named().items():
         key = SHA256_KEYS[name]
-        if name == "prompt" and key not in metadata:  # older adapters do not tell
+        if name == "prompt" and key not in metadata:  # older adapters do not record it
             continue
         for part_file in weight_files(Path(file)):
-            read_metadata(part_file)  # a truncated file is told as such, not as another one
+            read_metadata(part_file)  # report a truncated file as such, not as another one
         found, expected = checksums(Path(file)), metadata.get(key, "unknown")
         if expected not in found:
             raise InputError(

@@ -1,8 +1,8 @@
-"""What a training step takes of a device's memory, counted without the device: no file, no GPU, no numbers.
+"""Estimates the device memory of a training step without a GPU or weight files.
 
-A step's forward and backward pass run on tensors that have shapes and no content (`FakeTensorMode`), while every
-storage is counted from when it is made until it is given up: the peak is that of what autograd keeps and of all that is
-needed for a moment. Blocks are alike, unless LoRA's targets tell them apart, so that a few tell what many take.
+A step's forward and backward pass run on fake tensors, which have shapes but no data (`FakeTensorMode`), while every
+storage is counted from allocation to release. The peak thus includes what autograd saves and all temporaries. Blocks
+are alike unless LoRA's targets distinguish them, so that the cost of a few gives that of many.
 """
 
 import weakref
@@ -26,18 +26,18 @@ from layerdecomp.models.autoencoder import AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.quantization import BITS
 
-# At the moment when a weight is made dense again: bytes per number, its dense form in bf16 among them.
+# Peak bytes per number while a weight is dequantised, including the dense bf16 copy.
 DENSE_BYTES = {"int8": 7, "fp8": 10, "nf4": 14}
-OPTIMIZER_BYTES = {32: 8.0, 8: 2 * (1 + 4 / 256)}  # of both averages, per number
+OPTIMIZER_BYTES = {32: 8.0, 8: 2 * (1 + 4 / 256)}  # of both moments, per number
 
 
 @dataclass
 class TrainingWork(BenchmarkConfig):
-    """What a step of some training works on: a benchmark of the models that it names."""
+    """The workload of a training step: a benchmark with explicit model configs."""
 
     model: MMDiTConfig = field(default_factory=MMDiTConfig)
     rgb: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    shards: int = 1  # of the frozen transformer, each on another device
+    shards: int = 1  # of the frozen transformer, one per device
 
     @property
     def transformer(self) -> MMDiTConfig:
@@ -49,14 +49,14 @@ class TrainingWork(BenchmarkConfig):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on a device that computes in bf16."""
+    """Bytes on a device, in bf16 training."""
 
     frozen: float  # weights
     trained: float  # weights, float32
     gradients: float
     optimizer: float
-    step: float  # at the peak of forward and backward pass, beside all that
-    encode: float  # at the peak of the autoencoders' pass, which comes before it
+    step: float  # peak of the forward and backward pass, on top of the above
+    encode: float  # peak of the autoencoders' pass, which precedes it
 
     @property
     def total(self) -> float:
@@ -64,12 +64,12 @@ class Memory:
 
 
 class Peak(TorchDispatchMode):
-    """Counts the bytes of the storages that are made while it is on and alive at once; `but` were there before."""
+    """Counts the bytes of live storages allocated while it is active, other than those of `existing`."""
 
-    def __init__(self, *but: Tensor) -> None:
+    def __init__(self, *existing: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
-        self._known = {tensor.untyped_storage()._cdata: 0 for tensor in but}
+        self._known = {tensor.untyped_storage()._cdata: 0 for tensor in existing}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -90,8 +90,8 @@ class Peak(TorchDispatchMode):
 
 
 @contextmanager
-def as_on_gpu() -> Iterator[None]:
-    """Attention computes bf16 as it comes, while a CPU has it, and keeps it, in float32."""
+def attention_as_on_gpu() -> Iterator[None]:
+    """Makes attention run in bf16, as on a GPU; a CPU would compute, and save, it in float32."""
     slow_in_bfloat16 = attention.slow_in_bfloat16
     try:
         attention.slow_in_bfloat16 = lambda device: False
@@ -101,7 +101,7 @@ def as_on_gpu() -> Iterator[None]:
 
 
 def parameter_counts(work: TrainingWork) -> dict[str, int]:
-    """How many numbers each part has."""
+    """Number of parameters of each part."""
     decomposer = Workload(work, META, torch.bfloat16).decomposer
     counts = dict.fromkeys(("transformer, frozen", "LoRA", "img_in", "fusion", "autoencoders"), 0)
     for name, parameter in decomposer.named_parameters():
@@ -118,14 +118,14 @@ def _part(name: str) -> str:
 
 
 def training_memory(work: TrainingWork) -> Memory:
-    """Counts a step's memory."""
+    """Memory of a training step."""
     return Memory(**linear_in_blocks(lambda some: vars(_memory(some)), work))
 
 
 def linear_in_blocks(values: Callable[[TrainingWork], dict[str, float]], work: TrainingWork) -> dict[str, float]:
-    """Values by name that are linear in the numbers of both kinds of block, from three small models.
+    """Values by name that are linear in the numbers of both kinds of block, extrapolated from three small models.
 
-    Blocks of a kind are alike in groups of `work.recompute`. Where LoRA's targets tell them apart, all are counted.
+    Groups of `work.recompute` blocks of a kind are alike. If LoRA's targets distinguish blocks, all are evaluated.
     """
     if not blocks_are_alike(work):
         return values(work)
@@ -142,7 +142,7 @@ def linear_in_blocks(values: Callable[[TrainingWork], dict[str, float]], work: T
 
 
 def blocks_are_alike(work: TrainingWork) -> bool:
-    """Whether each of LoRA's patterns takes the same layers of all blocks of a kind, or of none."""
+    """Whether each LoRA pattern matches the same layers in all blocks of a kind."""
     with META:
         modules = MMDiT(work.model).named_modules()
     linears = [name for name, module in modules if isinstance(module, nn.Linear) and "_blocks." in name]
@@ -156,7 +156,7 @@ def blocks_are_alike(work: TrainingWork) -> bool:
 
 
 def with_depths(work: TrainingWork, depths: tuple[int, int]) -> TrainingWork:
-    """The same with other numbers of double and single blocks."""
+    """`work` with other numbers of double and single blocks."""
     return replace(work, model=replace(work.model, depth=depths[0], depth_single_blocks=depths[1]))
 
 
@@ -175,7 +175,7 @@ def _memory(work: TrainingWork) -> Memory:
             blocks[block] = blocks.get(block, 0) + parameter.nbytes
         else:
             frozen += parameter.nbytes
-    # Gathered at once: what stands outside the blocks, a block that runs and, ahead of it, the next one.
+    # Gathered at the same time: the weights outside the blocks, the running block and the prefetched next one.
     gathered = blocks.pop("outside", 0) + 2 * max(blocks.values(), default=0)
     dense = 0
     if work.quantize:
@@ -188,20 +188,20 @@ def _memory(work: TrainingWork) -> Memory:
 
 
 def _peaks(workload: Workload) -> tuple[int, int]:
-    """Bytes at the peaks of a step of the transformer and of the autoencoders' work."""
-    with FakeTensorMode(), position_cache_aside():
+    """Peak bytes of the transformer's step and of the autoencoders' pass."""
+    with FakeTensorMode(), separate_position_cache():
         known = _materialise(workload)
         peaks = []
         for run in (workload.train, workload.encode_sample):
-            with as_on_gpu(), Peak(*known) as peak:
+            with attention_as_on_gpu(), Peak(*known) as peak:
                 run()
             peaks.append(peak.peak)
     return peaks[0], peaks[1]
 
 
 @contextmanager
-def position_cache_aside() -> Iterator[None]:
-    """Positions that have numbers, and those that have none, are kept from each other's use."""
+def separate_position_cache() -> Iterator[None]:
+    """Keeps fake position tensors out of real runs, and real ones out of fake runs."""
     cached_token_ids.cache_clear()
     try:
         yield
@@ -210,27 +210,27 @@ def position_cache_aside() -> Iterator[None]:
 
 
 def _materialise(workload: Workload) -> list[Tensor]:
-    """Brings a workload from the meta device to the CPU, where autocast works; still without numbers.
+    """Moves a workload from the meta device to the CPU, where autocast works, as fake tensors without data.
 
-    Gradients are there from the start, as they are while accumulating. Returns all tensors that it keeps.
+    Gradients are allocated in advance, as during accumulation. Returns all tensors that persist.
     """
 
-    def made(tensor: Tensor) -> Tensor:
+    def allocate(tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype)
 
     for module in workload.decomposer.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = nn.Parameter(made(parameter), parameter.requires_grad)
+                module._parameters[name] = nn.Parameter(allocate(parameter), parameter.requires_grad)
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = made(buffer)
+                module._buffers[name] = allocate(buffer)
     for name, value in vars(workload).items():
         if isinstance(value, Tensor):
-            setattr(workload, name, made(value))
+            setattr(workload, name, allocate(value))
     for parameter in workload.decomposer.parameters():
         if parameter.requires_grad:
-            parameter.grad = made(parameter)
+            parameter.grad = allocate(parameter)
     kept = [*workload.decomposer.parameters(), *workload.decomposer.buffers()]
     kept += [parameter.grad for parameter in kept if parameter.grad is not None]
     return kept + [value for value in vars(workload).values() if isinstance(value, Tensor)]

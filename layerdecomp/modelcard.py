@@ -13,7 +13,7 @@ CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH USE OF T
 
 Whoever passes them on must pass on a copy of that licence, this notice, and the statement that they were modified.
 """,
-    False: """These weights derive from a base that layerdecomp trained from nothing, and were modified: {modified}.
+    False: """These weights derive from a base that layerdecomp trained from scratch, and were modified: {modified}.
 
 Licensed under the Apache License, Version 2.0.
 """,
@@ -26,7 +26,7 @@ FRONT_MATTER = {
 
 
 def notice(flux: bool, metadata: Mapping[str, str]) -> str:
-    """What the licence asks to be passed on with the weights, and from what they were made.
+    """The notice that the licence requires to accompany the weights, and the base they were made from.
 
     Args:
         flux: whether the base is FLUX.1-Fill-dev.
@@ -36,7 +36,7 @@ def notice(flux: bool, metadata: Mapping[str, str]) -> str:
 
 
 def model_card(flux: bool, metadata: Mapping[str, str], files: Mapping[str, str]) -> str:
-    """README.md of a folder with an adapter, in the form that model hubs read.
+    """README.md of a folder with an adapter, in the format of model hubs.
 
     Args:
         metadata: the adapter's.
@@ -52,7 +52,7 @@ tags: [layer-decomposition, image-matting, inpainting, lora]
 
 # Image layer decomposition
 
-Splits a picture and a mask of one object into a clean background (RGB) and the whole foreground (RGBA), after
+Splits an image, given a mask of one object, into a clean background (RGB) and the complete foreground (RGBA), after
 [From Inpainting to Layer Decomposition](https://arxiv.org/abs/2511.20996).
 
     from layerdecomp.decomposer import Decomposer
@@ -60,7 +60,7 @@ Splits a picture and a mask of one object into a clean background (RGB) and the 
     decomposer.decompose("photo.jpg", "mask.png").save("layers", ["png", "ora"])
 
 The frozen base is not part of an adapter: its files are looked for in this folder, then where layerdecomp is installed,
-and must have the checksums below. A LoRA that is made of this adapter for a stock inpainting pipeline inpaints, but
+and must have the checksums below. A LoRA exported from this adapter for a stock inpainting pipeline inpaints, but
 does not decompose.
 
 | file | |

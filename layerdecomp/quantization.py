@@ -1,7 +1,4 @@
-"""The frozen base in eight or four bits, by torchao: its tensors take the place of weights, under the same names.
-
-So may the optimizer's averages be kept.
-"""
+"""Quantisation by torchao: the frozen base in eight or four bits under unchanged names, and an 8-bit optimizer."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -14,12 +11,12 @@ from torch.optim import Optimizer
 from layerdecomp.errors import InputError
 from layerdecomp.models.lora import freeze_quantized
 
-# Bits that a number takes: the code, and its share of the scales (int8, fp8: one per row, which is next to nothing).
+# Bits per weight: the code and its share of the scales (negligible for int8 and fp8, which have one per row).
 BITS = {"int8": 8.0, "fp8": 8.0, "nf4": 4 + 8 / 64}
 
 
 def check_format(name: str | None) -> None:
-    """Raises `InputError` for a format that nobody knows, or one whose library is missing; None is no quantisation."""
+    """Raises `InputError` for an unknown format, or if torchao is missing; None is no quantisation."""
     if name is None:
         return
     if name not in BITS:
@@ -30,7 +27,7 @@ def check_format(name: str | None) -> None:
 
 @contextmanager
 def needs_torchao(what: str) -> Iterator[None]:
-    """Turns a failed import of the library inside into an `InputError` that says what needs it."""
+    """Turns a failed import of torchao into an `InputError` that says what needs it."""
     try:
         yield
     except ImportError as error:
@@ -40,10 +37,10 @@ def needs_torchao(what: str) -> Iterator[None]:
 
 
 def quantized(tensor: Tensor, name: str) -> Tensor:
-    """A matrix (out, in) in one of the formats of `BITS`, where it is; its dtype stays what it computes in.
+    """A matrix (out, in) quantised to one of the formats of `BITS`, on its device; its dtype stays that of computation.
 
-    int8 and fp8 (e4m3): a scale per row. nf4: normal floats with a scale per 64 numbers, which is in int8 itself
-    (Dettmers et al. 2023, arXiv 2305.14314).
+    int8 and fp8 (e4m3): one scale per row. nf4: normal floats with one scale per 64 numbers, itself in int8 (Dettmers
+    et al. 2023, arXiv 2305.14314).
     """
     if name == "nf4":
         with needs_torchao("quantize=nf4"):
@@ -57,15 +54,15 @@ def quantized(tensor: Tensor, name: str) -> Tensor:
         from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
     if name == "int8":
         found: Tensor = Int8Tensor.from_hp(tensor, granularity=PerRow())
-    else:  # a row of zeros would be divided by its largest number
+    else:  # the lower bound avoids a division by zero for rows of zeros
         found = Float8Tensor.from_hp(tensor, granularity=PerRow(), hp_value_lb=1e-12)
     return found
 
 
 def block_matrices(format: str | None) -> Callable[[str, Tensor], Tensor]:
-    """What a transformer's weights become as they are read: matrices inside the blocks are quantised, all else is not.
+    """A conversion for `load_state` that quantises the matrices inside the blocks and nothing else.
 
-    What stands outside the blocks is half a percent of FLUX.1-Fill-dev, and is not under LoRA.
+    Weights outside the blocks are half a percent of FLUX.1-Fill-dev and are not adapted by LoRA.
     """
     check_format(format)
 
@@ -87,13 +84,13 @@ def quantize_blocks(transformer: nn.Module, format: str) -> None:
 
 
 def check_bits(key: str, bits: int) -> None:
-    """Raises `InputError`, which names the key, for averages of another number of bits than `adamw` has."""
+    """Raises `InputError`, which names the config key, for a number of bits that `adamw` does not support."""
     if bits not in (32, 8):
         raise InputError(f"{key} is {bits}; expected 32 or 8")
 
 
 def check_optimizer(key: str) -> None:
-    """Raises `InputError`, which names the key that asks for it, where the optimizer of 8 bits is missing."""
+    """Raises `InputError`, which names the config key, if the 8-bit optimizer is not installed."""
     with needs_torchao(key):
         import torchao.optim  # noqa: F401
 
@@ -105,7 +102,7 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 0.0,
 ) -> Optimizer:
-    """AdamW, fused where it can be, or with averages in 8 bits (Dettmers et al. 2022, arXiv 2110.02861; torchao's)."""
+    """AdamW, fused where possible, or with moments in 8 bits (Dettmers et al. 2022, arXiv 2110.02861; by torchao)."""
     trained = list(parameters)
     if bits == 8:
         from torchao.optim import AdamW8bit
@@ -117,7 +114,7 @@ def adamw(
 
 
 def stored_bytes(tensor: Tensor) -> int:
-    """Bytes that a tensor takes, quantised or not."""
+    """Bytes that a tensor occupies, quantised or not."""
     if type(tensor) in (Tensor, nn.Parameter):
         return tensor.nbytes
     parts: list[str] = tensor.__tensor_flatten__()[0]  # type: ignore[attr-defined]

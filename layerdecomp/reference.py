@@ -1,6 +1,6 @@
-"""The same transformer in diffusers, its LoRA by peft, measured beside ours in one run.
+"""The same transformer in diffusers, with LoRA by peft, measured against ours in one run.
 
-Both are for tests and for this comparison alone, which is why they are imported where they are used.
+Both are needed only by tests and by this comparison, so they are imported where they are used.
 """
 
 import statistics
@@ -30,9 +30,9 @@ from layerdecomp.layouts import diffusers_transformer
 from layerdecomp.models.lora import LoRALinear, merge_lora
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 
-# Largest difference of outputs and gradients, as a share of the largest value.
+# Largest accepted difference of outputs and gradients, relative to the largest value.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-# Our arguments and layers, as theirs are called.
+# Names of our arguments and layers in diffusers.
 NAMES = {
     "img": "hidden_states",
     "txt": "encoder_hidden_states",
@@ -49,7 +49,7 @@ class Side:
     """One of the two implementations."""
 
     model: nn.Module
-    names: dict[str, str] = field(default_factory=dict)  # of our arguments and layers, where they differ
+    names: dict[str, str] = field(default_factory=dict)  # its names of our arguments and layers, where they differ
 
     def __call__(self, inputs: Inputs) -> Tensor:
         with mixed_precision(self.layer("txt_in")):  # which is frozen
@@ -57,7 +57,7 @@ class Side:
         return output if isinstance(output, Tensor) else output[0]
 
     def layer(self, name: str) -> nn.Module:
-        """The layer that has this name in ours."""
+        """The layer that has this name in our model."""
         return self.model.get_submodule(self.names.get(name, name))
 
     def train(self, inputs: Inputs) -> None:
@@ -66,12 +66,12 @@ class Side:
 
     @torch.no_grad()
     def sample(self, inputs: Inputs) -> None:
-        """What one step of sampling computes."""
+        """One sampling step."""
         self(inputs)
 
 
 def pair(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> tuple[MMDiT, Any]:
-    """Our transformer and theirs, with LoRA that changes something, sharing the memory of the frozen weights."""
+    """Our transformer and theirs, with non-zero LoRA and shared memory for the frozen weights."""
     torch.manual_seed(0)
     ours = random_transformer(config, device, dtype)
     for layer in ours.modules():
@@ -81,7 +81,7 @@ def pair(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> t
 
 
 def empty_reference(config: MMDiTConfig) -> Any:
-    """diffusers' `FluxTransformer2DModel` of the same sizes, with weights as it draws them.
+    """diffusers' `FluxTransformer2DModel` of the same sizes, with its own initialisation.
 
     Raises:
         InputError: diffusers or peft is not installed.
@@ -108,10 +108,10 @@ def empty_reference(config: MMDiTConfig) -> Any:
 
 
 def reference_transformer(ours: MMDiT, lora_scale: float) -> Any:
-    """diffusers' `FluxTransformer2DModel` with the weights of `ours`, and its LoRA as peft has it.
+    """diffusers' `FluxTransformer2DModel` with the weights of `ours`, and its LoRA in peft.
 
-    What is trained, and in which precision, is as in `ours`. The frozen weights are views of ours. Errors are those of
-    `empty_reference`.
+    The same tensors are trained, in the same precision, as in `ours`. The frozen weights are views of ours. Errors are
+    those of `empty_reference`.
     """
     with torch.device("meta"):
         theirs = empty_reference(ours.config)
@@ -123,14 +123,14 @@ def reference_transformer(ours: MMDiT, lora_scale: float) -> Any:
     for name, parameter in theirs.named_parameters():
         adapted = ".lora_" in name
         parameter.requires_grad_(adapted or name.startswith("x_embedder."))
-        if adapted:  # which was loaded in the precision of the base
+        if adapted:  # peft loaded it in the precision of the base
             module, _, adapter_and_kind = name.rpartition(".lora_")
             parameter.data = tensors[f"transformer.{module}.lora_{adapter_and_kind[0]}.weight"].clone()
     return theirs
 
 
 def _frozen(ours: MMDiT) -> dict[str, Tensor]:
-    """All but the LoRA, in their layout."""
+    """All of our weights but the LoRA, in diffusers' layout."""
     layout = diffusers_transformer(ours.config.hidden_size)
     tensors: dict[str, Tensor] = {}
     for name, tensor in ours.state_dict().items():
@@ -143,7 +143,7 @@ def _frozen(ours: MMDiT) -> dict[str, Tensor]:
 
 
 def random_inputs(config: BenchmarkConfig, model: MMDiT) -> Inputs:
-    """Tokens of both layers and of the text; what fusion would add is more text."""
+    """Tokens of both layers and of the text; fused tokens count as text."""
     side, sizes, weight = config.size // TOKEN_FACTOR, model.config, model.txt_in.weight
     text, batch = config.text_tokens + config.fusion.num_queries * config.fusion.enabled, config.batch_size
     with weight.device:
@@ -153,19 +153,19 @@ def random_inputs(config: BenchmarkConfig, model: MMDiT) -> Inputs:
             "img_ids": ids,
             "txt": torch.randn(batch, text, sizes.context_in_dim).to(weight.dtype),
             "txt_ids": torch.zeros(text, 3),
-            "timesteps": torch.full((batch,), 0.5),  # 1000 times that is exact in bf16, to which diffusers rounds it
+            "timesteps": torch.full((batch,), 0.5),  # 1000 times this is exact in bf16, to which diffusers rounds it
             "y": torch.randn(batch, sizes.vec_in_dim).to(weight.dtype),
         }
         if sizes.guidance_embed:
-            inputs["guidance"] = torch.full((batch,), 32.0)  # the same
+            inputs["guidance"] = torch.full((batch,), 32.0)  # likewise exact
     return inputs
 
 
 @contextmanager
 def without_cudnn_attention() -> Iterator[None]:
-    """Attention by another kernel on a GPU.
+    """Disables the cuDNN attention kernel.
 
-    diffusers' gradients come to it in several layouts, which cuDNN's takes for one in PyTorch 2.11: see `attention`.
+    In diffusers, gradients reach attention in several layouts, which cuDNN confuses in PyTorch 2.11: see `attention`.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -176,7 +176,7 @@ def without_cudnn_attention() -> Iterator[None]:
 
 
 def results(side: Side, inputs: Inputs) -> dict[str, Tensor]:
-    """The output, and the gradients of the input and its layer."""
+    """The output, and the gradients of the input and of the input projection."""
     img = inputs["img"].clone().requires_grad_(True)
     output = side({**inputs, "img": img})
     weight: Any = side.layer("img_in").weight
@@ -185,17 +185,17 @@ def results(side: Side, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
-    """Largest differences between `results`, as shares of the largest value; NaN where either side has one."""
+    """Largest differences between `results`, relative to the largest value; NaN if either side has one."""
     pairs = {name: (tensor.float(), theirs[name].float()) for name, tensor in ours.items()}
     return {name: ((a - b).abs().max() / b.abs().max()).item() for name, (a, b) in pairs.items()}
 
 
 @without_cudnn_attention()
 def compare(config: BenchmarkConfig, device: str, dtype: torch.dtype) -> str:
-    """Measures both, eager and with `compile` compiled as well, and returns the table.
+    """Benchmarks both, eager and, with `config.compile`, compiled; returns the table.
 
     Raises:
-        InputError: they do not compute the same, so that a comparison of their speed would say nothing.
+        InputError: their results differ, so that comparing their speed would be meaningless.
     """
     place = torch.device(device)
     rows, found = [], {}
@@ -211,7 +211,7 @@ def compare(config: BenchmarkConfig, device: str, dtype: torch.dtype) -> str:
             raise InputError(f"the two do not compute the same, by {_listed(found)} of the largest value")
         how = "compiled" if compiled else "eager"
         rows.append([f"forward + backward, {how}", *_measured(ours.train, theirs.train, inputs, config, place)])
-        merge_lora(models[0])  # in place, and so into their weights as well
+        merge_lora(models[0])  # in place: their weights are views of ours
         models[1].unload_lora()
         rows.append([f"one sampling step, {how}", *_measured(ours.sample, theirs.sample, inputs, config, place)])
     header = ["", "TFLOP", "theirs", "seconds", "theirs", "ours / theirs"]
@@ -220,14 +220,14 @@ def compare(config: BenchmarkConfig, device: str, dtype: torch.dtype) -> str:
     from diffusers import __version__ as diffusers_version
     from peft import __version__ as peft_version
 
-    told = (
+    summary = (
         f"{tokens[0]} + {tokens[1]} tokens, batch {config.batch_size}, {sizes.depth} + {sizes.depth_single_blocks} "
         f"blocks of width {sizes.hidden_size}, LoRA rank {config.lora.rank}, {str(dtype).removeprefix('torch.')}; "
         f"attention by {attention_backend(config, place, dtype)}; medians of {config.repeats} repeats in turn on "
         f"{machine(device)}, torch {torch.__version__}, diffusers "
         f"{diffusers_version}, peft {peft_version}"
     )
-    return f"{told}\n\n{markdown_table([header, *rows])}\n\nlargest differences: {_listed(found)}"
+    return f"{summary}\n\n{markdown_table([header, *rows])}\n\nlargest differences: {_listed(found)}"
 
 
 def _listed(found: dict[str, float]) -> str:
@@ -241,7 +241,7 @@ def _measured(
     config: BenchmarkConfig,
     device: torch.device,
 ) -> list[str]:
-    """Operations and median seconds of both, and the ratio of the seconds; their repeats take turns."""
+    """FLOPs and median seconds of both, and the ratio of the seconds; repeats alternate."""
     both = partial(ours, inputs), partial(theirs, inputs)
     operations = []
     for run in both:  # which also warms up

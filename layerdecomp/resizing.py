@@ -1,4 +1,4 @@
-"""Pictures of any size: made ready for a model, and its layers brought back to where they came from."""
+"""Images of any size: resized and padded for a model, and its layers restored to the original size."""
 
 from collections.abc import Callable, Mapping
 
@@ -12,7 +12,7 @@ from layerdecomp.sampling import SampleConfig
 
 
 def model_size(image: Tensor, sample: SampleConfig) -> tuple[int, int]:
-    """The (height, width) that a model looks at of an image (B, 3, H, W), before it is padded."""
+    """The (height, width) at which a model sees an image (B, 3, H, W), before padding."""
     return fitted_size((image.shape[-2], image.shape[-1]), sample.max_side)
 
 
@@ -27,14 +27,14 @@ def to_model_size(batch: Mapping[str, Tensor], sample: SampleConfig) -> dict[str
 def to_own_size(
     background: Tensor, foreground: Tensor, batch: Mapping[str, Tensor], sample: SampleConfig
 ) -> tuple[Tensor, Tensor]:
-    """Layers that were drawn of `to_model_size(batch)`, at the batch's own size and where it is.
+    """Layers sampled for `to_model_size(batch)`, at the batch's original size and on its device.
 
-    Outside the mask, and what of the object it has missed, the background is the image's own if `sample.keep_pixels`.
+    With `sample.keep_pixels`, the background is the image itself outside the mask and any part of the object it missed.
     """
     image = batch["image"]
     full, size = (image.shape[-2], image.shape[-1]), model_size(image, sample)
     background, foreground = (layer[..., : size[0], : size[1]].to(image.device) for layer in (background, foreground))
-    if size != full:  # premultiplied, or the grey under alpha 0 would bleed into the edges
+    if size != full:  # premultiplied, so that the grey under alpha 0 does not bleed into the edges
         foreground = from_autoencoder(resize(to_autoencoder(foreground), full))
     background = resize(background, full).clamp(-1, 1)
     hole = torch.maximum(batch["mask"], missed(image, background, foreground))
@@ -44,26 +44,26 @@ def to_own_size(
 def at_its_size(
     draw: Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor]], batch: Mapping[str, Tensor], sample: SampleConfig
 ) -> tuple[Tensor, Tensor]:
-    """What a model draws of a batch of pictures of any size, at that size."""
+    """Layers sampled by a model for a batch of images of any size, at that size."""
     return to_own_size(*draw(to_model_size(batch, sample)), batch, sample)
 
 
 def missed(image: Tensor, background: Tensor, foreground: Tensor) -> Tensor:
-    """What of the object a mask may have missed: where it is, and has the image's colour rather than the background.
+    """Object pixels that the mask may have missed: opaque, and nearer to the image's colour than the background.
 
     Args:
         image, background: (B, 3, H, W) in [-1, 1].
-        foreground: straight, (B, 4, H, W); where something stands in front of the object, the image has not its colour.
+        foreground: straight, (B, 4, H, W); where the object is occluded, the image has another colour.
 
     Returns:
-        (B, 1, H, W) in {0, 1}, as a mask.
+        Mask (B, 1, H, W) in {0, 1}.
     """
     misfits = ((image - layer[:, :3]).square().sum(1, keepdim=True) for layer in (foreground, background))
     return ((foreground[:, 3:] > 0.5) & torch.lt(*misfits)).to(image)
 
 
 def keep_pixels(image: Tensor, mask: Tensor, painted: Tensor, sample: SampleConfig) -> Tensor:
-    """What was painted in and around the mask (B, 1, H, W) in {0, 1}, the image elsewhere, if `sample.keep_pixels`."""
+    """`painted` in and around the mask (B, 1, H, W) in {0, 1} and, if `sample.keep_pixels`, the image elsewhere."""
     if not sample.keep_pixels:
         return painted
     share = grow_and_feather(mask, sample.grow, sample.feather)

@@ -1,4 +1,4 @@
-"""Sampling: its settings, a schedule of times, and an Euler solver over any velocity function."""
+"""Sampling: settings, time schedule, and an Euler solver for any velocity function."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,24 +11,24 @@ from layerdecomp.errors import InputError, check_at_least
 from layerdecomp.flow import FlowConfig, shift_times
 from layerdecomp.models.autoencoder import Tiling
 
-Step = tuple[Tensor, Tensor]  # the times that it goes from and to
-Progress = Callable[[list[Step]], Iterable[Step]]  # passes on what it is given and shows how far it is, as tqdm does
+Step = tuple[Tensor, Tensor]  # start and end time
+Progress = Callable[[list[Step]], Iterable[Step]]  # wraps the steps to show progress, as tqdm does
 
 
 @dataclass
 class SampleConfig:
-    """How layers are drawn from the model."""
+    """How layers are sampled from the model."""
 
     steps: int = 28
     guidance: float = 30.0  # FLUX.1-Fill is distilled to take the scale as an input; tiny models ignore it
-    max_side: int = 1024  # larger pictures are decomposed at this size, the layers brought back
-    ensemble: int = 1  # draws, of whose foregrounds the median is taken: what differs from draw to draw is a guess
-    alpha_margin: float = 0.0  # alphas nearer to 0 or 1 become 0 or 1: a small model's are never quite there
-    tile: int = 1024  # pixels: larger pictures pass the autoencoder in tiles of this side, so that they fit,
-    tile_overlap: int = 256  # each of which fades into its neighbours over so many
-    keep_pixels: bool = True  # the background away from the object is the input itself
-    grow: float = 0.015  # by how much the mask grows before that, and over how much it
-    feather: float = 0.01  # fades; both as shares of the longer side
+    max_side: int = 1024  # larger images are decomposed at this size, and their layers resized back
+    ensemble: int = 1  # samples whose median is the foreground: what differs between them is a guess
+    alpha_margin: float = 0.0  # alphas this near to 0 or 1 become 0 or 1, which a small model never quite reaches
+    tile: int = 1024  # pixels: larger images pass through the autoencoder in tiles of this side, to limit memory
+    tile_overlap: int = 256  # minimum number of pixels over which neighbouring tiles are blended
+    keep_pixels: bool = True  # keep the input's pixels in the background, away from the object
+    grow: float = 0.015  # for keep_pixels, the mask is dilated by this fraction of the longer side
+    feather: float = 0.01  # and fades out over this fraction
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "sample.", "steps", "max_side", "ensemble")
@@ -36,7 +36,7 @@ class SampleConfig:
         check_at_least(0, self, "sample.", "grow", "feather", "alpha_margin", "tile_overlap")
         if self.alpha_margin >= 0.5:
             raise InputError(
-                f"sample.alpha_margin is {self.alpha_margin}; expected less than 0.5, which leaves no alpha between"
+                f"sample.alpha_margin is {self.alpha_margin}; expected less than 0.5, which leaves no alphas in between"
             )
         if self.tile_overlap > self.tile // 2:
             raise InputError(
@@ -45,15 +45,15 @@ class SampleConfig:
 
     @property
     def tiling(self) -> Tiling:
-        """How the autoencoder sees large pictures."""
+        """Tiling of large images in the autoencoder."""
         return Tiling(self.tile, self.tile_overlap)
 
 
 def schedule(steps: int, tokens: int, config: FlowConfig | None = None) -> Tensor:
-    """Times of a sampler with `steps` steps, from exactly 1 to exactly 0: (steps + 1,) in float32.
+    """Times of `steps` sampling steps, from exactly 1 to exactly 0: (steps + 1,) in float32.
 
     Args:
-        steps: how often the velocity will be computed, at least 1.
+        steps: number of velocity evaluations, at least 1.
         tokens: tokens of ONE layer, L, which sets the shift as in training.
 
     Raises:
@@ -68,13 +68,13 @@ def schedule(steps: int, tokens: int, config: FlowConfig | None = None) -> Tenso
 def euler(
     velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, timesteps: Tensor, progress: Progress = iter
 ) -> Tensor:
-    """Follows the velocity from the first to the last of the given times.
+    """Integrates the velocity from the first to the last of `timesteps`.
 
     Args:
         velocity: maps x (B, ...) and t (B,) to dx/dt, shaped as x.
         x: the state at timesteps[0]; pure noise if that is 1. Keep it float32 where the model is bf16.
         timesteps: from `schedule`, (steps + 1,).
-        progress: goes through the steps; `tqdm` shows a bar.
+        progress: wraps the steps; `tqdm` shows a progress bar.
 
     Returns:
         The state at timesteps[-1].

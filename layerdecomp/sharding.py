@@ -1,12 +1,12 @@
-"""The frozen transformer shared out: every process of a run keeps a part of each weight and gathers the rest when due.
+"""Sharding of the frozen transformer: every rank holds a shard of each weight and gathers the rest when needed.
 
-By FSDP2 (`torch.distributed.fsdp.fully_shard`), block by block: the parts are joined right before a block runs, forward
-or backward, and the whole is given up right after. What is trained stays whole everywhere, for DDP.
+Weights are sharded block by block with FSDP2 (`torch.distributed.fsdp.fully_shard`): a block is all-gathered right
+before its forward or backward pass and resharded right after. Trained parameters stay replicated, for DDP.
 
-Joining is a collective: nobody gets a block unless everybody asks for it. In training, processes run the transformer
-equally often by themselves. Where they need not (a validation or an evaluation of samples that they share), each says
-so before it runs it, and one that has no more to run goes on handing out its parts until none has (`keep_up`). That
-takes neither samples that are drawn for nothing nor a device that could hold the whole.
+An all-gather is a collective, so all ranks must run the transformer equally often. Training does so by design.
+Validation and evaluation, which split samples among ranks, need not: each rank announces a run beforehand, and a rank
+that has finished takes part in the gathers of the others until all have finished (`keep_up`). This needs neither
+padding samples nor a device that can hold all weights.
 """
 
 from datetime import timedelta
@@ -21,48 +21,48 @@ from layerdecomp.models.mmdit import MMDiT
 
 
 class ShardedBase:
-    """Shares the frozen parameters of a transformer among all processes of `torch.distributed`, in place.
+    """Shards the frozen parameters of a transformer among all ranks of `torch.distributed`, in place.
 
-    Every process must call this, with the same weights, wherever they are: a block at a time is brought to the device.
-    The transformer must not run before. Parameters that are trained are left alone, and where they are.
+    Every rank must call this, with the same weights on any device: one block at a time is moved to `device`. The
+    transformer must not have run before. Trained parameters are neither sharded nor moved.
 
     Args:
-        device: of the parts; its kind says how they are gathered ("cuda": this process's current one).
+        device: of the shards; its type selects the collectives ("cuda": this process's current device).
     """
 
     def __init__(self, transformer: MMDiT, device: torch.device) -> None:
         mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
         trained = {parameter for parameter in transformer.parameters() if parameter.requires_grad}
         modules: list[nn.Module] = [*transformer.double_blocks, *transformer.single_blocks, transformer]
-        for module in modules:  # what stands outside the blocks last, as what is left
+        for module in modules:  # the root last: it takes what is outside the blocks
             fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
         self.transformer, *self._blocks = (cast(FSDPModule, module) for module in [transformer, *modules[:-1]])
-        # On the host, and patient: some samples take longer than others, which NCCL would call a fault.
+        # On the CPU, with a long timeout: NCCL's would expire, since some samples take longer than others.
         self._group: Any = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
-        # Now: what is first gathered while sampling, in inference mode, could not be trained with.
+        # Gather once now: weights first gathered in inference mode, while sampling, could not be used in training.
         self._gather()
         transformer.register_forward_pre_hook(self._announce_run, prepend=True)  # before FSDP's own, which gathers
 
     def keep_up(self) -> None:
-        """To be called by every process when it has run the transformer, without gradients, as often as it had to.
+        """Takes part in the gathers of ranks that still run the transformer; returns when none does.
 
-        Takes part in what the others still run; returns when none of them has any more to run.
+        Every rank must call this after its last run of the transformer without gradients.
         """
-        while self._running(False):
+        while self._any_rank_runs(False):
             self._gather()
 
     def _announce_run(self, *_: Any) -> None:
-        if not torch.is_grad_enabled():  # else it is training, where all run equally often
-            self._running(True)
+        if not torch.is_grad_enabled():  # in training, all ranks run equally often
+            self._any_rank_runs(True)
 
-    def _running(self, mine: bool) -> bool:
-        """Whether any process is about to run the transformer, told by all to all."""
-        count = torch.tensor(int(mine))
+    def _any_rank_runs(self, this_rank: bool) -> bool:
+        """Whether any rank is about to run the transformer, by an all-reduce."""
+        count = torch.tensor(int(this_rank))
         torch.distributed.all_reduce(count, group=self._group)
         return bool(count)
 
     def _gather(self) -> None:
-        """What a run of the transformer gathers, in the same order."""
+        """The gathers of one run of the transformer, in the same order."""
         self.transformer.unshard()
         for block in self._blocks:
             block.unshard()

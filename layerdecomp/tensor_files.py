@@ -1,4 +1,4 @@
-"""Safetensors files: errors that say what is wrong, reading a tensor at a time, writing all or nothing."""
+"""Safetensors files: precise errors, reading one tensor at a time, atomic writing."""
 
 import hashlib
 import json
@@ -62,13 +62,13 @@ def open_safetensors(path: str | Path, device: str = "cpu", backend: str = "mmap
 
 
 def check_present(*paths: str | Path) -> None:
-    """Raises one `InputError` for all of some files and folders that do not exist."""
+    """Raises one `InputError` that lists the files and folders that do not exist."""
     if missing := [f"{path} does not exist" for path in paths if not Path(path).exists()]:
         raise InputError(f"{'; '.join(missing)}; put the file there or name another (see checkpoints/README.md)")
 
 
 def _why_unreadable(path: Path) -> str:
-    """What is wrong with a file that safetensors refuses."""
+    """Why safetensors cannot read a file."""
     size = path.stat().st_size
     with suppress(OSError), path.open("rb") as file:
         if (magic := file.read(4)) in FOREIGN:
@@ -86,7 +86,7 @@ def _why_unreadable(path: Path) -> str:
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """What a safetensors file says of its tensors, by name, and where their bytes begin."""
+    """The header entries of a safetensors file by tensor name, and the offset of its data."""
     with path.open("rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         entries = json.loads(file.read(min(size, 100_000_000)))
@@ -95,9 +95,9 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that hold a model's tensors: the one itself, or those of a diffusers folder, in order of names.
+    """The files that hold a model's tensors: the file itself, or those of a diffusers folder, sorted by name.
 
-    A folder holds one file, or shards and an index that lists them.
+    A folder holds one file, or shards and their index.
     """
     if not path.is_dir():
         return [path]
@@ -125,7 +125,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @cache
 def file_sha256(path: Path) -> str:
-    """The checksum of a file; of a diffusers folder, that of its files' checksums, one a line, in order of names."""
+    """The checksum of a file; for a diffusers folder, that of its files' checksums, one per line, sorted by name."""
     if path.is_dir():
         lines = "".join(f"{file_sha256(file)}\n" for file in weight_files(path))
         return hashlib.sha256(lines.encode()).hexdigest()
@@ -134,25 +134,25 @@ def file_sha256(path: Path) -> str:
 
 
 def stored_dtype(path: str | Path) -> torch.dtype:
-    """What the (first) tensor of a file or folder is kept in."""
+    """The dtype of the first tensor in a file or folder."""
     return TYPES[next(iter(TensorFile(path).places.values())).dtype]
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
-    """Writes a safetensors file, whole or not at all; the same tensors and metadata give the same bytes."""
+    """Writes a safetensors file atomically; the same tensors and metadata give the same bytes."""
     write_tensors(path, tensors, tensors.__getitem__, metadata)
 
 
 def write_tensors(
     path: str | Path, like: Mapping[str, Tensor], read: Callable[[str], Tensor], metadata: Metadata
 ) -> None:
-    """Writes a safetensors file one tensor at a time, so that no more than one need be in memory.
+    """Writes a safetensors file one tensor at a time, so that only one needs to be in memory.
 
     (`safetensors.save_file` takes all tensors at once, and orders metadata at random.)
 
     Args:
         like: shapes and dtypes of the tensors by name; they may be on the meta device.
-        read: gives a tensor by its name, once.
+        read: returns a tensor by name; called once per tensor.
     """
     names = sorted(like, key=lambda name: (-like[name].element_size(), name))  # so that every tensor is aligned
     with written_whole(path) as partial, partial.open("wb") as file:
@@ -164,7 +164,7 @@ def write_tensors(
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Metadata) -> bytes:
-    """The head of a safetensors file whose tensors follow one another as they are given."""
+    """The header of a safetensors file whose tensors are stored in the given order."""
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name, tensor in tensors.items():
@@ -178,11 +178,11 @@ def _header(tensors: Mapping[str, Tensor], metadata: Metadata) -> bytes:
 class TensorFile:
     """The tensors of a safetensors file, or of a diffusers folder's shards, read one at a time.
 
-    Read, not mapped: mapped pages would count as the process's memory until the last tensor is converted. Tensors in
-    fp8 come out in float32, multiplied by their scales.
+    By default files are not memory-mapped: mapped pages would count towards the process's memory until the last tensor
+    is converted. fp8 tensors are returned in float32, multiplied by their scales.
 
     Args:
-        mapped: the file's own pages instead, which all processes of a machine share; not to be written to.
+        mapped: memory-map the files; all processes on a machine share the pages, which must not be written to.
     """
 
     def __init__(self, path: str | Path, device: str = "cpu", mapped: bool = False) -> None:
@@ -207,7 +207,7 @@ class TensorFile:
             if factors.numel() not in (1, len(tensor)):
                 raise InputError(
                     f"{self.places[scale].path}: {scale} has {factors.numel()} numbers; expected one, or one for each "
-                    f"of the {len(tensor)} rows: scales of blocks are not read"
+                    f"of the {len(tensor)} rows: block-wise scales are not supported"
                 )
             tensor *= factors.view(-1, *[1] * (tensor.dim() - 1)) if factors.numel() > 1 else factors.view(())
         return tensor
@@ -220,23 +220,23 @@ class TensorFile:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor's bytes lie."""
+    """The location of a tensor's bytes."""
 
-    number: int  # of the file, among several
+    number: int  # index of the file, if there are several
     start: int
     path: Path
     dtype: str
     shape: Shape
 
     def read(self) -> Tensor:
-        """The tensor, on the CPU; `InputError` if the file has become shorter, or holds what torch has no type for."""
+        """The tensor, on the CPU; `InputError` if the file was truncated, or its dtype is unknown to torch."""
         if self.dtype not in TYPES:
-            raise InputError(f"{self.path}: tensors of {self.dtype} are not read; expected {', '.join(TYPES)}")
+            raise InputError(f"{self.path}: tensors of {self.dtype} are not supported; expected {', '.join(TYPES)}")
         tensor = empty(self.shape, TYPES[self.dtype])
         left = tensor.view(-1).view(torch.uint8).numpy().data
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start)
-            while left:  # one call gives 2 GiB at most
+            while left:  # one call reads at most 2 GiB
                 if not (count := file.readinto(left)):
                     raise InputError(f"{self.path}: {_why_unreadable(self.path)}; download or export it again")
                 left = left[count:]
@@ -244,7 +244,7 @@ class Place:
 
 
 def _places(path: Path, number: int) -> dict[str, Place]:
-    """Where the tensors of a file lie, once safetensors has found it sound."""
+    """The locations of a file's tensors, after safetensors has validated it."""
     with open_safetensors(path):
         entries, start = _read_header(path)
     return {
@@ -254,15 +254,15 @@ def _places(path: Path, number: int) -> dict[str, Place]:
 
 
 def empty(shape: Shape, dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor on the CPU, in huge pages where there are any.
+    """An uninitialised tensor on the CPU, in huge pages where they are available.
 
-    A page fault for every 4 KiB of a model takes longer than reading it does.
+    Page faults for every 4 KiB of a model take longer than reading it.
     """
     size = math.prod(shape) * dtype.itemsize
     if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # of a kernel without them
+    with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 

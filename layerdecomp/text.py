@@ -1,6 +1,6 @@
-"""The embedding of one prompt by FLUX's text encoders, made once so that neither training nor sampling loads them.
+"""The embedding of one prompt by FLUX's text encoders, computed once so that training and sampling need not load them.
 
-The only file that needs the `text` extra (transformers).
+This is the only file that needs the `text` extra (transformers).
 """
 
 from pathlib import Path
@@ -22,13 +22,13 @@ TOKENIZERS = {"tokenizer": "CLIPTokenizer", "tokenizer_2": "T5TokenizerFast"}
 def embed_prompt(
     root: Path, prompt: str = "", tokens: int = 512, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
 ) -> dict[str, Tensor]:
-    """What the transformer is told of a prompt, as FLUX's pipelines tell it: padded, without an attention mask.
+    """The text inputs of the transformer for a prompt, as in FLUX's pipelines: padded, without an attention mask.
 
     Args:
-        root: the folder of the published repository, with text_encoder/ and tokenizer/ (CLIP), text_encoder_2/ and
+        root: folder of the published repository, with text_encoder/ and tokenizer/ (CLIP), text_encoder_2/ and
             tokenizer_2/ (T5).
-        tokens: length that T5's tokens are padded or cut to.
-        dtype: that the encoders compute in.
+        tokens: length to which T5's tokens are padded or truncated.
+        dtype: of the encoders' computation.
 
     Returns:
         txt (tokens, 4096), T5's last hidden state, and vec (768), CLIP's pooled output, both float32.
@@ -46,12 +46,12 @@ def _check_folders(root: Path) -> None:
     if missing := [name for name in (*ENCODERS, *TOKENIZERS) if not (root / name).is_dir()]:
         raise InputError(
             f"{root} has no folder {', '.join(missing)}; expected those of the published repository: put "
-            "text_encoder/, text_encoder_2/, tokenizer/ and tokenizer_2/ there, or name their place with root="
+            "text_encoder/, text_encoder_2/, tokenizer/ and tokenizer_2/ there, or name their folder with root="
         )
 
 
 def _encode(root: Path, encoder: str, tokenizer: str, prompt: str, tokens: int, dtype: torch.dtype, device: str) -> Any:
-    """The output of one text encoder, which is in memory no longer than this takes."""
+    """The output of one text encoder, which is loaded for this call only."""
     try:
         import transformers
     except ImportError as error:
@@ -70,7 +70,7 @@ def _encode(root: Path, encoder: str, tokenizer: str, prompt: str, tokens: int, 
 
 
 def save_prompt(path: Path, embedding: dict[str, Tensor], prompt: str, root: Path) -> None:
-    """Writes what `embed_prompt` returns, and what it was made of, for `weights.prompt`."""
+    """Writes the result of `embed_prompt` and its provenance, for `weights.prompt`."""
     metadata: Metadata = {"prompt": prompt, "tool_version": TOOL_VERSION}
     metadata |= {f"{name}_sha256": file_sha256(root / name) for name in ENCODERS}
     save_tensors(path, embedding, metadata)

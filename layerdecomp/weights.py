@@ -1,6 +1,6 @@
-"""Models from weight files, strictly and in every layout that is published, and the adapter file.
+"""Strict loading of models in every published layout, and the adapter file.
 
-Every name and shape must fit; what does not is listed in one `InputError`. Nothing here unpickles.
+Every name and shape must fit; mismatches are listed in one `InputError`. Nothing here unpickles.
 """
 
 import json
@@ -50,30 +50,30 @@ from layerdecomp.tensor_files import (
 
 FORMAT_VERSION = "1"
 TOOL_VERSION = f"layerdecomp {__version__}"
-REFINES = "refines"  # in an autoencoder's metadata: `checksums` of the one whose decoder was trained further
+REFINES = "refines"  # metadata key of a fine-tuned autoencoder: `checksums` of the one it started from
 LICENCE = (
     "Weights derived from FLUX.1-Fill-dev are governed by the FLUX.1 [dev] Non-Commercial License and are marked as "
-    "modified; weights of the tiny track were trained from nothing and are Apache-2.0."
+    "modified; weights of the tiny track were trained from scratch and are Apache-2.0."
 )
 ConfigT = TypeVar("ConfigT")
 
 
 def checksums(path: Path) -> list[str]:
-    """The checksum of a file or folder, and those of the autoencoders whose decoder was refined to make it.
+    """The checksum of a file or folder, then those of the autoencoders whose decoder was refined to make it.
 
-    Latents are the same in all of them, so that what was trained on one works with the others.
+    All of them have the same latents, so that what was trained on one works with the others.
     """
-    refined = read_metadata(weight_files(path)[0]).get(REFINES, "").split()  # first, as it says what a file lacks
+    refined = read_metadata(weight_files(path)[0]).get(REFINES, "").split()  # first, since it raises the clearer errors
     return [file_sha256(path), *refined]
 
 
 def latents_sha256(path: Path) -> str:
-    """What tells an autoencoder's latents: the checksum of the file, or of the first that it is a refinement of."""
+    """Identifies an autoencoder's latents: the checksum of the file, or of the original that it refines."""
     return checksums(path)[-1]
 
 
 def date_of_writing(otherwise: str | None = None) -> str:
-    """What SOURCE_DATE_EPOCH says, if it is set (https://reproducible-builds.org); else `otherwise`, or now; UTC."""
+    """SOURCE_DATE_EPOCH, if it is set (https://reproducible-builds.org); else `otherwise`, or the time now; UTC."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     if epoch is None and otherwise is not None:
         return otherwise
@@ -84,8 +84,8 @@ def date_of_writing(otherwise: str | None = None) -> str:
 
 
 def check_keys(path: str | Path, found: Mapping[str, Shape], expected: Mapping[str, Shape], what: str) -> None:
-    """Raises one `InputError` that lists every kind of misfit between a file's tensors and a model's."""
-    misfits = [
+    """Raises one `InputError` that lists every mismatch between a file's tensors and a model's."""
+    mismatches = [
         ("missing", [name for name in expected if name not in found]),
         ("unexpected", [name for name in found if name not in expected]),
         (
@@ -97,7 +97,7 @@ def check_keys(path: str | Path, found: Mapping[str, Shape], expected: Mapping[s
             ],
         ),
     ]
-    lines = [f"  {len(names)} {kind}: {first_few(names)}" for kind, names in misfits if names]
+    lines = [f"  {len(names)} {kind}: {first_few(names)}" for kind, names in mismatches if names]
     if lines:
         if looks := recognise(found, expected):
             lines.append(f"  {looks}")
@@ -107,7 +107,7 @@ def check_keys(path: str | Path, found: Mapping[str, Shape], expected: Mapping[s
 
 
 def _check_floating(path: str | Path, dtypes: Mapping[str, str]) -> None:
-    """Raises `InputError` if a tensor holds anything but floating-point numbers."""
+    """Raises `InputError` if a tensor is not floating-point."""
     if wrong := [f"{name} ({dtype})" for name, dtype in dtypes.items() if not dtype.startswith(("F", "BF"))]:
         raise InputError(f"{path}: {len(wrong)} tensors are not of floating-point numbers: {first_few(wrong)}")
 
@@ -118,7 +118,7 @@ def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 @torch.no_grad()
 def copy_tensors(path: str | Path, found: Mapping[str, Tensor], parameters: Mapping[str, Tensor], what: str) -> None:
-    """Copies the tensors of a file into parameters of the same names; `InputError` unless they are exactly those."""
+    """Copies a file's tensors into parameters of the same names; `InputError` unless names and shapes match."""
     check_keys(path, shapes(found), shapes(parameters), what)
     for name, parameter in parameters.items():
         parameter.copy_(found[name])
@@ -127,13 +127,13 @@ def copy_tensors(path: str | Path, found: Mapping[str, Tensor], parameters: Mapp
 def open_state(
     module: nn.Module, path: str | Path, device: str = "cpu", layout: Layout = published, mapped: bool = False
 ) -> dict[str, Callable[[], Tensor]]:
-    """Functions that read a tensor of `module` each, by its name there, from files that hold exactly its tensors.
+    """Readers for the tensors of `module`, by name, from files that hold exactly those tensors.
 
-    They are in the order in which the tensors lie in the files.
+    They are sorted by position in the files.
 
     Args:
         module: may be on the meta device.
-        layout: where the files have the tensors.
+        layout: of the files.
         mapped: as in `TensorFile`.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -167,11 +167,11 @@ def load_state(
     """Materialises `module`, built on the meta device, tensor by tensor; see `open_state`.
 
     Args:
-        convert: what becomes of a tensor of some name, in `dtype`, before the next one is read.
+        convert: maps a name and its tensor in `dtype` to the tensor to keep, before the next one is read.
     """
     dtype = dtype or torch.float32
-    read = open_state(module, path, device, layout, mapped)
-    state = {name: convert(name, _in_dtype(one(), dtype)) for name, one in read.items()}
+    readers = open_state(module, path, device, layout, mapped)
+    state = {name: convert(name, _in_dtype(reader(), dtype)) for name, reader in readers.items()}
     module.load_state_dict(state, assign=True)
 
 
@@ -182,14 +182,14 @@ def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def config_from(kind: type[ConfigT], text: str | None, where: str) -> ConfigT:
-    """A config dataclass from its JSON text in a file's metadata; the class's defaults where there is none."""
+    """A config dataclass from the JSON in a file's metadata; fields that are missing keep their defaults."""
     if "${" in (text or ""):  # a downloaded file must not read environment variables
-        raise InputError(f"{where}: its metadata hold an interpolation, which no {kind.__name__} needs")
+        raise InputError(f"{where}: its metadata contain an interpolation, which no {kind.__name__} needs")
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), json.loads(text or "{}")))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]  # OmegaConf's own keys follow
-        raise InputError(f"{where}: its metadata does not describe a {kind.__name__}: {reason}") from error
+        raise InputError(f"{where}: its metadata do not describe a {kind.__name__}: {reason}") from error
     assert isinstance(config, kind)
     return config
 
@@ -202,11 +202,11 @@ def load_mmdit(
     quantize: str | None = None,
     mapped: bool = False,
 ) -> MMDiT:
-    """The transformer of a single file or of a diffusers folder, in `dtype` (float32 unless given), frozen.
+    """Loads the transformer of a single file or a diffusers folder, in `dtype` (default float32), frozen.
 
-    Without a `config`, the file's metadata or the folder's config.json say what model it is; a file without any is
-    FLUX.1-Fill-dev. With `quantize` (int8, fp8, nf4) the matrices of its blocks are kept so, each from when it is read.
-    Where it is `mapped`, tensors that need no conversion stay the file's own pages.
+    The default `config` is the one in the file's metadata or the folder's config.json; a file without one is
+    FLUX.1-Fill-dev. `quantize` (int8, fp8, nf4) quantises the matrices of the blocks as they are read. If `mapped`,
+    tensors that need no conversion are memory-mapped.
     """
     convert = block_matrices(quantize)
     model, layout = empty_mmdit(path, config)
@@ -216,27 +216,26 @@ def load_mmdit(
 
 
 def empty_mmdit(path: str | Path, config: MMDiTConfig | None = None) -> tuple[MMDiT, Layout]:
-    """The transformer that a file or folder holds, on the meta device, and the layout it is kept in there."""
+    """The transformer in a file or folder, on the meta device, and the layout of its tensors there."""
     config = config or _described(Path(path), MMDiTConfig, mmdit_config)
     with torch.device("meta"):
         model = MMDiT(config)
-    elsewhere = "x_embedder.weight" in TensorFile(path).shapes
-    return model, diffusers_transformer(config.hidden_size) if elsewhere else published
+    is_diffusers = "x_embedder.weight" in TensorFile(path).shapes
+    return model, diffusers_transformer(config.hidden_size) if is_diffusers else published
 
 
 def load_autoencoder(
     path: str | Path, config: AutoencoderConfig | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> Autoencoder:
-    """The autoencoder of a single file or of a diffusers folder, in `dtype` (float32 unless given), frozen.
+    """Loads the autoencoder of a single file or a diffusers folder, in `dtype` (default float32), frozen.
 
-    Without a `config`, the file's metadata or the folder's config.json say what model it is; a file without any is
-    FLUX's.
+    The default `config` is the one in the file's metadata or the folder's config.json; a file without one is FLUX's.
     """
     config = config or _described(Path(path), AutoencoderConfig, autoencoder_config)
     with torch.device("meta"):
         model = Autoencoder(config)
-    elsewhere = "encoder.conv_norm_out.weight" in TensorFile(path).shapes
-    load_state(model, path, dtype, device, diffusers_autoencoder(len(config.ch_mult)) if elsewhere else published)
+    is_diffusers = "encoder.conv_norm_out.weight" in TensorFile(path).shapes
+    load_state(model, path, dtype, device, diffusers_autoencoder(len(config.ch_mult)) if is_diffusers else published)
     return model.requires_grad_(False).eval()
 
 
@@ -244,19 +243,19 @@ def _described(path: Path, kind: type[ConfigT], from_diffusers: Callable[[Mappin
     """The config of the model in a file, by its metadata, or in a diffusers folder, by its config.json."""
     if not path.is_dir():
         return config_from(kind, read_metadata(path).get("config"), str(path))
-    weight_files(path)  # says more about a folder that is none
+    weight_files(path)  # the clearer error, if it is not a model's folder
     try:
         return from_diffusers(read_json(path / "config.json"))
     except (KeyError, TypeError) as error:
-        raise InputError(f"{path / 'config.json'} describes no {kind.__name__}: {error!r}") from error
+        raise InputError(f"{path / 'config.json'} does not describe a {kind.__name__}: {error!r}") from error
 
 
 def load_depth(
     path: str | Path, config: DepthConfig | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> DepthEstimator:
-    """The depth estimator of a published file, in `dtype` (float32 unless given), on `device`, frozen.
+    """Loads the depth estimator of a published file, in `dtype` (default float32), frozen.
 
-    Without a `config`, it is Depth-Anything-V2-Small.
+    The default `config` is Depth-Anything-V2-Small's.
     """
     with torch.device("meta"):
         model = DepthEstimator(config or DepthConfig())
@@ -272,7 +271,7 @@ def _published_depth(name: str, shape: Shape) -> Source:
 def save_model(
     path: str | Path, model: MMDiT | Autoencoder, metadata: Metadata, dtype: torch.dtype = torch.bfloat16
 ) -> None:
-    """Writes a single-file checkpoint under the published names, its config in the metadata."""
+    """Writes a single-file checkpoint under the published names, with the config in its metadata."""
     tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     common = {"format_version": FORMAT_VERSION, "tool_version": TOOL_VERSION, "licence": LICENCE}
     save_tensors(path, tensors, {**common, "config": json.dumps(asdict(model.config)), **metadata})
@@ -280,7 +279,7 @@ def save_model(
 
 @dataclass(frozen=True)
 class Adapter:
-    """What training adds to the frozen parts: tensors by name, and the strings that say what they are."""
+    """What training adds to the frozen parts: tensors by name, and metadata that describe them."""
 
     tensors: dict[str, Tensor]
     metadata: Metadata
@@ -290,25 +289,25 @@ class Adapter:
 
     @classmethod
     def load(cls, path: str | Path) -> "Adapter":
-        """Reads an adapter file; `InputError` if it is none, or of a format that this version does not know."""
+        """Reads an adapter file; `InputError` if it is not one, or of a format unknown to this version."""
         metadata = read_metadata(path)
         if "lora" not in metadata or "weights" not in metadata:
-            raise InputError(f"{path} is not an adapter: its metadata name no lora and no weights")
+            raise InputError(f"{path} is not an adapter: its metadata lack lora or weights")
         if metadata.get("format_version") != FORMAT_VERSION:
             found = metadata.get("format_version")
             raise InputError(f"{path}: adapter format {found}, expected {FORMAT_VERSION}; update layerdecomp")
         if "format" in metadata:
             layout = metadata["format"]
-            raise InputError(f"{path} is an adapter in {layout} layout; tools/export.py format=import brings it back")
+            raise InputError(f"{path} is an adapter in {layout} layout; tools/export.py format=import converts it back")
         with open_safetensors(path) as file:
             return cls({name: file.get_tensor(name) for name in file.keys()}, metadata)  # noqa: SIM118
 
 
 def find_weights(name: str, beside: Iterable[Path]) -> Path:
-    """A weight file by the name an adapter gives it: as it stands, or in one of the folders `beside`."""
+    """The path of a weight file that an adapter names: as given, or in one of the folders `beside`."""
     candidates = [Path(name), *(folder / Path(name).name for folder in beside), *(folder / name for folder in beside)]
     for candidate in candidates:
         if candidate.exists():
             return candidate
-    looked = ", ".join(str(candidate) for candidate in candidates)
-    raise InputError(f"{name} does not exist (looked at {looked}); checkpoints/README.md says which file to put where")
+    tried = ", ".join(str(candidate) for candidate in candidates)
+    raise InputError(f"{name} does not exist (tried {tried}); checkpoints/README.md says which file to put where")

@@ -225,11 +225,11 @@ def test_the_mask_switch_clears_the_masks_channels_and_nothing_else(
     tiny_config: DecomposerConfig, tiny_decomposer: Decomposer
 ) -> None:
     batch = scenes()
-    told = tiny_decomposer.encode(*batch.values()).told
+    img_cond = tiny_decomposer.encode(*batch.values()).img_cond
     maskless = build_decomposer(replace(tiny_config, conditioning=ConditioningConfig(mask=False)))
-    other = maskless.encode(*batch.values()).told
-    assert told[..., MASK_CHANNELS].any() and not other[..., MASK_CHANNELS].any()
-    assert other[..., :64].equal(told[..., :64]) and told[..., :64].any()
+    other = maskless.encode(*batch.values()).img_cond
+    assert img_cond[..., MASK_CHANNELS].any() and not other[..., MASK_CHANNELS].any()
+    assert other[..., :64].equal(img_cond[..., :64]) and img_cond[..., :64].any()
 
 
 def scenes() -> dict[str, torch.Tensor]:

@@ -208,14 +208,14 @@ def test_fusion_can_be_left_out(tiny_config: DecomposerConfig, tiny_weights: Pat
     assert decomposer.context_fusion is None and not any("fusion" in name for name in decomposer.state_dict())
     batch = batch_of(2)
     context = decomposer.encode(batch["image"], batch["mask"])
-    assert context.fused is None and context.told.shape == (2, 8, 320)
+    assert context.fused is None and context.img_cond.shape == (2, 8, 320)
     assert decomposer.decompose(picture(32, 48), box(32, 48), steps=1).foreground.shape == (32, 48, 4)
 
 
 def test_shapes_of_the_parts(tiny_decomposer: Decomposer) -> None:
     batch = batch_of(3)
     context = tiny_decomposer.encode(*batch.values())
-    assert context.told.shape == (3, 8, 320) and context.ids.shape == (8, 3)
+    assert context.img_cond.shape == (3, 8, 320) and context.ids.shape == (8, 3)
     assert context.ids[:, 0].tolist() == [0] * 4 + [1] * 4
     assert context.fused is not None and context.fused.shape == (3, 4, 32)
     foreground = torch.cat([batch["image"], batch["mask"]], 1)
@@ -259,12 +259,12 @@ def test_compiled_encoders_encode_the_same_under_the_same_names(tiny_config: Dec
 def test_what_each_layer_is_told(tiny_decomposer: Decomposer) -> None:
     """The background never sees the object, the foreground nothing but the object."""
     batch = batch_of(2)
-    told = tiny_decomposer.encode(*batch.values()).told
+    img_cond = tiny_decomposer.encode(*batch.values()).img_cond
     for inside, same in ((True, slice(0, 4)), (False, slice(4, 8))):
         place = batch["mask"] if inside else 1 - batch["mask"]
         altered = {**batch, "image": batch["image"] * (1 - place) - 0.7 * place}
-        other = tiny_decomposer.encode(*altered.values()).told
-        assert other[:, same].equal(told[:, same]) and not other.equal(told)
+        other = tiny_decomposer.encode(*altered.values()).img_cond
+        assert other[:, same].equal(img_cond[:, same]) and not other.equal(img_cond)
 
 
 def test_absent_cues_have_no_influence(tiny_decomposer: Decomposer) -> None:
@@ -330,7 +330,7 @@ def test_a_loaded_adapter_is_the_one_of_its_file(tiny_weights: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora": LoRAConfig(rank=2, targets=["*"])}, r"lora.targets \['\*'\] take in img_in, .* trained as a whole"),
+        ({"lora": LoRAConfig(rank=2, targets=["*"])}, r"lora.targets \['\*'\] match img_in, .* trained in full"),
         ({"fusion": ContextFusionConfig(num_queries=4, num_heads=2, in_channels=32)}, "in_channels is 32; expected 64"),
         ({"fusion": ContextFusionConfig(num_queries=4, num_heads=2, cues=["edges"])}, "fusion.cues names 'edges'"),
     ],

@@ -71,7 +71,7 @@ def test_full_size_names_in_diffusers_folders() -> None:
         ({"lora_unet_img_in.lora_down.weight": (4, 64)}, "this is a LoRA, not a model; tools/export.py format=import"),
         ({"transformer.x_embedder.lora_A.weight": (4, 64)}, "this is a LoRA"),
         ({"model.diffusion_model.img_in.weight": (32, 384)}, "this is an all-in-one checkpoint"),
-        ({"img_in.weight.quant_state.bitsandbytes__nf4": (5,)}, "this file is quantised in a way that is not read"),
+        ({"img_in.weight.quant_state.bitsandbytes__nf4": (5,)}, "this file is quantised in a way that is not"),
         ({"encoder.block.0.layer.0.SelfAttention.q.weight": (8, 8)}, "this is a text encoder"),
         ({"encoder.conv_in.weight": (8, 3, 3, 3)}, "this is an autoencoder"),
     ],

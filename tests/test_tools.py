@@ -428,10 +428,10 @@ def test_evaluate_without_the_matting_library(
         (["out=a.safetensors", "base=maybe"], "base=maybe: expected true or false"),
         (["out=taken/a.safetensors"], "taken/a.safetensors could not be written"),
         (["out=a.safetensors", "rank=3"], "rank is 3, and 2 without it; expected at most that"),
-        (["out=a.safetensors", "adapter=run"], "run is an unfinished run without adapter.safetensors; let the command"),
+        (["out=a.safetensors", "adapter=run"], "run is an unfinished run without adapter.safetensors; resume it"),
         (
             ["out=a.safetensors", "adapter=run/last.ckpt"],
-            "run/last.ckpt is a training checkpoint; expected what its run ends with: run/adapter.safetensors",
+            "run/last.ckpt is a training checkpoint; expected the adapter that its run writes last, run/adapter.safetensors",
         ),
     ],
 )
@@ -455,7 +455,7 @@ def test_export(fails: Fails, tiny_weights: Path, tmp_path: Path, arguments: lis
             "weights.rgba_autoencoder={}/autoencoder.safetensors",
             "autoencoder.safetensors is an autoencoder of 3 channels, expected 4",
         ),
-        ("weights.autoencoder={}/transformer.safetensors", "its metadata does not describe a AutoencoderConfig"),
+        ("weights.autoencoder={}/transformer.safetensors", "its metadata do not describe a AutoencoderConfig"),
         ("weights.transformer=bare.safetensors", "bare.safetensors does not fit this MMDiT: 48 tensors found, 780"),
         ("fusion.num_heads=5", "fusion.num_heads = 5: expected a divisor of the transformer's width"),
         ("fusion.num_heads=0", "fusion.num_heads = 0: expected a divisor of the transformer's width"),

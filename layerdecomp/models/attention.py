@@ -12,12 +12,12 @@ from torch import Tensor
 def rope(ids: Tensor, axes_dim: Sequence[int], theta: float) -> Tensor:
     """Cosines and sines of the rotation angle of every token and channel pair.
 
-    Each axis of the position (layer, row, column) turns its own share of the head's channels.
+    Each position axis (layer, row, column) rotates its own share of the head's channels.
 
     Args:
         ids: positions, (L, A) or (B, L, A) with A = len(axes_dim).
         axes_dim: channels of a head per axis, each even; their sum is the head's width.
-        theta: the slowest pair turns by about 1 / theta radian per position.
+        theta: frequency base; the slowest pair rotates by about 1 / theta radian per position.
 
     Returns:
         (1, L, head_dim / 2, 2) or (B, 1, L, head_dim / 2, 2) in float32: broadcasts over the heads.
@@ -35,24 +35,25 @@ def _angles(position: Tensor, dim: int, theta: float) -> Tensor:
 def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
     """Rotates neighbouring channel pairs (2i, 2i + 1) of `x` (B, heads, L, head_dim) by the angles of `rope`."""
     pairs = x.float().reshape(*x.shape[:-1], -1, 2)
-    if torch.compiler.is_compiling():  # which fuses real numbers with what stands before and behind them
+    if torch.compiler.is_compiling():  # in real arithmetic, which the compiler fuses with its neighbours
         (cos, sin), (first, second) = pe.unbind(-1), pairs.unbind(-1)
-        turned = torch.stack([cos * first - sin * second, sin * first + cos * second], dim=-1)
-    else:  # one product of complex numbers: a fifth of the time on a CPU
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(pe))
-    return turned.flatten(-2).to(x.dtype)
+        rotated = torch.stack([cos * first - sin * second, sin * first + cos * second], dim=-1)
+    else:  # one complex product, which takes a fifth of the time on a CPU
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(pe))
+    return rotated.flatten(-2).to(x.dtype)
 
 
 def slow_in_bfloat16(device: torch.device) -> bool:
-    """Whether attention had better compute bf16 in float32: its backward pass takes several times as long on CPUs."""
+    """Whether bf16 attention should run in float32: on CPUs, its bf16 backward pass is several times slower."""
     return device.type == "cpu"
 
 
-class _GradientInOneLayout(torch.autograd.Function):
-    """The identity, whose gradient is contiguous.
+class _ContiguousGradient(torch.autograd.Function):
+    """Identity with a contiguous gradient.
 
-    cuDNN's backward pass is built for the layout of the gradient that comes first, and taken again for another one of
-    the same q, k and v: silently wrong gradients, or an illegal memory access (PyTorch 2.11; its pull request 191576).
+    PyTorch 2.11 builds cuDNN's backward pass for the layout of the first incoming gradient and reuses it for other
+    layouts with the same q, k and v, which gives silently wrong gradients or an illegal memory access (pull request
+    191576).
     """
 
     @staticmethod
@@ -65,12 +66,12 @@ class _GradientInOneLayout(torch.autograd.Function):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention with the heads merged again.
+    """Softmax attention, with the heads merged afterwards.
 
     Args:
         q: (B, heads, L, head_dim).
         k, v: (B, heads, K, head_dim).
-        mask: boolean, broadcastable to (B, heads, L, K), True = may be looked at; every query needs one True.
+        mask: boolean, broadcastable to (B, heads, L, K), True = attend; every query needs at least one True.
 
     Returns:
         (B, L, heads * head_dim).
@@ -80,4 +81,4 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) ->
             x = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(q.dtype)
     else:
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return cast(Tensor, _GradientInOneLayout.apply(rearrange(x, "B H L D -> B L (H D)")))
+    return cast(Tensor, _ContiguousGradient.apply(rearrange(x, "B H L D -> B L (H D)")))

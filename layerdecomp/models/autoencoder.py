@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from layerdecomp.errors import InputError
-from layerdecomp.models.blocks import own_precision
+from layerdecomp.models.blocks import autocast_disabled
 
 
 @dataclass
@@ -52,23 +52,24 @@ class AutoencoderConfig:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How pictures that are longer than a tile pass an autoencoder: piece by piece, so that memory stays bounded.
+    """Tiled encoding and decoding of images larger than a tile, which bounds memory.
 
-    Norms and the attention in the middle then see their own tile alone: the result is near what one pass gives.
+    Norms and the mid-block attention then see a single tile, so that the result approximates that of one pass.
     """
 
     size: int = 1024  # pixels along each side of a tile
-    overlap: int = 256  # pixels, or more, over which a tile fades into the next
+    overlap: int = 256  # minimum number of pixels over which a tile is blended into the next
 
 
 class GroupNorm(nn.GroupNorm):
-    """In the precision of its weights: autocast would read and write twice the bytes.
+    """GroupNorm in the dtype of its weights: under autocast it would read and write twice the bytes.
 
-    Sums are in float32; CUDA's kernel rounds what comes of them to bf16 in PyTorch before its pull request 183946.
+    Sums are accumulated in float32; before PyTorch's pull request 183946, the CUDA kernel rounds the resulting
+    statistics to bf16.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        with own_precision(x) if x.dtype == self.weight.dtype else nullcontext():
+        with autocast_disabled(x) if x.dtype == self.weight.dtype else nullcontext():
             return super().forward(x)
 
 
@@ -128,7 +129,7 @@ class Upsample(nn.Module):
 
 
 class Mid(nn.Module):
-    """The middle of encoder and decoder, where every position sees every other."""
+    """Middle of encoder and decoder, with attention between all positions."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -141,7 +142,7 @@ class Mid(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then a change of resolution at all but the last level."""
+    """Residual blocks at one resolution, followed by a resampling layer in all but the last level."""
 
     def __init__(self, widths: list[int], groups: int, **resample: nn.Module) -> None:
         super().__init__()
@@ -189,7 +190,7 @@ class Decoder(nn.Module):
         for i, (width, before) in enumerate(zip(widths, [*widths[1:], widths[-1]], strict=True)):
             resample = {"upsample": Upsample(width)} if i > 0 else {}
             levels.append(Level([before] + [width] * (config.num_res_blocks + 1), groups, **resample))
-        self.up = nn.ModuleList(levels)  # numbered by resolution, the finest first; run from the last to the first
+        self.up = nn.ModuleList(levels)  # indexed by resolution, finest first; run in reverse
         self.norm_out = group_norm(widths[0], groups)
         self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)
 
@@ -208,7 +209,7 @@ class Autoencoder(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.encode_at_once = 0  # pictures of a batch that are encoded together, to save memory; 0: all
+        self.encode_at_once = 0  # images per encoder call, to limit memory; 0: the whole batch
 
     def posterior(self, x: Tensor, tiling: Tiling | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log variance, each (B, z_channels, H/8, W/8), of the unscaled latents of x (B, channels, H, W)."""
@@ -216,13 +217,13 @@ class Autoencoder(nn.Module):
         return mean, log_variance.clamp(-30.0, 20.0)
 
     def _encode(self, x: Tensor) -> Tensor:
-        """What the encoder makes of a batch, a few pictures at a time. (Here, not in it: it may be compiled.)"""
-        return torch.cat([self.encoder(few) for few in x.split(self.encode_at_once or len(x))])
+        """Runs the encoder on chunks of `encode_at_once` images; the encoder itself may be compiled."""
+        return torch.cat([self.encoder(chunk) for chunk in x.split(self.encode_at_once or len(x))])
 
     def encode(self, x: Tensor, *, noise: Tensor | None = None, tiling: Tiling | None = None) -> Tensor:
         """Scaled latents (B, z_channels, H/8, W/8) of x (B, in_channels, H, W) in [-1, 1], H and W multiples of 8.
 
-        The posterior mean, unless standard normal `noise` of the latents' shape asks for a sample.
+        The posterior mean; with standard normal `noise` of the latents' shape, a sample of the posterior.
         """
         mean, log_variance = self.posterior(x, tiling)
         if noise is not None:
@@ -230,11 +231,11 @@ class Autoencoder(nn.Module):
         return self.config.scale_factor * (mean - self.config.shift_factor)
 
     def decode(self, z: Tensor, *, tiling: Tiling | None = None) -> Tensor:
-        """The picture (B, in_channels, H, W), about in [-1, 1], of scaled latents z (B, z_channels, H/8, W/8)."""
+        """Image (B, in_channels, H, W), approximately in [-1, 1], of scaled latents z (B, z_channels, H/8, W/8)."""
         return self._in_tiles(self.decoder, z / self.config.scale_factor + self.config.shift_factor, tiling, 1)
 
     def _in_tiles(self, run: Callable[[Tensor], Tensor], x: Tensor, tiling: Tiling | None, cell: int) -> Tensor:
-        """`run` on x (B, C, H, W), which has `cell` elements per latent along each axis."""
+        """Applies `run` to x (B, C, H, W), which has `cell` elements per latent along each axis."""
         if tiling is None:
             return run(x)
         size, overlap = (cell * (pixels // self.config.factor) for pixels in (tiling.size, tiling.overlap))
@@ -243,10 +244,10 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draws weights for training from scratch; published weights make it needless.
+        """Initialises the weights for training from scratch.
 
-        Every residual branch starts at zero and every layer between them as a rotation (downsampling as one of 2 x 2
-        pixels), so that the whole starts near a linear map through which pictures and gradients pass unspoilt.
+        Residual branches start at zero and the layers between them near orthogonal maps (of 2 x 2 pixels when
+        downsampling), so that the network starts close to a linear map that preserves images and gradients.
         """
         for module in self.modules():
             if isinstance(module, ResnetBlock):
@@ -261,18 +262,18 @@ class Autoencoder(nn.Module):
         ends = [self.encoder.conv_in, self.encoder.conv_out, self.decoder.conv_in, self.decoder.conv_out]
         for conv in (*shortcuts, *resamplers, *ends):
             if isinstance(conv, nn.Conv2d):
-                _rotate(conv)
+                _near_orthogonal(conv)
 
 
 def blend_tiles(run: Callable[[Tensor], Tensor], x: Tensor, *, dim: int, size: int, overlap: int, grid: int) -> Tensor:
-    """`run` on x, tile by tile along a dimension that is longer than a tile, each faded into the one before.
+    """Applies `run` to x tile by tile along `dim`, and blends each tile into the previous one.
 
-    All tiles have one size, so that none is too small for the norms, and are spread evenly.
+    Tiles are evenly spaced and of equal size, so that none is too small for the norms.
 
     Args:
-        run: maps a tile to one that is longer or shorter by a fixed factor.
+        run: maps a tile to one whose length is scaled by a fixed factor.
         dim: -1 or -2.
-        size, overlap: of tiles, in elements of x; what two of them share is `overlap` or more.
+        size, overlap: of tiles, in elements of x; neighbours overlap by at least `overlap`.
         grid: tiles start at multiples of it; it divides `size` and x's length.
     """
     length = x.shape[dim]
@@ -301,8 +302,8 @@ def _zero(conv: nn.Conv2d) -> None:
     nn.init.zeros_(conv.bias)
 
 
-def _rotate(conv: nn.Conv2d) -> None:
-    """An orthogonal map of a pixel's channels (of 2 x 2 pixels' if it downsamples), and a little noise elsewhere."""
+def _near_orthogonal(conv: nn.Conv2d) -> None:
+    """An orthogonal map of each pixel's channels (of 2 x 2 pixels' if it downsamples), plus a little noise."""
     weight, size = conv.weight, conv.kernel_size[0]
     taps = slice(0, 2) if conv.stride[0] == 2 else slice(size // 2, size // 2 + 1)
     weight.mul_(0.1)
@@ -313,10 +314,10 @@ def _rotate(conv: nn.Conv2d) -> None:
 
 @torch.no_grad()
 def extend_to_rgba(rgb: Autoencoder) -> Autoencoder:
-    """A four-channel copy that does on opaque pictures exactly what `rgb` does, and decodes alpha as 1 everywhere.
+    """Four-channel copy that matches `rgb` exactly on opaque images and decodes alpha as 1 everywhere.
 
     The new input channel starts with zero weights, the new output channel with zero weights and bias 1, as in AlphaVAE
-    (arXiv 2507.09308): fine-tuning starts inside the latent space that the frozen transformer knows.
+    (arXiv 2507.09308). Fine-tuning thus starts in the latent space that the frozen transformer was trained on.
     """
     if rgb.config.in_channels != 3:
         raise InputError(
@@ -334,10 +335,10 @@ def extend_to_rgba(rgb: Autoencoder) -> Autoencoder:
 
 @torch.no_grad()
 def rescale_latents(autoencoder: Autoencoder, factors: Tensor) -> None:
-    """Multiplies each unscaled latent channel by its factor (z_channels,) > 0; the decoder takes that back."""
+    """Multiplies each unscaled latent channel by its factor (z_channels,) > 0; the decoder inverts this."""
     last, first = autoencoder.encoder.conv_out, autoencoder.decoder.conv_in
     assert last.bias is not None
     for parameter in (last.weight, last.bias):
         parameter[: len(factors)] *= factors.view(-1, *[1] * (parameter.dim() - 1))
-    last.bias[len(factors) :] += 2 * factors.log()  # of the variances
+    last.bias[len(factors) :] += 2 * factors.log()  # log variances
     first.weight /= factors.view(1, -1, 1, 1)

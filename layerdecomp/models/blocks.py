@@ -18,10 +18,10 @@ def timestep_embedding(t: Tensor, dim: int, *, max_period: float = 10000.0, time
         t: (N,), for example the time in [0, 1] or the guidance scale.
         dim: width of the embedding, even.
         max_period: the slowest wave has the period 2 pi * max_period (reached in the limit).
-        time_factor: `t` is multiplied by it first.
+        time_factor: scales `t` first.
 
     Returns:
-        (N, dim) in float32, because bf16 cannot tell apart neighbouring values of 1000 * t.
+        (N, dim) in float32, because bf16 cannot resolve neighbouring values of 1000 * t.
     """
     half = dim // 2
     exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
@@ -30,7 +30,7 @@ def timestep_embedding(t: Tensor, dim: int, *, max_period: float = 10000.0, time
 
 
 class MLPEmbedder(nn.Module):
-    """Two linear layers that bring a conditioning vector (B, in_dim) to (B, hidden_dim)."""
+    """Two-layer MLP that embeds a conditioning vector: (B, in_dim) -> (B, hidden_dim)."""
 
     def __init__(self, in_dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -42,14 +42,14 @@ class MLPEmbedder(nn.Module):
 
 
 def autocast_device(x: Tensor) -> str:
-    """The kind of device whose autocast goes for `x`: the CPU's on the meta device, which has none of its own."""
+    """Device type for `torch.autocast` on `x`: the CPU for the meta device, which has no autocast of its own."""
     return "cpu" if x.is_meta else x.device.type
 
 
-def own_precision(x: Tensor) -> torch.autocast:
-    """Without autocast, which would keep a float32 copy of a norm's input for the backward pass.
+def autocast_disabled(x: Tensor) -> torch.autocast:
+    """Disables autocast, under which a norm saves a float32 copy of its input for the backward pass.
 
-    The norms' kernels compute in float32 whatever they read and write.
+    The norm kernels compute in float32 whatever the dtype of their input and output.
     """
     return torch.autocast(autocast_device(x), enabled=False)
 
@@ -64,7 +64,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == self.scale.dtype:
-            with own_precision(x):
+            with autocast_disabled(x):
                 return F.rms_norm(x, self.scale.shape, self.scale, self.eps)
         return F.rms_norm(x.float(), self.scale.shape, self.scale.float(), self.eps).to(x.dtype)
 
@@ -82,7 +82,7 @@ class QKNorm(nn.Module):
 
 
 class ModulationOut(NamedTuple):
-    """What a conditioning vector does to one residual branch; each (B, 1, D)."""
+    """Shift, scale and gate of one residual branch, each (B, 1, D)."""
 
     shift: Tensor
     scale: Tensor
@@ -93,7 +93,7 @@ class ModulationOut(NamedTuple):
         return modulate(x, self.shift, self.scale)
 
     def add(self, x: Tensor, branch: Tensor) -> Tensor:
-        """`x` plus the branch's output, both (B, L, D), as far as the gate lets it through."""
+        """The residual stream `x` plus the gated output of the branch, both (B, L, D)."""
         return torch.addcmul(x, self.gate, branch)
 
 
@@ -110,13 +110,13 @@ class Modulation(nn.Module):
 
 
 def layer_norm(x: Tensor) -> Tensor:
-    """The parameter-free LayerNorm in front of every branch; the modulation plays the part of its affine map."""
-    with own_precision(x):
+    """Parameter-free LayerNorm before every branch; the modulation supplies the affine map."""
+    with autocast_disabled(x):
         return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Normalises (B, L, D), then applies the modulation's affine map, whose tensors are (B, 1, D)."""
+    """Normalises `x` (B, L, D), then applies the modulation's `shift` and `scale`, (B, 1, D) each."""
     return torch.addcmul(shift, 1 + scale, layer_norm(x))
 
 
@@ -134,13 +134,13 @@ def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 def join(txt: Tensor, img: Tensor) -> Tensor:
     """(B, heads, T, head_dim) and (B, heads, L, head_dim) -> (B, heads, T + L, head_dim), text first.
 
-    It lies in memory token by token. So will what attention makes of it, and merging the heads copies nothing.
+    The memory layout is token-major. Attention preserves it, so that merging the heads needs no copy.
     """
     return torch.cat([txt.transpose(1, 2), img.transpose(1, 2)], dim=1).transpose(1, 2)
 
 
 class SelfAttention(nn.Module):
-    """The projections of one stream; the attention itself runs over both streams at once, in the block."""
+    """Projections of one stream; the block runs joint attention over both streams."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
         super().__init__()
@@ -150,14 +150,14 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, L, D) -> normalised queries and keys, and values, each (B, heads, L, head_dim)."""
+        """(B, L, D) -> normalised queries, normalised keys and values, each (B, heads, L, head_dim)."""
         q, k, v = split_heads(self.qkv(x), self.num_heads)
         q, k = self.norm(q, k)
         return q, k, v
 
 
 class DoubleStreamBlock(nn.Module):
-    """Text and image tokens keep their own weights and meet in one attention."""
+    """Separate weights for text and image tokens, joint attention over both."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qkv_bias: bool) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class DoubleStreamBlock(nn.Module):
 
 
 class SingleStreamBlock(nn.Module):
-    """One sequence, attention and feed-forward side by side, with one fused linear before and one after them."""
+    """Parallel attention and feed-forward over one sequence, with one fused linear before and one after them."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()

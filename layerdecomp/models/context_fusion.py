@@ -22,7 +22,7 @@ class ContextFusionConfig:
     depth: int = 1
     mlp_ratio: float = 4.0
     in_channels: int = 64  # channels of a packed cue latent
-    cues: list[str] = field(default_factory=lambda: ["edge", "segmentation", "depth"])  # those that are looked at
+    cues: list[str] = field(default_factory=lambda: ["edge", "segmentation", "depth"])  # the cues that are used
 
 
 class FusionBlock(nn.Module):
@@ -49,8 +49,8 @@ class FusionBlock(nn.Module):
 class ContextFusion(nn.Module):
     """Condenses K = M * L cue tokens into N context tokens, at a cost linear in K.
 
-    Cues may be absent, per sample and in any combination. A learned null token is always there, so that the queries
-    have something to attend to when every cue is absent.
+    Any combination of cues may be absent, per sample. A learned null token is always present, so that the queries have
+    something to attend to even when every cue is absent.
     """
 
     def __init__(self, config: ContextFusionConfig, hidden_size: int) -> None:
@@ -66,18 +66,18 @@ class ContextFusion(nn.Module):
         )
 
     def forward(self, cues: Tensor, present: Tensor, ids: Tensor) -> Tensor:
-        """Context tokens of every sample.
+        """Context tokens per sample.
 
         Args:
             cues: packed latents of the cue maps in the order of `config.cues`, (B, M, L, in_channels).
-            present: which cues each sample has, boolean (B, M); the values of an absent one have no influence at all.
+            present: which cues each sample has, boolean (B, M); the values of absent cues are ignored.
             ids: positions (layer, row, column) of a map's tokens, (L, 3).
 
         Returns:
             (B, N, D).
         """
         batch, _, length, _ = cues.shape
-        # An attention weight of 0 does not silence a NaN or an infinity, so absent maps are cleared as well.
+        # An attention weight of 0 does not cancel a NaN or an infinity, so absent maps are zeroed as well.
         cues = cues.masked_fill(~present[:, :, None, None], 0)
         tokens = self.token_in(cues) + self.cue_embedding[:, None]  # (B, M, L, D)
         tokens = (tokens + position_embedding(ids, tokens.shape[-1]).to(tokens.dtype)).flatten(1, 2)  # (B, K, D)
@@ -103,7 +103,7 @@ def _validate(config: ContextFusionConfig, hidden_size: int) -> None:
             f"fusion.num_heads = {config.num_heads}: expected a divisor of the transformer's width, {hidden_size}"
         )
     if hidden_size % 4:
-        raise InputError(f"hidden_size = {hidden_size}: the fusion's position embedding needs a multiple of 4")
+        raise InputError(f"hidden_size = {hidden_size}: expected a multiple of 4, for the position embedding")
     for key in ("num_queries", "depth"):
         if getattr(config, key) < 1:
             raise InputError(

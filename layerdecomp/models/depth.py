@@ -1,7 +1,7 @@
 """Depth-Anything-V2: relative inverse depth from one image, by a DINOv2 backbone with a dense-prediction head.
 
-Neck and head carry the names of the published `Depth-Anything-V2-Small-hf/model.safetensors`, the backbone carries
-timm's; `published_names` leads from one to the other.
+Neck and head use the parameter names of the published `Depth-Anything-V2-Small-hf/model.safetensors`, the backbone
+those of timm; `published_names` maps each name to the file's.
 """
 
 from dataclasses import dataclass, field
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-RESIZE_FACTORS = (4, 2, 1, 0.5)  # of the four feature maps, against the grid of patches
+RESIZE_FACTORS = (4, 2, 1, 0.5)  # of the four feature maps, relative to the patch grid
 
 
 @dataclass
 class DepthConfig:
     """Sizes of a `DepthEstimator`; the defaults are Depth-Anything-V2-Small's (`vit_small_patch14_dinov2` in timm)."""
 
-    image_size: int = 518  # an image is resized to about this; the position embedding's grid covers its square
+    image_size: int = 518  # images are resized to about this; the position embedding's grid covers its square
     patch_size: int = 14
     embed_dim: int = 384
     depth: int = 12
@@ -54,7 +54,7 @@ class DepthConfig:
 
 def build_backbone(config: DepthConfig) -> "VisionTransformer":
     """DINOv2 under timm's parameter names."""
-    # Imported here because it takes as long as all the rest of this package, and few runs need depth.
+    # Imported lazily: it takes as long as the rest of this package, and few runs need depth.
     from timm.models.vision_transformer import VisionTransformer
 
     backbone = VisionTransformer(
@@ -63,12 +63,12 @@ def build_backbone(config: DepthConfig) -> "VisionTransformer":
         embed_dim=config.embed_dim,
         depth=config.depth,
         num_heads=config.num_heads,
-        init_values=1.0,  # there are layer scales; their values come from the file
+        init_values=1.0,  # enables layer scale; the values come from the file
         num_classes=0,
         dynamic_img_size=True,
         weight_init="skip",
     )
-    # Published, but of use only where DINOv2 itself is trained.
+    # In the published file, but used only to train DINOv2 itself.
     backbone.register_parameter("mask_token", nn.Parameter(torch.zeros(1, config.embed_dim)))
     return backbone
 
@@ -113,16 +113,16 @@ class ResidualLayer(nn.Module):
 
 
 class FusionLayer(nn.Module):
-    """Adds a feature map to what came from the coarser ones, and enlarges the sum."""
+    """Adds a feature map to the fused coarser ones and upsamples the sum."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.projection = nn.Conv2d(width, width, 1)
-        self.residual_layer1 = ResidualLayer(width)  # the coarsest layer has one as well, which nothing uses
+        self.residual_layer1 = ResidualLayer(width)  # unused in the coarsest layer
         self.residual_layer2 = ResidualLayer(width)
 
     def forward(self, x: Tensor | None, feature: Tensor, size: tuple[int, int]) -> Tensor:
-        """x and feature (B, fusion_width, h, w), no x for the coarsest feature -> (B, fusion_width, *size)."""
+        """x and feature (B, fusion_width, h, w) -> (B, fusion_width, *size); x is None for the coarsest feature."""
         x = self.residual_layer2(feature if x is None else x + self.residual_layer1(feature))
         return cast(Tensor, self.projection(enlarge(x, size)))
 
@@ -177,7 +177,7 @@ def enlarge(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class DepthEstimator(nn.Module):
-    """Relative inverse depth of an image: the nearer, the larger, up to an unknown scale and shift."""
+    """Relative inverse depth of an image (larger is nearer), up to an unknown scale and shift."""
 
     def __init__(self, config: DepthConfig) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class DepthEstimator(nn.Module):
         self.head = Head(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Non-negative (B, H, W) of `preprocess`ed images (B, 3, H, W), H and W multiples of the patch size."""
+        """Non-negative depth (B, H, W) of `preprocess`ed images (B, 3, H, W), H and W multiples of the patch size."""
         return cast(Tensor, self.head(self.neck(self.features(x)), x.shape[-2:]))
 
     def features(self, x: Tensor) -> list[Tensor]:
@@ -208,7 +208,7 @@ class DepthEstimator(nn.Module):
     def position_embedding(self, height: int, width: int) -> Tensor:
         """(1, 1 + height * width, D), resampled from the trained grid.
 
-        Without antialiasing, which timm's own resampling has: the weights were trained and published without.
+        Without antialiasing, unlike timm's own resampling: the weights were trained without it.
         """
         embedding = cast(Tensor, self.backbone.pos_embed)
         grid = rearrange(embedding[:, 1:], "1 (h w) D -> 1 D h w", h=self.config.image_size // self.config.patch_size)
@@ -219,12 +219,12 @@ class DepthEstimator(nn.Module):
     def estimate(self, images: Tensor) -> Tensor:
         """Relative inverse depth (B, 1, H, W), float32, of RGB images (B, 3, H, W) in [-1, 1] of any size.
 
-        Scaled to [-1, 1] image by image, so that 1 is the nearest pixel; 0 everywhere where the depth is constant.
+        Scaled to [-1, 1] per image, so that 1 is the nearest pixel; 0 everywhere if the depth is constant.
         """
         depth = self(preprocess(images, self.config).to(self.head.conv1.weight.dtype))
         depth = F.interpolate(depth[:, None].float(), images.shape[-2:], mode="bicubic", antialias=True)
         low, high = depth.amin((1, 2, 3), keepdim=True), depth.amax((1, 2, 3), keepdim=True)
-        constant = high - low <= 1e-6 * high  # a resized constant differs from itself by rounding
+        constant = high - low <= 1e-6 * high  # resizing a constant leaves rounding differences
         return (2 * (depth - low) / (high - low) - 1).masked_fill(constant, 0.0)
 
 
@@ -237,9 +237,9 @@ def preprocess(images: Tensor, config: DepthConfig) -> Tensor:
 
 
 def input_size(height: int, width: int, config: DepthConfig) -> tuple[int, int]:
-    """(height, width) in whole patches, the aspect about kept, as the published preprocessing chooses it.
+    """Input (height, width): whole patches at about the same aspect ratio, as in the published preprocessing.
 
-    The side that has to change the least becomes `image_size`: the shorter one of a large image, the longer of a small.
+    The side that changes the least becomes `image_size`: the shorter one of a large image, the longer one of a small.
     """
     scale = min((config.image_size / side for side in (height, width)), key=lambda scale: abs(1 - scale))
     rows, columns = (max(1, round(scale * side / config.patch_size)) for side in (height, width))
@@ -260,7 +260,7 @@ PUBLISHED_NAMES = {
 
 
 def published_names(name: str) -> list[str]:
-    """The tensors of the published file that, one below the other, are a `DepthEstimator`'s parameter `name`."""
+    """Names of the published tensors whose rows, concatenated, form a `DepthEstimator`'s parameter `name`."""
     for ours, published in PUBLISHED_NAMES.items():
         name = name.replace(ours, published)
     if ".attn.qkv." not in name:

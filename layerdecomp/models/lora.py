@@ -1,4 +1,4 @@
-"""Low-rank adaptation of linear layers, in place and without renaming anything (Hu et al. 2021, arXiv 2106.09685)."""
+"""Low-rank adaptation of linear layers, in place and without renaming (Hu et al. 2021, arXiv 2106.09685)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,14 +16,14 @@ from layerdecomp.errors import InputError
 
 @dataclass
 class LoRAConfig:
-    """Which linear layers of an `MMDiT` are adapted, and how much.
+    """Which linear layers of an `MMDiT` are adapted, and at which rank and scale.
 
-    `targets` are shell-style patterns over module names, where `*` also matches dots; the default takes every attention
-    and feed-forward linear of both kinds of block.
+    `targets` are shell-style patterns over module names, where `*` also matches dots; the default matches every
+    attention and feed-forward linear of both kinds of block.
     """
 
     rank: int = 256
-    alpha: float | None = None  # None: as rank, so that the scale is 1
+    alpha: float | None = None  # None: equal to rank, so that the scale is 1
     targets: list[str] = field(
         default_factory=lambda: [
             "double_blocks.*_attn.qkv",
@@ -38,11 +38,11 @@ class LoRAConfig:
         if self.rank < 1:
             raise InputError(f"lora.rank = {self.rank}: expected a positive whole number")
         if self.alpha == 0:
-            raise InputError("lora.alpha = 0, at which LoRA adds nothing; expected another number, or null: the rank")
+            raise InputError("lora.alpha = 0, at which LoRA adds nothing; expected another number, or null (the rank)")
 
     @property
     def scale(self) -> float:
-        """What the product of the two low-rank matrices is multiplied by."""
+        """Factor of the low-rank product B A."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def adapts(self, name: str) -> bool:
@@ -51,20 +51,20 @@ class LoRAConfig:
 
 
 def is_quantized(weight: Tensor) -> bool:
-    """Whether a weight is one of torchao's tensors instead of a plain one."""
+    """Whether `weight` is one of torchao's tensor subclasses."""
     return type(weight) not in (Tensor, nn.Parameter) and hasattr(weight, "__tensor_flatten__")
 
 
 def dense(weight: Tensor) -> Tensor:
-    """The numbers of a weight that may be quantised."""
+    """`weight`, dequantised if it is quantised."""
     if not is_quantized(weight):
         return weight
-    plain: Tensor = getattr(weight, "get_original_weight", weight.dequantize)()  # as NF4Tensor calls it
+    plain: Tensor = getattr(weight, "get_original_weight", weight.dequantize)()  # NF4Tensor's name for it
     return plain
 
 
 class _QuantizedLinear(torch.autograd.Function):
-    """x W^T + b of a quantised W, which each pass makes dense for itself: autograd would keep that of the first."""
+    """x W^T + b with a quantised W, dequantised again in the backward pass so that autograd saves no dense copy."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -77,7 +77,7 @@ class _QuantizedLinear(torch.autograd.Function):
 
 
 class FrozenLinear(nn.Linear):
-    """A linear layer that is not trained: of a weight that is quantised, autograd keeps nothing dense."""
+    """A linear layer that is not trained; if its weight is quantised, autograd saves no dense copy of it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
@@ -88,19 +88,18 @@ class FrozenLinear(nn.Linear):
 
 
 def freeze_quantized(model: nn.Module) -> None:
-    """Makes a `FrozenLinear` of every plain linear layer of `model` whose weight is quantised, in place."""
+    """Turns every plain linear layer of `model` with a quantised weight into a `FrozenLinear`, in place."""
     for module in model.modules():
         if type(module) is nn.Linear and is_quantized(module.weight):
-            module.__class__ = FrozenLinear  # the same object and parameters: only its forward pass is another
+            module.__class__ = FrozenLinear  # same object and parameters, only another forward
 
 
 class LoRALinear(FrozenLinear):
     """A frozen linear layer plus `scale * B A`.
 
-    It takes over the very `weight` and `bias` of the layer that it replaces, so their names stay as they were;
-    `lora_A.weight` (rank, in) and `lora_B.weight` (out, rank) are added. B starts at zero: at first the output is the
-    base's, bit for bit. The weight may be quantised; the low-rank ones are float32 for the optimizer's sake and are
-    cast to the input's dtype.
+    Reuses the `weight` and `bias` of the layer it replaces, under the same names, and adds `lora_A.weight` (rank, in)
+    and `lora_B.weight` (out, rank). B starts at zero, so the initial output is the base's, bit for bit. The base weight
+    may be quantised; A and B are float32 for the optimizer and are cast to the input's dtype.
     """
 
     def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
@@ -109,11 +108,11 @@ class LoRALinear(FrozenLinear):
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.scale = scale
-        self.adapted = True  # False: what the base's layer gives, by `without_lora`
+        self.adapted = True  # False inside `without_lora`: the output is the base layer's
         device = base.weight.device
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device, dtype=torch.float32)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=device, dtype=torch.float32)
-        nn.init.zeros_(self.lora_B.weight)  # A keeps the Kaiming-uniform draw of nn.Linear
+        nn.init.zeros_(self.lora_B.weight)  # A keeps nn.Linear's Kaiming-uniform initialisation
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
@@ -123,26 +122,26 @@ class LoRALinear(FrozenLinear):
             return F.linear(x, self._sum().to(x.dtype), self.bias)
         rows = x.flatten(0, -2)  # (N, in_features)
         low_rank = F.linear(rows, self.lora_A.weight.to(x.dtype))  # (N, rank)
-        # In place: the product is added while it is computed, so that no pass over the output is spent on a sum.
+        # In place: addmm_ accumulates into the output, which saves a separate pass over it for the sum.
         out = super().forward(rows).addmm_(low_rank, self.lora_B.weight.to(low_rank.dtype).t(), alpha=self.scale)
         return out.view(*x.shape[:-1], self.out_features)
 
     def _cheaper_as_one(self, tokens: int) -> bool:
-        """Whether W + scale * B A, forward and backward, takes fewer multiplications than its two parts one by one.
+        """Whether applying W + scale * B A takes fewer multiplications, forward and backward, than W and B A apart.
 
-        It does where the rank is no small part of the width, as in small models; there, B A is as costly as W.
+        It does where the rank is a large fraction of the width, as in small models.
         """
         rank = self.lora_A.out_features
         as_one = self.in_features * self.out_features * (tokens + 3 * rank)
         return as_one < 3 * rank * (self.in_features + self.out_features) * tokens
 
     def _sum(self) -> Tensor:
-        """W + scale * B A, (out_features, in_features), in float32 but for a product that autocast takes in bf16."""
+        """W + scale * B A, (out_features, in_features), in float32; autocast computes the product in bf16."""
         return dense(self.weight).float() + self.scale * self.lora_B.weight.float() @ self.lora_A.weight.float()
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """A plain linear layer with weight W + scale * B A, which reuses (and changes) this layer's own weight."""
+        """A plain linear layer with weight W + scale * B A, which overwrites this layer's weight and reuses it."""
         linear = nn.Linear(self.in_features, self.out_features, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
         self.weight.copy_(self._sum())
@@ -150,23 +149,23 @@ class LoRALinear(FrozenLinear):
 
 
 def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Replaces the targeted linear layers of `model` by `LoRALinear`, in place; works on the meta device too.
+    """Replaces the targeted linear layers of `model` with `LoRALinear`, in place; also works on the meta device.
 
-    The targeted weights are frozen; every other parameter is left as it is.
+    The targeted weights are frozen; every other parameter is left unchanged.
 
     Returns:
         The names of the adapted layers, in the model's order.
 
     Raises:
-        InputError: a pattern matches no linear layer, or the model is adapted already.
+        InputError: a pattern matches no linear layer, or the model already has LoRA layers.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if any(isinstance(module, LoRALinear) for module in linears.values()):
-        raise InputError("the model carries LoRA layers already: merge them with merge_lora before injecting again")
+        raise InputError("the model already has LoRA layers: merge them with merge_lora before injecting again")
     for pattern in config.targets:
         if not any(fnmatchcase(name, pattern) for name in linears):
             raise InputError(
-                f"lora.targets: pattern {pattern!r} matches no linear layer of the model; the nearest that it has are "
+                f"lora.targets: pattern {pattern!r} matches no linear layer of the model; the closest names are "
                 f"{', '.join(get_close_matches(pattern, linears, n=4, cutoff=0.0))}"
             )
     names = [name for name in linears if config.adapts(name)]
@@ -177,7 +176,7 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
 
 @contextmanager
 def without_lora(model: nn.Module) -> Iterator[None]:
-    """Inside, every `LoRALinear` of `model` gives what the layer that it replaced gave, bit for bit."""
+    """Disables every `LoRALinear` of `model` within the context: outputs are the base layers', bit for bit."""
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
     for layer in layers:
         layer.adapted = False
@@ -191,8 +190,8 @@ def without_lora(model: nn.Module) -> Iterator[None]:
 def merge_lora(model: nn.Module) -> nn.Module:
     """Folds every `LoRALinear` of `model` into a plain `nn.Linear`, in place, and returns the model.
 
-    The sum is computed in float32 and rounded once to the weight's own dtype. Where the weight is quantised the layer
-    stays: in so few bits the sum would not be itself, and dense it would take what quantising has saved.
+    The sum is computed in float32 and rounded once to the weight's dtype. Layers with a quantised weight are kept:
+    quantising the sum would lose precision, and storing it dense would undo the saving in memory.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear) and not is_quantized(module.weight):

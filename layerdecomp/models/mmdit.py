@@ -1,4 +1,4 @@
-"""The diffusion transformer of FLUX.1 under its published parameter names, with room for fused context tokens.
+"""The diffusion transformer of FLUX.1 under its published parameter names, with optional fused context tokens.
 
 Architecture: https://github.com/black-forest-labs/flux and Esser et al. 2024 (arXiv 2403.03206).
 """
@@ -39,7 +39,7 @@ class MMDiTConfig:
     num_heads: int = 24
     depth: int = 19  # double-stream blocks
     depth_single_blocks: int = 38
-    axes_dim: list[int] = field(default_factory=lambda: [16, 56, 56])  # channels of a head for layer, row, column
+    axes_dim: list[int] = field(default_factory=lambda: [16, 56, 56])  # head channels for layer, row, column
     theta: int = 10_000
     qkv_bias: bool = True
     guidance_embed: bool = True
@@ -58,8 +58,8 @@ class MMDiTConfig:
             )
 
 
-# What scaled-dot-product attention is on a device, whichever kernel it takes.
-ATTENTION = {
+# The operators that scaled-dot-product attention dispatches to, by device and kernel.
+ATTENTION_OPS = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -68,17 +68,17 @@ ATTENTION = {
 }
 
 
-def keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Which operations' results a block keeps for the backward pass, where it computes all others again."""
-    # The meta device has no such kernel; its attention is a block's only batched products.
-    kept = operation in ATTENTION or (operation is torch.ops.aten.bmm.default and args[0].is_meta)
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+def save_attention(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Selective checkpointing policy: saves the output of attention and recomputes everything else."""
+    # The meta device has no attention kernel; there, a block's only batched products are its attention.
+    saved = op in ATTENTION_OPS or (op is torch.ops.aten.bmm.default and args[0].is_meta)
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def recomputed_but_attention(block: nn.Module, *inputs: Tensor) -> Any:
-    """A block's output; the backward pass will compute again what it needs of the block, but not attention."""
-    contexts = partial(create_selective_checkpoint_contexts, keep_attention)
-    # With a module's hooks, which gather its weights where they are shared out, unless it is being compiled with this.
+def checkpoint_except_attention(block: nn.Module, *inputs: Tensor) -> Any:
+    """Runs a block under activation checkpointing that recomputes everything but attention."""
+    contexts = partial(create_selective_checkpoint_contexts, save_attention)
+    # Eagerly, call the module: its hooks gather sharded weights. Under compilation, trace its forward alone.
     run = block.forward if torch.compiler.is_compiling() else block
     return checkpoint(run, *inputs, use_reentrant=False, context_fn=contexts)
 
@@ -89,9 +89,9 @@ class MMDiT(nn.Module):
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
         self.config = config
-        self.recompute = 0  # every how many blocks activations are recomputed in training: 1 all, 0 none
-        self.recompute_attention = True  # with the rest of such a block; False: what attention gives is kept
-        self._but_attention = recomputed_but_attention
+        self.recompute = 0  # activation checkpointing of every n-th block in training: 1 all, 0 none
+        self.recompute_attention = True  # in those blocks; False: its output is saved
+        self._checkpoint_except_attention = checkpoint_except_attention
         self._rotary: tuple[tuple[Tensor, Tensor, int] | None, Tensor] = None, torch.empty(0)
         size = config.hidden_size
         self.img_in = nn.Linear(config.in_channels, size)
@@ -126,17 +126,17 @@ class MMDiT(nn.Module):
             img: noisy tokens and their context, (B, L, in_channels).
             img_ids: positions (layer, row, column), (L, 3) or (B, L, 3).
             txt: text tokens, (B, T, context_in_dim).
-            txt_ids: their positions, all zero in FLUX, (T, 3) or (B, T, 3) as `img_ids`.
+            txt_ids: positions of the text tokens, all zero in FLUX, (T, 3) or (B, T, 3) to match `img_ids`.
             timesteps: time in [0, 1], 1 = pure noise, (B,).
             y: pooled text embedding, (B, vec_in_dim).
-            guidance: guidance scale, (B,); needed if and only if the model has `guidance_embed`, else ignored.
-            fused: further context tokens, (B, N, hidden_size), placed behind the text at position (0, 0, 0).
+            guidance: guidance scale, (B,); required with `guidance_embed`, otherwise ignored.
+            fused: context tokens, (B, N, hidden_size), appended to the text at position (0, 0, 0).
 
         Returns:
             (B, L, out_channels).
 
         Raises:
-            InputError: a model with `guidance_embed` gets no guidance.
+            InputError: the model has `guidance_embed`, but `guidance` is missing.
         """
         vec = self.embed_condition(timesteps, y, guidance)  # (B, D)
         pe = self._rotary_table(img_ids, txt_ids, 0 if fused is None else fused.shape[1])
@@ -145,25 +145,25 @@ class MMDiT(nn.Module):
         if fused is not None:
             txt = torch.cat([txt, fused.to(txt.dtype)], dim=1)  # (B, T + N, D)
 
-        for number, block in enumerate(self.double_blocks):
-            img, txt = self._run(number, block, img, txt, vec, pe)
+        for index, block in enumerate(self.double_blocks):
+            img, txt = self._run_block(index, block, img, txt, vec, pe)
         x = torch.cat([txt, img], dim=1)  # (B, T + N + L, D)
-        for number, block in enumerate(self.single_blocks):
-            x = self._run(number, block, x, vec, pe)
+        for index, block in enumerate(self.single_blocks):
+            x = self._run_block(index, block, x, vec, pe)
         return self.final_layer(x[:, txt.shape[1] :], vec)
 
-    def _run(self, number: int, block: nn.Module, *inputs: Tensor) -> Any:
-        """A block's output; where it is one of those, the backward pass will compute it again instead of keeping it."""
-        if not (self.recompute and number % self.recompute == 0 and torch.is_grad_enabled()):
+    def _run_block(self, index: int, block: nn.Module, *inputs: Tensor) -> Any:
+        """The output of a block, with activation checkpointing if `recompute` selects the block."""
+        if not (self.recompute and index % self.recompute == 0 and torch.is_grad_enabled()):
             return block(*inputs)
         if self.recompute_attention:
             return checkpoint(block, *inputs, use_reentrant=False)
-        return self._but_attention(block, *inputs)
+        return self._checkpoint_except_attention(block, *inputs)
 
     def _rotary_table(self, img_ids: Tensor, txt_ids: Tensor, fused: int) -> Tensor:
-        """What `rope` makes of the positions of all tokens; made once for as long as the same tensors come."""
-        made_for, table = self._rotary
-        if made_for is None or not (made_for[0] is img_ids and made_for[1] is txt_ids and made_for[2] == fused):
+        """Rotary embedding of all tokens, cached for as long as the same position tensors are passed."""
+        key, table = self._rotary
+        if key is None or not (key[0] is img_ids and key[1] is txt_ids and key[2] == fused):
             with torch.inference_mode(False):
                 ids = torch.cat([F.pad(txt_ids, (0, 0, 0, fused)), img_ids], dim=-2)
                 table = rope(ids, self.config.axes_dim, self.config.theta)
@@ -171,15 +171,15 @@ class MMDiT(nn.Module):
         return table
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compiles every block in place, on first use, so that no name changes.
+        """Compiles every block in place, on first use; no parameter name changes.
 
-        The blocks of a kind share what is compiled. The first size of picture has code of its own, from the second on
-        all share code for any size. LoRA may be merged afterwards.
+        Blocks of a kind share compiled code. It is specialised to the first image size; from the second size on, one
+        dynamic version serves all others. LoRA may be merged afterwards.
         """
         for block in (*self.double_blocks, *self.single_blocks):
             block.compile(backend=backend)
-        # Within compiled code, which attention is a part of, it is for the compiler to keep what attention gives.
-        self._but_attention = torch.compile(recomputed_but_attention, backend=backend)
+        # Attention is then part of the compiled graph, where only the compiler can save its output.
+        self._checkpoint_except_attention = torch.compile(checkpoint_except_attention, backend=backend)
 
     def embed_condition(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
         """Sum of the embeddings of time (B,), pooled text (B, vec_in_dim) and guidance (B,): (B, D)."""
@@ -192,10 +192,10 @@ class MMDiT(nn.Module):
         return vec
 
     def init_weights(self) -> None:
-        """Draws weights for training from scratch; published weights make it needless.
+        """Initialises the weights for training from scratch.
 
         As in DiT (Peebles & Xie 2023, arXiv 2212.09748): Xavier-uniform linears with zero biases, modulations and last
-        layer zero, so that every block starts as the identity and the first velocity is zero.
+        layer zero, so that every block starts as the identity and the initial velocity is zero.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
