@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from layerdecomp.errors import InputError
@@ -93,10 +94,7 @@ def give_tensors(changes: Changes, base: Mapping[str, Tensor]) -> tuple[LoRAConf
 
 def _padded(change: Change, rank: int) -> Change:
     missing = rank - change.rank
-    a, b = change.a, change.b
-    return replace(
-        change, a=torch.cat([a, a.new_zeros(missing, a.shape[1])]), b=torch.cat([b, b.new_zeros(len(b), missing)], 1)
-    )
+    return replace(change, a=F.pad(change.a, (0, 0, 0, missing)), b=F.pad(change.b, (0, missing)))
 
 
 # Other layouts
@@ -128,14 +126,9 @@ def peft_settings(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     The input projection's rank differs from the others'. Without these settings, diffusers before 0.40 takes the
     others' rank as its alpha, and so scales it wrongly.
     """
-    ends = (".lora_A.weight", "transformer.")
-    ranks = {
-        name.removesuffix(ends[0]).removeprefix(ends[1]): tensor.shape[0]
-        for name, tensor in tensors.items()
-        if name.endswith(ends[0])
-    }
+    ranks = {module: len(tensors[f"transformer.{module}.lora_A.weight"]) for module in _lora_modules(tensors)}
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    others = {f"^{name}": own for name, own in ranks.items() if own != rank}
+    others = {f"^{module}": other for module, other in ranks.items() if other != rank}
     settings = {
         "r": rank,
         "lora_alpha": rank,
@@ -157,16 +150,22 @@ def peft_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> T
         default = settings.get("transformer.lora_alpha")
         patterns = settings.get("transformer.alpha_pattern") or {}
         rank_stabilised = settings.get("transformer.use_rslora")
-        ends, found = ("transformer.", ".lora_A.weight"), {}
-        for module in (name.removeprefix(ends[0]).removesuffix(ends[1]) for name in tensors if name.endswith(ends[1])):
-            own = [alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)]
-            if (alpha := [*own, default][0]) is not None:
-                found[f"{ends[0]}{module}.alpha"] = torch.tensor(float(alpha))
+        found = {}
+        for module in _lora_modules(tensors):
+            matches = [alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)]
+            if (alpha := [*matches, default][0]) is not None:
+                found[f"transformer.{module}.alpha"] = torch.tensor(float(alpha))
     except (ValueError, TypeError, AttributeError, re.error) as error:
         raise InputError(f"lora_adapter_metadata cannot be read ({error}); expected PEFT's settings as JSON") from error
     if rank_stabilised:
         raise InputError("lora_adapter_metadata has use_rslora, which is not supported; expected alpha / rank as scale")
     return found
+
+
+def _lora_modules(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The modules of a LoRA in diffusers layout."""
+    suffix = ".lora_A.weight"
+    return [name.removeprefix("transformer.").removesuffix(suffix) for name in tensors if name.endswith(suffix)]
 
 
 def _swapped(tensor: Tensor) -> Tensor:
@@ -283,7 +282,7 @@ def average(parts: Sequence[tuple[Tensors, float]]) -> Tensors:
         raise InputError("the adapters' fusion modules differ in size; expected adapters of one fusion config")
     whole = sum(share for _, share in parts)
     if whole == 0:
-        raise InputError("weights= sum up to 0; expected another sum, by which the fusion modules' mean is divided")
+        raise InputError("weights= sum up to 0; expected a non-zero sum, since the fusion modules are averaged")
     return {name: torch.stack([share / whole * t[name].float() for t, share in parts]).sum(0) for name in first}
 
 

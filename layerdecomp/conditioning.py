@@ -33,7 +33,7 @@ def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
 
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """The mask at full resolution: (B, 1, H, W) -> (B, L, 256). 8 x 8 pixels become channels, which are packed."""
+    """Full-resolution mask: (B, 1, H, W) -> (B, L, 256). Each 8 x 8 block becomes 64 channels, packed like latents."""
     return pack(rearrange(mask, "B 1 (h p) (w q) -> B (p q) h w", p=LATENT_FACTOR, q=LATENT_FACTOR))
 
 

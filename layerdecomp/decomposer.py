@@ -48,7 +48,7 @@ TRAINED = re.compile(r"\.lora_[AB]\.weight$|^transformer\.img_in\.|^context_fusi
 
 @dataclass(frozen=True)
 class Context:
-    """What the transformer is conditioned on, besides the time and the prompt."""
+    """What the transformer is conditioned on, besides time, guidance and prompt."""
 
     img_cond: Tensor  # inpainting context (B, layers * L, 320): the background's tokens, then the foreground's
     ids: Tensor  # (layers * L, 3)
@@ -129,13 +129,13 @@ class FrozenBase(nn.Module):
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """As `MMDiT.forward`."""
-        own, self.adapted.img_in = self.adapted.img_in, self.img_in
+        adapted_img_in, self.adapted.img_in = self.adapted.img_in, self.img_in
         try:
-            # Compiled blocks would be recompiled.
+            # Eagerly, or compiled blocks would be recompiled.
             with without_lora(self.adapted), torch.compiler.set_stance("force_eager"):
                 velocity: Tensor = self.adapted(**inputs)
         finally:
-            self.adapted.img_in = own
+            self.adapted.img_in = adapted_img_in
         return velocity
 
 

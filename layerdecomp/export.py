@@ -14,7 +14,7 @@ from torch import Tensor
 from layerdecomp.adapters import INPUT, LAYOUTS, Tensors, peft_settings, take_changes
 from layerdecomp.errors import InputError
 from layerdecomp.files import written_whole
-from layerdecomp.incoming import extras_beside, frozen_input, read_adapters
+from layerdecomp.incoming import extras_path, frozen_input, read_adapters
 from layerdecomp.manifest import ADAPTER, REPOSITORY, DecomposerConfig
 from layerdecomp.modelcard import model_card, notice
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
@@ -95,17 +95,17 @@ def _write_lora(layout: str) -> Callable[[ExportJob], list[Path]]:
         tensors = LAYOUTS[layout][1](changes, model.config.hidden_size)
         if INPUT in changes:
             rest |= {name: job.adapter.tensors[name] for name in base}
-        others = _write_beside(job, layout, model, rest)
-        told = peft_settings(tensors) if layout == "diffusers" else {}
-        save_tensors(job.out, job.cast(tensors), {**_metadata(job, layout), **told})
+        others = _write_extras(job, layout, model, rest)
+        settings = peft_settings(tensors) if layout == "diffusers" else {}
+        save_tensors(job.out, job.cast(tensors), {**_metadata(job, layout), **settings})
         return [job.out, *others]
 
     return write
 
 
-def _write_beside(job: ExportJob, format: str, model: MMDiT, rest: Tensors) -> list[Path]:
+def _write_extras(job: ExportJob, format: str, model: MMDiT, rest: Tensors) -> list[Path]:
     """Writes the trained tensors that the format cannot hold, and the notice; before the file itself."""
-    extras = extras_beside(job.out)
+    extras = extras_path(job.out)
     text = extras.with_name(extras.name.replace(".extras.safetensors", ".NOTICE.txt"))
     with written_whole(text) as partial:
         partial.write_text(notice(_is_flux(model), _metadata(job, format)))
@@ -120,7 +120,7 @@ def _write_merged(job: ExportJob) -> list[Path]:
     model, layout = empty_mmdit(path)
     trained = {name: adapted[name].float() for name in (f"{INPUT}.weight", f"{INPUT}.bias")}
     changes, rest = take_changes(adapted, job.config.lora, trained)
-    others = _write_beside(job, "merged", model, rest)
+    others = _write_extras(job, "merged", model, rest)
     facts = {**_metadata(job, "merged"), "merged": "yes", "config": json.dumps(asdict(model.config))}
     read = open_state(model, path, layout=layout)
 
@@ -217,7 +217,7 @@ def _copy_parts(job: ExportJob, folder: Path) -> dict[str, str | None]:
 
 
 def _licence(flux: bool, base: Path) -> Path:
-    """The licence to pass on: that of FLUX lies with the base; weights trained from scratch have the repository's."""
+    """The licence to pass on: FLUX's, from the base's folder, or the repository's for weights trained from scratch."""
     if not flux:
         return REPOSITORY / "LICENSE"
     places = [folder / "LICENSE.md" for folder in (base, base.parent, base.parent.parent)]
@@ -242,7 +242,7 @@ MODIFIED = {
 def _metadata(job: ExportJob, format: str) -> Metadata:
     """The adapter's metadata, completed with entries that older adapters lack."""
     metadata = {"data": "unknown", **job.config.lora_metadata(), **job.adapter.metadata}
-    metadata["date"] = date_of_writing(metadata.get("date", "unknown"))  # depends on the input alone
+    metadata["date"] = date_of_writing(metadata.get("date", "unknown"))  # so that a file depends on its input alone
     metadata["tool_version"] = TOOL_VERSION
     metadata["modified"] = MODIFIED.get(format, metadata.get("modified", "yes"))
     if format in LAYOUTS:

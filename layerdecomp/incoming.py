@@ -61,7 +61,7 @@ def read_adapters(
         notes = {"merged_from": " + ".join(shares), **_joint_provenance([other.metadata for other, _ in read])}
     if rank is not None:
         changes, notes["reduced"] = _reduce(changes, rank)
-    figures = {"figures": "{}"}  # those on file were measured with another adapter
+    figures = {"figures": "{}"}  # the recorded ones belong to another adapter
     return _adapter(changes, rest, base, config, {**adapter.metadata, **notes, **figures}), config
 
 
@@ -154,7 +154,7 @@ def _check_widths(path: Path, changes: Changes, model: MMDiT) -> None:
 
 def _read_extras(path: Path, changes: Changes, base: Tensors, needed: bool) -> Tensors:
     """The tensors that an exported LoRA file cannot hold, from the file beside it."""
-    file = extras_beside(path)
+    file = extras_path(path)
     if not needed and not file.is_file():
         return {}
     with open_safetensors(file) as opened:
@@ -175,6 +175,6 @@ def frozen_input(config: DecomposerConfig) -> tuple[MMDiT, Tensors]:
     return model, {f"{INPUT}.{kind}": read[f"{INPUT}.{kind}"]().float() for kind in ("weight", "bias")}
 
 
-def extras_beside(path: Path) -> Path:
+def extras_path(path: Path) -> Path:
     """The path of the trained tensors that an exported file in another layout cannot hold."""
     return path.with_name(f"{path.name.removesuffix('.safetensors')}.extras.safetensors")

@@ -168,8 +168,8 @@ def autoencoder_config(description: Mapping[str, Any]) -> AutoencoderConfig:
 
 
 def recognise(found: Shapes, expected: Shapes) -> str | None:
-    """A hint at what tensors that do not fit are, if they look like a common kind of file."""
-    return next((what for is_it, what in LOOKS if is_it(found, expected)), None)
+    """A hint at the kind of file that mismatching tensors come from, if it is a common one."""
+    return next((hint for applies, hint in HINTS if applies(found, expected)), None)
 
 
 Test = Callable[[Shapes, Shapes], bool]
@@ -192,7 +192,7 @@ def _instead(pattern: str) -> Test:
     return lambda found, expected: _named(pattern)(found, expected) and not _named(pattern)(expected, found)
 
 
-LOOKS: list[tuple[Test, str]] = [
+HINTS: list[tuple[Test, str]] = [
     (
         _instead(r"\.(lora_(A|B|down|up)|lokr_\w+|hada_\w+)(\.|$)"),
         "this is a LoRA, not a model; tools/export.py format=import converts it to an adapter",

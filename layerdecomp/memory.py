@@ -2,7 +2,7 @@
 
 A step's forward and backward pass run on fake tensors, which have shapes but no data (`FakeTensorMode`), while every
 storage is counted from allocation to release. The peak thus includes what autograd saves and all temporaries. Blocks
-are alike unless LoRA's targets distinguish them, so that the cost of a few gives that of many.
+are alike unless LoRA's targets distinguish them, so that a few are measured and the rest is extrapolated.
 """
 
 import weakref

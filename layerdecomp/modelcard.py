@@ -40,7 +40,7 @@ def model_card(flux: bool, metadata: Mapping[str, str], files: Mapping[str, str]
 
     Args:
         metadata: the adapter's.
-        files: what each file of the folder is.
+        files: description of each file in the folder.
     """
     where = "" if "transformer" in " ".join(files) else ", transformer=..., autoencoder=..."
     return f"""---

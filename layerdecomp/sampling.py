@@ -22,8 +22,8 @@ class SampleConfig:
     steps: int = 28
     guidance: float = 30.0  # FLUX.1-Fill is distilled to take the scale as an input; tiny models ignore it
     max_side: int = 1024  # larger images are decomposed at this size, and their layers resized back
-    ensemble: int = 1  # samples whose median is the foreground: what differs between them is a guess
-    alpha_margin: float = 0.0  # alphas this near to 0 or 1 become 0 or 1, which a small model never quite reaches
+    ensemble: int = 1  # samples drawn; the foreground is their median, since what varies between them is a guess
+    alpha_margin: float = 0.0  # alphas within this of 0 or 1 become 0 or 1, which small models never quite reach
     tile: int = 1024  # pixels: larger images pass through the autoencoder in tiles of this side, to limit memory
     tile_overlap: int = 256  # minimum number of pixels over which neighbouring tiles are blended
     keep_pixels: bool = True  # keep the input's pixels in the background, away from the object

@@ -38,7 +38,7 @@ DTYPES = {
 }
 TYPES = {name: dtype for dtype, name in DTYPES.items()}
 FP8 = ("F8_E4M3", "F8_E5M2")
-FP8_SCALES = ("scale_weight", "weight_scale")  # beside a weight, as ComfyUI names them
+FP8_SCALES = ("scale_weight", "weight_scale")  # of a weight, as ComfyUI names them
 FP8_COMPANIONS = (*FP8_SCALES, "scale_input", "input_scale", "scaled_fp8", "comfy_quant")
 HUGE = 1 << 21  # bytes of a huge page
 

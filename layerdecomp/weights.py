@@ -73,7 +73,7 @@ def latents_sha256(path: Path) -> str:
 
 
 def date_of_writing(otherwise: str | None = None) -> str:
-    """SOURCE_DATE_EPOCH, if it is set (https://reproducible-builds.org); else `otherwise`, or the time now; UTC."""
+    """SOURCE_DATE_EPOCH, if it is set (https://reproducible-builds.org); else `otherwise`, or the current time; UTC."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     if epoch is None and otherwise is not None:
         return otherwise
@@ -99,8 +99,8 @@ def check_keys(path: str | Path, found: Mapping[str, Shape], expected: Mapping[s
     ]
     lines = [f"  {len(names)} {kind}: {first_few(names)}" for kind, names in mismatches if names]
     if lines:
-        if looks := recognise(found, expected):
-            lines.append(f"  {looks}")
+        if hint := recognise(found, expected):
+            lines.append(f"  {hint}")
         raise InputError(
             f"{path} does not fit {what}: {len(found)} tensors found, {len(expected)} expected\n" + "\n".join(lines)
         )
@@ -303,9 +303,9 @@ class Adapter:
             return cls({name: file.get_tensor(name) for name in file.keys()}, metadata)  # noqa: SIM118
 
 
-def find_weights(name: str, beside: Iterable[Path]) -> Path:
-    """The path of a weight file that an adapter names: as given, or in one of the folders `beside`."""
-    candidates = [Path(name), *(folder / Path(name).name for folder in beside), *(folder / name for folder in beside)]
+def find_weights(name: str, folders: Iterable[Path]) -> Path:
+    """The path of a weight file that an adapter names: as given, or in one of `folders`."""
+    candidates = [Path(name), *(folder / Path(name).name for folder in folders), *(folder / name for folder in folders)]
     for candidate in candidates:
         if candidate.exists():
             return candidate

@@ -431,7 +431,7 @@ def test_evaluate_without_the_matting_library(
         (["out=a.safetensors", "adapter=run"], "run is an unfinished run without adapter.safetensors; resume it"),
         (
             ["out=a.safetensors", "adapter=run/last.ckpt"],
-            "run/last.ckpt is a training checkpoint; expected the adapter that its run writes last, run/adapter.safetensors",
+            "run/last.ckpt is a training checkpoint; expected the adapter that its run writes last, run/adapter",
         ),
     ],
 )

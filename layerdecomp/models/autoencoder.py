@@ -246,7 +246,7 @@ class Autoencoder(nn.Module):
     def init_weights(self) -> None:
         """Initialises the weights for training from scratch.
 
-        Residual branches start at zero and the layers between them near orthogonal maps (of 2 x 2 pixels when
+        Residual branches start at zero and the layers between them close to orthogonal (over 2 x 2 pixels when
         downsampling), so that the network starts close to a linear map that preserves images and gradients.
         """
         for module in self.modules():

@@ -17,7 +17,7 @@ def timestep_embedding(t: Tensor, dim: int, *, max_period: float = 10000.0, time
     Args:
         t: (N,), for example the time in [0, 1] or the guidance scale.
         dim: width of the embedding, even.
-        max_period: the slowest wave has the period 2 pi * max_period (reached in the limit).
+        max_period: the period of the slowest wave approaches 2 pi * max_period.
         time_factor: scales `t` first.
 
     Returns:

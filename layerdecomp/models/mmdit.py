@@ -92,7 +92,7 @@ class MMDiT(nn.Module):
         self.recompute = 0  # activation checkpointing of every n-th block in training: 1 all, 0 none
         self.recompute_attention = True  # in those blocks; False: its output is saved
         self._checkpoint_except_attention = checkpoint_except_attention
-        self._rotary: tuple[tuple[Tensor, Tensor, int] | None, Tensor] = None, torch.empty(0)
+        self._rope_cache: tuple[tuple[Tensor, Tensor, int] | None, Tensor] = None, torch.empty(0)
         size = config.hidden_size
         self.img_in = nn.Linear(config.in_channels, size)
         self.txt_in = nn.Linear(config.context_in_dim, size)
@@ -162,12 +162,12 @@ class MMDiT(nn.Module):
 
     def _rotary_table(self, img_ids: Tensor, txt_ids: Tensor, fused: int) -> Tensor:
         """Rotary embedding of all tokens, cached for as long as the same position tensors are passed."""
-        key, table = self._rotary
+        key, table = self._rope_cache
         if key is None or not (key[0] is img_ids and key[1] is txt_ids and key[2] == fused):
             with torch.inference_mode(False):
                 ids = torch.cat([F.pad(txt_ids, (0, 0, 0, fused)), img_ids], dim=-2)
                 table = rope(ids, self.config.axes_dim, self.config.theta)
-            self._rotary = (img_ids, txt_ids, fused), table
+            self._rope_cache = (img_ids, txt_ids, fused), table
         return table
 
     def compile_blocks(self, backend: str = "inductor") -> None:
