@@ -127,7 +127,7 @@ class LoRALinear(FrozenLinear):
         return out.view(*x.shape[:-1], self.out_features)
 
     def _cheaper_as_one(self, tokens: int) -> bool:
-        """Whether applying W + scale * B A takes fewer multiplications, forward and backward, than W and B A separately.
+        """Whether W + scale * B A, forward and backward, takes fewer multiplications than W and B A separately.
 
         It does where the rank is a large fraction of the width, as in small models.
         """
