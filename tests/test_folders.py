@@ -146,7 +146,7 @@ def test_a_folder_of_backgrounds_becomes_an_index(tmp_path: Path) -> None:
 def test_names_that_differ_in_their_extension_alone(tmp_path: Path) -> None:
     for name in ("x/a.png", "x/a.jpg", "a.png"):
         _save(_pixels(), tmp_path / name)
-    with pytest.raises(InputError, match=r"x/a\.jpg and x/a\.png differ in their extension alone; keep one"):
+    with pytest.raises(InputError, match=r"x/a\.jpg and x/a\.png differ only in their extension; keep one"):
         BackgroundFolder(tmp_path).candidates()
 
 
@@ -238,7 +238,7 @@ def test_every_fault_of_a_triplet_is_one_error(tmp_path: Path, spoil: Edit, mess
 def test_two_files_of_one_part(tmp_path: Path) -> None:
     _triplet(tmp_path)
     _save(_mask(), tmp_path / "mask" / "a.bmp")
-    with pytest.raises(InputError, match=r"mask: a\.bmp and a\.png differ in their extension alone"):
+    with pytest.raises(InputError, match=r"mask: a\.bmp and a\.png differ only in their extension"):
         TripletFolder(tmp_path).candidates()
 
 

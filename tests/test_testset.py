@@ -125,7 +125,7 @@ def test_rorems_layout(tmp_path: Path) -> None:
     torch.testing.assert_close(data[1]["background"], SCENES[1]["background"], rtol=0, atol=0.5 / 127.5 + 1e-6)
     other = {part: path.replace("/", "-too/") for part, path in records[1].items()}
     (tmp_path / "meta.json").write_text(json.dumps([*records, other]))
-    with pytest.raises(InputError, match="have one name, '00001'"):
+    with pytest.raises(InputError, match="share the name '00001'"):
         TestFolder(tmp_path)
 
 

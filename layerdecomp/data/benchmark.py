@@ -1,4 +1,4 @@
-"""How fast triplets are made, and where the time goes."""
+"""Benchmark of triplet generation: throughput, and time per stage."""
 
 import cProfile
 import pstats
@@ -26,7 +26,7 @@ from layerdecomp.imaging.compositing import over
 from layerdecomp.imaging.cues import edge_map, segmentation_map
 from layerdecomp.imaging.masks import imperfect_mask
 
-# What the table tells apart. A stage's time is that of its functions with all that they call.
+# The stages in the table. A stage's time is the cumulative time of its functions.
 STAGES: dict[str, tuple[Callable[..., Any], ...]] = {
     "decode": (open_picture, loading.open_shrunk),
     "resize": (loading.resized,),
@@ -40,9 +40,10 @@ STAGES: dict[str, tuple[Callable[..., Any], ...]] = {
 
 
 def benchmark(config: TripletConfig, count: int) -> None:
-    """Makes `count` triplets in this process, on one thread as a worker does, and prints the rate and the stages.
+    """Generates `count` triplets in this process, on one thread like a worker, and prints the throughput and stages.
 
-    Without indexes, of data sets of its own in a temporary folder. `InputError` for a count below 1.
+    If the config names no indexes, it generates its own data sets in a temporary folder. `InputError` for a count
+    below 1.
     """
     if count < 1:
         raise InputError(f"count is {count}; expected at least 1 triplet to time")
@@ -52,7 +53,7 @@ def benchmark(config: TripletConfig, count: int) -> None:
         if not (config.layered or config.foregrounds or config.folders):
             config.layered, config.foregrounds, config.backgrounds = make_data(Path(folder))
         data = Triplets(config, "train", 0, count + 1)
-        data[0]  # opens what stays open
+        data[0]  # warm-up: opens the files that stay open
         start, profile = time.perf_counter(), cProfile.Profile()
         for index in range(1, len(data)):
             profile.runcall(data.__getitem__, index)
@@ -61,9 +62,9 @@ def benchmark(config: TripletConfig, count: int) -> None:
 
 
 def make_data(folder: Path) -> list[list[str]]:
-    """Indexes of pictures of four layers (1024 x 1024, with depth maps), of cut-outs (1024) and of JPEGs (1536).
+    """Indexes of four-layer pictures (1024 x 1024, with depth maps), of cut-outs (1024) and of JPEGs (1536).
 
-    All have a camera's noise, without which their files would be smaller than photographs' are.
+    All contain sensor noise, without which the files would be smaller than those of real photographs.
     """
     rng = np.random.default_rng(0)
     readers: tuple[Reader, ...] = (
@@ -95,7 +96,7 @@ def _photograph(rng: np.random.Generator, size: int) -> Image.Image:
 
 
 def _cut_out(rng: np.random.Generator, area: float) -> Image.Image:
-    """RGBA, 1024 x 1024: a shape that covers a share of `area`, nothing under alpha 0."""
+    """RGBA, 1024 x 1024: a shape that covers a fraction `area`, black where alpha is 0."""
     alpha = Image.fromarray((whole_shape(rng, 1024, "train", area) * 255).astype(np.uint8))
     picture = Image.new("RGBA", (1024, 1024))
     picture.paste(_photograph(rng, 1024), mask=alpha.point(lambda level: 255 * (level > 0)))
@@ -104,7 +105,7 @@ def _cut_out(rng: np.random.Generator, area: float) -> Image.Image:
 
 
 def report(profile: cProfile.Profile, count: int, seconds: float, size: int) -> None:
-    """Prints the rate and the milliseconds of each stage."""
+    """Prints the throughput and the milliseconds of each stage."""
     stats: dict[Any, Any] = pstats.Stats(profile).stats  # type: ignore[attr-defined]
     print(f"{count / seconds:.2f} triplets/s per worker at {size} x {size}, {1000 * seconds / count:.0f} ms each:")
     rest = seconds

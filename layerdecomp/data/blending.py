@@ -1,6 +1,6 @@
-"""What keeps a pasted object from giving itself away: the light of its surroundings, one camera's blur, grain and JPEG.
+"""Augmentations that hide the seams of a pasted object: matched lighting, blur, shared grain and JPEG artefacts.
 
-Pictures are (C, H, W) as in samples: straight colours in [-1, 1], alpha in [0, 1].
+Tensors are (C, H, W) as in samples: straight colours in [-1, 1], alpha in [0, 1].
 """
 
 import io
@@ -18,22 +18,23 @@ from layerdecomp.imaging.geometry import to_pixels, to_tensor
 
 @dataclass
 class BlendingConfig:
-    """How often each is done; 0 switches it off."""
+    """Probability of each augmentation; 0 disables it."""
 
-    light: float = 0.7  # the object takes on some of the background's brightness, contrast and tint
-    blur: float = 0.3  # the object is made as soft as a background that is out of focus
-    grain: float = 0.5  # noise over everything
-    jpeg: float = 0.5  # the image (not the layers) goes through JPEG
+    light: float = 0.7  # shift the object's brightness, contrast and tint towards the background's
+    blur: float = 0.3  # blur the object, as if out of focus
+    grain: float = 0.5  # add the same noise to all layers
+    jpeg: float = 0.5  # compress the image (not the layers) as JPEG
 
     def __post_init__(self) -> None:
         check_probabilities(self, "data.triplets.blending.", *vars(self))
 
 
 def match_light(foreground: Tensor, background: Tensor, strength: float) -> Tensor:
-    """Move the colours of a foreground (4, H, W) towards the mean and deviation of a background's (3, H, W).
+    """Move the colours of a foreground (4, H, W) towards the mean and deviation of a background (3, H, W).
 
-    Channel by channel, `strength` in [0, 1] of the way (Reinhard et al., "Color Transfer between Images", 2001, in RGB:
-    whole and in decorrelated colours it would paint the object over). Deviations change by at most a factor of 1.5.
+    A weakened form of Reinhard et al., "Color Transfer between Images" (2001): per RGB channel, `strength` in [0, 1] of
+    the way, deviations changed by a factor of at most 1.5. The full transfer, in a decorrelated colour space, would
+    recolour the object entirely.
     """
     rgb, alpha = foreground[:3], foreground[3:]
     weight = alpha / alpha.sum().clamp(min=1)
@@ -46,7 +47,7 @@ def match_light(foreground: Tensor, background: Tensor, strength: float) -> Tens
 
 
 def soften(foreground: Tensor, sigma: float) -> Tensor:
-    """Blur a foreground (4, H, W) by a Gaussian of `sigma` pixels, its colours weighted by alpha."""
+    """Blur a foreground (4, H, W) with a Gaussian of `sigma` pixels, colours weighted by alpha."""
     size = 2 * max(1, round(3 * sigma)) + 1
     premultiplied = torch.cat([foreground[:3] * foreground[3:], foreground[3:]])
     blurred = gaussian_blur(premultiplied, [size, size], [sigma, sigma])
@@ -56,7 +57,7 @@ def soften(foreground: Tensor, sigma: float) -> Tensor:
 
 
 def draw_grain(size: tuple[int, int], deviation: float, rng: np.random.Generator) -> Tensor:
-    """Draw noise (3, H, W) for colours in [-1, 1]: mostly brightness, a little colour, correlated as by demosaicing."""
+    """Draw noise (3, H, W) for colours in [-1, 1]: mostly luminance, a little chroma, correlated as by demosaicing."""
     noise = torch.from_numpy(rng.standard_normal((4, *size), dtype=np.float32))
     mixed = 0.9 * noise[:1] + 0.45 * noise[1:]
     smooth = gaussian_blur(mixed, [3, 3], [0.5, 0.5])
@@ -64,7 +65,7 @@ def draw_grain(size: tuple[int, int], deviation: float, rng: np.random.Generator
 
 
 def through_jpeg(image: Tensor, quality: int) -> Tensor:
-    """Compress an image (3, H, W) in [-1, 1] as JPEG of a quality from 1 to 100, and read it again."""
+    """Compress an image (3, H, W) in [-1, 1] as JPEG with quality 1 to 100, and decode it again."""
     file = io.BytesIO()
     Image.fromarray(to_pixels(image)).save(file, "JPEG", quality=quality)
     return to_tensor(np.asarray(Image.open(file)))[0]

@@ -1,4 +1,4 @@
-"""Checking what has been indexed: every file is read again, and faults that no single file shows are looked for."""
+"""Checks indexed data: reads every file again, and looks for faults that show only across files."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -35,28 +35,28 @@ TILE = 160  # pixels
 
 @dataclass(frozen=True)
 class Finding:
-    """What is known of an item once its files have been read."""
+    """The result of reading an item's files."""
 
     row: int
-    digest: bytes = b""  # of its first file, unless there is a fault
-    maps: tuple[str, ...] = ()  # the cues that it has maps of
+    digest: bytes = b""  # of its first file; empty if there is a fault
+    maps: tuple[str, ...] = ()  # the cues it has maps for
     fault: str | None = None
 
 
 class Place(NamedTuple):
-    """Where an item is found."""
+    """The location of an item."""
 
     name: str
     split: str
 
 
 def check_indexes(paths: Sequence[Path], workers: int = 1) -> list[str]:
-    """Reads every item of some indexes; prints a summary and writes a contact sheet beside each.
+    """Reads every item of the indexes; prints a summary and writes a contact sheet beside each index.
 
     Returns:
-        a line per fault: files that are missing, cut off or of another size than when they were indexed, the wrong
-        mode, alpha that says nothing or looks premultiplied, an inverted mask, a cue map that does not fit; then ids
-        (of one source) and contents that occur twice, within one split or, worse, in both.
+        A line per fault: files that are missing, truncated or whose size has changed since indexing, a wrong mode, an
+        alpha channel that is constant or looks premultiplied, an inverted mask, a cue map of the wrong size; and ids
+        (within one source) or contents that occur twice, within a split or, worse, in both.
     """
     faults: list[str] = []
     contents: dict[bytes, Place] = {}
@@ -89,7 +89,7 @@ def _examine_all(index: Index, workers: int) -> Iterator[Finding]:
 
 
 def examine(index: Index, row: int) -> Finding:
-    """Reads the files of an item."""
+    """Reads and checks the files of an item."""
     item = index[row]
     check: Callable[[Path, Item], Path] = _CHECKS[index.kind]
     try:
@@ -181,7 +181,7 @@ def _summarise(index: Index, findings: Sequence[Finding], faults: int, sheet: Pa
 
 
 def contact_sheet(index: Index, rows: Sequence[int]) -> Image.Image:
-    """Pictures from all over an index, cut-outs and layers on a checkerboard."""
+    """Thumbnails of items spread evenly over an index; transparency is shown on a checkerboard."""
     columns, lines = SHEET
     sheet = Image.new("RGB", (columns * TILE, lines * TILE), "white")
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), columns * lines)).round().astype(int))
@@ -192,7 +192,7 @@ def contact_sheet(index: Index, rows: Sequence[int]) -> Image.Image:
 
 
 def _thumbnail(index: Index, item: Item) -> Image.Image:
-    """What an item shows: of a layered picture its top layer, of a triplet all parts in a row."""
+    """The thumbnail of an item: the top layer of a layered picture, all parts of a triplet side by side."""
     if index.kind == "triplets":
         paths = [part_path(index.root, item, part) for part in PARTS if part in part_names(item)]
     else:

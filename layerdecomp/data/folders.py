@@ -1,4 +1,4 @@
-"""Folders of pictures: how every reader finds and opens files, plain backgrounds, and triplets in two layouts."""
+"""Folders of pictures: finding and opening files for all readers, plain backgrounds, and triplets in two layouts."""
 
 import json
 import os
@@ -17,12 +17,12 @@ from layerdecomp.errors import InputError
 from layerdecomp.imaging.layers import READABLE, Pixels, check_pixels, read_mask, to_srgb
 
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"})
-UNFINISHED = frozenset({".part", ".partial", ".tmp"})  # "a.partial.png": somebody is still writing it
+UNFINISHED = frozenset({".part", ".partial", ".tmp"})  # such as "a.partial.png", which is still being written
 LICENCE = "not stated"
 
 
 def list_pictures(folder: Path, extensions: frozenset[str] = PICTURES) -> list[str]:
-    """Files at any depth below a folder, sorted, with forward slashes; hidden and unfinished ones are left out."""
+    """The pictures in a folder and its subfolders, sorted, with forward slashes; skips hidden and unfinished files."""
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; expected one of pictures ({' '.join(sorted(extensions))})")
     found = []
@@ -35,7 +35,7 @@ def list_pictures(folder: Path, extensions: frozenset[str] = PICTURES) -> list[s
 
 
 def _folders_below(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """A folder and all below it with the names in them, each once: links are followed, but never in a circle."""
+    """A folder and its subfolders with the names of their files, each once: links are followed, cycles are not."""
     seen = set()
     for place, below, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
         status = os.stat(place)
@@ -43,7 +43,7 @@ def _folders_below(folder: Path) -> Iterator[tuple[Path, list[str]]]:
             below.clear()
             continue
         seen.add(identity)
-        below[:] = sorted(name for name in below if not name.startswith("."))  # the same one comes first everywhere
+        below[:] = sorted(name for name in below if not name.startswith("."))  # same order on every file system
         yield Path(place), names
 
 
@@ -57,27 +57,27 @@ def _is_picture(name: str, extensions: frozenset[str]) -> bool:
 
 
 def by_stem(folder: Path, extensions: frozenset[str] = PICTURES) -> dict[str, str]:
-    """The pictures below a folder by their path without its extension; `InputError` where two share one."""
+    """Path without extension -> path, for the pictures below a folder; `InputError` if two share a stem."""
     names: dict[str, str] = {}
     for name in list_pictures(folder, extensions):
         stem = name.rpartition(".")[0]
         if stem in names:
-            raise InputError(f"{folder}: {names[stem]} and {name} differ in their extension alone; keep one")
+            raise InputError(f"{folder}: {names[stem]} and {name} differ only in their extension; keep one")
         names[stem] = name
     return names
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A picture decoded to its last row, as it is stored: its EXIF has been read, but turns nothing.
+    """A picture, completely decoded, as it is stored: the EXIF orientation is not applied.
 
     Raises:
-        InputError: the file is missing, no picture or cut off, or has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+        InputError: the file is missing, no picture or truncated, or has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
     """
     try:
         with Image.open(path, formats=READABLE) as picture:
             check_pixels(path, picture)
             picture.load()
-            picture.getexif()  # parsed while the file is open, where damage to it is caught
+            picture.getexif()  # parse it here, so that damaged EXIF raises here
             return picture
     except InputError:
         raise
@@ -86,18 +86,18 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def orientation(picture: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) to 8; 1 where there is none, or nonsense."""
+    """The EXIF orientation, 1 (upright) to 8; 1 if it is missing or invalid."""
     value = picture.getexif().get(ExifTags.Base.Orientation)
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def upright_size(picture: Image.Image) -> tuple[int, int]:
-    """Width and height once the EXIF orientation has been applied, as `read_image` does."""
+    """Width and height after the EXIF orientation is applied, as by `read_image`."""
     return picture.size if orientation(picture) < 5 else (picture.height, picture.width)
 
 
 def to_rgba(picture: Image.Image, path: Path) -> Image.Image:
-    """A layer that was opened, as RGBA in sRGB; `InputError` for grey of more than 8 bits, which would turn white."""
+    """An opened layer as RGBA in sRGB; `InputError` for grey of more than 8 bits, which the conversion would clip."""
     if picture.mode.startswith("I") or picture.mode == "F":
         raise InputError(
             f"{path} is grey of more than 8 bits (its mode is {picture.mode}); expected a layer of 8 bits a channel: "
@@ -107,10 +107,10 @@ def to_rgba(picture: Image.Image, path: Path) -> Image.Image:
 
 
 def read_rgba(path: Path) -> Pixels:
-    """A foreground as (H, W, 4) uint8 in sRGB, its EXIF orientation applied, whose alpha channel cuts something out.
+    """A foreground as (H, W, 4) uint8 in sRGB, EXIF orientation applied.
 
     Raises:
-        InputError: as for `open_picture`, or there is no alpha channel, or it is 0 or 255 everywhere.
+        InputError: as for `open_picture`; or there is no alpha channel, or it is 0 everywhere or 255 everywhere.
     """
     picture = open_picture(path)
     if not picture.has_transparency_data:
@@ -125,7 +125,7 @@ def read_rgba(path: Path) -> Pixels:
 
 @dataclass(frozen=True)
 class BackgroundFolder:
-    """Pictures in a folder, at any depth, each of which is a background."""
+    """Pictures in a folder and its subfolders, each one a background."""
 
     root: Path
     source: str = "backgrounds"
@@ -140,20 +140,20 @@ class BackgroundFolder:
         return Item(candidate.rpartition(".")[0], candidate, width, height)
 
 
-# Triplets. The path of an item is a JSON object of its files by part, since the parts of one triplet differ in their
-# extensions, in RORem in their names as well, and may lack the foreground:
+# Triplets. The path of an item is a JSON object, part -> file: the parts of a triplet may differ in extension (in
+# RORem also in name), and the foreground may be missing:
 # {"image": "image/a.jpg", "mask": "mask/a.png", "foreground": "foreground/a.png", "background": "background/a.jpg"}
 PARTS = ("image", "mask", "foreground", "background")
 
 
 def part_names(item: Item) -> dict[str, str]:
-    """The files of a triplet by part, relative to its root, in the order of `PARTS`; the foreground may be missing."""
+    """Part -> file of a triplet, relative to its root, in the order of `PARTS`; the foreground may be missing."""
     names: dict[str, str] = json.loads(item.path)
     return names
 
 
 def part_path(root: Path, item: Item, part: str) -> Path:
-    """Where a part of a triplet lies; `InputError` if it has none of that name."""
+    """The path of a triplet's part; `InputError` if the triplet lacks it."""
     names = part_names(item)
     if part not in names:
         raise InputError(f"the triplet {item.id} of {root} has no {part}; it has {', '.join(names)}")
@@ -162,7 +162,7 @@ def part_path(root: Path, item: Item, part: str) -> Path:
 
 @dataclass(frozen=True)
 class TripletFolder:
-    """Four folders, image, mask, foreground and background, that hold each triplet's parts under one stem."""
+    """Four folders, image, mask, foreground and background, in which the parts of a triplet share one stem."""
 
     root: Path
     source: str = "triplets"
@@ -170,7 +170,7 @@ class TripletFolder:
     kind: ClassVar[str] = "triplets"
 
     def candidates(self) -> list[str]:
-        """Paths of triplets; where one lacks a part, `read` says so."""
+        """The paths of all triplets, including incomplete ones, for which `read` raises."""
         folders = {part: by_stem(self.root / part) for part in PARTS}
         stems = sorted(set().union(*folders.values()))
         triplets = [{part: names[stem] for part, names in folders.items() if stem in names} for stem in stems]
@@ -189,9 +189,8 @@ class TripletFolder:
 class RoremFolder:
     """The layout of RORem's downloads: `meta.json` is a list of records {"source": ..., "mask": ..., "GT": ...}.
 
-    Their paths are relative to the folder of `meta.json`. The source is our image and the GT our background; there is
-    no foreground. Records may share a file. The id of an item is the stem of its files, or the stems, joined by a plus
-    sign, where they differ.
+    Paths are relative to the folder of `meta.json`. The source is our image, the GT our background; there is no
+    foreground. Records may share files. An item's id is as in `triplet_id`.
     """
 
     root: Path
@@ -219,7 +218,7 @@ class RoremFolder:
 
 
 def triplet_id(names: dict[str, str]) -> str:
-    """The stem of a triplet's files by part, or the stems, joined by a plus sign, where they differ."""
+    """The common stem of a triplet's files, or their distinct stems joined by "+"."""
     return "+".join(dict.fromkeys(_stem(name) for name in names.values()))
 
 
@@ -233,7 +232,7 @@ def _stem(name: str) -> str:
 
 
 def _named(path: Path, position: int, record: Any) -> dict[str, str]:
-    """The files of a record by our names of the parts."""
+    """Part -> file of a RORem record."""
     keys = {"image": "source", "mask": "mask", "background": "GT"}
     if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in keys.values()):
         raise InputError(f"{path}: record {position} is {record!r}; expected the paths source, mask and GT")
@@ -245,7 +244,7 @@ def _named(path: Path, position: int, record: Any) -> dict[str, str]:
 
 
 def _checked_size(root: Path, names: dict[str, str]) -> tuple[int, int]:
-    """Width and height of a triplet's parts, once all of them have been opened and found to fit each other."""
+    """Opens all parts of a triplet, checks that their sizes agree, and returns width and height."""
     paths = {part: root / name for part, name in names.items()}
     size = upright_size(open_picture(paths["image"]))
     sizes = {"background": upright_size(open_picture(paths["background"]))}
@@ -263,10 +262,10 @@ def _checked_size(root: Path, names: dict[str, str]) -> tuple[int, int]:
 
 
 def open_mask(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.bool_]:
-    """A mask as (H, W) bool, True on the object; errors of `open_picture` and `read_mask`, which name the file.
+    """A mask as (H, W) bool, True on the object; raises the errors of `open_picture` and `read_mask`, naming the file.
 
     Args:
-        size: (width, height) that it must have.
+        size: required (width, height).
     """
     picture = open_picture(path)
     try:

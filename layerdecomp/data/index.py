@@ -1,8 +1,8 @@
-"""The index of a data set on disk: one small table, made once by `tools/prepare_data.py`, that training opens.
+"""The index of a data set on disk: a small table, written once by `tools/prepare_data.py` and opened by training.
 
-It is a safetensors file of columns, because that is what the project reads everything else from and because columns can
-be mapped into memory: opening an index of a million items costs as much as opening one of ten, and processes that read
-the same one share its pages. A string column is all its bytes in a row and where each string ends.
+It is a safetensors file of columns, since the project already uses that format and columns can be memory-mapped:
+opening an index costs the same for a million items as for ten, and processes that read the same index share its pages.
+A string column is stored as its concatenated bytes and the end of each string.
 """
 
 import hashlib
@@ -24,23 +24,23 @@ from layerdecomp.tensor_files import open_safetensors, read_metadata, save_tenso
 
 VERSION = "2"
 KINDS = ("layered", "foregrounds", "backgrounds", "triplets")
-TEST_SHARE = 0.02  # of the items, by a hash of their ids, unless another is asked for
+TEST_SHARE = 0.02  # default fraction of items in the test split, chosen by a hash of their ids
 
 
 @dataclass(frozen=True)
 class Item:
-    """One row: a file (or the files of one layered picture or triplet) that has been opened and found sound."""
+    """One row: a validated file, or the files of one layered picture or triplet."""
 
     id: str  # unique in its index
-    path: str  # below the index's root, with forward slashes; "{layer}" stands for a number, a triplet has JSON by part
+    path: str  # relative to the root, with forward slashes; "{layer}" is a layer's number; JSON by part for a triplet
     width: int  # pixels, after rotation
     height: int
-    layers: int = 1  # of a layered picture, the background included
-    rotation: int = 0  # degrees, counter-clockwise, that the picture has yet to be turned by
+    layers: int = 1  # of a layered picture, including the background
+    rotation: int = 0  # degrees, counter-clockwise, to turn the picture upright
 
 
 class Reader(Protocol):
-    """What turns a download into items. A dataclass of settings, so that worker processes can be given it."""
+    """Reads a downloaded data set into items. A dataclass of settings, so that it can be sent to worker processes."""
 
     @property
     def source(self) -> str:
@@ -54,25 +54,25 @@ class Reader(Protocol):
 
     @property
     def licence(self) -> str:
-        """Of the files."""
+        """Licence of the files."""
         ...
 
     @property
     def root(self) -> Path:
-        """What paths of items are relative to."""
+        """The folder that item paths are relative to."""
         ...
 
     def candidates(self) -> list[str]:
-        """Names of what might become items, sorted, found without opening the files themselves."""
+        """Names of potential items, sorted, found without opening the picture files."""
         ...
 
     def read(self, candidate: str) -> Item | None:
-        """Opens a candidate and checks it; None where the settings leave it out, `InputError` where it is broken."""
+        """Opens and checks a candidate; None if the settings exclude it, `InputError` if it is damaged."""
         ...
 
 
 def split_of(item: str, test_share: float = TEST_SHARE) -> str:
-    """The split of an item by its id, "train" or "test": the same on every machine and whatever else there is."""
+    """The split of an item, "train" or "test", from a hash of its id: independent of the machine and of other items."""
     place = int.from_bytes(hashlib.sha256(item.encode()).digest()[:8], "big") / 2**64
     return "test" if place < test_share else "train"
 
@@ -91,7 +91,7 @@ def write_index(path: str | Path, reader: Reader, items: Iterable[Item], test_sh
         "rotation": torch.tensor([row.rotation for row in rows], dtype=torch.int16),
     }
     splits = [split_of(row.id, test_share) for row in rows]
-    for split in ("train", "test"):  # lists, so that nobody has to go through a million rows to find a split's
+    for split in ("train", "test"):  # stored, so that selecting a split does not scan all rows
         chosen = [row for row, found in enumerate(splits) if found == split]
         columns[f"{split}.rows"] = torch.tensor(chosen, dtype=torch.int32)
     root = str(reader.root.resolve())
@@ -103,16 +103,16 @@ def write_index(path: str | Path, reader: Reader, items: Iterable[Item], test_sh
 def _string_column(name: str, strings: list[str]) -> dict[str, Tensor]:
     encoded = [string.encode() for string in strings]
     ends = torch.tensor([len(string) for string in encoded], dtype=torch.int64).cumsum(0)
-    # frombuffer refuses an empty buffer
+    # frombuffer rejects an empty buffer
     text = torch.frombuffer(bytearray(b"".join(encoded) or b"\0"), dtype=torch.uint8)
     return {f"{name}.text": text, f"{name}.ends": ends}
 
 
 class Index:
-    """An index file, its columns mapped into memory. Costs nothing to open, and nothing to hand to a worker process."""
+    """An index file with memory-mapped columns: cheap to open and cheap to send to a worker process."""
 
     def __init__(self, path: str | Path) -> None:
-        """Opens an index; `InputError` if it is missing, of another version, or its data are not where it says."""
+        """Opens an index; `InputError` if it is missing, of another version, or its data are no longer at its root."""
         self.path = Path(path)
         metadata = read_metadata(path)
         if metadata.get("index_version") != VERSION:
@@ -126,7 +126,7 @@ class Index:
             raise InputError(f"{path}: its data are not at {self.root}; put them there, or index them again")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_columns"}  # a worker maps its own
+        return {name: value for name, value in self.__dict__.items() if name != "_columns"}  # each worker maps its own
 
     @cached_property
     def _columns(self) -> dict[str, NDArray[Any]]:
@@ -135,7 +135,7 @@ class Index:
         found = {name: (values.dtype.type, values.ndim) for name, values in columns.items()}
         lengths = {len(columns[name]) for name in _PER_ROW if name in columns}
         if found != _COLUMNS or lengths != {count} or columns["size"].shape[1] != 2:
-            raise InputError(f"{self.path} has not the columns of an index; run tools/prepare_data.py again")
+            raise InputError(f"{self.path} does not have the columns of an index; run tools/prepare_data.py again")
         return columns
 
     def __len__(self) -> int:
@@ -149,7 +149,7 @@ class Index:
         try:
             item = Item(self._string("id", row), self._string("path", row), width, height, layers, rotation)
             _check_item(item, self.kind)
-        except (ValueError, TypeError, AttributeError) as error:  # wrong bytes and JSON too
+        except (ValueError, TypeError, AttributeError) as error:  # includes invalid UTF-8 and JSON
             raise InputError(f"{self.path}: row {row}: {error}; run tools/prepare_data.py again") from error
         return item
 
@@ -172,7 +172,7 @@ class Index:
 
 
 def _check_item(item: Item, kind: str) -> None:
-    """Raises `ValueError` for what no reader writes: no size, an id or a path that leads out of the data's folder."""
+    """Raises `ValueError` for an invalid size or layer count, or an id or path outside the data's folder."""
     paths = list(json.loads(item.path).values()) if kind == "triplets" else [item.path]
     for name in (item.id, *paths):
         path = PurePosixPath(name)
@@ -183,7 +183,7 @@ def _check_item(item: Item, kind: str) -> None:
 
 
 def map_columns(path: Path) -> dict[str, NDArray[Any]]:
-    """The tensors of a safetensors file as arrays that are read from the disk where they are touched."""
+    """The tensors of a safetensors file as memory-mapped arrays."""
     with open_safetensors(path):  # checks the whole header
         pass
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""What the frozen autoencoders make of training samples, kept on disk: encoding is most of what a small model costs."""
+"""Cache of encoded training samples on disk: for a small model, encoding is most of the cost of a step."""
 
 import hashlib
 import json
@@ -14,13 +14,13 @@ from layerdecomp.tensor_files import open_safetensors, save_tensors
 
 
 class LatentCache:
-    """A folder with a file for every encoded sample: half precision there, float32 for whoever reads.
+    """A folder with one file per encoded sample, stored in half precision and loaded as float32.
 
-    Runs, and the ranks of one, may share it.
+    Runs, and the ranks of a run, may share it.
 
     Args:
-        folder: holds one folder for every description.
-        described: everything that the latents depend on, as JSON would have it; the code in `SOURCES` is added.
+        folder: parent of the cache, which has one subfolder per description.
+        described: everything that the latents depend on, JSON-serialisable; a hash of the code in `SOURCES` is added.
     """
 
     def __init__(self, folder: str | Path, described: Mapping[str, Any]) -> None:
@@ -32,7 +32,7 @@ class LatentCache:
         return self.folder / f"{index:09d}.safetensors"
 
     def has(self, indices: Sequence[int]) -> bool:
-        """Whether every one of these samples is there."""
+        """Whether all of these samples are cached."""
         self._known |= {index for index in indices if index not in self._known and self._path(index).is_file()}
         return self._known.issuperset(indices)
 
@@ -43,12 +43,12 @@ class LatentCache:
             with open_safetensors(path) as file:
                 return {name: _widened(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
         except InputError as error:
-            raise InputError(f"latent_cache: {error}; or delete {path}, which will be made anew") from error
+            raise InputError(f"latent_cache: {error}; or delete {path}, which will be encoded again") from error
 
     def add(self, indices: Sequence[int], encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Writes the samples of a batch, one row each, and returns it as reading it back would.
+        """Writes the samples of a batch, one row each, and returns the batch as `load` would.
 
-        Raises `InputError` where the disk is full or may not be written.
+        Raises `InputError` if the disk is full or not writable.
         """
         kept = {name: rows.half() if rows.is_floating_point() else rows for name, rows in encoded.items()}
         on_cpu = {name: rows.cpu() for name, rows in kept.items()}
@@ -69,7 +69,7 @@ SOURCES = ("data/*.py", "imaging/*.py", "conditioning.py", "decomposer.py", "mod
 
 @cache
 def _source_sha256() -> str:
-    """Of the code that makes and encodes samples: whoever changes it must not train on what it made before."""
+    """Hash of the code that makes and encodes samples, so that a change to it invalidates the cache."""
     package = Path(__file__).parent.parent
     files = sorted(path for pattern in SOURCES for path in package.glob(pattern))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

@@ -20,12 +20,12 @@ CUT_OUTS = frozenset({".png", ".webp", ".tif", ".tiff"})
 
 @dataclass(frozen=True)
 class ForegroundFolder:
-    """RGBA files in a folder, at any depth: complete objects, straight alpha, any colour under alpha 0."""
+    """RGBA files in a folder and its subfolders: complete objects with straight alpha, any colour under alpha 0."""
 
     root: Path
     source: str = "layerdiffuse"
     licence: str = LICENCE
-    min_side: int = 256  # pixels that the shorter side must have
+    min_side: int = 256  # pixels: minimum length of the shorter side
     kind: ClassVar[str] = "foregrounds"
 
     def candidates(self) -> list[str]:
@@ -36,37 +36,37 @@ class ForegroundFolder:
         rgba = read_rgba(path)
         height, width = rgba.shape[:2]
         if min(width, height) < self.min_side:
-            raise InputError(f"{path} is {width} x {height} pixels; expected sides of {self.min_side} at least")
+            raise InputError(f"{path} is {width} x {height} pixels; expected sides of at least {self.min_side}")
         if looks_premultiplied(rgba):
             raise InputError(
-                f"{path} looks premultiplied: where it is half transparent, its colours are dark in proportion to "
-                "alpha and never exceed it; expected straight alpha: divide the colours by alpha and save again"
+                f"{path} looks premultiplied: where it is semi-transparent, its colours darken in proportion to alpha "
+                "and never exceed it; expected straight alpha: divide the colours by alpha and save again"
             )
         return Item(candidate.rpartition(".")[0], candidate, width, height)
 
 
 def looks_premultiplied(rgba: Pixels) -> bool:
-    """Whether the colours of a picture have been multiplied by its alpha.
+    """Whether the colours of a picture seem to have been multiplied by its alpha.
 
-    Looks at the brightest channel v of the half-transparent pixels; it says yes if all of this holds:
+    Examines v, the brightest channel of each semi-transparent pixel. Returns True if all of these hold:
 
-    - Most of them are not black. Black is the same either way, and an object that fades into a black shadow all around
-      it darkens as if it were premultiplied.
-    - v exceeds alpha nowhere, give or take what lossy files do to a few pixels. Straight colours know nothing of
-      alpha: unless they are dark, they exceed it on the soft edge of a cut-out, where alpha falls to 0.
-    - The pixels would be clearly brighter if they were divided by alpha. This clears dark objects.
-    - v follows alpha: from the fainter to the denser half of the pixels, it grows more like alpha does than like a
-      constant. This clears objects whose alpha nowhere falls below their colour. Under an even alpha, as of a pane of
-      glass, the two halves do not differ and nothing follows.
+    - Most of these pixels are not black. Black is the same in both forms, and an object that fades into a black shadow
+      darkens as if it were premultiplied.
+    - v exceeds alpha almost nowhere (lossy files change a few pixels). Straight colours are independent of alpha:
+      unless they are dark, they exceed it along soft edges, where alpha falls to 0.
+    - Dividing by alpha would make the pixels clearly brighter. This accepts dark objects as straight.
+    - v follows alpha: from the more transparent to the more opaque half of the pixels, it grows more like alpha than
+      like a constant. This accepts objects whose colour is below alpha everywhere. If alpha is uniform, as in a pane of
+      glass, the halves do not differ and this condition counts as met.
 
-    It would rather miss one than refuse a sound one: dark premultiplied pictures pass, so do those with black shadows
-    and those with next to no half-transparent pixels.
+    The test favours false negatives over false positives: it accepts dark premultiplied pictures, those with black
+    shadows and those with very few semi-transparent pixels.
 
     Args:
         rgba: (H, W, 4) uint8.
     """
     alpha, brightest = rgba[..., 3], rgba[..., :3].max(axis=2)
-    half = (alpha > 16) & (alpha < 255)  # in fainter ones v is black through rounding
+    half = (alpha > 16) & (alpha < 255)  # below that, rounding can make v black
     if np.count_nonzero(half & (brightest <= 4)) * 2 > np.count_nonzero(half):
         return False
     telling = (alpha > 0) & (alpha < 255) & (brightest > 4)
@@ -87,16 +87,16 @@ def _follows(value: NDArray[np.float64], density: NDArray[np.float64]) -> bool:
 
 
 def pad_colours(foreground: Tensor) -> Tensor:
-    """Gives pixels under alpha 0 the colours of the visible ones around them; visible pixels stay as they are.
+    """Fills pixels under alpha 0 with the colours of nearby visible pixels, which stay unchanged.
 
-    As LayerDiffuse does it: alpha and the colours times alpha are shrunk by 1.2 again and again, down to one
-    pixel; then each size, from the coarsest, takes from the one before it what it lacks in alpha.
+    As in LayerDiffuse: a pyramid of the premultiplied layer, each level smaller by 1.2, down to one pixel. Then each
+    level, from the coarsest, is composited over the upsampled coarser result.
 
     Args:
-        foreground: (4, H, W), straight colours on any scale, alpha in [0, 1].
+        foreground: (4, H, W), straight colours in any range, alpha in [0, 1].
 
     Returns:
-        (4, H, W); the foreground itself where alpha is 0 everywhere, or nowhere.
+        (4, H, W); the input itself if alpha is 0 everywhere or nowhere.
     """
     rgb, alpha = foreground[:3], foreground[3:]
     hidden = alpha == 0
@@ -107,11 +107,11 @@ def pad_colours(foreground: Tensor) -> Tensor:
 
 
 def _filled(layer: Tensor) -> Tensor:
-    """(1, 4, H, W) premultiplied layer -> the same with every pixel full."""
+    """Premultiplied layer (1, 4, H, W) -> the same with every pixel opaque."""
     sizes = [layer]
     while max(sizes[-1].shape[-2:]) > 1:
         smaller = [max(1, int(side / 1.2)) for side in sizes[-1].shape[-2:]]
-        # a bilinear sample sees 2 x 2 pixels: at such steps none is passed over, so alpha never vanishes
+        # a bilinear sample reads 2 x 2 pixels: a factor of 1.2 skips none, so alpha never vanishes
         sizes.append(F.interpolate(sizes[-1], smaller, mode="bilinear"))
     full = sizes[-1] / sizes[-1][:, 3:]
     for size in reversed(sizes[:-1]):

@@ -1,4 +1,4 @@
-"""From an item of an index to its pictures, cropped and resized in the same step."""
+"""Loads the pictures of an index's items; cropping and resizing are one operation."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ from layerdecomp.imaging.geometry import to_tensor
 from layerdecomp.imaging.layers import READABLE, check_pixels, read_image
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
-Resize = Callable[[Image.Image, tuple[int, int], Box | None], Image.Image]  # takes what `resized` does
+Resize = Callable[[Image.Image, tuple[int, int], Box | None], Image.Image]  # same signature as `resized`
 
 
 def resized(picture: Image.Image, size: tuple[int, int], box: Box | None = None) -> Image.Image:
-    """A picture, or a crop of it, brought to (height, width); an alpha channel weights the colours."""
+    """A picture, or a crop of it, resized to (height, width); colours are weighted by alpha."""
     return picture.resize(size[::-1], Image.Resampling.BICUBIC, box, reducing_gap=3)
 
 
 def resized_map(cue: str, picture: Image.Image, size: tuple[int, int], box: Box | None = None) -> Image.Image:
-    """The map of a cue, or a crop of it, brought to (height, width) as it would look had it been computed there.
+    """A cue map, or a crop of it, resized to (height, width), close to a map computed at that size.
 
-    Edges stay black and white and no line is lost, segments do not blend, depth is resized as pictures are.
+    Edges stay binary and no line is lost, segments do not blend, depth is resized like a picture.
     """
     if cue == "segmentation":
         return picture.resize(size[::-1], Image.Resampling.NEAREST, box)
@@ -42,14 +42,14 @@ def resized_map(cue: str, picture: Image.Image, size: tuple[int, int], box: Box 
 
 @dataclass(frozen=True)
 class Fit:
-    """A crop of pictures of one size, and the size (height, width) that the crop is brought to."""
+    """A crop of all pictures of an item, and the size it is resized to."""
 
-    source: tuple[int, int]  # width, height that the pictures have
+    source: tuple[int, int]  # (width, height) of the pictures
     box: Box
-    size: tuple[int, int]
+    size: tuple[int, int]  # (height, width) after resizing
 
     def apply(self, picture: Image.Image, path: Path, resize: Resize = resized) -> Image.Image:
-        """Crop and resize."""
+        """Crops and resizes a picture."""
         if picture.size != self.source:
             raise InputError(
                 f"{path} is {picture.width} x {picture.height} pixels, its index says {self.source[0]} x "
@@ -59,9 +59,9 @@ class Fit:
 
 
 def fit(source: tuple[int, int], size: tuple[int, int], rng: np.random.Generator, around: Box | None = None) -> Fit:
-    """Place the largest crop of the aspect of `size` (height, width) in a picture of `source` (width, height).
+    """Place the largest crop with the aspect of `size` (height, width) in a picture of `source` (width, height).
 
-    Its place is random. A crop that is large enough holds the box `around`; one that is too small lies inside it.
+    Its position is random. Along each axis the crop contains the box `around`, or lies inside it if it is too small.
     """
     scale = min(source[0] / size[1], source[1] / size[0])
     width, height = scale * size[1], scale * size[0]
@@ -83,7 +83,7 @@ def load_background(index: Index, item: Item, size: tuple[int, int], rng: np.ran
     path = index.root / item.path
     picture = Image.fromarray(read_image(open_shrunk(path, item, size)))
     place = fit((item.width, item.height), size, rng)
-    # what the decoder has shrunk already is cropped by the shrunk box
+    # the decoder may have downscaled the picture: scale the box too
     shrink = picture.width / item.width
     left, top, right, bottom = (shrink * edge for edge in place.box)
     box = (left, top, min(right, picture.width), min(bottom, picture.height))
@@ -91,7 +91,7 @@ def load_background(index: Index, item: Item, size: tuple[int, int], rng: np.ran
 
 
 def open_shrunk(path: Path, item: Item, size: tuple[int, int]) -> Image.Image:
-    """A picture, upright, that a JPEG decoder may have shrunk to a half, a quarter or an eighth, never below `size`."""
+    """An upright picture, possibly downscaled by the JPEG decoder to 1/2, 1/4 or 1/8, but never below `size`."""
     needed = max(size[1] / item.width, size[0] / item.height)
     try:
         with Image.open(path, formats=READABLE) as file:
@@ -100,21 +100,21 @@ def open_shrunk(path: Path, item: Item, size: tuple[int, int]) -> Image.Image:
             file.load()
             picture = ImageOps.exif_transpose(file)
     except Exception:  # a damaged file can raise anything
-        open_picture(path)  # says what is wrong
+        open_picture(path)  # raises an error that says what is wrong
         raise
     if item.rotation:
         picture = picture.rotate(item.rotation, expand=True)
-    # a shrunk side may be a pixel longer than its share
+    # the decoder rounds sides up
     if abs(picture.width / picture.height * item.height / item.width - 1) > 2 / min(picture.size):
         raise InputError(
-            f"{path} has not the shape of the {item.width} x {item.height} pixels in its index; "
+            f"{path} does not have the aspect of the {item.width} x {item.height} pixels in its index; "
             "run tools/prepare_data.py again"
         )
     return picture
 
 
 def load_foreground(path: Path, item: Item) -> Image.Image:
-    """A cut-out, upright, cropped to where its alpha is above 0; RGBA."""
+    """A cut-out as RGBA, upright, cropped to the bounds of alpha > 0."""
     picture = to_rgba(ImageOps.exif_transpose(open_picture(path)), path)
     box = picture.getchannel("A").getbbox()
     if box is None:
@@ -133,7 +133,7 @@ def layer_paths(root: Path, item: Item) -> Iterator[Path]:
 
 
 def load_parts(index: Index, item: Item, parts: Sequence[str]) -> list[Image.Image]:
-    """The named parts of a triplet, upright: the foreground RGBA, the mask L, the others RGB."""
+    """The named parts of a triplet, upright: the foreground as RGBA, the mask as L, the others as RGB."""
     pictures = []
     for part in parts:
         path = part_path(index.root, item, part)
@@ -141,21 +141,21 @@ def load_parts(index: Index, item: Item, parts: Sequence[str]) -> list[Image.Ima
             pictures.append(Image.fromarray(open_mask(path).astype(np.uint8) * 255))
         else:
             picture = ImageOps.exif_transpose(open_picture(path))
-            opaque = part != "foreground"  # as an evaluation reads them
+            opaque = part != "foreground"  # read as in evaluation
             pictures.append(Image.fromarray(read_image(picture)) if opaque else to_rgba(picture, path))
     return pictures
 
 
-WITH_MAPS = ("layered", "triplets")  # kinds of indexes whose items are whole pictures, before anything is pasted
+WITH_MAPS = ("layered", "triplets")  # kinds of index whose items are complete images, so cue maps can be precomputed
 
 
 def map_path(root: Path, item: Item, cue: str) -> Path:
-    """Where the map of a cue of a layered picture or a triplet lies, if there is one: beside `image/` and `mask/`."""
+    """The path of a cue map of a layered picture or a triplet, which may not exist: beside `image/` and `mask/`."""
     return root / cue / f"{item.id}.png"
 
 
 def read_map(root: Path, item: Item, cue: str) -> Image.Image | None:
-    """The map of a cue, RGB, if there is one; `InputError` if it is broken or not of the picture's size."""
+    """A cue map as RGB, if there is one; `InputError` if it is damaged or differs in size from the picture."""
     path = map_path(root, item, cue)
     if not path.is_file():
         return None
@@ -163,13 +163,13 @@ def read_map(root: Path, item: Item, cue: str) -> Image.Image | None:
     if picture.size != (item.width, item.height):
         raise InputError(
             f"{path} is {picture.width} x {picture.height} pixels, its picture {item.width} x {item.height}; expected "
-            "equal sizes: make the map anew, or delete it"
+            "equal sizes: create the map again, or delete it"
         )
     return picture
 
 
 def load_maps(index: Index, item: Item, place: Fit) -> dict[str, Tensor]:
-    """The cue maps that there are of an item, cropped as its picture is: (3, *size) in [-1, 1], by name."""
+    """The existing cue maps of an item, cropped like its picture: name -> (3, *size) in [-1, 1]."""
     found = {cue: read_map(index.root, item, cue) for cue in CUES}
     return {
         cue: to_tensor(np.asarray(place.apply(picture, map_path(index.root, item, cue), partial(resized_map, cue))))[0]
@@ -179,7 +179,7 @@ def load_maps(index: Index, item: Item, place: Fit) -> dict[str, Tensor]:
 
 
 def has_foreground(item: Item) -> bool:
-    """Whether a triplet has one: RORem's have not."""
+    """Whether a triplet has a foreground; RORem's do not."""
     return "foreground" in part_names(item)
 
 

@@ -1,4 +1,4 @@
-"""Cue maps, made once for every item of an index and left where training finds them (`loading.map_path`)."""
+"""Precomputes the cue maps of an index, and writes them where training looks for them (`loading.map_path`)."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -24,27 +24,27 @@ DEPTH_FILE = Path("checkpoints/depth-anything-v2-small/model.safetensors")
 
 
 def write_maps(index: Index, cues: Sequence[str], depth_file: Path = DEPTH_FILE, workers: int = 1) -> list[str]:
-    """Computes the maps of some cues for every item, and writes each as a PNG file of the picture's size.
+    """Computes the given cues for every item and writes each map as a PNG file of the picture's size.
 
-    Maps that are there are kept, so that the user's own come first and an interrupted run goes on.
+    Existing maps are kept, so that the user's own take precedence and an interrupted run resumes.
 
     Args:
         cues: some of `CUES`.
-        depth_file: Depth-Anything-V2-Small's weights, which depth takes.
+        depth_file: weights of Depth-Anything-V2-Small, needed for depth.
 
     Returns:
-        a line per item that cannot be read.
+        A line per unreadable item.
 
     Raises:
-        InputError: a cue is unknown, the index is not of pictures or triplets, the weights are missing or do not fit,
-            or a map cannot be written.
+        InputError: a cue is unknown, the index is not of layered pictures or triplets, the weights are missing or do
+            not fit, or a map cannot be written.
     """
     if unknown := [cue for cue in cues if cue not in CUES]:
         raise InputError(f"cues: found {unknown[0]!r}, expected some of {', '.join(CUES)}")
     if index.kind not in WITH_MAPS:
         raise InputError(
-            f"{index.path} is an index of {index.kind}; expected one of {' or '.join(WITH_MAPS)}: the picture that "
-            "a cut-out and a background make is not there before training makes it"
+            f"{index.path} is an index of {index.kind}; expected one of {' or '.join(WITH_MAPS)}: the image of a "
+            "pasted cut-out is only composited during training"
         )
     estimator = open_estimator(depth_file) if "depth" in cues else None
     rows = [row for row, item in enumerate(index) if _missing(index, item, cues)]
@@ -54,11 +54,11 @@ def write_maps(index: Index, cues: Sequence[str], depth_file: Path = DEPTH_FILE,
 
 
 def open_estimator(path: Path) -> DepthEstimator:
-    """Depth-Anything-V2-Small; `InputError` says which file to get where it is missing."""
+    """Loads Depth-Anything-V2-Small; `InputError` names the file to download if it is missing."""
     if not path.is_file():
         raise InputError(
             f"{path} does not exist; put model.safetensors of depth-anything/Depth-Anything-V2-Small-hf (99.2 MB, "
-            "Apache-2.0) there, or name it with depth="
+            "Apache-2.0) there, or set depth=FILE"
         )
     return load_depth(path)
 
@@ -79,7 +79,7 @@ def _write_item(index: Index, cues: Sequence[str], estimator: DepthEstimator | N
 
 
 def _read_picture(index: Index, item: Item) -> Pixels:
-    """The picture (H, W, 3) that an item is of."""
+    """The image (H, W, 3) of an item."""
     if index.kind == "layered":
         return recompose(read_layers(layer_paths(index.root, item)))
     return read_image(open_picture(part_path(index.root, item, "image")))

@@ -1,4 +1,4 @@
-"""What every data set gives for a sample, made in one place from the parts of a scene."""
+"""The sample format that all data sets share, and its construction from a scene."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,20 +16,20 @@ SPLITS = ("train", "test")
 
 
 class Scene(NamedTuple):
-    """The parts of a scene from back to front, in the ranges of a sample."""
+    """The layers of a scene, back to front, in the value ranges of a sample."""
 
     background: Tensor  # (3, H, W)
-    foreground: Tensor  # (4, H, W), the whole object
-    occluder: Tensor  # (4, H, W), fully transparent where there is none
+    foreground: Tensor  # (4, H, W), the complete object
+    occluder: Tensor  # (4, H, W), fully transparent if there is none
 
     @property
     def image(self) -> Tensor:
-        """(3, H, W), everything together."""
+        """(3, H, W), all layers composited."""
         return over(self.occluder, over(self.foreground, self.background))
 
     @property
     def visible(self) -> Tensor:
-        """(1, H, W), alpha of what can be seen of the object."""
+        """(1, H, W), alpha of the visible part of the object."""
         return self.foreground[3:] * (1 - self.occluder[3:])
 
 
@@ -45,18 +45,18 @@ def build_sample(
     """Make the tensors of a sample.
 
     Args:
-        masks: what the imperfect mask, drawn from `rng`, may be like.
-        image: (3, H, W), what the camera made of the scene; the scene itself unless given.
-        visible: (1, H, W) in [0, 1], what can be seen of the object; the scene's own unless given.
-        truncated: the foreground ends where the occluder begins.
+        masks: distribution of the imperfect mask, which is drawn from `rng`.
+        image: (3, H, W); defaults to the composited scene.
+        visible: (1, H, W) in [0, 1], alpha of the visible part of the object; defaults to the scene's.
+        truncated: remove the part of the foreground that the occluder hides.
 
     Returns:
         image (3, H, W) in [-1, 1]; mask (1, H, W) in {0, 1}, imperfect, 1 = object; foreground (4, H, W), straight RGB
         in [-1, 1] and alpha in [0, 1]; background (3, H, W), the scene without the object, occluder included; occluder
-        (1, H, W), alpha of what stands in front of the object.
+        (1, H, W), the occluder's alpha.
     """
     foreground = scene.foreground
-    if truncated:  # colour under alpha 0 is arbitrary, but it must not tell what the hidden part looked like
+    if truncated:  # colour under alpha 0 is arbitrary, but it must not reveal the hidden part
         foreground = torch.cat([foreground[:3] * (scene.visible > 0), scene.visible])
     return {
         "image": scene.image if image is None else image,
@@ -75,13 +75,13 @@ def build_cues(
     enabled: bool = True,
     maps: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Compute the cue maps of an image (3, H, W), each left out with the probability `dropout`.
+    """Compute the cue maps of an image (3, H, W), each dropped with probability `dropout`.
 
-    `maps` has those that are there already, by name, each (3, H, W) in [-1, 1].
+    `maps` holds precomputed ones by name, each (3, H, W) in [-1, 1].
 
     Returns:
-        cues (M, 3, H, W) in [-1, 1], zeros where absent, and cues_present (M,) bool, in the order of `CUES`; all are
-        absent unless `enabled`.
+        cues (M, 3, H, W) in [-1, 1], zeros where absent, and cues_present (M,) bool, in the order of `CUES`. Unless
+        `enabled`, all are absent.
     """
     if not enabled:
         return {

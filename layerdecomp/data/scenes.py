@@ -1,13 +1,14 @@
-"""Embedded data: scenes of one object in front of a background, made on the fly from what the wheels bundle.
+"""The built-in data set: synthetic scenes of one object over a background, generated on the fly without a download.
 
-Each sample is a pure function of (seed, split, index), so that workers, processes and runs agree, and the places where
-scenes are random (scene, mask, cue dropout, inpainting mask) have streams of their own: two configs that differ in the
-masks alone show the same scenes.
+Each sample is a pure function of (seed, split, index), so workers, processes and runs agree. The scene, the mask, the
+cue dropout and the inpainting mask draw from independent random streams: two configs that differ only in the masks
+produce the same scenes.
 
-A scene from back to front: a background (photograph or procedural texture), perhaps a bystander, the object, perhaps an
-occluder. The bystander and the occluder are made like the object, so that "looks pasted" does not tell which thing is
-to be removed; both stay in the background of the sample. The splits share no seed and no photograph; the test split has
-other glyphs, and families of shapes (crescents, silhouettes) and of textures (chevrons, dots) that training never sees.
+From back to front, a scene has a background (photograph or procedural texture), optionally a bystander, the object, and
+optionally an occluder. The bystander and the occluder are generated like the object, so a model cannot find the object
+by its pasted look; both remain in the sample's background. The splits share no seeds and no photographs. The test split
+uses different glyphs and adds shape families (crescents, silhouettes) and textures (chevrons, dots) absent from
+training.
 """
 
 from dataclasses import dataclass, field
@@ -30,15 +31,15 @@ from layerdecomp.imaging.masks import MaskConfig
 
 @dataclass
 class SceneConfig:
-    """What scenes contain."""
+    """Contents of the scenes."""
 
     size: int = 128  # pixels, a multiple of 16
-    photograph_probability: float = 0.65  # that a background is a photograph; else it is procedural
-    bystander_probability: float = 0.35  # of another thing behind the object
-    occluder_probability: float = 0.35  # of another thing in front of the object
-    many_coloured_probability: float = 0.0  # that a thing has a photograph's colours, not one; training split only
-    truncated_shapes: bool = False  # ablation: foregrounds end where an occluder begins; training split only
-    cue_dropout: float = 0.1  # probability that a cue is absent; training split only
+    photograph_probability: float = 0.65  # of a photograph as background; otherwise it is procedural
+    bystander_probability: float = 0.35  # of a second object behind the object
+    occluder_probability: float = 0.35  # of a second object in front of the object
+    many_coloured_probability: float = 0.0  # of photographic texture instead of one base colour; training split only
+    truncated_shapes: bool = False  # ablation: foregrounds lack the part behind the occluder; training split only
+    cue_dropout: float = 0.1  # probability that a cue is dropped; training split only
     masks: MaskConfig = field(default_factory=MaskConfig)
 
     def __post_init__(self) -> None:
@@ -51,8 +52,8 @@ class SceneConfig:
 class Scenes(Dataset[dict[str, Any]]):
     """A map-style data set of `length` scenes.
 
-    A sample has what `build_sample` and, `with_cues`, `build_cues` give; inpaint_mask (1, H, W) in {0, 1}, random
-    shapes that have nothing to do with the object; and index. Where occluder is 0, image = foreground over background.
+    A sample holds the outputs of `build_sample` and `build_cues` (zeros unless `with_cues`), inpaint_mask (1, H, W) in
+    {0, 1} (random shapes unrelated to the object) and index. Where occluder is 0, image = foreground over background.
 
     Raises InputError for an unknown split or a negative seed, and IndexError for an index outside [0, length).
     """
@@ -68,11 +69,11 @@ class Scenes(Dataset[dict[str, Any]]):
         return self.length
 
     def name(self, index: int) -> str:
-        """What a log calls a sample."""
+        """A sample's name in logs."""
         return f"scene {index}"
 
     def draw(self, index: int, attempt: int = 0) -> dict[str, Any]:
-        """A sample; there is only one attempt, since nothing is read that could be broken."""
+        """A sample; `attempt` is ignored, since no file is read that could be damaged."""
         return self[index]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -94,7 +95,7 @@ class Scenes(Dataset[dict[str, Any]]):
 
 
 def make_scene(rng: np.random.Generator, config: SceneConfig, split: str) -> Scene:
-    """Draw a scene, and everything in it, at random."""
+    """Draw a random scene."""
     size = config.size
     photograph = rng.random() < config.photograph_probability
     background = _colour(photograph_crop(rng, size, split) if photograph else procedural(rng, size, split))
@@ -102,27 +103,30 @@ def make_scene(rng: np.random.Generator, config: SceneConfig, split: str) -> Sce
     matte = whole_shape(rng, size, split, area)
     if rng.random() < config.bystander_probability:
         bystander = whole_shape(rng, size, split, rng.uniform(0.03, 0.2))
-        if (bystander * matte).sum() < 0.5 * bystander.sum():  # what is mostly hidden cannot be guessed
-            background = over(_thing(rng, bystander, config, split, background), background)
-    foreground = _thing(rng, matte, config, split, background)
+        if (bystander * matte).sum() < 0.5 * bystander.sum():  # a mostly hidden bystander could not be predicted
+            background = over(_render(rng, bystander, config, split, background), background)
+    foreground = _render(rng, matte, config, split, background)
     occluder = torch.zeros_like(foreground)
     if rng.random() < config.occluder_probability:
-        covering = _covering(rng, split, foreground[3].numpy())
-        if covering.any():
+        occluder_matte = _occluder_matte(rng, split, foreground[3].numpy())
+        if occluder_matte.any():
             behind = over(foreground, background)
-            occluder = _thing(rng, covering, config, split, behind, opaque=True)
+            occluder = _render(rng, occluder_matte, config, split, behind, opaque=True)
     return Scene(background, foreground, occluder)
 
 
-def _thing(
+def _render(
     rng: np.random.Generator, matte: Matte, config: SceneConfig, split: str, behind: Tensor, opaque: bool = False
 ) -> Tensor:
-    """Make a thing (4, H, W) of a shape, over a picture `behind` it: mostly opaque, else soft or half-transparent."""
+    """Render a shape as a layer (4, H, W) that stands out from the image `behind` it.
+
+    Unless `opaque`, it sometimes has a soft edge or is semi-transparent.
+    """
     edge = (maximum_filter(matte, 9) > 0.5) & (matte < 0.5)
     surroundings = behind.permute(1, 2, 0).numpy()[edge] / 2 + 0.5
     share = config.many_coloured_probability if split == "train" else 0.0
     surface = many_coloured if share and rng.random() < share else material
-    rgb = _lit(surface(rng, len(matte), split, surroundings), matte, rng)
+    rgb = _shaded(surface(rng, len(matte), split, surroundings), matte, rng)
     kind = rng.random()
     if kind < 0.15 and not opaque:
         return _layer(rgb, _blurred(matte, rng.uniform(0.006, 0.025) * len(matte)))
@@ -131,12 +135,12 @@ def _thing(
     return _layer(rgb, matte)
 
 
-def _covering(rng: np.random.Generator, split: str, alpha: Matte) -> Matte:
-    """Make a shape (H, W) that covers 10 to 50 % of an object, or nothing where no tried place does."""
+def _occluder_matte(rng: np.random.Generator, split: str, alpha: Matte) -> Matte:
+    """Draw a shape (H, W) that covers 10 to 50 % of an object; empty if none of the tried positions does."""
     size = len(alpha)
     stamp = scaled(draw_shape(rng, size, split), float(alpha.mean()) * rng.uniform(0.4, 1.2), rng, size)
     for row, column in rng.choice(np.argwhere(alpha > 0.2), 12):
-        # Any pixel of the stamp's box may lie on this pixel of the object.
+        # Align a random point of the stamp's box with this pixel of the object.
         left, top = np.round((column, row) - rng.random(2) * stamp.size).astype(int).tolist()
         matte = placed(stamp, left, top, size)
         if 0.1 <= (alpha * matte).sum() / alpha.sum() <= 0.5:
@@ -144,8 +148,8 @@ def _covering(rng: np.random.Generator, split: str, alpha: Matte) -> Matte:
     return np.zeros_like(alpha)
 
 
-def _lit(rgb: Picture, matte: Matte, rng: np.random.Generator) -> Picture:
-    """Leave a texture flat, or (one in two) shade it as if the thing were rounded off at its edge, lit from a side."""
+def _shaded(rgb: Picture, matte: Matte, rng: np.random.Generator) -> Picture:
+    """Shade half of the textures as a shape with rounded edges, lit from one side; leave the others flat."""
     if rng.random() < 0.5:
         return rgb
     size = len(matte)

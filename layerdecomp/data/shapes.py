@@ -1,8 +1,8 @@
 """Mattes of parametric shapes.
 
-A family draws its shape at several times the final resolution, hard-edged; shrinking that drawing into place makes the
-edge anti-aliased. Training and test draw from different sets of families and of glyphs, so that a model that scores
-well on the test split has learnt to complete shapes and not a list of them.
+Each family draws its shape with a hard edge at several times the final resolution; downscaling makes the edge
+anti-aliased. Training and test use different sets of families and glyphs, so that a good score on the test split shows
+that the model has learnt to complete shapes rather than memorised them.
 """
 
 from collections.abc import Callable
@@ -19,12 +19,12 @@ Matte = NDArray[np.float32]  # (H, W) in [0, 1]
 Points = NDArray[np.float64]  # (N, 2) x, y in about [-1, 1]
 
 SUPERSAMPLING = 3  # a drawing has this many times the final side
-MARGIN = 0.96  # of the side: what a whole shape may fill at most
+MARGIN = 0.96  # largest size of a whole shape, as a fraction of the side
 
 
 @dataclass(frozen=True)
 class ShapeSet:
-    """Which families, with relative weights, and which glyphs a split draws from."""
+    """The families of a split, with relative weights, and its glyphs."""
 
     families: dict[str, float]
     glyphs: str
@@ -40,7 +40,7 @@ SHAPES = {
 
 
 def draw_shape(rng: np.random.Generator, size: int, split: str) -> Image.Image:
-    """Draw a shape of a random family of the split, cropped to its bounds: an 8-bit image of 0 and 255."""
+    """Draw a shape from a random family of the split, cropped to its bounds: an 8-bit image of 0 and 255."""
     shapes = SHAPES[split]
     weights = np.array(list(shapes.families.values()))
     family = str(rng.choice(list(shapes.families), p=weights / weights.sum()))
@@ -50,9 +50,9 @@ def draw_shape(rng: np.random.Generator, size: int, split: str) -> Image.Image:
 
 
 def scaled(drawing: Image.Image, area: float, rng: np.random.Generator, size: int) -> Image.Image:
-    """Shrink a drawing so that its ink covers about `area` of a picture of `size`, with a random change of aspect.
+    """Shrink a drawing so that it covers about `area` of a (size, size) image, with a random change of aspect.
 
-    The result fits into the picture, so that a sparse shape may end up with a smaller area.
+    The result fits into the image, so a sparse shape may end up with a smaller area.
     """
     ink = float(np.asarray(drawing).mean()) / 255
     ratio = drawing.width / drawing.height * np.exp(rng.uniform(-0.3, 0.3))
@@ -63,14 +63,14 @@ def scaled(drawing: Image.Image, area: float, rng: np.random.Generator, size: in
 
 
 def placed(stamp: Image.Image, left: int, top: int, size: int) -> Matte:
-    """Paste a scaled drawing into an empty picture (size, size); what lies outside is cut off."""
+    """Paste a scaled drawing into an empty (size, size) image; parts outside are cropped."""
     canvas = Image.new("L", (size, size))
     canvas.paste(stamp, (left, top))
     return np.asarray(canvas, dtype=np.float32) / np.float32(255)
 
 
 def whole_shape(rng: np.random.Generator, size: int, split: str, area: float) -> Matte:
-    """Draw a random shape (size, size) that covers about `area` of the picture and lies inside it entirely."""
+    """Draw a random shape (size, size) that covers about `area` of the image and lies entirely inside it."""
     stamp = scaled(draw_shape(rng, size, split), area, rng, size)
     left = int(rng.integers(0, size - stamp.width + 1))
     top = int(rng.integers(0, size - stamp.height + 1))
@@ -78,7 +78,7 @@ def whole_shape(rng: np.random.Generator, size: int, split: str, area: float) ->
 
 
 def inpainting_mask(rng: np.random.Generator, size: int) -> NDArray[np.bool_]:
-    """Draw a random mask (size, size) of shapes and brush strokes that covers 5 to 50 % of a picture."""
+    """Draw a random mask (size, size) of shapes and brush strokes that covers 5 to 50 % of the image."""
     mask = np.zeros((size, size), dtype=bool)
     goal = rng.uniform(0.05, 0.4)
     while mask.mean() < goal:
@@ -108,7 +108,7 @@ def _polar(radius: NDArray[np.float64], angle: NDArray[np.float64]) -> Points:
 
 
 def _super_ellipse_points(rng: np.random.Generator) -> Points:
-    exponent = 2 ** rng.uniform(-0.3, 2.5)  # from below a diamond's roundness to almost a rectangle
+    exponent = 2 ** rng.uniform(-0.3, 2.5)  # from slightly concave (1 is a diamond) to almost a rectangle
     angle = np.linspace(0, 2 * np.pi, 96, endpoint=False)
     unit = _polar(np.ones_like(angle), angle)
     points = np.sign(unit) * np.abs(unit) ** (2 / exponent) * [1, rng.uniform(0.35, 1)]
@@ -147,7 +147,7 @@ def _blob(rng: np.random.Generator, side: int) -> Image.Image:
 
 
 def _brush(rng: np.random.Generator, side: int) -> Image.Image:
-    """A round brush along a cubic Bezier curve, its pressure changing on the way."""
+    """A stroke of a round brush of varying width along a cubic Bezier curve."""
     t = np.linspace(0, 1, 60)[:, None]
     start, first, second, end = rng.uniform(-1, 1, (4, 2))
     curve = (1 - t) ** 3 * start + 3 * (1 - t) ** 2 * t * first + 3 * (1 - t) * t**2 * second + t**3 * end
@@ -179,7 +179,7 @@ def _horse() -> Image.Image:
 
 
 def _glyph(rng: np.random.Generator, side: int, glyphs: str) -> Image.Image:
-    """A letter of Pillow's bundled font, from regular to very bold."""
+    """A character of Pillow's bundled font, from regular to very bold."""
     text, bold = glyphs[rng.integers(len(glyphs))], rng.uniform(0.0, 0.05)
     image = Image.new("L", (side, side))
     stroke = round(bold * side)

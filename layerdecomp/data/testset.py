@@ -1,7 +1,7 @@
-"""Test sets: folders of triplets that every method can be run on and scored by, and how they are made.
+"""Test sets: reading and exporting folders of triplets on which any method can be run and scored.
 
-A test set is a triplet folder (docs/data.md): image/ mask/ foreground/ background/ with equal stems, without
-foreground/ where the truth is not known, and with occluder/ where it is known what stands in front of the object.
+A test set is a triplet folder (docs/data.md): image/ mask/ foreground/ background/ with equal stems. foreground/ is
+omitted if the true foregrounds are unknown; occluder/ is optional.
 """
 
 import hashlib
@@ -34,29 +34,29 @@ EXPORTED = (*PARTS, "occluder")
 
 
 def name_of(position: int) -> str:
-    """What a sample without a file is called."""
+    """The name of a sample that has no file."""
     return f"{position:05d}"
 
 
 def seed_of(name: str) -> int:
-    """The number that seeds what is random about a sample of that name, whichever others there are."""
-    if name.isdecimal() and len(name) < 18:  # more do not fit into a tensor
+    """The random seed of a sample, from its name alone, so it does not depend on the other samples."""
+    if name.isdecimal() and len(name) < 18:  # must fit in int64
         return int(name)
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
 
 class TestFolder(Dataset[dict[str, Any]]):
-    """A test set, every triplet once and as it is, at its own size.
+    """A test set: every triplet once, unmodified, at its own size.
 
-    A sample has image, mask, foreground (if the folder has any), background and occluder (empty unless there are files
-    of it) as `build_sample` describes them, cues and cues_present (maps from the folder, or computed), and index, which
-    depends on its name alone.
+    A sample has image, mask, foreground (if the folder has any), background and occluder (zeros unless there are files)
+    as `build_sample` describes them, cues and cues_present (maps from the folder, or computed), and index, a number
+    that depends only on its name.
 
     Raises:
-        InputError: a folder or a part of a triplet is missing; from `[]`, a file is broken or of another size.
+        InputError: a folder or a part of a triplet is missing; from `[]`, a file is damaged or differs in size.
     """
 
-    __test__ = False  # for pytest, which looks for classes of such names
+    __test__ = False  # keeps pytest from collecting it
 
     def __init__(self, root: str | Path, with_cues: bool = True) -> None:
         self.root, self.with_cues = Path(root), with_cues
@@ -70,8 +70,8 @@ class TestFolder(Dataset[dict[str, Any]]):
         for files in map(json.loads, RoremFolder(self.root).candidates()):
             if not (name := triplet_id(files)) or name in found:
                 raise InputError(
-                    f"{self.root}/meta.json: {files} and {found.get(name)} have one name, {name!r}; expected paths "
-                    "that differ below their first folder, and in more than their endings"
+                    f"{self.root}/meta.json: {files} and {found.get(name)} share the name {name!r}; expected paths "
+                    "that differ below their first folder, and not only in their extensions"
                 )
             found[name] = files
         return found
@@ -104,12 +104,12 @@ class TestFolder(Dataset[dict[str, Any]]):
         if "occluder" in paths:
             levels = _of_size(read_image(paths["occluder"]), image, paths["occluder"])[..., :1]
             sample["occluder"] = (to_tensor(levels)[0] + 1) / 2
-        rng = np.random.default_rng(0)  # for cues that are left out, which none is
+        rng = np.random.default_rng(0)  # required, but unused: no cue is dropped
         cues = build_cues(sample["image"], rng, dropout=0, enabled=self.with_cues, maps=self._maps(name, image))
         return {**sample, **cues, "index": seed_of(name)}
 
     def digest(self) -> str:
-        """A sha256 over names and contents: the same for any copy of the folder, another if a file differs."""
+        """A sha256 over names and contents: equal for copies of the folder, different if any file differs."""
         found = hashlib.sha256()
         for name, files in self._files.items():
             for part, file in files.items():
@@ -137,18 +137,17 @@ def _of_size(pixels: Pixels, image: Pixels, path: Path) -> Pixels:
 
 
 def drawn_samples(data: Samples) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-    """Samples as they come, by name."""
+    """(name, sample) pairs, in order."""
     return ((name_of(position), data[position]) for position in range(len(data)))
 
 
 def test_objects(config: TripletConfig, objects: str, stretch: bool) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-    """Objects of the layered pictures of the test split, without augmentation, by name: "<picture>-<layer>".
+    """Objects of the layered pictures of the test split, without augmentation; named "<picture>-<layer>".
 
     Args:
-        config: its `layered` indexes, `size` and `aspects` (the first one), `masks`, `min_area` and `max_area` of what
-            can be seen of an object.
-        objects: "one" of each picture, chosen by a hash of its id, or "all".
-        stretch: bring the whole picture to the size, instead of a crop that holds the object.
+        config: its `layered` indexes, `size`, first of `aspects`, `masks`, and `min_area` and `max_area` are used.
+        objects: "one" per picture, chosen by a hash of its id, or "all".
+        stretch: resize the whole picture, instead of a crop that contains the object.
     """
     if not config.layered:
         raise InputError("data.triplets.layered names no index; expected files that tools/prepare_data.py wrote")
@@ -166,7 +165,7 @@ test_objects.__test__ = False  # type: ignore[attr-defined]
 def _objects_of(
     index: Index, item: Item, config: TripletConfig, stretch: bool
 ) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-    """The objects of one picture that are of the right area, in an order that depends on its id alone."""
+    """The objects of one picture whose area is within the limits, in an order that depends only on its id."""
     pictures, paths = load_layers(index, item), list(layer_paths(index.root, item))
     rng = np.random.default_rng(seed_of(item.id))
     source, size = (item.width, item.height), config.buckets()[0]
@@ -181,7 +180,7 @@ def _objects_of(
 
 
 def export_samples(samples: Iterator[tuple[str, Mapping[str, Tensor]]], root: Path) -> int:
-    """Writes samples as a test set and returns how many there are in it; what is there already is left alone."""
+    """Writes samples as a test set and returns their number; existing files are kept."""
     count = 0
     for name, sample in tqdm(samples, desc=f"export to {root}", unit="image"):
         count += 1
@@ -193,12 +192,12 @@ def export_samples(samples: Iterator[tuple[str, Mapping[str, Tensor]]], root: Pa
 
 
 def _levels(values: Tensor, part: str) -> Pixels:
-    """A part of a sample as the pixels of its file."""
+    """A part of a sample as 8-bit pixels."""
     if part in ("mask", "occluder"):
         return to_pixels(2 * values - 1)[..., 0]
     return to_pixels(as_stored(values))
 
 
 def as_stored(layer: Tensor) -> Tensor:
-    """A picture (3, H, W), or a foreground (4, H, W) with its alpha brought to [-1, 1] as well."""
+    """A picture (3, H, W), or a foreground (4, H, W) with alpha mapped to [-1, 1]."""
     return torch.cat([layer[:3], 2 * layer[3:] - 1])

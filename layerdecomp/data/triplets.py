@@ -1,8 +1,8 @@
-"""Triplets of image, foreground and background, made on the fly from the data sets that have been indexed.
+"""Triplets of image, foreground and background, built on the fly from indexed data sets.
 
-Three kinds, mixed by weight: layered pictures (MULAN), of which one layer is taken out; cut-outs (LayerDiffuse) pasted
-over backgrounds (OpenImages); and ready triplets in folders. What stands in front of the object stays in the
-background, as in the embedded scenes, and covers part of the foreground, which is whole wherever its source is.
+Three kinds are mixed by weight: layered pictures (MULAN), with one layer as the object; cut-outs (LayerDiffuse) pasted
+over backgrounds (OpenImages); and existing triplets in folders. As in the built-in scenes, an occluder in front of the
+object belongs to the background. The foreground is complete, as far as its source is, even where it is occluded.
 """
 
 from collections.abc import Sequence
@@ -42,29 +42,29 @@ from layerdecomp.imaging.compositing import over
 from layerdecomp.imaging.geometry import to_tensor
 from layerdecomp.imaging.masks import MaskConfig
 
-TRIES = 16  # at a picture that will do, before the data are called unfit
-MULTIPLE = 16  # pixels of a token's side
+TRIES = 16  # attempts to find a usable picture before giving up
+MULTIPLE = 16  # pixels per side of a token
 
 
 @dataclass
 class TripletConfig:
-    """Which indexes (files that tools/prepare_data.py wrote), how they are mixed, and what is made of them."""
+    """Which index files (written by tools/prepare_data.py) to use, how to mix them and how to augment the samples."""
 
-    layered: list[str] = field(default_factory=list)  # of layered pictures
-    foregrounds: list[str] = field(default_factory=list)  # of cut-outs ...
-    backgrounds: list[str] = field(default_factory=list)  # ... and of what they are pasted over
-    folders: list[str] = field(default_factory=list)  # of ready triplets
+    layered: list[str] = field(default_factory=list)  # indexes of layered pictures
+    foregrounds: list[str] = field(default_factory=list)  # indexes of cut-outs ...
+    backgrounds: list[str] = field(default_factory=list)  # ... and of the backgrounds to paste them over
+    folders: list[str] = field(default_factory=list)  # indexes of existing triplets
     layered_weight: float = 1.0
     pasted_weight: float = 1.0
     folders_weight: float = 1.0
-    size: int = 1024  # pixels: the square root of a picture's area
-    aspects: list[float] = field(default_factory=lambda: [1.0])  # width / height of the buckets; a batch is of one
-    min_area: float = 0.01  # of the picture, that can be seen of an object
+    size: int = 1024  # pixels: the square root of a sample's area
+    aspects: list[float] = field(default_factory=lambda: [1.0])  # width / height of the buckets; one per batch
+    min_area: float = 0.01  # visible area of the object, as a fraction of the image
     max_area: float = 0.8
-    flip: float = 0.5  # probability
-    occluder_probability: float = 0.3  # that another cut-out is pasted in front of the first
+    flip: float = 0.5  # probability of a horizontal flip
+    occluder_probability: float = 0.3  # of a second cut-out pasted in front of the first
     blending: BlendingConfig = field(default_factory=BlendingConfig)
-    cue_dropout: float = 0.1  # probability that a cue is absent; training split only
+    cue_dropout: float = 0.1  # probability that a cue is dropped; training split only
     masks: MaskConfig = field(default_factory=MaskConfig)
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class TripletConfig:
         return [*self.layered, *self.foregrounds, *self.backgrounds, *self.folders]
 
     def buckets(self) -> list[tuple[int, int]]:
-        """(height, width) of every aspect, multiples of 16."""
+        """(height, width) for each aspect, in multiples of 16."""
         roots = [aspect**0.5 for aspect in self.aspects]
         return [(_rounded(self.size / root), _rounded(self.size * root)) for root in roots]
 
@@ -93,17 +93,17 @@ def _rounded(length: float) -> int:
 
 
 class Shot(NamedTuple):
-    """A scene as it was drawn, and what files say of it that its layers do not."""
+    """A drawn scene, with whatever its files provide beyond the layers."""
 
     scene: Scene
-    image: Tensor | None = None  # (3, H, W), where there is a file of it; else the scene is put together
-    visible: Tensor | None = None  # (1, H, W), what a file says can be seen of the object
+    image: Tensor | None = None  # (3, H, W) from a file; otherwise the scene is composited
+    visible: Tensor | None = None  # (1, H, W), the object's visible mask from a file
     maps: dict[str, Tensor] = {}  # cue maps (3, H, W) by name
-    items: tuple[Item, ...] = ()  # what it was made from, the one that gave the picture its size first
+    items: tuple[Item, ...] = ()  # the items used; the first determines the aspect
 
     @property
     def area(self) -> float:
-        """The share of the picture that the exact mask of the object covers."""
+        """The fraction of the image that the object's exact mask covers."""
         visible = self.scene.visible if self.visible is None else self.visible
         return float((visible > 0.5 * visible.max()).float().mean())
 
@@ -111,11 +111,11 @@ class Shot(NamedTuple):
 class Triplets(Dataset[dict[str, Any]]):
     """A map-style data set of `length` samples, each a pure function of (seed, split, index).
 
-    A sample has what `build_sample` and, `with_cues`, `build_cues` give, and its index. All samples of a `group` of
-    consecutive indices (a batch) are of one size, which the aspect of what the group drew first decides; without
-    groups, all are of the first aspect.
+    A sample holds the outputs of `build_sample` and `build_cues` (zeros unless `with_cues`) and its index. All samples
+    in a `group` of consecutive indices (a batch) share one size: the bucket nearest to the aspect of a random item
+    drawn for the group. Without groups, all samples use the first aspect.
 
-    Raises InputError for an index file that cannot be used, and IndexError for an index outside [0, length).
+    Raises InputError for an unusable index file, and IndexError for an index outside [0, length).
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Triplets(Dataset[dict[str, Any]]):
         self.kinds = self._open()
 
     def _open(self) -> dict[str, float]:
-        """Opens the indexes; the kinds that there are and how often each is drawn."""
+        """Opens the indexes; returns the probability of each available kind."""
         config = self.config
         self.layered, self.folders = (
             Rows(paths, kind, self.split) for paths, kind in ((config.layered, "layered"), (config.folders, "triplets"))
@@ -162,7 +162,7 @@ class Triplets(Dataset[dict[str, Any]]):
         return self.draw(index)
 
     def name(self, index: int) -> str:
-        """What a log calls a sample: the ids of the items of its first draw whose files can be read."""
+        """A sample's name in logs: the ids of the items in its first readable draw."""
         for attempt in range(TRIES):
             with suppress(InputError):
                 items = self._draw(self._rngs(index, attempt)[0], self._size(index), self._first(index, attempt)).items
@@ -176,7 +176,7 @@ class Triplets(Dataset[dict[str, Any]]):
         return [np.random.default_rng(child) for child in np.random.SeedSequence(place).spawn(4)]
 
     def draw(self, index: int, attempt: int = 0) -> dict[str, Any]:
-        """A sample; every attempt draws other items for the same place, of the same size."""
+        """A sample; each attempt draws other items for the same index, at the same size."""
         scene_rng, mask_rng, cue_rng, finish_rng = self._rngs(index, attempt)
         drawn = self._draw(scene_rng, self._size(index), self._first(index, attempt))
         shot = self._finish(drawn, finish_rng)
@@ -186,7 +186,7 @@ class Triplets(Dataset[dict[str, Any]]):
         return {**sample, **cues, "index": index}
 
     def _size(self, index: int) -> tuple[int, int]:
-        """(height, width) of a sample: that of its whole group."""
+        """(height, width) of a sample, shared by its group."""
         buckets = self.config.buckets()
         if self.group is None or len(buckets) == 1:
             return buckets[0]
@@ -198,20 +198,20 @@ class Triplets(Dataset[dict[str, Any]]):
         return str(rng.choice(list(self.kinds), p=list(self.kinds.values())))
 
     def _rows(self, kind: str) -> "Rows":
-        """What gives a picture of a kind its aspect."""
+        """The rows whose items determine the aspect of a kind."""
         return {"layered": self.layered, "pasted": self.backgrounds, "folders": self.folders}[kind]
 
     def _first(self, index: int, attempt: int) -> int | None:
-        """Where among the pictures a sample begins to look: held-out ones come in turn, others as chance has it."""
+        """The first row to try: held-out samples go through the rows in order; None draws at random."""
         return index if self.split == "test" and attempt == 0 else None
 
     @property
     def pictures(self) -> int:
-        """How many there are to draw from; held-out samples beyond that show one for a second time."""
+        """Number of pictures to draw from; a held-out set larger than this repeats some."""
         return sum(len(self._rows(kind)) for kind in self.kinds)
 
     def _draw(self, rng: np.random.Generator, size: tuple[int, int], first: int | None) -> Shot:
-        """Draws pictures, perhaps a certain one first, until one has an object of a size that will do."""
+        """Draws pictures, starting with row `first` if given, until an object's visible area is within the limits."""
         make = {"layered": self._layered, "pasted": self._pasted, "folders": self._folder}[self._kind(rng)]
         for tries in range(TRIES):
             shot = make(rng, size, None if tries else first)
@@ -219,15 +219,16 @@ class Triplets(Dataset[dict[str, Any]]):
                 return shot
         raise InputError(
             f"{TRIES} pictures in a row have no object whose visible part covers {self.config.min_area} to "
-            f"{self.config.max_area} of them; look at the data (tools/prepare_data.py check=...), or widen these limits"
+            f"{self.config.max_area} of the image; check the data (tools/prepare_data.py check=...), or widen "
+            "data.triplets.min_area and max_area"
         )
 
     def _matching(
         self, rows: "Rows", rng: np.random.Generator, size: tuple[int, int], first: int | None
     ) -> tuple[Index, Item]:
-        """Draws a row whose nearest bucket is `size`, or after some tries any row, which is then cropped.
+        """Row `first` if given, whatever its size; otherwise a random row whose nearest bucket is `size`.
 
-        Of rows that come in turn it is the one whose turn it is, whatever its size.
+        After `TRIES` misses it takes any row, which is then cropped.
         """
         if first is not None:
             return rows[first % len(rows)]
@@ -238,7 +239,7 @@ class Triplets(Dataset[dict[str, Any]]):
         return index, item
 
     def _layered(self, rng: np.random.Generator, size: tuple[int, int], first: int | None) -> Shot:
-        """One layer of a layered picture is the object: what lies below and above it is the background."""
+        """A layered picture with a random layer as the object; the layers below and above form the background."""
         index, item = self._matching(self.layered, rng, size, first)
         pictures = load_layers(index, item)
         chosen = int(rng.integers(1, len(pictures)))
@@ -248,21 +249,21 @@ class Triplets(Dataset[dict[str, Any]]):
         return Shot(scene_around(layers, chosen), maps=self._maps(index, item, place), items=(item,))
 
     def _pasted(self, rng: np.random.Generator, size: tuple[int, int], first: int | None) -> Shot:
-        """A cut-out somewhere over a background, and sometimes another one in front of it; nobody has maps of that."""
+        """A cut-out pasted over a background, sometimes with a second one in front; there are no cue map files."""
         index, item = self._matching(self.backgrounds, rng, size, first)
         background = load_background(index, item, size, rng)
         foreground, cut_out = self._placed(rng, size, float(np.exp(rng.uniform(np.log(0.05), np.log(0.5)))))
         items: tuple[Item, ...] = (item, cut_out)
         occluder = torch.zeros_like(foreground)
         if rng.random() < self.config.occluder_probability:
-            tried, other = self._placed(rng, size, float(foreground[3].mean()) * rng.uniform(0.4, 1.2))
-            covered = float((foreground[3] * tried[3]).sum() / foreground[3].sum().clamp(min=1))
+            candidate, other = self._placed(rng, size, float(foreground[3].mean()) * rng.uniform(0.4, 1.2))
+            covered = float((foreground[3] * candidate[3]).sum() / foreground[3].sum().clamp(min=1))
             if 0.05 <= covered <= 0.5:
-                occluder, items = self._blended(tried, background, rng), (*items, other)
+                occluder, items = self._blended(candidate, background, rng), (*items, other)
         return Shot(Scene(background, self._blended(foreground, background, rng), occluder), items=items)
 
     def _placed(self, rng: np.random.Generator, size: tuple[int, int], area: float) -> tuple[Tensor, Item]:
-        """A whole cut-out (4, *size), its box covering about `area` of the picture, and its item."""
+        """A complete cut-out (4, *size), its bounding box covering about `area` of the image, and its item."""
         index, item = self.foregrounds.draw(rng)
         picture = load_foreground(index.root / item.path, item)
         scale = (area * size[0] * size[1] / (picture.width * picture.height)) ** 0.5
@@ -283,7 +284,7 @@ class Triplets(Dataset[dict[str, Any]]):
         return foreground
 
     def _folder(self, rng: np.random.Generator, size: tuple[int, int], first: int | None) -> Shot:
-        """A ready triplet, its image and its mask those of the files; what may stand in front is not known."""
+        """An existing triplet with its own image and mask; any occluder is unknown."""
         index, item = self._matching(self.folders, rng, size, first)
         if not has_foreground(item):
             raise InputError(f"{index.path}: {item.id} has no foreground; such a set is for evaluation, not training")
@@ -299,7 +300,7 @@ class Triplets(Dataset[dict[str, Any]]):
         return load_maps(index, item, place) if self.with_cues else {}
 
     def _finish(self, shot: Shot, rng: np.random.Generator) -> Shot:
-        """What one camera does to all layers, and to the image alone; the object's colours padded beyond its edge."""
+        """Pads the foreground's colours, flips the shot, adds the same grain to all layers, JPEG to the image only."""
         config = self.config.blending
         flip, grain, jpeg = rng.random(3) < (self.config.flip, config.grain, config.jpeg)
         shot = shot._replace(scene=shot.scene._replace(foreground=pad_colours(shot.scene.foreground)))
@@ -316,7 +317,7 @@ class Triplets(Dataset[dict[str, Any]]):
 
 
 class Rows:
-    """The rows of one split of any number of indexes, drawn as if they were one."""
+    """The rows of one split, concatenated over any number of indexes."""
 
     def __init__(self, paths: list[str], kind: str, split: str) -> None:
         self.indexes, self.split = [Index(path) for path in paths], split
@@ -341,35 +342,35 @@ class Rows:
         return int(self._ends[-1])
 
     def draw(self, rng: np.random.Generator) -> tuple[Index, Item]:
-        """Draws any row, each as likely as the other."""
+        """Draws a row uniformly."""
         return self[int(rng.integers(len(self)))]
 
     def __getitem__(self, place: int) -> tuple[Index, Item]:
         which = int(np.searchsorted(self._ends, place, side="right"))
-        row = self._rows[which][place - int(self._ends[which])]  # counted from the end of its index
+        row = self._rows[which][place - int(self._ends[which])]  # a negative offset, from the end of its index
         return self.indexes[which], self.indexes[which][int(row)]
 
 
 def nearest_aspect(item: Item, aspects: list[float]) -> int:
-    """Which of some aspects (width / height) an item is closest to."""
+    """The position of the aspect (width / height) closest to an item's."""
     distances = [abs(np.log(item.width / item.height / aspect)) for aspect in aspects]
     return int(np.argmin(distances))
 
 
 def _flipped(shot: Shot) -> Shot:
-    """The mirror image of everything."""
+    """The shot mirrored horizontally."""
     image, visible = (None if part is None else part.flip(-1) for part in (shot.image, shot.visible))
     maps = {name: values.flip(-1) for name, values in shot.maps.items()}
     return Shot(Scene(*(part.flip(-1) for part in shot.scene)), image, visible, maps, shot.items)
 
 
 def _grainy(part: Tensor, noise: Tensor) -> Tensor:
-    """Colours (3, H, W) or a layer (4, H, W) with noise (3, H, W) over its colours."""
+    """RGB (3, H, W) or a layer (4, H, W) with noise (3, H, W) added to its colours."""
     return torch.cat([(part[:3] + noise).clamp(-1, 1), part[3:]])
 
 
 def scene_around(layers: Sequence[Tensor], chosen: int) -> Scene:
-    """The scene in which one of several layers (4, H, W), back to front, the first opaque, is the object."""
+    """The scene with one of several layers (4, H, W) as the object; back to front, the first is opaque."""
     below = layers[0][:3]
     for behind in layers[1:chosen]:
         below = over(behind, below)
@@ -380,12 +381,12 @@ def scene_around(layers: Sequence[Tensor], chosen: int) -> Scene:
 
 
 def stack(front: Tensor, behind: Tensor) -> Tensor:
-    """Put one straight foreground (4, H, W) over another: a straight foreground (4, H, W)."""
+    """Composite one straight-alpha layer (4, H, W) over another, into a straight-alpha layer (4, H, W)."""
     alpha = front[3:] + behind[3:] * (1 - front[3:])
     rgb = front[:3] * front[3:] + behind[:3] * behind[3:] * (1 - front[3:])
     return torch.cat([torch.where(alpha > 0, rgb / alpha.clamp(min=1e-6), 0), alpha])
 
 
 def bounds(picture: Image.Image) -> Box | None:
-    """The box of what an RGBA picture shows."""
+    """The bounding box of the visible part of an RGBA picture."""
     return picture.getchannel("A").getbbox()

@@ -1,4 +1,4 @@
-"""Imperfect masks: what a person's brush or a segmentation network gives instead of the true matte of an object."""
+"""Imperfect masks, such as a user's brush or a segmentation network produces, made from an object's true matte."""
 
 import math
 from collections.abc import Callable
@@ -15,23 +15,23 @@ from layerdecomp.errors import InputError, check_at_least
 
 Mask = NDArray[np.bool_]  # (H, W), True = object
 
-# Distances below are fractions of the object's extent, the square root of its area: errors grow with the object.
+# Distances below are fractions of the object's extent (the square root of its area): errors scale with the object.
 
 
 @dataclass
 class MaskConfig:
-    """How often each kind of mask is made: relative weights, at least one above 0."""
+    """Relative weight of each kind of mask; at least one must be above 0."""
 
     exact: float = 1.0
     dilated: float = 2.0
     eroded: float = 2.0
-    polygon: float = 2.0  # a few straight clicks around the object; holes are filled
+    polygon: float = 2.0  # a coarse polygon clicked around the object; holes are filled
     hull: float = 1.0  # the convex hull
     low_resolution: float = 2.0  # blocks, as from a coarse attention map
     shifted: float = 1.5
-    holes: float = 1.5  # parts of the object are missed
+    holes: float = 1.5  # parts of the object are missing
     spill: float = 1.5  # parts of the surroundings are included
-    box: float = 1.0  # the bounding box, drawn by hand
+    box: float = 1.0  # the bounding box with some error, as if drawn by hand
     brush: float = 1.0  # a few strokes of a round brush over the object
 
     def __post_init__(self) -> None:
@@ -41,11 +41,11 @@ class MaskConfig:
 
 
 def imperfect_mask(alpha: NDArray[np.floating], rng: np.random.Generator, config: MaskConfig | None = None) -> Mask:
-    """Make an imperfect mask (H, W) of an object from its visible matte `alpha` (H, W) in [0, 1].
+    """Make a random imperfect mask (H, W) of an object from its visible matte `alpha` (H, W) in [0, 1].
 
-    The exact mask is where alpha exceeds half of its largest value, so that a half-transparent object has one too. The
-    result is never empty and never full: a kind that would give either (or one that needs more pixels than the
-    object has) gives the exact mask instead. `alpha` itself must be neither empty nor full.
+    The exact mask is where alpha exceeds half of its maximum, so that a semi-transparent object has one too. The result
+    is never empty or full: if the chosen kind yields either, or needs more pixels than the object has, the exact mask
+    is returned. The exact mask must be neither empty nor full.
     """
     exact = alpha > 0.5 * alpha.max()
     assert exact.any() and not exact.all(), "the matte is empty or full"
@@ -67,7 +67,7 @@ def _dilated(mask: Mask, rng: np.random.Generator) -> Mask:
 
 def _eroded(mask: Mask, rng: np.random.Generator) -> Mask:
     depth = _distance_inside(mask)
-    threshold = rng.uniform(0.1, 0.4) * depth.max()  # a fraction of the depth, so that thin objects survive
+    threshold = rng.uniform(0.1, 0.4) * depth.max()  # relative to the depth, so that thin objects survive
     return np.asarray(depth > threshold)
 
 
@@ -83,7 +83,7 @@ def _hull(mask: Mask, rng: np.random.Generator) -> Mask:
     points = np.argwhere(mask)
     try:
         return _filled(mask, [points[ConvexHull(points).vertices]])
-    except QhullError:  # all points lie on a line
+    except QhullError:  # the points are collinear
         return mask
 
 
@@ -155,7 +155,7 @@ def _discs(centres: Mask, rng: np.random.Generator, extent: float) -> Mask:
 
 
 def _filled(like: Mask, outlines: list[NDArray[np.floating]]) -> Mask:
-    """Fill closed outlines of (row, column) points, holes included, in a mask as large as `like`."""
+    """Fill closed outlines of (row, column) points, holes included, in a mask of the shape of `like`."""
     image = Image.new("L", like.shape[::-1])
     draw = ImageDraw.Draw(image)
     for outline in outlines:
