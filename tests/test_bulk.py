@@ -145,5 +145,5 @@ def test_folders_that_cannot_work(folders: tuple[Path, Path, Path]) -> None:
     with pytest.raises(InputError, match=r"out=.*layers lies in image=.*images, whose pictures are read"):
         pair_up(images, masks, images / "layers")
     (images / "a.png").write_bytes(b"")
-    with pytest.raises(InputError, match=r"a\.jpg and a\.png differ in their extension alone"):
+    with pytest.raises(InputError, match=r"a\.jpg and a\.png differ only in their extension"):
         pair_up(images, masks, out)

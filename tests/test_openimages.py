@@ -185,7 +185,7 @@ def test_without_a_table_of_rotations(root: Path, caplog: pytest.LogCaptureFixtu
     (root / "validation-images-with-rotation.csv").unlink()
     with caplog.at_level(logging.WARNING):
         assert "@" not in "".join(_validation(root, max_box_area=1).candidates())
-    assert "no validation-images-boxable-with-rotation.csv, so all pictures are taken to be upright" in caplog.text
+    assert "no validation-images-boxable-with-rotation.csv, so all pictures are assumed to be upright" in caplog.text
 
 
 def _list(root: Path, *lines: str) -> Path:
@@ -253,8 +253,8 @@ Spoil = Callable[[str], str]
         ("labels", lambda text: "", "has no column ImageID"),
         ("boxes", lambda text: text.replace("YMax", "Y"), "has no column YMax"),
         ("boxes", lambda text: text.replace("0.4", "O.4"), r"holds 0\.0, O\.4, 0\.0, O\.4; expected numbers"),
-        ("classes", lambda text: text.replace("Person", "Persona"), "names no class Person; expected rows such as"),
-        ("classes", lambda text: "/m/01g317,Person\n", "names no class Animal"),
+        ("classes", lambda text: text.replace("Person", "Persona"), "has no class Person; expected rows such as"),
+        ("classes", lambda text: "/m/01g317,Person\n", "has no class Animal"),
         ("rotations", lambda text: text.replace("Rotation", "Turn"), "has no column Rotation"),
         ("rotations", lambda text: text.replace("180", "45"), "holds the rotation 45; expected 0, 90, 180 or 270"),
     ],
@@ -278,7 +278,7 @@ def test_tables_that_are_no_text(root: Path) -> None:
 
 def test_one_picture_in_both_layouts(root: Path) -> None:
     _save(root / "validation" / "data" / f"{_id(3)}.jpg")
-    with pytest.raises(InputError, match=f"validation/{_id(3)}.jpg and validation/data/{_id(3)}.jpg are one picture"):
+    with pytest.raises(InputError, match=f"validation/{_id(3)}.jpg and validation/data/{_id(3)}.jpg are the same picture"):
         _validation(root).candidates()
 
 

@@ -305,7 +305,7 @@ def test_loaders_give_batches_of_one_size(sets: Path) -> None:
     trainer = {"global_step": 0, "global_rank": 0, "world_size": 1, "accumulate_grad_batches": 1}
     module.trainer = type("Trainer", (), trainer)()
     assert [len(batch["image"]) for batch in module.train_dataloader()] == [4] * 4
-    with pytest.raises(InputError, match=r"data\.samples is 9; expected a multiple of a step's samples, 4"):
+    with pytest.raises(InputError, match=r"data\.samples is 9; expected a multiple of the samples per step, 4"):
         SampleData(replace(data, samples=9), seed=0, steps=4, batch_size=4, with_cues=False)
 
 

@@ -20,13 +20,13 @@ from layerdecomp.errors import InputError, check_at_least, check_probabilities
 
 @dataclass
 class DataConfig:
-    """Where samples come from."""
+    """The source of the samples, and how they are loaded."""
 
-    source: str = "scenes"  # scenes: made on the fly, no download; triplets: from data sets on disk
-    samples: int = 10_000_000  # distinct training samples; after them the same ones come again, with other noise
-    validation: int = 16  # samples that validation looks at
-    workers: int = 1  # processes that make samples while the model trains; 0: the training process itself
-    max_faulty: float = 0.01  # of training samples whose files cannot be read; above it, training stops
+    source: str = "scenes"  # scenes: generated on the fly, no download; triplets: from data sets on disk
+    samples: int = 10_000_000  # distinct training samples; then they repeat, with different noise
+    validation: int = 16  # validation samples
+    workers: int = 1  # data loader processes; 0: load in the training process
+    max_faulty: float = 0.01  # fraction of unreadable training samples above which training stops
     scenes: SceneConfig = field(default_factory=SceneConfig)
     triplets: TripletConfig = field(default_factory=TripletConfig)
 
@@ -44,17 +44,17 @@ Samples = Scenes | Triplets
 def open_samples(
     config: DataConfig, split: str, seed: int, length: int, with_cues: bool = True, group: int | None = None
 ) -> Samples:
-    """The samples of a split; every `group` of consecutive ones (a batch) is of one size, or all of them are."""
+    """The samples of a split; each `group` of consecutive ones (a batch) shares one size; without groups, all do."""
     if config.source == "scenes":
         return Scenes(config.scenes, split, seed, length, with_cues)
     return Triplets(config.triplets, split, seed, length, with_cues, group)
 
 
 class Positions(Dataset[dict[str, Any]]):
-    """The samples of a data set over and over, each with its `position` in the whole of training.
+    """An endlessly repeated data set, indexed by the `position` in the whole training run, which each sample holds.
 
-    A sample whose files cannot be read is replaced by the next draw for its place; its `faults` say why. A
-    batch whose samples a cache has comes from there, as latents.
+    If the files of a sample cannot be read, it is replaced by the next draw for the same index; `faults` lists the
+    errors. If the cache holds all samples of a batch, the batch is loaded from it, as latents.
     """
 
     def __init__(self, samples: Samples, cache: LatentCache | None = None) -> None:
@@ -78,10 +78,10 @@ class Positions(Dataset[dict[str, Any]]):
 
 
 class StepSampler(Sampler[list[int]]):
-    """The positions of every batch, from the one that training has reached: rank r takes the r-th share.
+    """The positions of each of this rank's batches, starting at step `first`.
 
-    Where gradients of several batches make one step, a "step" here is one of them; the samples of consecutive steps
-    follow each other, so that it does not matter how many ranks and batches share them out.
+    With gradient accumulation, a "step" here is one micro-batch on every rank. Consecutive steps use consecutive
+    samples, so an optimizer step sees the same samples however they are divided into ranks and micro-batches.
     """
 
     def __init__(self, *, first: int, steps: int, batch_size: int, rank: int, world_size: int) -> None:
@@ -89,7 +89,7 @@ class StepSampler(Sampler[list[int]]):
         self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
-        return self.steps  # of the whole run, since Lightning counts the steps before a restart as well
+        return self.steps  # of the whole run, since Lightning also counts the steps before a resume
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first, self.steps):
@@ -98,7 +98,7 @@ class StepSampler(Sampler[list[int]]):
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stacks tensors; `index`, `position` and `faults` stay lists, which no device needs."""
+    """Stacks tensors; `index`, `position` and `faults` stay lists, so they are not moved to the device."""
     names = ("index", "position", "faults")
     kept: dict[str, Any] = {name: [sample.pop(name) for sample in samples] for name in names if name in samples[0]}
     batch: dict[str, Tensor] = default_collate(samples)
@@ -106,11 +106,11 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class SampleData(LightningDataModule):
-    """Training batches by step, validation batches from the held-out split (with a seed that no evaluation uses).
+    """Training batches by step, and validation batches from the held-out split, with seed `seed + 1`.
 
     Args:
-        batch_size: of a process.
-        global_batch: samples of a step, over all processes, which are all of one size; `batch_size` unless given.
+        batch_size: samples per process.
+        global_batch: samples per step over all processes, which share one size; defaults to `batch_size`.
     """
 
     def __init__(
@@ -127,14 +127,14 @@ class SampleData(LightningDataModule):
         super().__init__()
         group = global_batch or batch_size
         if config.source == "triplets" and len(config.triplets.aspects) > 1 and config.samples % group:
-            raise InputError(f"data.samples is {config.samples}; expected a multiple of a step's samples, {group}")
+            raise InputError(f"data.samples is {config.samples}; expected a multiple of the samples per step, {group}")
         self.workers, self.steps, self.batch_size, self.cache = config.workers, steps, batch_size, cache
         self.training = open_samples(config, "train", seed, config.samples, with_cues, group)
         self.held_out = open_samples(config, "test", seed + 1, config.validation, with_cues)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         assert self.trainer is not None
-        batches = self.trainer.accumulate_grad_batches  # of every process in a step
+        batches = self.trainer.accumulate_grad_batches  # micro-batches per step
         sampler = StepSampler(
             first=self.trainer.global_step * batches,
             steps=self.steps * batches,
@@ -153,10 +153,10 @@ class SampleData(LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Every rank has another share of the samples, none of them twice."""
+        """Splits the samples over the ranks, without padding or repetition."""
         assert self.trainer is not None
         rank, processes = self.trainer.global_rank, self.trainer.world_size
-        if len(self.held_out) < processes:  # a rank without any would leave the others waiting
+        if len(self.held_out) < processes:  # a rank without samples would make the others hang
             raise InputError(
                 f"data.validation is {len(self.held_out)}, but {processes} processes share them; expected one for each"
             )
@@ -165,19 +165,19 @@ class SampleData(LightningDataModule):
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """What asks a training to stop reaches its workers too, which the last step may still need."""
+    """Makes a worker ignore signals, which the main process handles: its last step may still need the workers."""
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
 
 
 @atexit.register
 def end_workers() -> None:
-    """Ends the workers that an error has left behind.
+    """Kills the workers that an error has left behind.
 
-    At its end, Python asks them to end by SIGTERM, which they ignore, and waits for them for ever.
+    At exit, Python sends them SIGTERM, which they ignore, and then waits for them for ever.
     """
     workers = [child for child in multiprocessing.active_children() if child.daemon]
     if workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise that a worker was killed
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # otherwise torch raises that a worker was killed
     for worker in workers:
         worker.kill()

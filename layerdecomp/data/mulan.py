@@ -1,8 +1,9 @@
-"""MULAN: photographs taken apart into a background and one RGBA layer per object, back to front.
+"""MULAN: photographs decomposed into a background and one RGBA layer per object, back to front.
 
-It is published as annotations alone: zlib-compressed pickles that say, for each layer, which part of the photograph it
-shows and what was painted where others hid it; the photographs are those of COCO 2017 and LAION-Aesthetics. A pickle
-can run any code, so none is run here: what a file asks to have built is noted as a `_Record`, and read afterwards.
+Only annotations are published: zlib-compressed pickles that give, for each layer, the part of the photograph it shows
+and the content inpainted where other layers hid it. The photographs come from COCO 2017 and LAION-Aesthetics. Loading a
+pickle can run arbitrary code, so this reader runs none: it replaces every object in the file by a passive `_Record`,
+which is interpreted afterwards.
 """
 
 import io
@@ -29,9 +30,9 @@ from layerdecomp.errors import InputError
 from layerdecomp.files import remedy
 from layerdecomp.imaging.layers import Pixels, read_image
 
-LIMIT_BYTES = 2 << 30  # of an annotation, decompressed
+LIMIT_BYTES = 2 << 30  # of a decompressed annotation
 PIXEL_LIMIT = 100_000_000  # of a layer
-MAX_MISFIT = 8.0  # of 255; chosen without having seen the published files
+MAX_MISFIT = 8.0  # of 255; chosen without access to the published files
 LICENCE = "CC BY-NC-SA 4.0"
 _CHUNK = 1 << 20
 _SUFFIX = ".p.zl"
@@ -39,23 +40,23 @@ _PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 _BACKGROUND = ("original_image_mask", "inpainted_delta")
 _INSTANCE = (*_BACKGROUND, "instance_alpha")
 _MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "F")
-_LAYER = re.compile(r"(?:.*/)?(?P<id>[^/]+)[-/]layer_(?P<layer>0|[1-9]\d*)\.png")  # in a folder of its own, or flat
+_LAYER = re.compile(r"(?:.*/)?(?P<id>[^/]+)[-/]layer_(?P<layer>0|[1-9]\d*)\.png")  # one folder per picture, or flat
 
 
 def read_annotation(path: str | Path, limit_bytes: int = LIMIT_BYTES) -> dict[str, Any]:
-    """What a `.p.zl` file says about the layers of a picture; nothing that the file names is run.
+    """Reads a `.p.zl` file, which describes the layers of a picture, without running any code from it.
 
     Args:
-        limit_bytes: that the file may have decompressed.
+        limit_bytes: maximum size after decompression.
 
     Returns:
-        "background", with the arrays "original_image_mask" and "inpainted_delta", and "instances", by their names in
-        the file and in its order, each with these and "instance_alpha"; with them those captions that are strings.
-        The arrays are (H, W) or (H, W, C), of whatever number type and scale the file has.
+        "background", with the arrays "original_image_mask" and "inpainted_delta"; and "instances", by the names and in
+        the order of the file, each with the same arrays and "instance_alpha". Captions are included if they are
+        strings. The arrays are (H, W) or (H, W, C), in the file's own number type and scale.
 
     Raises:
-        InputError: the file is missing, cut off, too large, no compressed pickle, asks for anything but pictures and
-            arrays of numbers, or lacks one of those above.
+        InputError: the file is missing, truncated, too large or no compressed pickle, asks for anything but pictures
+            and numeric arrays, or lacks one of the entries above.
     """
     path = Path(path)
     content = _unpickle(path, _decompress(path, limit_bytes))
@@ -91,7 +92,7 @@ def _decompress(path: Path, limit: int) -> io.BytesIO:
 
 
 class _Record:
-    """What a pickle asks to have built: arguments and state, noted and never acted on while it is read."""
+    """Stands in for an object in a pickle: stores its arguments and state, and executes nothing during loading."""
 
     args: tuple[Any, ...] = ()
     state: Any = None
@@ -99,12 +100,12 @@ class _Record:
     def __init__(self, *args: Any) -> None:
         self.args = args
 
-    def __setstate__(self, state: Any) -> None:  # without it, a pickle could set attributes of these classes
+    def __setstate__(self, state: Any) -> None:  # without it, a pickle could set arbitrary attributes
         self.state = state
 
 
 class _Encoded(_Record):
-    """`_codecs.encode`: bytes, as protocol 2 writes them."""
+    """`_codecs.encode`: bytes in pickle protocol 2."""
 
     def content(self) -> bytes:
         text, encoding = self.args
@@ -114,7 +115,7 @@ class _Encoded(_Record):
 
 
 class _Type(_Record):
-    """`numpy.dtype`, of which plain numbers are taken: not objects, texts, times and records."""
+    """`numpy.dtype`; only plain numeric types are accepted, not objects, strings, times or structured types."""
 
     def content(self) -> np.dtype[Any]:
         code, order = self.args[0], self.state[1]
@@ -126,7 +127,7 @@ class _Type(_Record):
 
 
 class _Array(_Record):
-    """`numpy._core.multiarray._reconstruct`, an array whose content comes with its state."""
+    """`numpy._core.multiarray._reconstruct`: an array whose content is in its state."""
 
     def pixels(self) -> NDArray[Any]:
         _, shape, dtype, fortran, data = self.state
@@ -134,7 +135,7 @@ class _Array(_Record):
 
 
 class _Buffer(_Record):
-    """`numpy._core.numeric._frombuffer`, an array as protocol 5 has it."""
+    """`numpy._core.numeric._frombuffer`: an array in pickle protocol 5."""
 
     def pixels(self) -> NDArray[Any]:
         data, dtype, shape, order, *axes = self.args
@@ -143,7 +144,7 @@ class _Buffer(_Record):
 
 
 class _Picture(_Record):
-    """A PIL image, whose state is [info, mode, (width, height), palette, bytes] and, if it was a file, more."""
+    """A PIL image. Its state is [info, mode, (width, height), palette, bytes], longer if it came from a file."""
 
     def pixels(self) -> NDArray[Any]:
         _, mode, size, palette, data = self.state[:5]
@@ -179,7 +180,7 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) not in _GLOBALS:
             raise InputError(
                 f"{self.path}: asks for {module}.{name}, which no picture needs; nothing was run. Expected a MULAN "
-                "annotation as it was published; do not load this file with anything else"
+                "annotation as published; do not load this file with any other tool"
             )
         return _GLOBALS[module, name]
 
@@ -196,7 +197,7 @@ def _unpickle(path: Path, file: io.BytesIO) -> Any:
 
 
 def _check_memo(file: io.BytesIO) -> None:
-    """Refuses a number of the memo that is not in a row: a file of ten bytes could have gigabytes reserved with it."""
+    """Rejects memo indices beyond the number of opcodes: with a huge one, a ten-byte file could allocate gigabytes."""
     for count, (code, argument, _) in enumerate(pickletools.genops(file)):
         if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument is not None and argument > count:
             raise ValueError(f"entry {argument} of its memo, after {count} steps")
@@ -228,7 +229,7 @@ def _array(data: Any, dtype: Any, shape: Any, order: Any) -> NDArray[Any]:
     _check_shape(shape)
     if not isinstance(dtype, _Type):
         raise TypeError(f"{_name(dtype)} for a dtype")
-    numbers = dtype.content()  # first, so that an array of objects is called one
+    numbers = dtype.content()  # before the data, so that an object array gets the right error
     return np.frombuffer(_bytes(data), numbers).reshape(shape, order=order)
 
 
@@ -247,21 +248,21 @@ def _bytes(data: Any) -> bytes | bytearray:
 
 
 def _name(value: Any) -> str:
-    """A value in an error: a text itself, of others the type, since what a hostile file holds may be endless."""
+    """A value in an error message: the start of a string, the type of anything else, which may be huge."""
     return value[:40] if isinstance(value, str) else type(value).__name__
 
 
 def rebuild_layers(annotation: dict[str, Any], image: Pixels, where: str = "annotation") -> list[Pixels]:
-    """The layers of a picture, back to front, as (H, W, 4) uint8 with straight alpha; the first is opaque.
+    """Rebuilds the layers of a picture, back to front, as (H, W, 4) uint8 with straight alpha; the first is opaque.
 
     Args:
-        annotation: from `read_annotation`; its arrays may be PIL images as well. Masks and alpha are shares (up to 1)
-            or grey levels (up to 255); the inpainted content is in levels, and is added to the masked picture.
-        image: (H, W, 3) uint8, the picture that was annotated.
-        where: how an error names the annotation.
+        annotation: from `read_annotation`; PIL images are accepted as arrays. Masks and alpha are in [0, 1] or
+            [0, 255]; the inpainted content is in [0, 255] levels, and is added to the masked picture.
+        image: (H, W, 3) uint8, the annotated picture.
+        where: name of the annotation in errors.
 
     Raises:
-        InputError: an array has another size than the picture, or values that cannot be what it should hold.
+        InputError: an array differs in size from the picture, or its values are out of range.
     """
     parts = [annotation["background"], *annotation["instances"].values()]
     return [_rebuild(part, image, number > 0, f"{where}: layer {number}") for number, part in enumerate(parts)]
@@ -273,7 +274,7 @@ def _rebuild(part: dict[str, Any], image: Pixels, transparent: bool, where: str)
     alpha: NDArray[Any] = np.ones((*image.shape[:2], 1), np.float32)
     if transparent:
         alpha = _alpha(f"{where}: instance_alpha", part["instance_alpha"], image)
-    rgb = (image * mask + delta).clip(0, 255)  # float32: uint8 would overflow before it is clipped
+    rgb = (image * mask + delta).clip(0, 255)  # in float32: uint8 would overflow before the clip
     return np.concatenate([rgb, 255 * alpha], axis=-1).round().astype(np.uint8)
 
 
@@ -303,13 +304,13 @@ def _alpha(where: str, values: Any, image: Pixels) -> NDArray[Any]:
 
 
 def _planes(where: str, values: Any, image: Pixels) -> NDArray[Any]:
-    """Checks the size of (H, W) or (H, W, 1 or 3) numbers, and returns them with their third axis."""
+    """Checks the size of an (H, W) or (H, W, 1 or 3) array, and returns it as float32 (H, W, 1 or 3)."""
     planes = np.asarray(values, dtype=np.float32)
     planes = planes[..., None] if planes.ndim == 2 else planes
     if planes.shape[:2] != image.shape[:2]:
         raise InputError(
             f"{where} is {_size(planes)} pixels, the picture {_size(image)}; expected equal sizes: "
-            "the picture must be the one that was annotated, not scaled or turned"
+            "use the annotated picture itself, neither scaled nor rotated"
         )
     if planes.shape[2:] not in ((1,), (3,)):
         raise InputError(f"{where}: {planes.shape} numbers; expected one channel or three")
@@ -323,7 +324,7 @@ def _size(array: NDArray[Any]) -> str:
 
 
 def recompose(layers: Sequence[Pixels]) -> Pixels:
-    """Lays layers (H, W, 4) over each other, back to front: (H, W, 3) uint8. The first counts as opaque."""
+    """Composites layers (H, W, 4), back to front, into (H, W, 3) uint8. The first is treated as opaque."""
     picture: NDArray[Any] = layers[0][..., :3]
     for layer in layers[1:]:
         alpha = layer[..., 3:] / 255
@@ -332,7 +333,7 @@ def recompose(layers: Sequence[Pixels]) -> Pixels:
 
 
 def misfit(layers: Sequence[Pixels], image: Pixels) -> float:
-    """How far the layers, recomposed, are from a picture (H, W, 3) of their size: mean absolute difference of 255."""
+    """Mean absolute difference, of 255, between the recomposed layers and a picture (H, W, 3) of their size."""
     return float(np.abs(recompose(layers).astype(np.int16) - image).mean())
 
 
@@ -342,22 +343,22 @@ def _check_misfit(where: str, layers: Sequence[Pixels], image: Pixels, limit: fl
     if (found := misfit(layers, image)) > limit:
         raise InputError(
             f"{where}: its layers, recomposed, are {found:.1f} of 255 away from the picture; "
-            f"expected at most {limit:g}: look whether it is another picture, or raise max_misfit"
+            f"expected at most {limit:g}: check that it is the same picture, or raise max_misfit"
         )
 
 
 def _read_annotated(path: Path) -> Pixels:
-    """A picture with the numbers that annotations add to: those of its file, whatever its colour profile."""
+    """A picture's stored values, without its colour profile applied: annotations are relative to these."""
     picture = open_picture(path)
     picture.info.pop("icc_profile", None)
     return read_image(picture)
 
 
 def read_layers(paths: Iterable[Path]) -> list[Pixels]:
-    """The files of one picture's layers, back to front, as (H, W, 4) uint8.
+    """Reads the layers of one picture, back to front, as (H, W, 4) uint8.
 
     Raises:
-        InputError: one cannot be read, has another size than the first, or has no alpha; or the first is not opaque.
+        InputError: one cannot be read, differs in size from the first, or has no alpha; or the first is not opaque.
     """
     layers: list[Pixels] = []
     for path in paths:
@@ -379,10 +380,10 @@ def _read_layer(path: Path, transparent: bool) -> Pixels:
 
 
 def _write_layers(folder: Path, layers: Sequence[Pixels]) -> None:
-    """Writes layer_{k}.png into a folder that is not there yet: all of them, or on an error none."""
+    """Writes layer_{k}.png into a new folder: all of them, or none if there is an error."""
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped
+        shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted run
         partial.mkdir(parents=True)
         for number, layer in enumerate(layers):
             Image.fromarray(layer).save(partial / f"layer_{number}.png")
@@ -396,7 +397,7 @@ def _write_layers(folder: Path, layers: Sequence[Pixels]) -> None:
 
 
 def _pictures_below(folder: Path) -> dict[str, list[Path]]:
-    """Pictures by their names without suffix."""
+    """Stem -> paths of the pictures below a folder."""
     found: dict[str, list[Path]] = {}
     for name in list_pictures(folder, _PICTURES):
         path = folder / name
@@ -412,7 +413,7 @@ def _find_picture(path: Path, pictures: dict[str, list[Path]], id: str) -> Path 
 
 
 def _read_stack(path: Path, numbers: list[int]) -> list[Pixels]:
-    """All layers of a picture, whose path has "{layer}" for the number; `InputError` unless all are there and fit."""
+    """All layers of a picture, given a path with "{layer}" for the number; `InputError` if any is missing or unfit."""
     if len(numbers) < 2 or sorted(numbers) != list(range(len(numbers))):
         found = ", ".join(str(number) for number in sorted(numbers)) or "none"
         raise InputError(f"{path}: layer {found} found; expected at least two, numbered from 0 without a gap")
@@ -421,27 +422,27 @@ def _read_stack(path: Path, numbers: list[int]) -> list[Pixels]:
 
 @dataclass(frozen=True)
 class MulanAnnotations:
-    """The data set as it is published. Its layers are rebuilt once and kept, as PNG files, below `root`."""
+    """The data set as published. Its layers are rebuilt once and stored as PNG files below `root`."""
 
     source: ClassVar[str] = "mulan"
     kind: ClassVar[str] = "layered"
     licence: ClassVar[str] = LICENCE
-    annotations: Path  # *.p.zl, in folders or not
-    images: Path  # of COCO 2017 (train and val), LAION-Aesthetics or both, in folders or not
-    root: Path  # for the layers, images/{id}/layer_{k}.png
-    max_misfit: float = MAX_MISFIT  # of the layers, recomposed, from the picture: mean absolute difference of 255
-    limit_bytes: int = LIMIT_BYTES  # of an annotation, decompressed
+    annotations: Path  # *.p.zl, at any depth
+    images: Path  # COCO 2017 (train and val), LAION-Aesthetics or both, at any depth
+    root: Path  # output folder for the layers, images/{id}/layer_{k}.png
+    max_misfit: float = MAX_MISFIT  # maximum `misfit` between the layers and the picture
+    limit_bytes: int = LIMIT_BYTES  # of a decompressed annotation
 
     def candidates(self) -> list[str]:
         """The annotation files, relative to `annotations`; `InputError` if one of the folders is missing or empty."""
-        _ = self._pictures  # a wrong folder is one error here, and not one for each annotation
+        _ = self._pictures  # so that a wrong folder is a single error, not one per annotation
         return [name for name in list_pictures(self.annotations, frozenset({".zl"})) if name.endswith(_SUFFIX)]
 
     def read(self, candidate: str) -> Item:
-        """Rebuilds the layers of an annotation, unless they are there, and compares them with the picture.
+        """Rebuilds the layers of an annotation, unless they exist, and compares them with the picture.
 
         Raises:
-            InputError: the picture is missing or not the one that was annotated, or the annotation cannot be read.
+            InputError: the picture is missing or not the annotated one, or the annotation cannot be read.
         """
         path = self.annotations / candidate
         id = path.name.removesuffix(_SUFFIX)
@@ -472,17 +473,17 @@ class MulanAnnotations:
 
 @dataclass(frozen=True)
 class MulanLayers:
-    """Layers that others have rebuilt: {id}-layer_{k}.png, or {id}/layer_{k}.png, in any folder below `root`."""
+    """Layers already rebuilt by other tools: {id}-layer_{k}.png, or {id}/layer_{k}.png, at any depth below `root`."""
 
     source: ClassVar[str] = "mulan"
     kind: ClassVar[str] = "layered"
     licence: ClassVar[str] = LICENCE
     root: Path
-    images: Path | None = None  # the pictures; those that are there are compared with the layers
-    max_misfit: float = MAX_MISFIT  # of the layers, recomposed, from the picture: mean absolute difference of 255
+    images: Path | None = None  # the original pictures; those found are compared with their layers
+    max_misfit: float = MAX_MISFIT  # maximum `misfit` between the layers and the picture
 
     def candidates(self) -> list[str]:
-        """The paths of the layered pictures, "{layer}" for the number; `InputError` if a folder is missing or empty."""
+        """Paths of layered pictures, with "{layer}" for the number; `InputError` if a folder is missing or empty."""
         _ = self._pictures
         return sorted(self._stacks)
 
@@ -490,8 +491,8 @@ class MulanLayers:
         """Opens all layers of a picture.
 
         Raises:
-            InputError: a layer is missing or broken, their sizes differ, the background is not opaque, another layer
-                has no alpha, or the picture is there and is not what they recompose to.
+            InputError: a layer is missing or damaged, sizes differ, the background is not opaque, another layer has no
+                alpha, or the layers do not recompose to the picture, if it is there.
         """
         path = self.root / candidate
         layers = _read_stack(path, self._stacks[candidate])
@@ -508,7 +509,7 @@ class MulanLayers:
 
     @cached_property
     def _stacks(self) -> dict[str, list[int]]:
-        """The numbers of the layers there are, by the candidate they are of."""
+        """Candidate -> numbers of its existing layers."""
         found: dict[str, list[int]] = {}
         for name in list_pictures(self.root, frozenset({".png"})):
             if match := _LAYER.fullmatch(name):

@@ -1,7 +1,7 @@
-"""OpenImages V7 as a source of backgrounds: the pictures in which little is marked and nobody is about.
+"""OpenImages V7 as a source of backgrounds: pictures with small boxes and without people, animals or vehicles.
 
-A picture without boxes is not empty: most of the nine million were never searched for objects. Only those that have
-verified labels of the boxable classes were, so only they are considered.
+A picture without boxes is not necessarily empty: most of the nine million were never annotated. Only pictures with
+verified labels of the boxable classes were, so only these are considered.
 """
 
 import csv
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
 ID = re.compile(r"[0-9a-f]{16}")
 
-# Each table's published names; the last, from the split's own folder, is what FiftyOne calls it.
+# Each table's published file names; the last is FiftyOne's name, relative to the split's folder.
 TABLES = {
     "labels": ("{split}-annotations-human-imagelabels-boxable.csv", "labels/classifications.csv"),
     "boxes": ("oidv6-{split}-annotations-bbox.csv", "{split}-annotations-bbox.csv", "labels/detections.csv"),
@@ -44,8 +44,8 @@ TABLES = {
 }
 FOLDERS = ("", "metadata", "labels", "annotations", "{split}", "{split}/metadata", "{split}/labels")
 
-# Display names of what a background must not show: the subtrees of Person, Animal and Vehicle in the published
-# hierarchy of the 600 boxable classes, parts included ("Wheel" is a part of "Land vehicle"), without "Teddy bear".
+# Display names of classes that a background must not show: the subtrees of Person, Animal and Vehicle in the published
+# hierarchy of the 600 boxable classes, including parts ("Wheel" is a part of "Land vehicle"), except "Teddy bear".
 PEOPLE = """Person, Man, Woman, Boy, Girl, Human body, Human head, Human face, Human eye, Human ear, Human nose,
 Human mouth, Human hair, Human beard, Human arm, Human hand, Human leg, Human foot, Skull"""
 ANIMALS = """Animal, Bird, Magpie, Woodpecker, Blue jay, Ostrich, Penguin, Raven, Chicken, Eagle, Owl, Duck, Canary,
@@ -68,15 +68,15 @@ UNWANTED = frozenset(name for names in (PEOPLE, ANIMALS, VEHICLES) for name in r
 class OpenImages:
     """One split of OpenImages: `<split>/<id>.jpg`, or `<split>/data/<id>.jpg` as FiftyOne downloads it.
 
-    Without `ids`, three of the published tables choose the pictures (`TABLES`, found in any of `FOLDERS`): those with
-    verified labels, none of which is of `UNWANTED`, and boxes that cover a share of at most `max_box_area`. A table of
-    rotations is heeded wherever it is found.
+    Without `ids`, pictures are selected from three published tables (`TABLES`, searched for in `FOLDERS`): those with
+    verified labels, none in `UNWANTED`, and with boxes that cover at most `max_box_area` of the picture. If the table
+    of rotations is found, it is applied.
     """
 
     root: Path
     split: str = "train"
-    ids: Path | None = None  # a file of ids to take instead, one per line, "<id>" or "<split>/<id>"
-    max_box_area: float = 0.2  # of the picture
+    ids: Path | None = None  # a file of ids to use instead, one per line, "<id>" or "<split>/<id>"
+    max_box_area: float = 0.2  # as a fraction of the picture
     source: ClassVar[str] = "openimages"
     kind: ClassVar[str] = "backgrounds"
     licence: ClassVar[str] = "CC BY 2.0 (images), CC BY 4.0 (annotations)"
@@ -85,10 +85,10 @@ class OpenImages:
         if self.split not in SPLITS:
             raise InputError(f"split is {self.split!r}; expected {', '.join(SPLITS)}")
         if not 0 <= self.max_box_area <= 1:
-            raise InputError(f"max_box_area is {self.max_box_area}; expected a share of the picture, 0 to 1")
+            raise InputError(f"max_box_area is {self.max_box_area}; expected a fraction of the picture, 0 to 1")
 
     def candidates(self) -> list[str]:
-        """Paths below the root, those of pictures that have yet to be turned followed by "@" and the degrees."""
+        """Paths relative to the root; for pictures that must be rotated, followed by "@" and the degrees."""
         files = self._files()
         kept = self._listed(files) if self.ids else self._empty_scenes(files)
         rotations = self._rotations(kept)
@@ -98,14 +98,14 @@ class OpenImages:
         path, _, turn = candidate.partition("@")
         picture = open_picture(self.root / path)
         width, height = upright_size(picture)
-        # the table repeats what the camera wrote: a file that still has its EXIF is turned by that
+        # the table repeats the EXIF orientation: apply it only if the file no longer has its own
         rotation = int(turn or 0) if orientation(picture) == 1 else 0
         if rotation % 180:
             width, height = height, width
         return Item(Path(path).stem, path, width, height, rotation=rotation)
 
     def _files(self) -> dict[str, str]:
-        """Paths below the root, by id."""
+        """Id -> path relative to the root."""
         files: dict[str, str] = {}
         for folder in (self.split, f"{self.split}/data"):
             for name in _names(self.root / folder):
@@ -113,7 +113,7 @@ class OpenImages:
                 if extension != "jpg" or not ID.fullmatch(image):
                     continue
                 if image in files:
-                    raise InputError(f"{self.root}: {files[image]} and {folder}/{name} are one picture; keep one")
+                    raise InputError(f"{self.root}: {files[image]} and {folder}/{name} are the same picture; keep one")
                 files[image] = f"{folder}/{name}"
         if not files:
             places = f"{self.split}/<16 hex digits>.jpg or {self.split}/data/<16 hex digits>.jpg"
@@ -121,7 +121,7 @@ class OpenImages:
         return files
 
     def _listed(self, files: Collection[str]) -> set[str]:
-        """The ids of the user's list that are on the disk."""
+        """The ids in the user's list that exist on disk."""
         assert self.ids is not None
         listed = set(_read_ids(self.ids, self.split))
         kept = listed.intersection(files)
@@ -132,24 +132,24 @@ class OpenImages:
         return kept
 
     def _empty_scenes(self, files: Collection[str]) -> set[str]:
-        """The ids among `files` that the tables say are background and little else."""
+        """The ids among `files` that are mostly background, according to the tables."""
         tables = {name: self._find(name) for name in ("labels", "boxes", "classes")}
         missing = [TABLES[name][0].format(split=self.split) for name, path in tables.items() if path is None]
         if missing:
             raise InputError(
-                f"{self.root} lacks {', '.join(missing)}; put it there or into metadata/, or list the pictures to take "
-                "in a file (ids=...), or read the folder as pictures like any other (source=backgrounds)"
+                f"{self.root} lacks {', '.join(missing)}; put it there or into metadata/, or list the pictures to use "
+                "in a file (ids=...), or use all pictures in the folder (source=backgrounds)"
             )
         labels, boxes, classes = (path for path in tables.values() if path is not None)
         unwanted = _unwanted_classes(classes)
         return _uncovered(boxes, _without(labels, files, unwanted), unwanted, self.max_box_area)
 
     def _rotations(self, kept: Collection[str]) -> dict[str, int]:
-        """Degrees, by id, of the pictures that do not stand upright."""
+        """Id -> degrees, for pictures that are not upright."""
         path = self._find("rotations")
         if path is None:
             name = TABLES["rotations"][0].format(split=self.split)
-            logger.warning("%s: no %s, so all pictures are taken to be upright", self.root, name)
+            logger.warning("%s: no %s, so all pictures are assumed to be upright", self.root, name)
             return {}
         rows = ((image, _degrees(path, turn)) for image, turn in _rows(path, "ImageID", "Rotation") if image in kept)
         return {image: turn for image, turn in rows if turn}
@@ -169,7 +169,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _read_ids(path: Path, split: str) -> Iterator[str]:
-    """The ids of a split in a user's list; empty lines and those of other splits are passed over."""
+    """The ids of a split in a user's list; empty lines and other splits are skipped."""
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -183,7 +183,7 @@ def _read_ids(path: Path, split: str) -> Iterator[str]:
 
 
 def _rows(path: Path, *columns: str) -> Iterator[list[str]]:
-    """The named columns of a table, a row at a time: the tables are larger than a machine's memory may be."""
+    """The named columns of a table, streamed row by row: the tables may not fit in memory."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.reader(file)
@@ -209,7 +209,7 @@ def _numbers(path: Path, values: list[str]) -> list[float]:
 
 
 def _degrees(path: Path, turn: str) -> int:
-    """0 where the table does not know, which it calls nothing or nan."""
+    """A rotation in degrees; 0 if it is unknown (empty or nan)."""
     (degrees,) = _numbers(path, [turn or "nan"])
     if not isnan(degrees) and degrees not in (0, 90, 180, 270):
         raise InputError(f"{path} holds the rotation {turn}; expected 0, 90, 180 or 270")
@@ -217,19 +217,19 @@ def _degrees(path: Path, turn: str) -> int:
 
 
 def _unwanted_classes(path: Path) -> frozenset[str]:
-    """The MIDs of `UNWANTED`, from rows of MID and display name."""
+    """The MIDs of the classes in `UNWANTED`, from a table of MIDs and display names."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             names = {row[0]: row[1] for row in csv.reader(file) if len(row) > 1}
     except (OSError, csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}); download it again") from error
     if missing := {"Person", "Animal", "Vehicle"}.difference(names.values()):
-        raise InputError(f"{path} names no class {min(missing)}; expected rows such as /m/01g317,Person")
+        raise InputError(f"{path} has no class {min(missing)}; expected rows such as /m/01g317,Person")
     return frozenset(mid for mid, name in names.items() if name in UNWANTED)
 
 
 def _without(labels: Path, files: Collection[str], unwanted: Collection[str]) -> set[str]:
-    """The ids among `files` that somebody has looked at, and in which nobody saw a class of `unwanted`."""
+    """The ids among `files` that have verified labels, none of them confirming an `unwanted` class."""
     seen, refused = set(), set()
     for image, label, confidence in _rows(labels, "ImageID", "LabelName", "Confidence"):
         if image in files:
@@ -240,7 +240,7 @@ def _without(labels: Path, files: Collection[str], unwanted: Collection[str]) ->
 
 
 def _uncovered(table: Path, images: set[str], unwanted: Collection[str], max_area: float) -> set[str]:
-    """Those of `images` without a box of `unwanted`, and whose boxes cover a share of at most `max_area`."""
+    """The `images` without a box of an `unwanted` class, whose boxes cover at most a fraction `max_area`."""
     kept = set(images)
     boxes: dict[str, array[float]] = {}
     for image, label, *corners in _rows(table, "ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax"):
@@ -256,14 +256,14 @@ def _uncovered(table: Path, images: set[str], unwanted: Collection[str], max_are
 
 
 def covered_area(boxes: NDArray[np.float64]) -> float:
-    """The area of a union of boxes inside the unit square, exactly: between neighbouring edges all is even.
+    """The exact area of the union of boxes inside the unit square, on the grid formed by all their edges.
 
     Args:
         boxes: (N, 4), each XMin, XMax, YMin, YMax.
     """
     left, right, top, bottom = boxes.clip(0, 1).T
     xs, ys = (np.unique(np.concatenate(edges)) for edges in ((left, right), (top, bottom)))
-    depth = np.zeros((len(ys), len(xs)), np.int32)  # how many boxes lie over a cell, once it has been summed up
+    depth = np.zeros((len(ys), len(xs)), np.int32)  # its cumulative sum is the number of boxes over each cell
     for rows, row_sign in ((top, 1), (bottom, -1)):
         for columns, column_sign in ((left, 1), (right, -1)):
             np.add.at(depth, (np.searchsorted(ys, rows), np.searchsorted(xs, columns)), row_sign * column_sign)

@@ -1,4 +1,4 @@
-"""Making an index: worker processes open and check every candidate; it can be stopped at any moment and goes on."""
+"""Builds an index: worker processes open and check every candidate; an interrupted run resumes where it stopped."""
 
 import json
 import multiprocessing
@@ -21,13 +21,13 @@ from layerdecomp.files import remedy
 
 T = TypeVar("T")
 R = TypeVar("R")
-SHOWN = 10  # faults on the screen; all are in the file
-CHUNK = 32  # inputs that a worker takes at a time
+SHOWN = 10  # faults to print; the file lists all of them
+CHUNK = 32  # inputs per task of a worker
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a candidate: an item, a fault, or neither where the reader's settings leave it out."""
+    """The result for a candidate: an item, a fault, or neither if the reader's settings exclude it."""
 
     candidate: str
     item: Item | None = None
@@ -35,20 +35,20 @@ class Outcome:
 
 
 def prepare(reader: Reader, out: Path, workers: int = 1, test_share: float = TEST_SHARE) -> list[Outcome]:
-    """Opens every candidate of a reader and writes the index of the sound ones to `out`.
+    """Opens every candidate of a reader and writes an index of the valid ones to `out`.
 
-    What is done is noted in a journal beside `out`, so that the same command goes on where it was interrupted. Faults
-    are listed in a text file beside it; they do not stop the others.
+    Progress is recorded in a journal beside `out`, so that the same command resumes after an interruption. Faulty
+    candidates are listed in a text file beside it and do not stop the run.
 
     Returns:
-        what became of every candidate, in their order.
+        The outcome of every candidate, in order.
 
     Raises:
-        InputError: there are no candidates, none is sound, two have one id, or `out` cannot be written.
+        InputError: there are no candidates, none is valid, two have the same id, or `out` cannot be written.
     """
     candidates = reader.candidates()
     if not candidates:
-        raise InputError(f"{reader.root}: nothing for source={reader.source}; docs/data.md shows what it must hold")
+        raise InputError(f"{reader.root}: nothing for source={reader.source}; docs/data.md shows the expected layout")
     journal = out.with_name(f".{out.name}.journal")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -90,16 +90,16 @@ def _finish(reader: Reader, out: Path, outcomes: list[Outcome], test_share: floa
 
 def _describe_splits(index: Index, test_share: float) -> str:
     held_out = len(index.rows("test"))
-    told = f"{len(index)} items, {len(index) - held_out} for training and {held_out} held out"
+    counts = f"{len(index)} items, {len(index) - held_out} for training and {held_out} held out"
     if held_out == 0 < test_share:
-        return f"{told} (nothing to validate or evaluate on: index more, or again with a larger test_share=)"
+        return f"{counts} (nothing to validate or evaluate on: index more, or again with a larger test_share=)"
     if held_out == len(index) and test_share < 1:
-        return f"{told} (nothing to train on: index more, or again with a smaller test_share=)"
-    return told
+        return f"{counts} (nothing to train on: index more, or again with a smaller test_share=)"
+    return counts
 
 
 def print_some(faults: Sequence[str], rest: str) -> None:
-    """Prints the first faults, and where the rest is."""
+    """Prints the first faults, and where to find the rest."""
     for fault in faults[:SHOWN]:
         print(f"  {fault}")
     if len(faults) > SHOWN:
@@ -107,7 +107,7 @@ def print_some(faults: Sequence[str], rest: str) -> None:
 
 
 def _describe(reader: Reader) -> dict[str, Any]:
-    """What the outcomes depend on, as JSON can hold it."""
+    """The settings that the outcomes depend on, as JSON."""
     return {"reader": f"{type(reader).__name__} {reader!r}"}
 
 
@@ -117,18 +117,18 @@ def _note(file: IO[str], entry: dict[str, Any]) -> None:
 
 
 def _read_journal(journal: Path, reader: Reader) -> dict[str, Outcome]:
-    """The outcomes of an interrupted run, by candidate; none if it had other settings or its journal is damaged.
+    """Candidate -> outcome of an interrupted run; empty if its settings differ or the journal is damaged.
 
-    What was faulty then is read again: it may have been mended since.
+    Faulty candidates are read again: they may have been repaired since.
     """
     if not journal.is_file():
         return {}
     try:
         lines = journal.read_text().splitlines(keepends=True)
-        if lines and not lines[-1].endswith("\n"):  # written when the machine stopped
+        if lines and not lines[-1].endswith("\n"):  # truncated by the interruption
             lines.pop()
         done = _parse_journal(lines, reader)
-    except (ValueError, TypeError):  # also of what is no text, no JSON, or has other fields
+    except (ValueError, TypeError):  # includes invalid UTF-8, invalid JSON and other fields
         os.replace(journal, journal.with_suffix(".old"))
         return {}
     journal.write_text("".join(lines))
@@ -136,7 +136,7 @@ def _read_journal(journal: Path, reader: Reader) -> dict[str, Outcome]:
 
 
 def _parse_journal(lines: list[str], reader: Reader) -> dict[str, Outcome]:
-    """The outcomes without a fault that a journal's lines note; `ValueError` if they are of other settings."""
+    """The outcomes without a fault in a journal's lines; `ValueError` if the settings differ."""
     entries = [json.loads(line) for line in lines]
     if not entries or entries[0] != _describe(reader):
         raise ValueError("a journal of other settings")
@@ -156,9 +156,9 @@ def _read(reader: Reader, candidate: str) -> Outcome:
 
 
 def parallel(function: Callable[[T], R], inputs: Sequence[T], workers: int, chunk: int = CHUNK) -> Iterator[R]:
-    """The results of a function in the order of its inputs, from worker processes, each of which is sent it once.
+    """Maps a function over inputs in worker processes, in order; the function is sent to each worker once.
 
-    A worker takes `chunk` inputs at a time: one, where they take seconds each, so that progress shows.
+    Workers take `chunk` inputs at a time. Use 1 if each takes seconds, so that progress is visible.
 
     Raises:
         RunError: a worker was killed.
@@ -171,10 +171,9 @@ def parallel(function: Callable[[T], R], inputs: Sequence[T], workers: int, chun
         yield from pool.map(_call, inputs, chunksize=chunk)
     except BrokenProcessPool as error:
         raise RunError(
-            f"one of {workers} workers died, often for want of memory; run the same command with fewer workers=, and "
-            "it goes on"
+            f"one of {workers} workers died, often out of memory; run the same command with fewer workers= to resume"
         ) from error
-    finally:  # when interrupted, what has not begun is dropped
+    finally:  # on an interruption, drop the pending inputs
         pool.shutdown(cancel_futures=True)
 
 
@@ -184,12 +183,12 @@ _function: Callable[[Any], Any]
 def _start_worker(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
-    torch.set_num_threads(1)  # the processes share the cores
+    torch.set_num_threads(1)  # the workers share the cores
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Ends this worker when the command that started it was killed; it would wait for more to do for ever."""
+    """Ends this worker if its parent is killed; otherwise it would wait for tasks for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

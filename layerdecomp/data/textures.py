@@ -1,9 +1,9 @@
-"""Pictures without a subject: crops of the photographs inside scikit-image's wheel, and procedural textures.
+"""Textures for the scenes: crops of the photographs bundled with scikit-image, and procedural textures.
 
-The photographs are files of the installed wheel, so nothing is downloaded (scikit-image's other data sets, which it
-fetches on demand, are not used). Training crops astronaut, chelsea (the cat), motorcycle_left, retina,
+The photographs are part of the installed wheel, so nothing is downloaded (scikit-image's other data sets, which it
+fetches on demand, are not used). Training uses astronaut, chelsea (the cat), motorcycle_left, retina,
 hubble_deep_field and ihc (immunohistochemistry), and, in random colours, the greyscale camera, brick, grass, gravel
-and moon. Testing crops coffee and rocket, which training never sees.
+and moon. Testing uses coffee and rocket, which training never sees.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,9 @@ from layerdecomp.errors import InputError
 Picture = NDArray[np.float32]  # (H, W, 3) in [0, 1]
 Field = NDArray[np.float32]  # (H, W) in [0, 1]
 
-DISTINCT = 0.35  # mean distance of a thing's colour from those around it, of at most sqrt(3)
+DISTINCT = 0.35  # minimum mean RGB distance of an object's colour from its surroundings (at most sqrt(3))
 
-# How often each is drawn: the richest photographs most, the mostly black sky and the near-uniform textures less.
+# Relative weights: higher for rich photographs, lower for the mostly black sky and the near-uniform textures.
 PHOTOGRAPHS: dict[str, dict[str, float]] = {
     "train": {
         "astronaut.png": 5,
@@ -43,9 +43,9 @@ PHOTOGRAPHS: dict[str, dict[str, float]] = {
 
 @cache
 def photograph(name: str) -> tuple[Image.Image, ...]:
-    """Load a bundled photograph once per process: the whole picture, then halves of halves of it.
+    """Load a bundled photograph, once per process, as an image pyramid: full size, half size and so on.
 
-    Raises InputError where the installed scikit-image does not bundle the file.
+    Raises InputError if the installed scikit-image does not bundle the file.
     """
     path = Path(skimage.data.data_dir) / name
     if not path.is_file():
@@ -58,7 +58,7 @@ def photograph(name: str) -> tuple[Image.Image, ...]:
 
 
 def photograph_crop(rng: np.random.Generator, size: int, split: str) -> Picture:
-    """Crop a square of random place and scale from a photograph of the split, flipped and recoloured a little."""
+    """Crop a square at a random position and scale from a photograph of the split, with flip and colour jitter."""
     weights = np.array(list(PHOTOGRAPHS[split].values()))
     levels = photograph(str(rng.choice(list(PHOTOGRAPHS[split]), p=weights / weights.sum())))
     width, height = levels[0].size
@@ -67,7 +67,7 @@ def photograph_crop(rng: np.random.Generator, size: int, split: str) -> Picture:
     left, top = rng.uniform(0, width - side), rng.uniform(0, height - side)
     # The smallest level that still has a pixel for every pixel of the crop.
     level = max((index for index in range(len(levels)) if side / 2**index >= size), default=0)
-    # A level may be a fraction of a pixel smaller than its share of the photograph.
+    # Rounding may make a level a fraction of a pixel too small.
     right, bottom = np.minimum(np.array([left + side, top + side]) / 2**level, levels[level].size)
     box = (left / 2**level, top / 2**level, float(right), float(bottom))
     crop = np.asarray(levels[level].resize((size, size), Image.Resampling.BILINEAR, box), np.float32) / np.float32(255)
@@ -82,13 +82,13 @@ def procedural(rng: np.random.Generator, size: int, split: str) -> Picture:
 
 
 def material(rng: np.random.Generator, size: int, split: str, surroundings: NDArray[np.float32]) -> Picture:
-    """Make what a thing is made of (size, size, 3): shades of one colour that its surroundings do not have.
+    """Make the texture of an object (size, size, 3): shades of one colour that stands out from its surroundings.
 
-    Most things can be told from what they lie on, which is what makes them things; the pattern of the shades is a
-    procedural field or the brightness of a photograph.
+    Real objects, too, usually stand out from their background. The pattern of the shades is a procedural field or the
+    brightness of a photograph.
 
     Args:
-        surroundings: colours (N, 3) in [0, 1] around the thing.
+        surroundings: colours (N, 3) in [0, 1] around the object.
     """
     if rng.random() < 0.5:
         pattern = _normalized(photograph_crop(rng, size, split).mean(axis=-1))
@@ -105,9 +105,9 @@ def material(rng: np.random.Generator, size: int, split: str, surroundings: NDAr
 
 
 def many_coloured(rng: np.random.Generator, size: int, split: str, surroundings: NDArray[np.float32]) -> Picture:
-    """Make what a thing of many colours is made of (size, size, 3): a crop of a photograph, its channels shuffled.
+    """Make the texture of a many-coloured object (size, size, 3): a crop of a photograph with shuffled channels.
 
-    Of four crops it is the one least like its surroundings, colours (N, 3) in [0, 1].
+    It is the one of four crops that differs most from the surroundings, colours (N, 3) in [0, 1].
     """
     crops = [photograph_crop(rng, size, split)[..., rng.permutation(3)] for _ in range(4)]
     distances = [np.linalg.norm(crop.mean((0, 1)) - surroundings, axis=-1).mean() for crop in crops]
@@ -120,7 +120,7 @@ def _field(rng: np.random.Generator, size: int, split: str) -> Field:
 
 
 def noise(rng: np.random.Generator, size: int, cells: int = 3, persistence: float = 0.5) -> Field:
-    """Make noise of several octaves, from `cells` bumps across the picture down to single pixels (Perlin, 1985)."""
+    """Make multi-octave noise, from `cells` bumps across the image down to single pixels (Perlin, 1985)."""
     total, weight = np.zeros((size, size), np.float32), 1.0
     while cells < size:
         octave = Image.fromarray(rng.random((cells, cells), dtype=np.float32))
@@ -155,17 +155,17 @@ def _checks(rng: np.random.Generator, size: int) -> Field:
 
 def _wood(rng: np.random.Generator, size: int) -> Field:
     x, y = _rotated_grid(rng, size)
-    # Rings of a trunk seen almost along its axis, wobbling; the fine grain runs along the fibres.
+    # Wobbly growth rings, strongly stretched along the grain.
     radius = np.hypot(x - rng.uniform(-2, 2), 0.15 * (y - rng.uniform(-2, 2))) + 0.25 * noise(rng, size, 2, 0.3)
     frequency = rng.uniform(4, 12)
     ring = (radius * frequency) % 1
-    # Darkens slowly through the year, then starts over within about two pixels.
+    # Darkens slowly across a ring, then resets within about two pixels.
     ring = np.minimum(ring**2, (1 - ring) * size / (4 * frequency))
     return _normalized(ring + 0.3 * noise(rng, size, 16, 0.8))
 
 
 def _cells(rng: np.random.Generator, size: int) -> Field:
-    """Crazy paving: every pixel takes the value of its nearest stone (Worley, SIGGRAPH 1996), darker at the joints."""
+    """Irregular paving: every pixel takes the value of its nearest stone (Worley, SIGGRAPH 1996), darker at joints."""
     x, y = _grid(size)
     stones = int(rng.integers(6, 24))
     wobble = 0.15 * noise(rng, size, 6)
@@ -195,7 +195,7 @@ def _dots(rng: np.random.Generator, size: int) -> Field:
 
 
 _SEEN = (_noise_field, _gradient, _stripes, _checks, _wood, _cells)
-# Half of what the test split draws, chevrons and dots, is of families that training never sees.
+# Half of the textures drawn in the test split are chevrons and dots, which training never sees.
 _FIELDS: dict[str, tuple[Callable[[np.random.Generator, int], Field], ...]] = {
     "train": _SEEN,
     "test": (*_SEEN, *(_chevrons, _dots) * 3),
@@ -217,7 +217,7 @@ def _rotated_grid(rng: np.random.Generator, size: int) -> tuple[Field, Field]:
 
 
 def _wave(position: Field, frequency: float, sharpness: float) -> Field:
-    """Make `frequency` bands per unit of a grid: a sine at low sharpness, hard but anti-aliased edges at a high one."""
+    """Make `frequency` bands per grid unit: a sine at low sharpness, hard but anti-aliased edges at high sharpness."""
     sharpness = min(sharpness, len(position) / (4 * np.pi * frequency))  # an edge takes at least two pixels
     return np.asarray(0.5 + 0.5 * np.clip(sharpness * np.sin(2 * np.pi * frequency * position), -1, 1))
 
@@ -228,7 +228,7 @@ def _normalized(values: Field) -> Field:
 
 
 def _palette(rng: np.random.Generator, colours: int) -> NDArray[np.float32]:
-    """Draw colours (colours, 3) of one family, vivid or greyish, that differ in brightness."""
+    """Draw related colours (colours, 3), vivid or greyish, that differ in brightness."""
     family = rng.random(3) + rng.normal(0, 0.18, (colours, 3))
     grey = family.mean(axis=1, keepdims=True)
     family = grey + rng.uniform(0.2, 1) * (family - grey)
@@ -237,7 +237,7 @@ def _palette(rng: np.random.Generator, colours: int) -> NDArray[np.float32]:
 
 
 def _coloured(field: Field, palette: NDArray[np.float32]) -> Picture:
-    """Look a field (H, W) up in a palette (N, 3) that is spread evenly over [0, 1]."""
+    """Map a field (H, W) to colours by a palette (N, 3) spread evenly over [0, 1]."""
     stops = np.linspace(0, 1, len(palette))
     return np.stack([np.interp(field, stops, channel) for channel in palette.T], axis=-1).astype(np.float32)
 

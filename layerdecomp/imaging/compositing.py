@@ -1,40 +1,40 @@
-"""The one place that composites, and that owns how colour and alpha are represented.
+"""Compositing, and the two representations of colour and alpha.
 
-Two representations of a foreground, both (..., 4, H, W):
+Both are (..., 4, H, W):
 
-- straight: RGB in [-1, 1] that alpha has not touched, alpha in [0, 1]. Files, data samples and `over` use it.
-- autoencoder space: RGB multiplied by alpha, alpha mapped to [-1, 1]; all four channels in [-1, 1], so that fully
-  transparent is mid-grey (0, 0, 0, -1) whatever colour hides under it, and an opaque picture is the picture itself.
+- straight: RGB in [-1, 1], not premultiplied; alpha in [0, 1]. Used by files, data samples and `over`.
+- autoencoder space: RGB premultiplied by alpha, alpha mapped to [-1, 1]. All channels are in [-1, 1]; fully transparent
+  pixels are mid-grey (0, 0, 0, -1), whatever their straight colour, and the RGB of an opaque picture is unchanged.
 
-Since `over` is affine in colour, it gives the same result for [-1, 1] as for [0, 1] (Porter and Duff, "Compositing
-Digital Images", SIGGRAPH 1984). Colours are blended as they are stored (sRGB values), as image editors do by default.
+`over` (Porter and Duff, "Compositing Digital Images", SIGGRAPH 1984) is affine in colour, so it gives the same result
+for [-1, 1] as for [0, 1]. It blends the stored (sRGB) values, as image editors do by default.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-INVISIBLE = 0.5 / 255  # an alpha below this is 0 in an 8-bit file
+INVISIBLE = 0.5 / 255  # alpha below this rounds to 0 in 8 bits
 
 
 def over(foreground: Tensor, background: Tensor) -> Tensor:
-    """Put a straight foreground (..., 4, H, W) over an opaque background (..., 3, H, W): an image (..., 3, H, W)."""
+    """Composite a straight foreground (..., 4, H, W) over an opaque background: both images are (..., 3, H, W)."""
     rgb, alpha = foreground[..., :3, :, :], foreground[..., 3:, :, :]
     return alpha * rgb + (1 - alpha) * background
 
 
 def to_autoencoder(foreground: Tensor) -> Tensor:
-    """Map a straight foreground (..., 4, H, W) to autoencoder space, same shape, all channels in [-1, 1]."""
+    """Map a straight foreground (..., 4, H, W) to autoencoder space, of the same shape."""
     rgb, alpha = foreground[..., :3, :, :], foreground[..., 3:, :, :]
     return torch.cat([rgb * alpha, 2 * alpha - 1], dim=-3)
 
 
 def from_autoencoder(decoded: Tensor, threshold: float = 0.05, margin: float = 0.0) -> Tensor:
-    """Map what an RGBA decoder returns, (..., 4, H, W) in about [-1, 1], to a straight foreground of the same shape.
+    """Map the output of an RGBA decoder, (..., 4, H, W) in about [-1, 1], to a straight foreground of the same shape.
 
-    Colour is divided by alpha, but never by less than `threshold`: below it a decoder's error would be magnified into
-    random saturated colours, so colour fades to mid-grey there, and is 0 where alpha would round to 0 in 8 bits.
-    Alphas nearer to 0 or 1 than `margin` become 0 or 1, and those between are stretched.
+    Colour is divided by alpha, but by no less than `threshold`: smaller divisors would amplify decoding errors into
+    random saturated colours. Below it, colour fades to mid-grey, and it is 0 where alpha rounds to 0 in 8 bits.
+    Alphas within `margin` of 0 or 1 are snapped to 0 or 1; those between are stretched linearly.
     """
     alpha = ((decoded[..., 3:, :, :] + 1) / 2).clamp(0, 1)
     rgb = (decoded[..., :3, :, :] / alpha.clamp(min=threshold)).clamp(-1, 1)
@@ -43,10 +43,10 @@ def from_autoencoder(decoded: Tensor, threshold: float = 0.05, margin: float = 0
 
 
 def resize_straight(foreground: Tensor, size: tuple[int, int]) -> Tensor:
-    """A straight foreground (B, 4, H, W) at another size.
+    """Resize a straight foreground (B, 4, H, W).
 
-    Premultiplied meanwhile, lest colours under alpha 0 bleed, and bilinear: without overshoot, an object of one colour
-    keeps it to where alpha ends.
+    Resizes premultiplied values, so that colours under alpha 0 do not bleed. Bilinear, because it has no overshoot: a
+    uniformly coloured object keeps its colour up to its edge.
     """
     resized = F.interpolate(to_autoencoder(foreground), size, mode="bilinear", antialias=True)
     rgba = from_autoencoder(resized, threshold=INVISIBLE)
@@ -54,13 +54,13 @@ def resize_straight(foreground: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def checkerboard(height: int, width: int, cell: int = 8) -> Tensor:
-    """Make the grey and white board (3, height, width) in [-1, 1] that editors show behind transparency."""
+    """Make the grey and white checkerboard (3, height, width) in [-1, 1] that editors show behind transparency."""
     rows, columns = torch.arange(height) // cell, torch.arange(width) // cell
     odd = (rows[:, None] + columns) % 2
     return (1 - 0.5 * odd.float()).expand(3, height, width)
 
 
 def on_checkerboard(foreground: Tensor, cell: int = 8) -> Tensor:
-    """Show a straight foreground (..., 4, H, W) on a checkerboard: an image (..., 3, H, W) in [-1, 1]."""
+    """Composite a straight foreground (..., 4, H, W) over a checkerboard: an image (..., 3, H, W) in [-1, 1]."""
     height, width = foreground.shape[-2:]
     return over(foreground, checkerboard(height, width, cell).to(foreground))

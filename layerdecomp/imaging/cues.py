@@ -1,4 +1,4 @@
-"""Cue maps: hints about the whole picture that the context fusion condenses into a few tokens."""
+"""Cue maps (edges, segmentation, depth) of the whole image, which context fusion condenses into a few tokens."""
 
 from collections.abc import Mapping
 
@@ -20,11 +20,11 @@ def compute_cues(
 
     Args:
         image: (H, W, 3).
-        maps: those that are there already, by the names of `CUES`, (1 or 3, H, W) in [-1, 1]. Depth is taken from here
-            or absent, because it takes weights to compute it.
+        maps: precomputed maps by name, (1 or 3, H, W) in [-1, 1]. Depth is absent unless given here, since computing it
+            needs a network.
 
     Returns:
-        the maps (len(CUES), 3, H, W) in [-1, 1], zeros where absent, and which of them are present (len(CUES),).
+        The maps (len(CUES), 3, H, W) in [-1, 1], zeros where absent, and which of them are present (len(CUES),).
     """
     found = dict(maps or {})
     for cue, compute in (("edge", edge_map), ("segmentation", segmentation_map)):
@@ -44,8 +44,8 @@ def edge_map(image: NDArray[np.uint8]) -> NDArray[np.float32]:
 def segmentation_map(image: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Segments of an RGB image (H, W, 3), each painted with its mean colour: (3, H, W) in [-1, 1].
 
-    Graph-based segmentation, which needs no weights (Felzenszwalb and Huttenlocher, IJCV 2004). Segments are found in a
-    picture of at most `SEGMENTED_SIDE`: the time grows faster than the pixels do.
+    Graph-based segmentation, which needs no weights (Felzenszwalb and Huttenlocher, IJCV 2004). It runs on an image
+    downscaled to `SEGMENTED_SIDE`, since its cost grows faster than the number of pixels.
     """
     height, width = image.shape[:2]
     scale = min(1.0, SEGMENTED_SIDE / max(height, width))

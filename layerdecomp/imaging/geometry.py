@@ -1,4 +1,4 @@
-"""Between pictures of any size and the tensors a model takes, and where background pixels are the input's own."""
+"""Converts between pictures of any size and model tensors: ranges, resizing, padding; grows and feathers masks."""
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ def to_pixels(pictures: Tensor) -> NDArray[np.uint8]:
 
 
 def resize(pictures: Tensor, size: tuple[int, int]) -> Tensor:
-    """(..., C, H, W) -> (..., C, *size), antialiased when it shrinks; unchanged where the size already fits."""
+    """(..., C, H, W) -> (..., C, *size), bicubic with antialiasing; unchanged if it already has that size."""
     if pictures.shape[-2:] == size:
         return pictures
     flat = pictures.reshape(-1, *pictures.shape[-3:])
@@ -29,43 +29,43 @@ def resize(pictures: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def shrink_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, 1, H, W) in {0, 1} -> (B, 1, *size), no larger: 1 wherever any pixel is, so that thin parts do not vanish."""
+    """(B, 1, H, W) in {0, 1} -> smaller (B, 1, *size): 1 if any covered pixel is 1, so that thin parts survive."""
     return F.adaptive_max_pool2d(mask, size)
 
 
 def fitted_size(size: tuple[int, int], max_side: int) -> tuple[int, int]:
-    """(height, width) shrunk, its aspect kept, so that the longer side is at most `max_side`."""
+    """(height, width), shrunk with the same aspect so that the longer side is at most `max_side`."""
     scale = min(1.0, max_side / max(size))
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def pad_to_multiple(pictures: Tensor, multiple: int) -> Tensor:
-    """Extends (..., H, W) at the bottom and right by reflection, until both sides are multiples."""
+    """Pads (..., H, W) at the bottom and right by reflection, until both sides are multiples."""
     for axis in (-2, -1):
         length = pictures.shape[axis]
-        period = max(1, 2 * length - 2)  # reflecting again and again, for sides shorter than what is added
+        period = max(1, 2 * length - 2)  # reflect repeatedly, for sides shorter than the padding
         places = torch.arange(-(-length // multiple) * multiple) % period
         pictures = pictures.index_select(axis, torch.minimum(places, period - places).to(pictures.device))
     return pictures
 
 
 def grow_and_feather(mask: Tensor, grow: float, feather: float) -> Tensor:
-    """A soft place around a mask (B, 1, H, W) in {0, 1}: 1 on it and `grow` around it, fading outside over `feather`.
+    """A soft mask (B, 1, H, W) in [0, 1] from a mask in {0, 1}: grown by `grow`, then fading to 0 outwards.
 
-    Both are shares of the longer side; (B, 1, H, W) in [0, 1].
+    The widths `grow` and `feather` (half of the fade) are fractions of the longer side.
     """
     longer = max(mask.shape[-2:])
     wide = _dilate(mask, round(grow * longer))
     reach = round(feather * longer)
     if reach == 0:
         return wide
-    wider = _dilate(wide, reach)  # so that the fade lies outside
+    wider = _dilate(wide, reach)  # so that the fade lies outside the grown mask
     padded = F.pad(wider, (reach,) * 4, mode="replicate")
     faded = F.avg_pool2d(F.avg_pool2d(padded, (2 * reach + 1, 1), 1), (1, 2 * reach + 1), 1)
     return torch.maximum(faded.clamp(0, 1), wide)
 
 
 def _dilate(mask: Tensor, radius: int) -> Tensor:
-    """The maximum over squares, one axis after the other: linear in the radius."""
+    """Dilation by a square, separable: the cost is linear in the radius."""
     rows = F.max_pool2d(mask, (2 * radius + 1, 1), 1, (radius, 0))
     return F.max_pool2d(rows, (1, 2 * radius + 1), 1, (0, radius))

@@ -1,6 +1,6 @@
-"""Layered files for picture editors: OpenRaster (Krita, GIMP, MyPaint) and Photoshop.
+"""Layered files for image editors: OpenRaster (Krita, GIMP, MyPaint) and Photoshop.
 
-Colour is straight and alpha has all its levels in both. Layers are cropped to what is visible and keep their place.
+Both store straight alpha with full 8-bit precision. Layers are cropped to their visible part and keep their position.
 """
 
 import io
@@ -29,7 +29,7 @@ class Raster:
     top: int = 0
 
     def cropped(self) -> "Raster":
-        """The part that is visible at all; one pixel if nothing is."""
+        """The layer cropped to its visible part; one pixel if nothing is visible."""
         seen = self.pixels[..., 3] > 0
         rows, columns = (np.flatnonzero(seen.any(axis=axis)) for axis in (1, 0))
         top, bottom = (rows[0], rows[-1] + 1) if len(rows) else (0, 1)
@@ -38,11 +38,11 @@ class Raster:
 
 
 def write_ora(path: Path, rasters: Sequence[Raster], merged: NDArray[np.uint8]) -> None:
-    """An OpenRaster file (https://www.openraster.org, baseline).
+    """Writes an OpenRaster file (https://www.openraster.org, baseline).
 
     Args:
-        rasters: from the bottom to the top.
-        merged: what they look like together, (H, W, 3).
+        rasters: bottom to top.
+        merged: their composite, (H, W, 3).
     """
     height, width = merged.shape[:2]
     image = ElementTree.Element("image", version="0.0.3", w=str(width), h=str(height))
@@ -55,8 +55,8 @@ def write_ora(path: Path, rasters: Sequence[Raster], merged: NDArray[np.uint8]) 
         looks = {"opacity": "1.0", "visibility": "visible", "composite-op": "svg:src-over"}
         ElementTree.SubElement(stack, "layer", place | looks)
         pictures[place["src"]] = Image.fromarray(raster.pixels)
-    with zipfile.ZipFile(path, "w") as file:  # PNG is compressed already; entries have no date of their own
-        file.writestr(zipfile.ZipInfo("mimetype"), "image/openraster")  # first and not compressed, to be told by
+    with zipfile.ZipFile(path, "w") as file:  # uncompressed, since PNG already is; ZipInfo has a fixed date
+        file.writestr(zipfile.ZipInfo("mimetype"), "image/openraster")  # must be first and uncompressed
         file.writestr(zipfile.ZipInfo("stack.xml"), ElementTree.tostring(image, "UTF-8", xml_declaration=True))
         for name, picture in pictures.items():
             buffer = io.BytesIO()
@@ -65,7 +65,7 @@ def write_ora(path: Path, rasters: Sequence[Raster], merged: NDArray[np.uint8]) 
 
 
 def write_psd(path: Path, rasters: Sequence[Raster], merged: NDArray[np.uint8]) -> None:
-    """A Photoshop file; arguments as in `write_ora`. Its merged picture is composited by psd-tools.
+    """Writes a Photoshop file; arguments as in `write_ora`, but psd-tools composites the merged picture.
 
     Raises:
         InputError: the `psd` extra is not installed.
@@ -74,13 +74,13 @@ def write_psd(path: Path, rasters: Sequence[Raster], merged: NDArray[np.uint8]) 
     from psd_tools import PSDImage
 
     document = PSDImage.new("RGB", (merged.shape[1], merged.shape[0]))
-    for raster in rasters:  # arrays, since a PIL image's alpha would become a mask
+    for raster in rasters:  # as arrays: the alpha of a PIL image would become a layer mask
         document.create_pixel_layer_from_array(raster.pixels, raster.name, raster.top, raster.left)
     document.save(path)
 
 
 def check_psd() -> None:
-    """Raises `InputError` unless Photoshop files can be written."""
+    """Raises `InputError` unless psd-tools is installed."""
     try:
         import psd_tools  # noqa: F401
     except ImportError as error:

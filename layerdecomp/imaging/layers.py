@@ -1,4 +1,4 @@
-"""What goes in and out of a decomposition: pictures and masks read from files, the two layers written to files."""
+"""Input and output of a decomposition: reads pictures and masks from files, writes the two layers to files."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -18,16 +18,16 @@ from layerdecomp.imaging.layered import Raster, check_psd, write_ora, write_psd
 
 logger = logging.getLogger(__name__)
 Pixels = NDArray[np.uint8]
-READABLE = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # others, such as EPS, would start programs
+READABLE = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # others, such as EPS, would run external programs
 Picture = str | Path | Image.Image | Pixels
-CHANNELS = ((), (1,), (3,), (4,))  # that the array of a picture may have
+CHANNELS = ((), (1,), (3,), (4,))  # allowed trailing dimensions of a picture array
 SRGB = ImageCms.createProfile("sRGB")
 
 
 def read_image(source: Picture) -> Pixels:
-    """A picture as (H, W, 3) uint8 in sRGB, its EXIF rotation applied, in 8 bits, transparency laid over white.
+    """A picture as (H, W, 3) uint8 in sRGB, EXIF orientation applied, transparency composited over white.
 
-    Of an animation, it is the first frame. `InputError` if it cannot be read, or has more pixels than
+    Of an animation, the first frame. `InputError` if it cannot be read, or has more pixels than
     `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     stored = _open(source)
@@ -42,9 +42,10 @@ def read_image(source: Picture) -> Pixels:
 
 
 def to_srgb(picture: Image.Image) -> Image.Image:
-    """A picture in sRGB, if its colour profile is another one, such as Display P3 or a press's CMYK; else as it is.
+    """Converts a picture to sRGB if it has another colour profile, such as Display P3 or CMYK.
 
-    Grey pictures stay as they are, since masks, mattes and maps are levels, and so does one whose profile is broken.
+    Grey pictures stay as they are, since masks, mattes and maps are data, not colours. So do pictures with an invalid
+    profile.
     """
     embedded = picture.info.get("icc_profile")
     if not embedded or picture.mode in ("1", "L", "LA"):
@@ -57,12 +58,15 @@ def to_srgb(picture: Image.Image) -> Image.Image:
         coloured = picture if picture.mode == "CMYK" else picture.convert(mode)
         return ImageCms.buildTransform(profile, SRGB, coloured.mode, mode).apply(coloured)
     except (ImageCms.PyCMSError, OSError) as error:
-        logger.warning("a picture's colour profile cannot be used (%s); its colours are taken for sRGB", error)
+        logger.warning("a picture's colour profile cannot be used (%s); its colours are assumed to be sRGB", error)
         return picture
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
-    """A grey picture of floats, or of more bits, in 8; of numbers up to 255 as they are, of floats up to 1 scaled."""
+    """Converts a grey picture of floats or more than 8 bits to 8 bits.
+
+    Floats up to 1 (with some overshoot) are scaled by 255; 16-bit levels are scaled down, unless they are at most 255.
+    """
     if not picture.mode.startswith(("I", "F")):
         return picture
     deep = np.nan_to_num(np.asarray(picture, dtype=np.float64))
@@ -74,11 +78,11 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
 def read_mask(source: Picture, size: tuple[int, int] | None = None) -> NDArray[np.bool_]:
     """A mask as (H, W) bool, True where the object is.
 
-    Grey 128 and above is the object. A mask with an alpha channel that says anything is read from that channel (so a
-    mask painted on a transparent layer works, whatever its colour), and a log line says so.
+    Grey levels of 128 and above are the object. If there is an alpha channel that is not constant, the mask is read
+    from it, with a warning: a mask painted on a transparent layer works, whatever its colour.
 
     Args:
-        size: (height, width) that the mask must have.
+        size: required (height, width).
 
     Raises:
         InputError: the file cannot be read, is in colour, has another size, or marks nothing or everything.
@@ -98,7 +102,7 @@ def read_mask(source: Picture, size: tuple[int, int] | None = None) -> NDArray[n
 
 
 def _why_empty(levels: Pixels) -> str:
-    """Many masks are of 0 and 1."""
+    """Says why a mask is empty; many masks have the levels 0 and 1."""
     advice = f" (the brightest is {levels.max()}: multiply it by {255 // levels.max()})" if levels.any() else ""
     return f"no pixel is 128 or brighter{advice}"
 
@@ -112,7 +116,7 @@ def _mask_levels(picture: Image.Image, name: str) -> Pixels:
     if picture.mode in ("1", "L", "LA"):
         return np.asarray(picture.convert("L"))
     rgb = np.asarray(picture.convert("RGB")).astype(np.int16)
-    if (rgb.max(axis=-1) - rgb.min(axis=-1)).max() > 8:  # JPEG leaves a grey picture slightly coloured
+    if (rgb.max(axis=-1) - rgb.min(axis=-1)).max() > 8:  # JPEG may tint grey slightly
         found = "a palette (label) image: save one label as white" if picture.mode == "P" else "in colour"
         raise InputError(f"{name} is {found}; expected grey levels, white = object, or a painted alpha channel")
     return rgb[..., 1].astype(np.uint8)
@@ -131,7 +135,7 @@ def _open(source: Picture) -> Image.Image:
         raise InputError(f"{source} does not exist; expected an image file")
     try:
         with Image.open(source, formats=READABLE) as picture:
-            check_pixels(source, picture)  # before they are decoded
+            check_pixels(source, picture)  # before decoding
             picture.load()
             return ImageOps.exif_transpose(picture)
     except InputError:
@@ -151,13 +155,13 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
 
 
 def write_picture(path: Path, pixels: Pixels) -> None:
-    """Writes a picture, whole or not at all; `InputError` if it cannot be written."""
+    """Writes a picture atomically; `InputError` if it cannot be written."""
     with written_whole(path) as partial:
         Image.fromarray(pixels).save(partial)
 
 
 def check_pixels(source: str | Path, picture: Image.Image) -> None:
-    """`InputError` if a picture has more pixels than Pillow warns of; it refuses from twice as many on."""
+    """Raises `InputError` above `PIL.Image.MAX_IMAGE_PIXELS`, where Pillow only warns; it raises at twice as many."""
     if Image.MAX_IMAGE_PIXELS is not None and picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
         size = f"{picture.width} x {picture.height}"
         raise InputError(
@@ -169,13 +173,13 @@ def check_pixels(source: str | Path, picture: Image.Image) -> None:
 class Layers:
     """The two layers of a picture, uint8, at the picture's own size."""
 
-    image: Pixels  # (H, W, 3), what was decomposed
+    image: Pixels  # (H, W, 3), the decomposed picture
     mask: NDArray[np.bool_]  # (H, W)
     background: Pixels  # (H, W, 3)
     foreground: Pixels  # (H, W, 4), straight alpha
 
     def save(self, folder: str | Path, formats: Sequence[str] = ("png",)) -> Path:
-        """Writes files into `folder`: all of them, or on an error none.
+        """Writes files into `folder`: all of them, or none if there is an error.
 
         Args:
             formats: some of `FORMATS`. png: background.png, foreground.png and preview.png; ora: layers.ora, for Krita
@@ -183,7 +187,7 @@ class Layers:
         """
         check_formats(formats)
         folder = Path(folder)
-        with ExitStack() as files:  # all are written before one gets its name
+        with ExitStack() as files:  # write all files before renaming any
             for name, write in {name: write for format in formats for name, write in FORMATS[format].items()}.items():
                 write(self, files.enter_context(written_whole(folder / name)))
         return folder
@@ -194,11 +198,11 @@ class Layers:
         return (self.foreground[..., :3] * alpha + self.background * (1 - alpha)).round().astype(np.uint8)
 
     def rasters(self) -> list[Raster]:
-        """The layers as a layered file has them, from the bottom to the top."""
+        """The layers for a layered file, bottom to top."""
         return [Raster("background", self.background), Raster("foreground", self.foreground).cropped()]
 
     def shrunk(self, longest: int) -> "Layers":
-        """The same with a longer side of at most `longest` pixels."""
+        """A copy, downscaled to at most `longest` pixels on the longer side."""
         height, width = self.mask.shape
         if max(height, width) <= longest:
             return self
@@ -207,9 +211,9 @@ class Layers:
         return Layers(*(np.asarray(Image.fromarray(x).resize(size, Image.Resampling.BOX)) for x in layers))
 
     def preview(self, gap: int = 8, longest: int = 1024) -> Pixels:
-        """(H, 4 W + gaps, 3): the picture with the mask's place tinted, background, foreground, both recomposed.
+        """(H, 4 W + gaps, 3): the picture with the mask tinted, background, foreground, recomposition, side by side.
 
-        Each is brought to at most `longest` pixels: four large photographs side by side are nothing to look at.
+        Each is downscaled to at most `longest` pixels on its longer side.
         """
         return self.shrunk(longest)._side_by_side(gap)
 
@@ -233,7 +237,7 @@ class Layers:
         return np.concatenate(strips, axis=1).round().astype(np.uint8)
 
 
-Writers = Mapping[str, Callable[[Layers, Path], None]]  # by the name of the file
+Writers = Mapping[str, Callable[[Layers, Path], None]]  # file name -> writer
 FORMATS: dict[str, Writers] = {
     "png": {
         "background.png": lambda layers, path: Image.fromarray(layers.background).save(path),
@@ -246,7 +250,7 @@ FORMATS: dict[str, Writers] = {
 
 
 def check_formats(formats: Sequence[str]) -> None:
-    """Raises `InputError` unless all can be written."""
+    """Raises `InputError` for a format that is unknown or cannot be written."""
     if unknown := [name for name in formats if name not in FORMATS]:
         raise InputError(f"format={unknown[0]}: expected some of {', '.join(FORMATS)}")
     if "psd" in formats:
