@@ -1,4 +1,4 @@
-"""What a model has to beat: layers from an image and a mask without any learning."""
+"""Baselines without learning: layers from an image and a mask."""
 
 import io
 import warnings
@@ -13,12 +13,12 @@ from torch import Tensor
 from layerdecomp.errors import InputError
 from layerdecomp.metrics.region import dilate
 
-TRIMAP_BAND = 0.05  # width of what matting decides, around the mask's outline: a share of the shorter side
-RIM = 1  # pixels around the mask that are filled too: the object's antialiased edge lies there
+TRIMAP_BAND = 0.05  # width of the trimap's unknown band along the mask's outline, as a fraction of the shorter side
+RIM = 1  # pixels around the mask that are also inpainted, because they hold the object's antialiased edge
 
 
 def classical(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Biharmonic inpainting for the background; for the foreground the mask as alpha.
+    """Biharmonic inpainting as the background; the masked image as the foreground.
 
     Runs on the CPU; a mask over a quarter of the image takes 0.1 s at 128 x 128 and 20 s at 1024 x 1024.
 
@@ -27,7 +27,7 @@ def classical(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         mask: (B, 1, H, W) in {0, 1}, 1 = object.
 
     Returns:
-        background (B, 3, H, W) in [-1, 1], the image's own pixels outside the mask grown by 1 pixel, and foreground
+        background (B, 3, H, W) in [-1, 1], equal to the image outside the mask grown by 1 pixel, and foreground
         (B, 4, H, W); both on the image's device.
 
     Raises:
@@ -37,15 +37,15 @@ def classical(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     full = hole.flatten(1).all(dim=1)
     if full.any():
         raise InputError(
-            f"mask {int(full.int().argmax())} of the batch covers the whole image, grown by {RIM} pixel; expected some "
-            "background around the object to inpaint from: use a smaller mask"
+            f"mask {int(full.int().argmax())} of the batch, grown by {RIM} pixel, covers the whole image; expected "
+            "some background around the object to inpaint from: use a smaller mask"
         )
     filled = [_inpaint(picture, region) for picture, region in zip(image, hole, strict=True)]
     return torch.stack(filled).to(image), base_foreground(image, mask)
 
 
 def base_foreground(image: Tensor, mask: Tensor) -> Tensor:
-    """The masked image with the mask as alpha: the foreground of a model that only inpaints.
+    """The masked image with the mask as alpha: the foreground for a model that only inpaints.
 
     Args:
         image: (B, 3, H, W) in [-1, 1].
@@ -58,23 +58,23 @@ def base_foreground(image: Tensor, mask: Tensor) -> Tensor:
 
 
 def matted_foreground(image: Tensor, mask: Tensor) -> Tensor:
-    """Closed-form matting: an alpha, and the object's own colours, from a mask that need not be exact.
+    """Closed-form matting: estimates alpha and foreground colours from a mask that need not be exact.
 
-    Levin et al., "A Closed-Form Solution to Natural Image Matting" (2006), for the alpha within ``trimap``'s band;
-    Germer et al., "Fast Multi-Level Foreground Estimation" (2020), for the colours, both by pymatting with its
-    defaults. Runs on the CPU; 0.1 s at 128 x 128 and 10 s at 1024 x 1024. When pymatting is first imported after its
-    installation it compiles itself, which takes a minute.
+    Levin et al., "A Closed-Form Solution to Natural Image Matting" (2006), for the alpha within the unknown band of
+    ``trimap``; Germer et al., "Fast Multi-Level Foreground Estimation" (2020), for the colours; both by pymatting with
+    its defaults. Runs on the CPU; 0.1 s at 128 x 128 and 10 s at 1024 x 1024. On its first import after installation,
+    pymatting compiles itself, which takes a minute.
 
-    The foreground is ``base_foreground``'s for a mask whose trimap is sure of no object or of no background (the object
-    is thinner than the band, the mask is empty or full), and with a warning where the solver fails.
+    Falls back to ``base_foreground`` if the trimap has no certain object or no certain background (the object is
+    thinner than the band, the mask is empty or full) and, with a warning, if the solver fails.
 
     Args:
         image: (B, 3, H, W) in [-1, 1].
         mask: (B, 1, H, W) in {0, 1}, 1 = object.
 
     Returns:
-        (B, 4, H, W), straight RGB in [-1, 1], also where alpha is 0 (the colours next to it, continued), alpha in
-        [0, 1]; on the image's device.
+        (B, 4, H, W), straight RGB in [-1, 1] (where alpha is 0, extrapolated from nearby colours), alpha in [0, 1]; on
+        the image's device.
 
     Raises:
         InputError: pymatting is not installed.
@@ -101,15 +101,15 @@ def matting_library() -> ModuleType:
     except ImportError as error:
         raise InputError(
             f"the row matting needs pymatting, which cannot be imported ({error}); pip install 'layerdecomp[matting]', "
-            "or leave it out of evaluate.rows"
+            "or remove the row from evaluate.rows"
         ) from error
     return pymatting
 
 
 def trimap(mask: Tensor) -> Tensor:
-    """What a mask (B, 1, H, W) in {0, 1} is sure of: 1 object, 0 background, 0.5 in a band around its outline.
+    """The trimap of a mask (B, 1, H, W) in {0, 1}: 1 object, 0 background, 0.5 (unknown) in a band along the outline.
 
-    The band is 5 % of the shorter side wide, half of it on either side. The image's border is no outline.
+    The band's width is 5 % of the shorter side, centred on the outline. The image border is not an outline.
     """
     inside = mask > 0.5
     radius = max(1, round(TRIMAP_BAND / 2 * min(mask.shape[-2:])))
@@ -119,14 +119,14 @@ def trimap(mask: Tensor) -> Tensor:
 def _matte(library: ModuleType, image: Tensor, known: Tensor) -> Tensor:
     """The foreground (4, H, W) of an image (3, H, W) with the trimap ``known`` (1, H, W)."""
     picture = np.ascontiguousarray(((image.double().cpu().numpy() + 1) / 2).transpose(1, 2, 0))
-    with redirect_stdout(io.StringIO()):  # it prints each retry of its preconditioner
+    with redirect_stdout(io.StringIO()):  # pymatting prints each retry of its preconditioner
         alpha = library.estimate_alpha_cf(picture, known[0].double().cpu().numpy())  # (H, W)
     colours = library.estimate_foreground_ml(picture, alpha)  # (H, W, 3)
     return torch.from_numpy(np.concatenate([colours.transpose(2, 0, 1) * 2 - 1, alpha[None]])).to(image)
 
 
 def _inpaint(image: Tensor, hole: Tensor) -> Tensor:
-    """Fill ``hole`` (1, H, W) bool of ``image`` (3, H, W) with the surface of least curvature."""
+    """Fill ``hole`` (1, H, W) bool of ``image`` (3, H, W) by biharmonic inpainting."""
     known = image.double().cpu().numpy()
     region = hole[0].cpu().numpy()
     filled = inpaint_biharmonic(known, region, channel_axis=0) if region.any() else known

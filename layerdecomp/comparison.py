@@ -1,4 +1,4 @@
-"""Whether adapting helped: the adapted model, its frozen base, classical methods and any others on the same samples."""
+"""Compares the adapted model with its frozen base, classical baselines and any other methods on the same samples."""
 
 import json
 import platform
@@ -44,25 +44,25 @@ from layerdecomp.weights import Adapter, load_mmdit
 
 ROWS = ("adapted", "base", "classical", "matting", "maskless")
 WITH_MODEL = ("adapted", "base", "maskless")
-MASKLESS = "checkpoints/tiny/transformer_maskless.safetensors"  # which ships, for the ablation as well
-SETTINGS = ".settings.json"  # among a row's layers, until their evaluation is finished: what they are drawn by
+MASKLESS = "checkpoints/tiny/transformer_maskless.safetensors"  # ships with the repository; the ablation uses it too
+SETTINGS = ".settings.json"  # the settings of a row's layers, in their folder until the evaluation is finished
 RESULTS = ("metrics.json", "table.md", "per_image.csv", "report.html", "published.md")
 TestData = Samples | TestFolder
 
 
 @dataclass
 class EvaluateConfig:
-    """What is compared, on what, and how it is measured."""
+    """The methods to compare, the samples and the measurement."""
 
-    samples: int = 64  # that are drawn, unless a folder of triplets is named
+    samples: int = 64  # number of samples, unless data= names a folder of triplets
     batch_size: int = 16
-    seed: int = 1234  # of the scenes and of the noise
-    rows: list[str] = field(default_factory=lambda: ["adapted", "base", "classical"])  # of ROWS
-    maskless: str | None = None  # of an image-to-image base, which takes no mask, for the row; null: MASKLESS
-    objects: str = "drawn"  # of layered pictures: drawn as in training, or of the test split one or all of each picture
-    stretch: bool = False  # whole pictures brought to the size, rather than a crop that holds the object
+    seed: int = 1234  # for the scenes and the noise
+    rows: list[str] = field(default_factory=lambda: ["adapted", "base", "classical"])  # some of ROWS
+    maskless: str | None = None  # weights of the row maskless, an image-to-image base without mask; null: MASKLESS
+    objects: str = "drawn"  # drawn: as in training; one or all: per layered picture of the test split
+    stretch: bool = False  # with one or all: resize whole pictures instead of cropping around the object
     measure: MeasureConfig = field(default_factory=MeasureConfig)
-    published: dict[str, dict[str, float]] = field(default_factory=dict)  # row -> metric -> figure to stand beside ours
+    published: dict[str, dict[str, float]] = field(default_factory=dict)  # row -> metric -> published figure
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "evaluate.", "samples", "batch_size")
@@ -77,12 +77,12 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class Models:
-    """What the rows with a model need."""
+    """The models that the rows with a model need."""
 
     decomposer: Decomposer
     base: MMDiT | FrozenBase
-    files: Mapping[str, str] = field(default_factory=dict)  # what they come from: name -> sha256
-    quantize: str | None = None  # the format of both transformers' frozen weights
+    files: Mapping[str, str] = field(default_factory=dict)  # their weight files: name -> sha256
+    quantize: str | None = None  # format of the frozen weights of both transformers
 
 
 def load_models(
@@ -93,7 +93,7 @@ def load_models(
     device: str,
     quantize: str | None = None,
 ) -> Models:
-    """The models of an adapter that was read from `path`; `config` is its own."""
+    """Loads the models for an adapter read from `path`; `config` is the adapter's."""
     weights = config.weights
     decomposer = build_decomposer(config, dtype, device, quantize)
     decomposer.load_adapter(adapter, path)
@@ -103,15 +103,16 @@ def load_models(
 
 
 def methods(models: Models | None, config: EvaluateConfig) -> dict[str, Method]:
-    """The rows of a comparison; those that need models are left out where there are none.
+    """The rows of a comparison; without `models`, rows that need them are omitted.
 
-    The frozen base is used as in the paper: it inpaints the background; its foreground is the image inside the mask.
+    The frozen base is used as in the paper: it inpaints the background, and its foreground is the image inside the
+    mask.
 
     Raises:
-        InputError: matting is asked for and its library is missing, or the weights of the maskless base are.
+        InputError: the library of the row matting is missing, or the weights of the row maskless.
     """
     if "maskless" in config.rows:
-        maskless_weights(config)  # now, not when all is trained
+        maskless_weights(config)  # fail early
     found = {row: method for row, method in _plain_methods(config).items() if row in config.rows}
     if models is not None:
         found |= _model_methods(models, config)
@@ -120,7 +121,7 @@ def methods(models: Models | None, config: EvaluateConfig) -> dict[str, Method]:
 
 def _plain_methods(config: EvaluateConfig) -> dict[str, Method]:
     if "matting" in config.rows:
-        matting_library()  # now, not after the first batch of the other rows
+        matting_library()  # fail early
     return {
         "classical": Method(lambda batch: classical(batch["image"], batch["mask"])),
         "matting": Method(lambda batch: (None, matted_foreground(batch["image"], batch["mask"])), ("foreground",)),
@@ -158,13 +159,13 @@ def _model_methods(models: Models, config: EvaluateConfig) -> dict[str, Method]:
 
 
 def maskless_weights(config: EvaluateConfig) -> Path:
-    """The file of the maskless base; `InputError` if it is not there, or cannot be read."""
+    """The path of the maskless base's weights; `InputError` if it is missing or cannot be read."""
     path = Path(config.maskless or MASKLESS)
     if not path.exists():
         raise InputError(
-            f"{path} does not exist, which the row maskless needs: `make {MASKLESS}` trains the tiny one, which also "
-            "ships, by config=configs/tiny_inpainter.yaml conditioning.mask=false; or name another with "
-            "evaluate.maskless=FILE, or leave the row out of evaluate.rows"
+            f"{path} does not exist, but the row maskless needs it; restore the tiny one, which ships with the "
+            f"repository, or train it with `make {MASKLESS}` (config=configs/tiny_inpainter.yaml "
+            "conditioning.mask=false), or set evaluate.maskless=FILE, or remove the row from evaluate.rows"
         )
     for file in weight_files(path):
         read_metadata(file)
@@ -172,15 +173,15 @@ def maskless_weights(config: EvaluateConfig) -> Path:
 
 
 def _load_maskless(config: EvaluateConfig, models: Models) -> MMDiT:
-    """The maskless base, if it goes with the autoencoder and the prompt of the base that was adapted."""
+    """Loads the maskless base; `InputError` if it does not fit the autoencoder and prompt of the adapted base."""
     path, base, weight = maskless_weights(config), models.base, next(models.decomposer.autoencoder.parameters())
     maskless = load_mmdit(path, dtype=weight.dtype, device=str(weight.device))
     for name in ("in_channels", "out_channels", "context_in_dim", "vec_in_dim"):
         found, expected = (getattr(model.config, name) for model in (maskless, base))
         if found != expected:
             raise InputError(
-                f"{path} has {name} {found}, the base that was adapted {expected}; the row maskless needs a base of "
-                "the same autoencoder and prompt: name it with evaluate.maskless=FILE"
+                f"{path} has {name} {found}, the adapted base {expected}; the row maskless needs a base with the same "
+                "autoencoder and prompt: set evaluate.maskless=FILE"
             )
     return maskless
 
@@ -195,17 +196,16 @@ def compare(
     device: torch.device | str = "cpu",
     share: Share | None = None,
 ) -> Evaluation | None:
-    """Measures every row, prints the table, and writes figures, pictures and a report into `out`.
+    """Evaluates every row, prints the table, and writes metrics, pictures and a report into `out`.
 
-    An evaluation that was cut off goes on with the layers that are there in ``out / "layers"``; a finished one is made
-    anew.
+    An interrupted evaluation resumes with the existing layers in ``out / "layers"``; a finished one starts over.
 
     Args:
-        predictions: folders with the layers of other methods, a row each.
-        share: of the samples that this process draws and measures.
+        predictions: folders with the layers of other methods, one row each.
+        share: the samples for this process to predict and score.
 
     Returns:
-        The figures, in the first process; None in the others.
+        The results, on rank 0; None on the others.
 
     Raises:
         InputError: a file or folder is missing or does not fit, or `out` cannot be written.
@@ -215,12 +215,12 @@ def compare(
     others = {row: PredictionFolder(path, names) for row, path in row_names(predictions, rows)}
     own = {(out / "layers" / row).resolve() for row in rows}
     if overlapping := [path for path in predictions if path.resolve() in own]:
-        raise InputError(f"predictions={overlapping[0]} is where layers are to be drawn; choose another out=")
+        raise InputError(f"predictions={overlapping[0]} is where this evaluation writes layers; choose another out=")
     if not rows and not others:
-        raise InputError("there is nothing to compare; name an adapter=, predictions= or evaluate.rows")
-    networks, drawn = open_networks(config.measure), drawn_by(models, data, config)
+        raise InputError("there is nothing to compare; set adapter=, predictions= or evaluate.rows")
+    networks, settings = open_networks(config.measure), drawn_by(models, data, config)
     if share.rank == 0:
-        open_folder(out, rows, drawn)
+        open_folder(out, rows, settings)
     share.wait()
     seconds = draw_layers(rows, data, names, out / "layers", batch_size=config.batch_size, device=device, share=share)
     share.wait()
@@ -230,70 +230,70 @@ def compare(
         if config.published:
             write_whole(out / "published.md", format_published(evaluation.results, config.published) + "\n")
         described = {row: found for row, folder in folders.items() if (found := describe(folder))}
-        told = {
-            **drawn,
+        protocol = {
+            **settings,
             **measured_by(config.measure, networks),
             "seconds_per_image": seconds,
             **({"predictions": described} if described else {}),
         }
-        _write(out, evaluation, folders, data, told)
-        for settings in settings_files(out, rows):
-            settings.unlink(missing_ok=True)
+        _write(out, evaluation, folders, data, protocol)
+        for file in settings_files(out, rows):
+            file.unlink(missing_ok=True)
     return evaluation
 
 
 def export(data: DataConfig, config: EvaluateConfig, folder: Path) -> int:
-    """Writes the samples that a comparison is on into a folder, as a test set, and returns how many there are.
+    """Writes the samples of a comparison into a folder, as a test set, and returns their number.
 
-    Stopped at any point, the same call goes on. `InputError` if the folder has samples of other settings.
+    An interrupted export resumes when called again. `InputError` if the folder has samples of other settings.
     """
-    told: dict[str, Any] = {"objects": config.objects, "stretch": config.stretch}
+    settings: dict[str, Any] = {"objects": config.objects, "stretch": config.stretch}
     if config.objects == "drawn":
         drawn = open_samples(data, "test", config.seed, config.samples, with_cues=False)
-        told |= {**describe_data(drawn), "count": config.samples}
+        settings |= {**describe_data(drawn), "count": config.samples}
         samples = drawn_samples(drawn)
     else:
-        told |= {"settings": asdict(data.triplets)}
+        settings |= {"settings": asdict(data.triplets)}
         samples = test_objects(data.triplets, config.objects, config.stretch)
-    keep_settings(folder / "settings.json", told)
+    keep_settings(folder / "settings.json", settings)
     return export_samples(samples, folder)
 
 
 def sample_names(data: TestData) -> list[str]:
-    """What the files of each sample's layers are called."""
+    """The file stems of each sample's layers."""
     return data.names if isinstance(data, TestFolder) else [name_of(position) for position in range(len(data))]
 
 
 def row_names(folders: Sequence[Path], taken: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
-    """The rows of prediction folders: each folder's name, or as much of its path as tells it from the others."""
+    """(row, folder) pairs of prediction folders: the row is the folder's name, or its path if the name is ambiguous."""
     for path in folders:
         rivals = [other for other in folders if other.name == path.name and other != path]
         name = str(path) if rivals or path.name in taken else path.name
         if name in taken:
-            raise InputError(f"predictions={path} is called like a row of ours; rename that folder")
+            raise InputError(f"predictions={path} has the name of another row; rename that folder")
         yield name, path
 
 
-def open_folder(out: Path, rows: Iterable[str], told: Mapping[str, Any]) -> None:
-    """Removes what is in `out` of an evaluation before: its results, and these rows' layers.
+def open_folder(out: Path, rows: Iterable[str], settings: Mapping[str, Any]) -> None:
+    """Removes the results of an earlier evaluation from `out`, and the layers of these rows.
 
-    Layers stay where the same settings drew them and their evaluation was cut off.
+    Layers are kept if they belong to an interrupted evaluation with the same settings.
     """
-    content = json.dumps(told, indent=2)
+    content = json.dumps(settings, indent=2)
     try:
         (out / "samples").mkdir(parents=True, exist_ok=True)
         for name in RESULTS:
             (out / name).unlink(missing_ok=True)
-        for settings in settings_files(out, rows):
-            if not settings.is_file() or settings.read_text() != content:
-                shutil.rmtree(settings.parent, ignore_errors=True)
-                write_whole(settings, content)
+        for file in settings_files(out, rows):
+            if not file.is_file() or file.read_text() != content:
+                shutil.rmtree(file.parent, ignore_errors=True)
+                write_whole(file, content)
     except OSError as error:
         raise InputError(f"{out} cannot be written ({error}); choose another folder") from error
 
 
 def settings_files(out: Path, rows: Iterable[str]) -> list[Path]:
-    """Where it stands what the layers of some rows are drawn by."""
+    """The files with the settings of the layers of each row."""
     return [out / "layers" / row / SETTINGS for row in rows]
 
 
@@ -302,52 +302,50 @@ def _write(
     evaluation: Evaluation,
     folders: Mapping[str, PredictionFolder],
     data: TestData,
-    told: Mapping[str, Any],
+    protocol: Mapping[str, Any],
 ) -> None:
-    write_whole(out / "report.html", format_report(evaluation, folders, data, told))
+    write_whole(out / "report.html", format_report(evaluation, folders, data, protocol))
     if (grid := case_grid(evaluation, folders, data)) is not None:
         write_picture(out / "samples" / "comparison.png", grid)
-    table = write_figures(out, evaluation, told)  # last, since metrics.json says that all is there
+    table = write_figures(out, evaluation, protocol)  # last, since metrics.json marks the evaluation as complete
     print(table)
-    for reason in dict.fromkeys(told["not_measured"].values()):
-        metrics = [metric for metric, why in told["not_measured"].items() if why == reason]
+    for reason in dict.fromkeys(protocol["not_measured"].values()):
+        metrics = [metric for metric, why in protocol["not_measured"].items() if why == reason]
         print(f"not measured: {', '.join(metrics)}: {reason}")
-    for row, found in told.get("predictions", {}).items():
+    for row, found in protocol.get("predictions", {}).items():
         for what, which in found.items():
             some = ", ".join(which[:5]) + (", ..." if len(which) > 5 else "")
             print(f"{row}: {len(which)} {what.replace('_', ' ')}: {some}")
-    few = f" of {told['pictures']} pictures" if told.get("pictures", len(data)) < len(data) else ""
-    print(
-        f"{len(data)} samples{few}; figures in {out / 'metrics.json'}, pictures of all kinds in {out / 'report.html'}"
-    )
+    repeated = f" from {protocol['pictures']} pictures" if protocol.get("pictures", len(data)) < len(data) else ""
+    print(f"{len(data)} samples{repeated}; metrics in {out / 'metrics.json'}, report in {out / 'report.html'}")
 
 
 def drawn_by(models: Models | None, data: TestData, config: EvaluateConfig) -> dict[str, Any]:
-    """What the layers depend on."""
-    told = {**describe_data(data), "count": len(data), "seed": config.seed}
+    """The settings that the predicted layers depend on."""
+    settings = {**describe_data(data), "count": len(data), "seed": config.seed}
     if models is not None:
         precision = str(next(models.decomposer.autoencoder.parameters()).dtype).removeprefix("torch.")
-        told |= {**asdict(models.decomposer.sample), "precision": precision, "weights": dict(models.files)}
-        told |= {"quantize": models.quantize} if models.quantize else {}
+        settings |= {**asdict(models.decomposer.sample), "precision": precision, "weights": dict(models.files)}
+        settings |= {"quantize": models.quantize} if models.quantize else {}
     if "maskless" in config.rows:
-        told["maskless"] = file_sha256(maskless_weights(config))
-    return told | {"layers": "8-bit files", "versions": _versions(config.rows)}
+        settings["maskless"] = file_sha256(maskless_weights(config))
+    return settings | {"layers": "8-bit files", "versions": _versions(config.rows)}
 
 
 def measured_by(config: MeasureConfig, networks: Networks) -> dict[str, Any]:
-    """What the figures depend on besides."""
+    """The settings of the measurement, which the metrics also depend on."""
     return {
         "region": config.region,
         "measured_at": config.resolution or "the samples' own size",
         "lpips_net": config.lpips,
         "metric_weights": networks.files,
         "not_measured": networks.missing,
-        "recomposition": "where nothing stands in front of the object",
+        "recomposition": "pixels where nothing occludes the object",
     }
 
 
 def describe_data(data: TestData) -> dict[str, Any]:
-    """Where samples come from."""
+    """The source of the samples, for the protocol."""
     if isinstance(data, TestFolder):
         where = {"data": str(data.root), "sha256": data.digest()}
         return {**where, "split": "test", "resolution": "each picture's own"}

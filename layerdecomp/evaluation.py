@@ -1,8 +1,8 @@
-"""Evaluation of any number of methods on one data set: their layers as files, and figures from these files.
+"""Evaluation of any number of methods on one data set: writes their layers to files, and scores these files.
 
-What draws layers writes them into a folder first (`layerdecomp/predictions.py`), so that an evaluation that was cut
-off goes on where it stopped, and that every method, ours or not, is measured in the same way. A method's name is the
-name of its row in every output.
+Layers always pass through a folder (`layerdecomp/predictions.py`), so that an interrupted evaluation resumes where it
+stopped, and every method, built-in or external, is measured in the same way. In all outputs, each method is a row under
+its name.
 """
 
 import csv
@@ -42,50 +42,50 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    """What draws layers: a function from a batch (collated samples) to a background and a foreground.
+    """A method that predicts layers: a function from a batch (collated samples) to a background and a foreground.
 
-    A method that draws noise should seed it from ``batch["index"]``, so that what it draws depends neither on the batch
-    size nor on how samples are shared among processes.
+    A method that draws noise should seed it from ``batch["index"]``, so that its output depends neither on the batch
+    size nor on how samples are distributed over processes.
     """
 
     draw: Callable[[Batch], Prediction]
-    layers: tuple[str, ...] = LAYERS  # that it gives; for another one it returns None
+    layers: tuple[str, ...] = LAYERS  # the layers it predicts; it returns None for the others
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which of several processes this one is; each takes every `world`-th sample."""
+    """The share of this process in a distributed evaluation: every `world`-th sample, starting at `rank`."""
 
     rank: int = 0
     world: int = 1
-    group: Any = None  # of torch.distributed, in which they meet; None: its first
-    before_waiting: Callable[[], None] | None = None  # does what others still need of this process
+    group: Any = None  # a torch.distributed process group; None: the default group
+    before_waiting: Callable[[], None] | None = None  # called before each barrier, for work that other ranks wait for
 
     @classmethod
     def join(cls) -> "Share":
-        """The share of a process that torchrun or a training has started; all of it in any other."""
+        """The share of a process that torchrun or a training run has started; otherwise all samples."""
         group: Any = None
-        patience = timedelta(days=7)  # some images take others' hours
-        if torch.distributed.is_initialized():  # by a training, which waits for minutes
-            group = torch.distributed.new_group(backend="gloo", timeout=patience)
+        timeout = timedelta(days=7)  # ranks may finish hours apart
+        if torch.distributed.is_initialized():  # by a training run, whose timeout is minutes
+            group = torch.distributed.new_group(backend="gloo", timeout=timeout)
         elif int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
         else:
-            torch.distributed.init_process_group("gloo", timeout=patience)
+            torch.distributed.init_process_group("gloo", timeout=timeout)
         return cls(torch.distributed.get_rank(), torch.distributed.get_world_size(), group)
 
     def positions(self, count: int) -> range:
         return range(self.rank, count, self.world)
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Waits for all processes."""
         if self.before_waiting is not None:
             self.before_waiting()
         if self.world > 1:
             torch.distributed.barrier(self.group)
 
     def gather(self, item: Any) -> list[Any]:
-        """What every process passes; empty but in the first."""
+        """Every process's item, on rank 0; an empty list elsewhere."""
         if self.world == 1:
             return [item]
         items: list[Any] | None = [None] * self.world if self.rank == 0 else None
@@ -95,14 +95,15 @@ class Share:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of every row.
+    """The results of every row.
 
     Attributes:
         names: of the samples, in order.
-        results: row -> metric -> mean over the images that define it (NaN if none does) or the set's own value, and the
-            standard error of a mean under the metric's name + STDERR_SUFFIX.
-        per_image: row -> metric of PER_IMAGE -> value of each image, NaN where undefined.
-        reasons: row -> metric -> why it is NaN.
+        results: row -> metric -> value: the mean over all images for which the metric is defined (NaN if there are
+            none), or the value of a metric of the whole set; the standard error of a mean is under the metric's
+            name + STDERR_SUFFIX.
+        per_image: row -> metric in PER_IMAGE -> value per image, NaN where undefined.
+        reasons: row -> metric -> why its value is not finite.
     """
 
     names: list[str]
@@ -122,26 +123,26 @@ def draw_layers(
     device: torch.device | str = "cpu",
     share: Share | None = None,
 ) -> dict[str, float]:
-    """Lets every method draw the samples of this process's share into ``folder / row``; what is there is left alone.
+    """Predicts the layers of this process's samples with every method, into ``folder / row``; existing files are kept.
 
     Returns:
-        row -> seconds that it took to draw and write an image's layers, of rows that had any left to draw.
+        Row -> seconds per image to predict and write the layers, for rows that had any left to predict.
 
     Raises:
-        ValueError: a method draws NaN or infinity.
+        ValueError: a method returns NaN or infinity.
     """
     positions = (share or Share()).positions(len(data))
     spent: dict[str, list[float]] = {}
     with tqdm(total=len(positions), desc="draw", unit="image", disable=positions.start > 0) as progress:
         for start in range(0, len(positions), batch_size):
             chunk = positions[start : start + batch_size]
-            waiting = {
+            pending = {
                 row: method
                 for row, method in methods.items()
                 if not all(is_drawn(folder / row, names[position], method.layers) for position in chunk)
             }
-            for group, batch in _batches(data, chunk if waiting else (), device):
-                for row, method in waiting.items():
+            for group, batch in _batches(data, chunk if pending else (), device):
+                for row, method in pending.items():
                     progress.set_postfix_str(row)
                     started = time.perf_counter()
                     drawn = [names[position] for position in group]
@@ -155,11 +156,11 @@ def _drawn(row: str, method: Method, batch: Batch, names: Sequence[str]) -> Pred
     try:
         return method.draw(batch)
     except InputError as error:
-        raise InputError(f"{row}, of {', '.join(names)}: {error}; or leave {row} out of evaluate.rows") from error
+        raise InputError(f"{row}, of {', '.join(names)}: {error}; or remove {row} from evaluate.rows") from error
 
 
 def _batches(data: Samples, positions: Sequence[int], device: torch.device | str) -> Iterator[tuple[list[int], Batch]]:
-    """The samples at some positions, those of one size together."""
+    """The samples at the given positions, batched by size."""
     samples = {position: data[position] for position in positions}
     sizes = {position: sample["image"].shape for position, sample in samples.items()}
     for size in dict.fromkeys(sizes.values()):
@@ -168,7 +169,7 @@ def _batches(data: Samples, positions: Sequence[int], device: torch.device | str
 
 
 def to_batch(samples: Sequence[Mapping[str, Any]], device: torch.device | str) -> Batch:
-    """Samples of one size, collated."""
+    """Collates samples of one size."""
     batch = default_collate([dict(sample) for sample in samples])
     return {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
 
@@ -183,10 +184,10 @@ def score(
     device: torch.device | str = "cpu",
     share: Share | None = None,
 ) -> Evaluation | None:
-    """Measures every row's layers, image by image.
+    """Scores every row's layers, image by image.
 
     Returns:
-        The figures, in the first process; None in the others.
+        The results, on rank 0; None on the others.
     """
     networks, share = networks or Networks(), share or Share()
     found: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
@@ -228,7 +229,7 @@ def score(
 def _reasons(
     figures: Mapping[str, float], folder: PredictionFolder, with_truth: bool, missing: Mapping[str, str]
 ) -> dict[str, str]:
-    """Why some of a row's figures are not finite."""
+    """Metric -> the reason why its value is not finite, for a row."""
     return {
         name: _why_not(name, folder, with_truth, missing) for name, value in figures.items() if not math.isfinite(value)
     }
@@ -241,11 +242,11 @@ def _why_not(name: str, folder: PredictionFolder, with_truth: bool, missing: Map
     if lacking := [layer for layer in needed if layer not in folder.given]:
         return f"this row has no {lacking[0]}s"
     if kind in ("foreground", "boundary") and not with_truth:
-        return "the data have no true foregrounds"
+        return "the data set has no true foregrounds"
     if metric in missing:
         return missing[metric]
     if name != metric:
-        return "fewer than two images define the metric"
+        return "the metric is defined for fewer than two images"
     return f"undefined for every image: {METRICS[metric].undefined}"
 
 
@@ -259,7 +260,7 @@ def write_figures(out: Path, evaluation: Evaluation, protocol: Mapping[str, Any]
 
 
 def format_csv(evaluation: Evaluation) -> str:
-    """A line per image and row, a column per metric of PER_IMAGE; empty where a metric is undefined."""
+    """CSV with one line per image and row, one column per metric in PER_IMAGE; cells are empty where undefined."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(["image", "row", *PER_IMAGE])
@@ -271,7 +272,7 @@ def format_csv(evaluation: Evaluation) -> str:
 
 
 def ranked_cases(values: Sequence[float], *, higher_is_better: bool) -> dict[str, int]:
-    """Indices of a good (better than nine in ten), the median and the worst case; undefined (NaN) ones are left out."""
+    """Indices of a good (90th percentile), the median and the worst case, ignoring NaN."""
     defined = [index for index, value in enumerate(values) if not math.isnan(value)]
     assert defined, "no image defines this metric; rank by another one"
     best_first = sorted(defined, key=lambda index: values[index], reverse=higher_is_better)
@@ -285,10 +286,9 @@ def write_metrics(
     protocol: Mapping[str, Any],
     reasons: Mapping[str, Mapping[str, str]] | None = None,
 ) -> None:
-    """Write metrics.json: ``{"protocol": {...}, "results": {row: {metric: value}}}``.
+    """Writes metrics.json atomically: ``{"protocol": {...}, "results": {row: {metric: value}}}``.
 
-    A value that is not finite becomes null, and ``protocol["undefined"][row][metric]`` says why. The file appears
-    complete or not at all.
+    A value that is not finite becomes null, with the reason in ``protocol["undefined"][row][metric]``.
     """
     undefined = {
         row: {name: (reasons or {}).get(row, {}).get(name, "not finite") for name in figures}
@@ -305,9 +305,9 @@ def write_metrics(
 
 
 def format_table(results: Results) -> str:
-    """One line per metric, one column per row of the results, mean ± standard error: aligned text that is Markdown.
+    """An aligned Markdown table, mean ± standard error: one line per metric, one column per row of the results.
 
-    A metric that no row has a value of is left out.
+    Metrics without a value in any row are omitted.
     """
     found = {name for values in results.values() for name, value in values.items() if not math.isnan(value)}
     names = [name for name in METRICS if name in found]
@@ -317,7 +317,7 @@ def format_table(results: Results) -> str:
 
 
 def format_published(results: Results, published: Results) -> str:
-    """One line per row and metric of the published figures, ours beside them as far as there are any: Markdown."""
+    """A Markdown table with one line per row and metric of the published figures, next to ours if available."""
     table = [["row", "metric", "published", "ours"]]
     for row, figures in published.items():
         for name, value in figures.items():
@@ -327,35 +327,35 @@ def format_published(results: Results, published: Results) -> str:
 
 
 def fill(path: Path, name: str, content: str) -> None:
-    """Replaces what stands between the lines ``<!-- name -->`` and ``<!-- /name -->`` of a Markdown file."""
+    """Replaces the text between the lines ``<!-- name -->`` and ``<!-- /name -->`` of a Markdown file."""
     before, after = marked(path, name)
     write_whole(path, f"{before}\n{content}\n\n{after}")
 
 
 def check_fill(path: Path, name: str, published: Mapping[str, Any]) -> None:
-    """Raises `InputError` unless `fill` will find its lines, and there are published figures to put there."""
+    """Raises `InputError` unless the file has the lines that `fill` needs and there are published figures."""
     if not published:
-        raise InputError(f"fill={path} puts figures beside published ones; expected config= with evaluate.published")
+        raise InputError(f"fill={path} compares with published figures; expected config= with evaluate.published")
     marked(path, name)
 
 
 def marked(path: Path, name: str) -> tuple[str, str]:
-    """What stands up to the first of the lines that ``fill`` looks for, and from the second on.
+    """The text up to and including the opening line of ``fill``, and the text from the closing line on.
 
     Raises:
-        InputError: the file does not exist or has no such lines.
+        InputError: the file does not exist or lacks these lines.
     """
     first, last = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     text = path.read_text() if path.is_file() else ""
     before, begun, rest = text.partition(first)
     _, ended, after = rest.partition(last)
     if not begun or not ended:
-        raise InputError(f"{path} has no lines {first.strip()} and {last}; expected them around what is to be replaced")
+        raise InputError(f"{path} has no lines {first.strip()} and {last}; expected them around the text to replace")
     return before + begun, ended + after
 
 
 def markdown_table(table: Sequence[Sequence[str]]) -> str:
-    """Lines of cells, the header's first, as aligned text that is Markdown; all but the first column to the right."""
+    """An aligned Markdown table from lines of cells, header first; all columns but the first are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [_line(cells, widths) for cells in table]
     rule = "|".join(["", "-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:]), ""])
@@ -363,7 +363,7 @@ def markdown_table(table: Sequence[Sequence[str]]) -> str:
 
 
 def metric_title(name: str) -> str:
-    """A metric's name, unit and better direction."""
+    """A metric's name, unit and direction of improvement."""
     return f"{name} {METRICS[name].unit} {METRICS[name].better}".replace("  ", " ")
 
 
@@ -372,7 +372,7 @@ def _cell(name: str, values: Mapping[str, float]) -> str:
 
 
 def metric_value(name: str, mean: float, spread: float) -> str:
-    """A metric's value ± what it varies by, as many digits as it deserves; NaN is left out."""
+    """A metric's value ± spread, with two decimals for dB and four otherwise; NaN is "-", a NaN spread is omitted."""
     digits = 2 if METRICS[name].unit == "dB" else 4
     if math.isnan(mean):
         return "-"

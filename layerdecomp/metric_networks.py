@@ -1,6 +1,6 @@
-"""The networks of LPIPS, FID and KID, from files that the user puts into a folder. Nothing is downloaded.
+"""The networks of LPIPS, FID and KID, loaded from files that the user provides. Nothing is downloaded.
 
-The files are pickles. They are opened with `weights_only`, which runs nothing in them, and must hold exactly the
+The files are pickles. They are loaded with `weights_only`, so no code in them is run, and must contain exactly the
 tensors of their network.
 """
 
@@ -34,12 +34,12 @@ FILES = {
 
 @dataclass
 class MeasureConfig:
-    """What is measured, and where its networks lie."""
+    """Settings of the measurement, and the location of its networks."""
 
-    region: str = "full"  # of the background metrics: full, mask (what was painted) or outside (what had to stay)
-    resolution: int | None = None  # pixels of the longer side that everything is brought to before; null: as it is
-    lpips: str = "alex"  # or vgg, squeeze: the network of LPIPS
-    weights: str = FOLDER  # the folder of the metrics' networks; checkpoints/README.md lists the files
+    region: str = "full"  # of the background metrics: full, mask (the inpainted part) or outside (the part to keep)
+    resolution: int | None = None  # longer side, in pixels, to which everything is resized first; null: no resizing
+    lpips: str = "alex"  # network of LPIPS: alex, vgg or squeeze
+    weights: str = FOLDER  # folder of the metric networks; checkpoints/README.md lists the files
 
     def __post_init__(self) -> None:
         for key, known in (("region", REGIONS), ("lpips", tuple(FILES))):
@@ -51,18 +51,18 @@ class MeasureConfig:
 
 @dataclass(frozen=True)
 class Networks:
-    """The measures that a config asks for, and what became of their networks."""
+    """The measures of a config, and which of their networks were found."""
 
     measures: Measures = field(default_factory=Measures)
     files: dict[str, str] = field(default_factory=dict)  # file -> sha256
-    missing: dict[str, str] = field(default_factory=dict)  # metric -> why it has no figures
+    missing: dict[str, str] = field(default_factory=dict)  # metric -> why it cannot be measured
 
 
 def open_networks(config: MeasureConfig) -> Networks:
-    """Loads the networks whose files are there.
+    """Loads the networks whose files exist.
 
     Raises:
-        InputError: a file is there but damaged, or is another network's.
+        InputError: a file is damaged or belongs to another network.
     """
     folder = Path(config.weights)
     trunk, inception = folder / FILES[config.lpips], folder / INCEPTION
@@ -90,7 +90,7 @@ def open_networks(config: MeasureConfig) -> Networks:
 
 
 def load_lpips(net: str, path: Path) -> LPIPS:
-    """LPIPS version 0.1 on a trunk of torchvision's file; its small heads come inside torchmetrics' wheel."""
+    """LPIPS version 0.1 with a torchvision trunk from `path`; its small heads are bundled with torchmetrics."""
     with torch.device("meta"):
         trunk, network = TRUNKS[net].build(), LPIPS(net)
     state = _read(path)
@@ -101,7 +101,7 @@ def load_lpips(net: str, path: Path) -> LPIPS:
 
 
 def _heads(network: LPIPS) -> dict[str, Tensor]:
-    """The weights of the features' channels, by their names in the network."""
+    """The channel weights of LPIPS, by their names in the network."""
     file = importlib.resources.files("torchmetrics.functional.image") / "lpips_models" / f"{network.net}.pth"
     found = torch.load(io.BytesIO(file.read_bytes()), map_location="cpu", weights_only=True)
     names = [f"lin{place}.model.1.weight" for place in range(len(network.heads))]
@@ -111,10 +111,10 @@ def _heads(network: LPIPS) -> dict[str, Tensor]:
 
 
 def load_inception(path: Path) -> nn.Module:
-    """torch-fidelity's port of the network of the first FID figures: images (B, 3, H, W) uint8 -> ((B, 2048),)."""
+    """torch-fidelity's port of the original FID network: images (B, 3, H, W) uint8 -> ((B, 2048),)."""
     state = _read(path)
     buffer = io.BytesIO()
-    torch.save(state, buffer)  # its constructor wants a pickle, and opens it without weights_only
+    torch.save(state, buffer)  # the constructor takes a pickle and loads it without weights_only: pass checked tensors
     buffer.seek(0)
     try:
         return FeatureExtractorInceptionV3("inception-v3", ["2048"], feature_extractor_weights_path=buffer)
@@ -123,15 +123,15 @@ def load_inception(path: Path) -> nn.Module:
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
-    """The tensors of a pickled weight file; `InputError` if it holds anything else. Warns if it is not as published."""
+    """The tensors of a pickled weight file; `InputError` for other content, a warning for an unpublished file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise InputError(f"{path} cannot be opened as weights ({reason}); download it again") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path} holds something else than a network's tensors; download it again")
-    published = path.stem.rpartition("-")[2]  # the name ends in the first digits
+        raise InputError(f"{path} holds something other than a network's tensors; download it again")
+    published = path.stem.rpartition("-")[2]  # file names end in the first digits of the sha256
     if not file_sha256(path).startswith(published):
         logger.warning("%s is not the published file: its sha256 does not start with %s", path, published)
     return state

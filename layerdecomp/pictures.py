@@ -1,4 +1,4 @@
-"""What evaluations show: grids of layers side by side, and maps of errors."""
+"""Pictures for evaluations: grids of layers side by side, and error maps."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,9 +13,9 @@ from layerdecomp.imaging.compositing import on_checkerboard
 from layerdecomp.metrics.region import dilate
 from layerdecomp.predictions import Prediction
 
-MAX_TILE = 256  # pixels; larger samples are reduced
+MAX_TILE = 256  # pixels; larger samples are downscaled
 GAP, HEADER, GUTTER = 4, 30, 60  # pixels between tiles, above them for column names, left of them for row labels
-ERROR_GAIN = 4  # an error of a quarter of the range is as bright as it gets
+ERROR_GAIN = 4  # an error of a quarter of the range saturates
 
 
 def comparison_grid(
@@ -26,7 +26,7 @@ def comparison_grid(
     Args:
         batch: B collated samples with image, mask, foreground and background.
         predictions: row name -> (background, foreground) for that batch; foregrounds are shown on a checkerboard.
-        labels: B texts to the left of the samples, "worst" for example; none leaves no room for them.
+        labels: B texts to the left of the samples, such as "worst"; may be empty.
 
     Returns:
         (height, width, 3) uint8.
@@ -64,7 +64,7 @@ def _columns(batch: Mapping[str, Tensor], predictions: Mapping[str, Prediction])
 
 
 def outlined(image: Tensor, mask: Tensor) -> Tensor:
-    """The image with a magenta line around the mask, just outside it."""
+    """The image with a magenta outline just outside the mask."""
     inside = mask > 0.5
     magenta = torch.tensor([1.0, -1.0, 1.0]).view(1, 3, 1, 1).to(image)
     return torch.where(dilate(inside, 1) & ~inside, magenta, image)
@@ -82,11 +82,11 @@ def tiles_of(images: Tensor) -> NDArray[np.uint8]:
 
 
 def error_map(prediction: Tensor, target: Tensor, scale: float) -> Tensor:
-    """Absolute differences (B, 3, H, W), black where there is none over red and yellow to white, in [-1, 1].
+    """Absolute differences as colours (B, 3, H, W) in [-1, 1]: black for none, then red, yellow, white.
 
     Args:
         prediction, target: (B, C, H, W).
-        scale: of the values' range: 1 for alpha, 2 for colours in [-1, 1].
+        scale: size of the value range: 1 for alpha, 2 for colours in [-1, 1].
     """
     error = (prediction - target).abs().mean(dim=1, keepdim=True) * ERROR_GAIN / scale
     return torch.cat([3 * error - step for step in range(3)], dim=1).clamp(0, 1) * 2 - 1

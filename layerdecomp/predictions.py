@@ -1,7 +1,7 @@
-"""Folders of predicted layers: what this package's rows write and what any other method may be scored by.
+"""Folders of predicted layers, written by this package's methods or by any other method to be scored.
 
-background/<name>.png (RGB) and foreground/<name>.png (RGBA, straight; or grey: alpha of the image's own colours),
-either of which may be missing altogether. Every method is measured from such files, ours as well: 8 bits, one protocol.
+background/<name>.png (RGB) and foreground/<name>.png (straight RGBA; or grey, an alpha for the image's own colours).
+Either folder may be missing. Every method, including ours, is scored from such 8-bit files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,22 +20,22 @@ from layerdecomp.imaging.geometry import resize, to_pixels, to_tensor
 from layerdecomp.imaging.layers import read_image, to_srgb, write_picture
 
 LAYERS = ("background", "foreground")
-MAX_STRETCH = 0.02  # by which the aspect of a prediction may differ from its image's
+MAX_STRETCH = 0.02  # maximum relative difference in aspect between a prediction and its image
 Prediction = tuple[Tensor | None, Tensor | None]  # background (B, 3, H, W), straight foreground (B, 4, H, W)
 
 
 class PredictionFolder:
-    """A method's layers of the samples of a test set.
+    """A method's layers for the samples of a test set.
 
     Attributes:
-        parts: layer -> name -> file, of the layers that there is a folder of.
+        parts: layer -> name -> file, for the layers that have a folder.
         given: layers that at least one sample has.
-        missing: layer -> names of samples that it lacks.
-        extra: layer -> names of files that belong to no sample.
-        resized: names of those that `read` has brought to their image's size so far.
+        missing: layer -> names of samples without it.
+        extra: layer -> names of files that match no sample.
+        resized: names of the samples that `read` has resized so far.
 
     Raises:
-        InputError: there is neither folder of layers, or none of their files has the name of a sample.
+        InputError: there is no folder of layers, or no file is named like a sample.
     """
 
     def __init__(self, root: str | Path, names: Sequence[str]) -> None:
@@ -50,15 +50,15 @@ class PredictionFolder:
         if not self.given:
             found = next(iter(next(iter(self.parts.values())).values()))
             raise InputError(
-                f"{root}: no file is named like a sample; found {found}, expected {names[0]}.png: give the files the "
-                "names of the exported images (tools/evaluate.py export=FOLDER)"
+                f"{root}: no file is named like a sample; found {found}, expected {names[0]}.png: name the files like "
+                "the exported images (tools/evaluate.py export=FOLDER)"
             )
 
     def read(self, name: str, image: Tensor) -> Prediction:
-        """The layers of a sample whose image is (1, 3, H, W): background (1, 3, H, W) and foreground (1, 4, H, W).
+        """The background (1, 3, H, W) and foreground (1, 4, H, W) of a sample with the image (1, 3, H, W).
 
         Raises:
-            InputError: a file is broken, of another shape than the image, or a foreground without alpha.
+            InputError: a file is damaged, differs in aspect from the image, or is a foreground without alpha.
         """
         found = {layer: self._read(layer, name, image) for layer in LAYERS}
         return found["background"], found["foreground"]
@@ -82,13 +82,13 @@ class PredictionFolder:
         height, width = values.shape[-2:]
         if abs(width * size[0] / (height * size[1]) - 1) > MAX_STRETCH:
             raise InputError(
-                f"{path} is {width} x {height} pixels, its image {size[1]} x {size[0]}; expected the image's shape: "
-                "crop or stretch it as its method does"
+                f"{path} is {width} x {height} pixels, its image {size[1]} x {size[0]}; expected the same aspect: crop "
+                "or stretch it back, as its method requires"
             )
 
 
 def _read_foreground(path: Path, image: Tensor) -> Tensor:
-    """A foreground (1, 4, h, w); one in grey is the alpha of the image's colours."""
+    """A foreground (1, 4, h, w); a grey file is an alpha for the image's own colours."""
     picture = ImageOps.exif_transpose(open_picture(path))
     if picture.mode in ("1", "L", "I", "F") or picture.mode.startswith("I;16"):
         alpha = (to_tensor(read_image(picture)[..., :1]) + 1) / 2
@@ -100,25 +100,25 @@ def _read_foreground(path: Path, image: Tensor) -> Tensor:
 
 
 def is_drawn(root: Path, name: str, layers: Sequence[str]) -> bool:
-    """Whether the files of a sample's layers are there."""
+    """Whether the files of a sample's layers exist."""
     return all((root / layer / f"{name}.png").is_file() for layer in layers)
 
 
 def write_prediction(root: Path, names: Sequence[str], prediction: Prediction) -> None:
-    """Writes the layers of a batch; each file appears complete or not at all.
+    """Writes the layers of a batch, each file atomically.
 
     Raises:
-        ValueError: they hold NaN or infinity.
+        ValueError: the layers contain NaN or infinity.
     """
     if any(values is not None and not torch.isfinite(values).all() for values in prediction):
-        raise ValueError(f"{root.name}: the layers hold NaN or infinity: the model has diverged.")
+        raise ValueError(f"{root.name}: the layers contain NaN or infinity: the model has diverged.")
     for layer, values in zip(LAYERS, prediction, strict=True):
         for name, value in zip(names, values if values is not None else (), strict=values is not None):
             write_picture(root / layer / f"{name}.png", to_pixels(as_stored(value.float())))
 
 
 def describe(folder: PredictionFolder) -> Mapping[str, object]:
-    """What a reader of the figures has to know about a folder, empty where there is nothing to know."""
+    """Missing, extra and resized files of a folder, for the protocol; empty if there are none."""
     found: dict[str, object] = {
         f"{kind}_{layer}s": names
         for kind, by_layer in (("missing", folder.missing), ("extra", folder.extra))

@@ -1,7 +1,7 @@
-"""What an evaluation shows: a few cases side by side, and a report, one HTML file that opens without a network.
+"""Reports of an evaluation: a grid of example cases, and a self-contained HTML report that works offline.
 
-In the report: a table of all figures, the ten best and worst images with every row's layers and errors, and the figures
-of every image. Tables are sorted by a click on a column's head.
+The HTML report has a table of all means, the ten best and worst images with every row's layers and error maps, and the
+metrics of every image. Clicking a column header sorts its table.
 """
 
 import base64
@@ -25,7 +25,7 @@ from layerdecomp.pictures import comparison_grid, error_map, outlined, tiles_of
 from layerdecomp.predictions import PredictionFolder
 
 RANKED_BY = ("background/psnr", "foreground/alpha_iou")
-EXTREMES = 10  # best, and as many worst, images by each
+EXTREMES = 10  # number of best and of worst images per metric
 
 _STYLE = """
 body { font: 14px/1.4 system-ui, sans-serif; margin: 1.5em; color: #222; }
@@ -43,7 +43,7 @@ for (const head of document.querySelectorAll("thead th")) head.addEventListener(
   const key = row => { const cell = row.cells[head.cellIndex]; return cell.dataset.value ?? cell.textContent; };
   const compare = (a, b) => {
     const [x, y] = [key(a), key(b)];
-    if (x === "" || y === "") return (x === "") - (y === "");  // what is undefined stays last
+    if (x === "" || y === "") return (x === "") - (y === "");  // undefined values stay last
     const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
     return down ? -order : order;
   };
@@ -57,7 +57,7 @@ for (const head of document.querySelectorAll("thead th")) head.addEventListener(
 def format_report(
     evaluation: Evaluation, folders: Mapping[str, PredictionFolder], data: Samples, protocol: Mapping[str, Any]
 ) -> str:
-    """The whole report as HTML.
+    """The complete report as HTML.
 
     Args:
         evaluation: of `folders` on `data`.
@@ -66,14 +66,14 @@ def format_report(
     chosen = extremes(evaluation)
     parts = [
         "<h1>Layer decomposition</h1>",
-        f"<p>{len(evaluation.names)} images. Click a column's head to sort by it.</p>",
+        f"<p>{len(evaluation.names)} images. Click a column header to sort the table.</p>",
         "<h2>Means</h2>",
         _table(["row", *_shown(evaluation)], _summary(evaluation)),
         "<h2>Best and worst</h2>",
         f"<p>The {EXTREMES} best and worst images of {html.escape(next(iter(folders)))} by {' and '.join(RANKED_BY)}. "
-        "Errors: black none, white a quarter of the range or more.</p>",
+        "Error maps: black is no error, white is an error of a quarter of the range or more.</p>",
         *_table_parts(_case_heads(evaluation), _cases(evaluation, folders, data, chosen)),
-        "<h2>Every image</h2>",
+        "<h2>All images</h2>",
         _table(["image", "row", *map(metric_title, PER_IMAGE)], _images(evaluation)),
         "<h2>Protocol</h2>",
         f"<pre>{html.escape(json.dumps(protocol, indent=2))}</pre>",
@@ -86,7 +86,7 @@ def format_report(
 
 
 def extremes(evaluation: Evaluation, count: int = EXTREMES) -> dict[int, list[str]]:
-    """Positions of the first row's best and worst images by each of RANKED_BY, and what each of them is."""
+    """Position -> rankings ("best 1 by background/psnr"), for the first row's best and worst images by RANKED_BY."""
     found: dict[int, list[str]] = {}
     values_of = next(iter(evaluation.per_image.values()))
     for metric in RANKED_BY:
@@ -100,9 +100,9 @@ def extremes(evaluation: Evaluation, count: int = EXTREMES) -> dict[int, list[st
 
 
 def case_grid(evaluation: Evaluation, folders: Mapping[str, PredictionFolder], data: Samples) -> Pixels | None:
-    """A good, the median and the worst case of the first row, by rank: in the background, then in the matte.
+    """A grid of the first row's good, median and worst cases, by background and then by alpha.
 
-    None where it has neither. Pictures of different sizes are brought to that of the first.
+    None if the row has no values for either metric. All images are resized to the size of the first.
     """
     places, labels = [], []
     for metric in RANKED_BY:
@@ -131,19 +131,19 @@ def case_grid(evaluation: Evaluation, folders: Mapping[str, PredictionFolder], d
 
 
 def _joined(layers: Sequence[Tensor | None], channels: int, size: tuple[int, int]) -> Tensor | None:
-    """Layers of one image each, as a batch of one size, grey or transparent where there is none."""
+    """Single-image layers, resized and batched; a missing layer is grey or transparent."""
     if all(layer is None for layer in layers):
         return None
     return torch.cat([torch.zeros(1, channels, *size) if layer is None else _at(layer, size) for layer in layers])
 
 
 def _at(picture: Tensor, size: tuple[int, int]) -> Tensor:
-    """A mask (1, 1, H, W), picture (1, 3, H, W) or straight foreground (1, 4, H, W) at a size; unchanged if it fits."""
+    """A mask (1, 1, H, W), image (1, 3, H, W) or straight foreground (1, 4, H, W), resized if its size differs."""
     straight = picture.shape[1] == 4 and picture.shape[-2:] != size
     return resize_straight(picture, size) if straight else resize(picture, size)
 
 
-Cell = tuple[str, float | str]  # what is shown, what it is sorted by
+Cell = tuple[str, float | str]  # content, sort key
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
@@ -158,7 +158,7 @@ def _table_parts(heads: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Iterat
 
 
 def _breakable(head: str) -> str:
-    """Heads are narrow, so that figures and pictures fit beside one another."""
+    """Allows line breaks in column headers, to keep the columns narrow."""
     return html.escape(head).replace("/", "/<wbr>").replace("_", "_<wbr>")
 
 
@@ -168,7 +168,7 @@ def _cell(shown: str, key: float | str) -> str:
 
 
 def _shown(evaluation: Evaluation) -> list[str]:
-    """Titles of the metrics that some row has a value of."""
+    """Titles of the metrics with a value in at least one row."""
     return [metric_title(name) for name in _measured(evaluation)]
 
 
@@ -236,7 +236,7 @@ def _stack(background: Tensor | None, foreground: Tensor | None) -> list[Tensor]
 
 @torch.no_grad()
 def _image(picture: Tensor) -> str:
-    """A picture (1, 3, H, W) in [-1, 1] as an HTML element that holds it."""
+    """An image (1, 3, H, W) in [-1, 1] as an HTML element with embedded data."""
     file = io.BytesIO()
     Image.fromarray(tiles_of(picture)[0]).save(file, "JPEG", quality=85)
     return f'<img loading="lazy" alt="" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'

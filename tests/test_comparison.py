@@ -129,7 +129,7 @@ def test_what_others_predict_is_measured_as_what_is_drawn(models: Models, tmp_pa
     assert all(str(again.results[row]) == str(first.results[row]) for row in again.results)
     told = json.loads((tmp_path / "second" / "metrics.json").read_text())["protocol"]
     assert "weights" not in told and "steps" not in told
-    with pytest.raises(InputError, match="layers/adapted is where layers are to be drawn"):
+    with pytest.raises(InputError, match="layers/adapted is where this evaluation writes layers"):
         compare(models, SCENES, config(), tmp_path / "first", predictions=[layers / "adapted"])
     assert (layers / "adapted" / "background" / "00000.png").is_file()
     mixed = compare(models, SCENES, config(rows=["base"]), tmp_path / "third", predictions=[layers / "classical"])
@@ -236,13 +236,13 @@ def test_samples_of_few_pictures_are_called_so(
     told = {"split": "test", "resolution": 32, "data": "triplets", "pictures": 2}
     monkeypatch.setattr("layerdecomp.comparison.describe_data", lambda _: told)
     compare(None, SCENES, config(rows=["classical"]), tmp_path / "out")
-    assert "3 samples of 2 pictures; figures in" in capsys.readouterr().out
+    assert "3 samples from 2 pictures; metrics in" in capsys.readouterr().out
 
 
 def test_folders_are_told_apart() -> None:
     folders = [Path("x/layers"), Path("y/layers"), Path("z/base"), Path("z/other/")]
     assert [name for name, _ in row_names(folders, {"base": None})] == ["x/layers", "y/layers", "z/base", "other"]
-    with pytest.raises(InputError, match="predictions=base is called like a row of ours"):
+    with pytest.raises(InputError, match="predictions=base has the name of another row"):
         list(row_names([Path("base")], {"base": None}))
 
 

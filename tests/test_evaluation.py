@@ -190,7 +190,7 @@ def test_a_method_that_cannot_draw_a_sample_says_which(tmp_path: Path):
     def refuse(batch: Batch) -> Prediction:
         raise InputError("its mask is full")
 
-    expected = f"classical, of {NAMES[0]}: its mask is full; or leave classical out of evaluate.rows"
+    expected = f"classical, of {NAMES[0]}: its mask is full; or remove classical from evaluate.rows"
     with pytest.raises(InputError, match=expected):
         draw_layers({"classical": Method(refuse)}, Squares(), NAMES, tmp_path, batch_size=1)
 
@@ -229,7 +229,7 @@ def test_every_figure_that_is_missing_has_its_reason(tmp_path: Path):
         assert astray.reasons["stray"][name] == "this row has no foregrounds"
     unknown = score(folders, Unknown(), NAMES, networks)
     assert unknown is not None
-    assert unknown.reasons["base"]["boundary/rgb_l1"] == "the data have no true foregrounds"
+    assert unknown.reasons["base"]["boundary/rgb_l1"] == "the data set has no true foregrounds"
     assert unknown.results["base"]["recomposition/psnr"] > 0
 
 

@@ -1,1 +1,1 @@
-"""Metrics of the two layers: pure functions on batches, and LayerMetrics (layers.py), their averages over a set."""
+"""Metrics of the two layers: pure functions on batches, and LayerMetrics (layers.py), which aggregates over a set."""

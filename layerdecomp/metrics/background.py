@@ -1,6 +1,6 @@
 """Metrics of the background layer, one value per image.
 
-Images are (B, 3, H, W) in [-1, 1]. Every function returns (B,) and holds NaN where an image does not define the metric.
+Images are (B, 3, H, W) in [-1, 1]. Every function returns (B,), with NaN where the metric is undefined for an image.
 """
 
 import math
@@ -11,19 +11,19 @@ from torch import Tensor
 from layerdecomp.metrics.region import mean_over, weighted
 
 DATA_RANGE = 2.0  # of images in [-1, 1]
-PSNR_CEILING = 100.0  # dB; an exact copy would be infinite, and so would every mean it enters
+PSNR_CEILING = 100.0  # dB; an exact copy would make the mean infinite
 SHARPNESS_CEILING = 2.0
-FLAT = 2 / 255  # root-mean-square difference of neighbours: one level of an 8-bit file
+FLAT = 2 / 255  # RMS difference of neighbours below which an image is flat: one 8-bit level
 
 _SSIM_SIGMA = 1.5
 _SSIM_RADIUS = 5  # the Gaussian is cut at 3.5 sigma
-_SSIM_C1, _SSIM_C2 = 0.01**2, 0.03**2  # of images in [0, 1]
+_SSIM_C1, _SSIM_C2 = 0.01**2, 0.03**2  # for images in [0, 1]
 
 
 def psnr(prediction: Tensor, target: Tensor, region: Tensor | None = None) -> Tensor:
     """Peak signal-to-noise ratio in dB, at most PSNR_CEILING.
 
-    The error is averaged per image, never over the batch: the published figures are means of per-image values.
+    The error is averaged per image, not over the batch: the published figures are means of per-image values.
 
     Args:
         prediction, target: (B, 3, H, W) in [-1, 1].
@@ -41,16 +41,16 @@ def psnr(prediction: Tensor, target: Tensor, region: Tensor | None = None) -> Te
 def ssim(prediction: Tensor, target: Tensor, region: Tensor | None = None) -> Tensor:
     """Structural similarity (Wang et al. 2004): Gaussian window, sigma 1.5, 11 x 11, K1 0.01, K2 0.03, mean over RGB.
 
-    Equal to scikit-image's ``structural_similarity`` with ``gaussian_weights=True, use_sample_covariance=False`` on
-    images in [0, 1]: the range matters, because SSIM compares means as ratios. As there, the outermost 5 pixels, whose
-    windows leave the image, do not count; torchmetrics averages them in, with reflected content.
+    Equals scikit-image's ``structural_similarity`` with ``gaussian_weights=True, use_sample_covariance=False`` on
+    images in [0, 1]. The range matters, because SSIM compares means as ratios. As in scikit-image, the outermost 5
+    pixels, whose windows extend beyond the image, do not count; torchmetrics includes them, with reflected content.
 
     Args:
         prediction, target: (B, 3, H, W) in [-1, 1].
         region: (B, 1, H, W) bool, the centres of the windows that count; None means all of them.
 
     Returns:
-        (B,) in [-1, 1]; NaN for an image whose region is empty, or with fewer than 11 pixels a side: no window fits.
+        (B,) in [-1, 1]; NaN if an image's region is empty, or a side is shorter than 11 pixels, so that no window fits.
     """
     if min(target.shape[-2:]) <= 2 * _SSIM_RADIUS:
         return target.new_full((len(target),), torch.nan, dtype=torch.float32)
@@ -66,30 +66,30 @@ def ssim(prediction: Tensor, target: Tensor, region: Tensor | None = None) -> Te
 
 
 def _window_mean(images: Tensor) -> Tensor:
-    """The Gaussian mean of every whole window: (B, 3, H, W) to (B, 3, H - 10, W - 10)."""
+    """The Gaussian mean over every complete window: (B, 3, H, W) to (B, 3, H - 10, W - 10)."""
     gaussian = [math.exp(-(x**2) / (2 * _SSIM_SIGMA**2)) for x in range(-_SSIM_RADIUS, _SSIM_RADIUS + 1)]
     weights = [weight / sum(gaussian) for weight in gaussian]
     return weighted(weighted(images, weights, dim=2), weights, dim=3)
 
 
 def sharpness(prediction: Tensor, target: Tensor, region: Tensor) -> Tensor:
-    """Gradient of the prediction over that of the truth: 0 is a flat fill, 1 as sharp as the truth, above 1 noise.
+    """Gradient of the prediction over that of the truth: 0 for a flat fill, 1 if equally sharp, above 1 for noise.
 
-    PSNR likes a smear where the right texture cannot be known; this tells a smear from a texture, right or wrong. The
-    gradient is the root mean square of the differences between neighbours, horizontal and vertical, that both lie in
-    the region: the step from the region to its surroundings does not count. Such forward differences see noise of the
-    finest grain, to which central ones are blind.
+    PSNR favours blur where the true texture cannot be known; this metric tells blur from texture, right or wrong. The
+    gradient is the root mean square difference of horizontal and vertical neighbours that both lie in the region, so
+    the step between the region and its surroundings does not count. These forward differences detect single-pixel
+    noise, which central differences miss.
 
-    A ratio has no upper bound, and the mean over images would be that of a few nearly flat scenes. So an image counts
-    for at most 2, as far above 1 as a flat fill is below it, and one whose truth is flat does not count.
+    The ratio is unbounded, so a few nearly flat scenes would dominate the mean over images. It is therefore clamped to
+    2, as far above 1 as a flat fill is below, and images whose truth is flat do not count.
 
     Args:
         prediction, target: (B, 3, H, W) in [-1, 1].
-        region: (B, 1, H, W) bool, what was painted.
+        region: (B, 1, H, W) bool, the inpainted region.
 
     Returns:
-        (B,) in [0, 2]; NaN for an image that has no neighbours in its region, or where the truth's differ by less than
-        one 8-bit level (root mean square).
+        (B,) in [0, 2]; NaN if an image has no neighbouring pixels in its region, or if the truth's neighbours differ by
+        less than one 8-bit level (root mean square).
     """
     predicted, true = _gradient(prediction, region), _gradient(target, region)
     return torch.where(true >= FLAT, (predicted / true).clamp(max=SHARPNESS_CEILING), torch.nan)

@@ -1,17 +1,17 @@
-"""Distances of two sets of images in the features of the Inception network: FID and KID."""
+"""Distances between two sets of images in the feature space of the Inception network: FID and KID."""
 
 import torch
 from torch import Tensor, nn
 
-FEATURES = 2048  # of Inception's last pooling
-_BLOCK = 4096  # rows of the kernel matrix at a time
+FEATURES = 2048  # dimension of Inception's last pooling layer
+_BLOCK = 4096  # rows of the kernel matrix computed at a time
 
 
 def inception_features(network: nn.Module, images: Tensor) -> Tensor:
-    """The features (B, 2048) of images (B, 3, H, W) in [-1, 1], rounded to 8 bits.
+    """The features (B, 2048) of images (B, 3, H, W) in [-1, 1], which are rounded to 8 bits.
 
-    The network takes levels 0 to 255, and its only output are the features. torch-fidelity's brings images to 299 x 299
-    pixels as TensorFlow 1 did for the first published figures, without antialiasing.
+    The network takes levels 0 to 255 and returns a tuple of only the features. torch-fidelity's resizes images to
+    299 x 299 pixels without antialiasing, as TensorFlow 1 did for the first published figures.
     """
     levels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     with torch.autocast(images.device.type, enabled=False):
@@ -20,19 +20,19 @@ def inception_features(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> Tensor:
-    """The Fréchet distance of the normal distributions of two sets of features; FID, if they are Inception's.
+    """The Fréchet distance between Gaussians fitted to two sets of features; for Inception's features, FID.
 
     Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium" (NeurIPS 2017):
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). The covariances are never formed: with C = R^T R, R triangular and from
-    the features themselves, the last trace is the sum of the singular values of R1 R2^T. That is exact, and unlike a
-    matrix root well-behaved where there are fewer images than features.
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). The covariances are never formed: with C = R^T R, where R comes from a
+    QR decomposition of the features, tr (C1 C2)^(1/2) is the sum of the singular values of R1 R2^T. This is exact and,
+    unlike a matrix square root, well-behaved with fewer images than features.
 
     Args:
         first, second: (N, D) and (M, D).
 
     Returns:
-        A float64 scalar; NaN if a set has fewer than two members. With few images it is far too large: compare only
-        figures of equal counts, and look at ``kernel_distance``.
+        A float64 scalar; NaN if a set has fewer than two members. It is strongly biased upwards for few images: compare
+        only figures of equal counts, and consider ``kernel_distance``.
     """
     if min(len(first), len(second)) < 2:
         return torch.tensor(torch.nan, dtype=torch.float64)
@@ -42,7 +42,7 @@ def frechet_distance(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _mean_and_root(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and R (min(N, D), D) with R^T R the covariance, in float64."""
+    """Mean (D,) and R (min(N, D), D), where R^T R is the covariance, in float64."""
     features = features.double()
     mean = features.mean(dim=0)
     root = torch.linalg.qr((features - mean) / (len(features) - 1) ** 0.5, mode="r").R
@@ -50,10 +50,10 @@ def _mean_and_root(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kernel_distance(first: Tensor, second: Tensor) -> Tensor:
-    """The squared maximum mean discrepancy of two sets of features, kernel (x.y / D + 1)^3; KID, if Inception's.
+    """The squared maximum mean discrepancy with the kernel (x.y / D + 1)^3; for Inception's features, KID.
 
-    Binkowski et al., "Demystifying MMD GANs" (ICLR 2018). It is unbiased whatever the count. This is the estimate from
-    all pairs, which the usual mean over random subsets approaches.
+    Binkowski et al., "Demystifying MMD GANs" (ICLR 2018). It is unbiased for any number of images. This estimate uses
+    all pairs; the usual mean over random subsets approaches it.
 
     Args:
         first, second: (N, D) and (M, D).
@@ -69,7 +69,7 @@ def kernel_distance(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
-    """The kernel of each row of x (N, D) with the same row of y: (N,)."""
+    """The kernel between each row of x (N, D) and the same row of y: (N,)."""
     return ((x.double() * y.double()).sum(dim=1) / x.shape[1] + 1) ** 3
 
 

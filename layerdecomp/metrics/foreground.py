@@ -1,8 +1,8 @@
 """Metrics of the foreground layer, one value per image.
 
-Foregrounds are (B, 4, H, W): straight RGB in [-1, 1], alpha in [0, 1]. Every function returns (B,) and holds NaN where
-an image does not define the metric. Only the truth and the input decide that, never the prediction, so that the means
-of two models are over the same images.
+Foregrounds are (B, 4, H, W): straight RGB in [-1, 1], alpha in [0, 1]. Every function returns (B,), with NaN where the
+metric is undefined for an image. That depends only on the truth and the input, never on the prediction, so the means of
+two models cover the same images.
 """
 
 import numpy as np
@@ -15,20 +15,20 @@ from torch.nn import functional as F
 from layerdecomp.metrics.region import dilate, mean_over, weighted
 
 OPAQUE = 0.5  # alpha above which a pixel belongs to an object
-VISIBLE = 0.05  # alpha, or change of alpha, that the eye would notice
-MIN_HIDDEN_PIXELS = 16  # a hidden part smaller than this is the ragged rim of a mask
+VISIBLE = 0.05  # smallest visible alpha, or change of alpha
+MIN_HIDDEN_PIXELS = 16  # a smaller hidden part is just the ragged edge of a mask
 BOUNDARY_RADIUS = 2  # pixels
 
 _GRAD_SIGMA = 1.4
-_GRAD_RADIUS = 4  # pixels; the ports cut the Gaussian where its density falls below 0.01
+_GRAD_RADIUS = 4  # pixels; common implementations truncate the Gaussian where its density falls below 0.01
 _CONN_LEVELS = tuple(level / 10 for level in range(1, 11))
-_CONN_THETA = 0.15  # what an alpha may exceed its connected level by without being noticed
+_CONN_THETA = 0.15  # smallest excess of alpha over its connected level that counts
 
 
 def alpha_iou(prediction: Tensor, target: Tensor) -> Tensor:
     """Soft intersection over union of the alphas: sum of minima over sum of maxima.
 
-    NaN where the true foreground is fully transparent.
+    NaN if the true foreground is fully transparent.
     """
     intersection = torch.minimum(_alpha(prediction), _alpha(target)).sum(dim=(1, 2, 3))
     union = torch.maximum(_alpha(prediction), _alpha(target)).sum(dim=(1, 2, 3))
@@ -38,8 +38,8 @@ def alpha_iou(prediction: Tensor, target: Tensor) -> Tensor:
 def alpha_sad(prediction: Tensor, target: Tensor) -> Tensor:
     """Sum of absolute alpha differences over the whole image, in thousands of fully wrong pixels.
 
-    This is the unit of the matting literature (Xu et al., Deep Image Matting): alpha in [0, 1] (files of 0..255 are
-    divided by 255), the sum divided by 1000. It grows with the resolution.
+    This is the unit of the matting literature (Xu et al., Deep Image Matting): the sum over alpha in [0, 1], divided by
+    1000. It grows with the resolution.
     """
     return (_alpha(prediction) - _alpha(target)).abs().sum(dim=(1, 2, 3)) / 1000
 
@@ -52,11 +52,10 @@ def alpha_mse(prediction: Tensor, target: Tensor) -> Tensor:
 def alpha_grad(prediction: Tensor, target: Tensor) -> Tensor:
     """Gradient error of the alphas over the whole image: squared differences of gradient magnitudes, sum / 1000.
 
-    Rhemann et al., "A Perceptually Motivated Online Benchmark for Image Matting" (2009), by the convention of the
-    figures in the literature (Xu's MATLAB code and its ports, mmagic's for example): derivatives of a Gaussian with
-    sigma 1.4, cut at 4 pixels, whose two-dimensional kernels have a sum of squares of 1; the border is repeated. Alpha
-    stays as it is, as in GCA-Matting's port; MATLAB's and mmagic's stretch it to reach from 0 to 1 first, which makes
-    no difference if it does, and hides errors if it does not.
+    Rhemann et al., "A Perceptually Motivated Online Benchmark for Image Matting" (2009), as commonly reported (Xu's
+    MATLAB code and its ports, such as mmagic): derivatives of a Gaussian with sigma 1.4, truncated at 4 pixels, the
+    two-dimensional kernels scaled to unit norm, with replicate padding. Alpha is not rescaled, as in GCA-Matting. The
+    MATLAB code and mmagic first stretch it to [0, 1], which hides errors if its range is smaller.
     """
     difference = _gradient_magnitude(_alpha(prediction)) - _gradient_magnitude(_alpha(target))
     return difference.square().sum(dim=(1, 2, 3)) / 1000
@@ -73,12 +72,12 @@ def _gradient_magnitude(alpha: Tensor) -> Tensor:
 
 
 def alpha_conn(prediction: Tensor, target: Tensor) -> Tensor:
-    """Connectivity error of the alphas over the whole image, in thousands of pixels: floating pieces and holes.
+    """Connectivity error of the alphas over the whole image, in thousands of pixels: penalises islands and holes.
 
-    Rhemann et al. (2009) with step 0.1 and theta 0.15, by the convention of Xu's MATLAB code and its ports. A pixel is
-    connected up to the level l of 0, 0.1 .. 1 if at every level up to l it lies in the largest 4-connected component
-    of where both alphas reach that level. What an alpha exceeds l by, d, counts if it is at least theta; the error is
-    the sum of the absolute differences of the two, divided by 1000. Runs on the CPU, image by image.
+    Rhemann et al. (2009) with step 0.1 and theta 0.15, as in Xu's MATLAB code and its ports. A pixel's connected level
+    l is the highest of 0, 0.1 .. 1 such that, at every level up to l, it lies in the largest 4-connected component of
+    the pixels where both alphas reach that level. The excess of an alpha over l counts if it is at least theta. The
+    error is the sum of absolute differences between the two excesses, divided by 1000. Runs on the CPU, per image.
     """
     pairs = zip(*(_alpha(layer)[:, 0].detach().float().cpu().numpy() for layer in (prediction, target)), strict=True)
     return torch.tensor([_connectivity_error(*pair) for pair in pairs], device=target.device)
@@ -96,32 +95,32 @@ def _connectivity_error(prediction: NDArray[np.float32], target: NDArray[np.floa
 
 
 def _largest_component(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The largest 4-connected part of a region (H, W), the first of several in reading order; empty if it is."""
+    """The largest 4-connected component of a region (H, W), if any; of equally large ones, the first in row order."""
     components = label(region, connectivity=1)
     sizes = np.bincount(components.flat)
-    sizes[0] = 0  # what is outside
+    sizes[0] = 0  # outside the region
     return region & (components == sizes.argmax())
 
 
 def rgb_l1(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean absolute difference of straight RGB, in units of [0, 1], where the true alpha is above 0.
 
-    The predicted alpha plays no part: a colour that the prediction hides under alpha 0 counts as it stands.
-    NaN where the true foreground is fully transparent.
+    The predicted alpha is ignored: predicted colours count even under alpha 0. NaN if the true foreground is fully
+    transparent.
     """
     return _rgb_l1(prediction, target, _alpha(target) > 0)
 
 
 def boundary_rgb_l1(prediction: Tensor, target: Tensor) -> Tensor:
-    """``rgb_l1`` along the true outline, where halos and colour bleed show. NaN where there is no outline."""
+    """``rgb_l1`` along the true outline, where halos and colour bleeding show. NaN if there is no outline."""
     return _rgb_l1(prediction, target, boundary_band(_alpha(target)))
 
 
 def boundary_band(alpha: Tensor) -> Tensor:
-    """Pixels within 2 of an edge of the alpha (B, 1, H, W) that are visible themselves (alpha > 0.05), bool.
+    """Visible pixels (alpha > 0.05) within 2 pixels of an edge of the alpha (B, 1, H, W), bool.
 
-    An edge is where alpha changes by more than 0.05 within 3 x 3 pixels. Fractional values alone would not do: a hard
-    outline has none, and the whole inside of a half-transparent object does. The image's border is no edge.
+    An edge is where alpha changes by more than 0.05 within 3 x 3 pixels. Selecting fractional alphas would not work: a
+    hard outline has none, while a semi-transparent object is fractional throughout. The image border is not an edge.
     """
     highest = F.max_pool2d(alpha, 3, stride=1, padding=1)
     lowest = -F.max_pool2d(-alpha, 3, stride=1, padding=1)
@@ -129,15 +128,15 @@ def boundary_band(alpha: Tensor) -> Tensor:
 
 
 def hidden_iou(prediction: Tensor, target: Tensor, *, mask: Tensor, occluder: Tensor) -> Tensor:
-    """Intersection over union of the hidden part of the object: what another thing covers or the mask missed.
+    """Intersection over union of the object's hidden part, which an occluder covers or the mask missed.
 
-    Both alphas are cut at 0.5 and compared on all the pixels that the input does not show as the object
-    (occluder > 0.5 or mask = 0). That area goes far beyond the object, so growing the alpha past the true outline costs
-    as much as leaving the hidden part out.
+    Both alphas are thresholded at 0.5 and compared over all pixels that the input does not show as the object
+    (occluder > 0.5 or mask = 0). This area extends far beyond the object, so that growing the alpha past the true
+    outline is penalised like omitting the hidden part.
 
     Args:
         prediction, target: (B, 4, H, W).
-        mask: (B, 1, H, W) in {0, 1}, as the model received it.
+        mask: (B, 1, H, W) in {0, 1}, the model's input.
         occluder: (B, 1, H, W) in [0, 1].
 
     Returns:
@@ -149,7 +148,7 @@ def hidden_iou(prediction: Tensor, target: Tensor, *, mask: Tensor, occluder: Te
 
 
 def hidden_rgb_l1(prediction: Tensor, target: Tensor, *, mask: Tensor, occluder: Tensor) -> Tensor:
-    """``rgb_l1`` in the hidden part of the object (true alpha > 0.5): the colours that had to be made up.
+    """``rgb_l1`` in the hidden part of the object (true alpha > 0.5), whose colours the model had to invent.
 
     Arguments and undefined images as in ``hidden_iou``.
     """
@@ -158,7 +157,7 @@ def hidden_rgb_l1(prediction: Tensor, target: Tensor, *, mask: Tensor, occluder:
 
 
 def _hidden(layer: Tensor, mask: Tensor, occluder: Tensor) -> Tensor:
-    """Where a foreground is opaque and the input does not show it, (B, 1, H, W) bool."""
+    """Pixels where a foreground is opaque but hidden in the input, (B, 1, H, W) bool."""
     return (_alpha(layer) > OPAQUE) & ((occluder > OPAQUE) | (mask < 0.5))
 
 

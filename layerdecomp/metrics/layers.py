@@ -1,4 +1,4 @@
-"""All metrics of two layers: per-image values, and one torchmetrics.Metric that sums them up over a set."""
+"""All metrics of the two layers: per-image values, and a torchmetrics.Metric that aggregates them over a set."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,18 +20,18 @@ from layerdecomp.metrics.region import paste, select
 
 @dataclass(frozen=True)
 class MetricInfo:
-    """What a reader of a result table has to know about one metric."""
+    """A metric's unit and interpretation, for tables of results."""
 
     unit: str
-    better: Literal["↑", "↓", "→1"]  # higher, lower, nearer 1
-    undefined: str  # when an image (or, of a whole set, the set) does not define the metric
-    of_set: bool = False  # not a mean over images
+    better: Literal["↑", "↓", "→1"]  # higher, lower, closer to 1
+    undefined: str  # when the metric is undefined for an image (if of_set, for the set)
+    of_set: bool = False  # computed on the whole set, not a mean over images
 
 
 _HIDDEN_TOO_SMALL = f"the object's hidden part has fewer than {foreground.MIN_HIDDEN_PIXELS} pixels"
 _REGION_EMPTY = "the region is empty"
 _COVERED = "the occluder covers the whole image"
-_SMALL_FOR_SSIM, _SMALL_FOR_LPIPS = (f"the picture has fewer than {side} pixels a side" for side in (11, 32))
+_SMALL_FOR_SSIM, _SMALL_FOR_LPIPS = (f"the image has a side shorter than {side} pixels" for side in (11, 32))
 _TOO_FEW = "there are fewer than two images"
 METRICS = {
     "background/psnr": MetricInfo("dB", "↑", _REGION_EMPTY),
@@ -40,7 +40,7 @@ METRICS = {
     "background/lpips": MetricInfo("", "↓", f"{_REGION_EMPTY}, or {_SMALL_FOR_LPIPS}"),
     "background/fid": MetricInfo("", "↓", _TOO_FEW, of_set=True),
     "background/kid": MetricInfo("", "↓", _TOO_FEW, of_set=True),
-    "background/sharpness": MetricInfo("", "→1", "the mask holds no neighbours, or the true background is flat there"),
+    "background/sharpness": MetricInfo("", "→1", "the mask has no two adjacent pixels, or the truth is flat there"),
     "foreground/alpha_iou": MetricInfo("", "↑", "the true foreground is fully transparent"),
     "foreground/alpha_sad": MetricInfo("kpx", "↓", "never undefined"),
     "foreground/alpha_mse": MetricInfo("", "↓", "never undefined"),
@@ -60,15 +60,15 @@ Layer = Tensor | None
 
 @dataclass(frozen=True)
 class Measures:
-    """How layers are measured, and the networks that some metrics need; without a network they are NaN.
+    """Measurement settings, and the networks that some metrics need; these metrics are NaN without their network.
 
-    Not a module, so that the networks enter neither a state_dict nor an optimizer of what holds it.
+    Not a module, so that the networks stay out of its owner's state_dict and optimizer.
     """
 
-    region: str = "full"  # one of REGIONS, of the background metrics
-    resolution: int | None = None  # pixels of the longer side that everything is brought to before; None: as it is
+    region: str = "full"  # one of REGIONS, for the background metrics
+    resolution: int | None = None  # longer side, in pixels, to which everything is resized first; None: no resizing
     lpips: LPIPS | None = None
-    inception: nn.Module | None = None  # as `inception_features` takes it
+    inception: nn.Module | None = None  # for `inception_features`
 
 
 def per_image(
@@ -77,23 +77,23 @@ def per_image(
     batch: Mapping[str, Tensor],
     measures: Measures | None = None,
 ) -> dict[str, Tensor]:
-    """Every metric of PER_IMAGE for every image of a batch.
+    """Every metric in PER_IMAGE for every image of a batch.
 
     Args:
         prediction_background: (B, 3, H, W) in [-1, 1], or None.
         prediction_foreground: (B, 4, H, W), straight RGB in [-1, 1], alpha in [0, 1], or None.
-        batch: collated samples with image, mask, background and occluder, and foreground if there is a true one, on
-            the same device.
+        batch: collated samples with image, mask, background and occluder, and foreground if the truth is known, on the
+            same device.
 
     Returns:
-        Name -> (B,) float32, NaN where the image does not define the metric, or a layer or network for it is missing.
+        Name -> (B,) float32, NaN where the metric is undefined or its layer or network is missing.
 
     Raises:
-        ValueError: the prediction holds NaN or infinity. As values they would pass for "undefined", and a diverged
-            model for a good one.
+        ValueError: the prediction contains NaN or infinity. Otherwise the NaN would be treated as "undefined" and left
+            out of the means, so that a diverged model could look good.
     """
     measures = measures or Measures()
-    rgb, rgba, truth = _brought_to(measures.resolution, prediction_background, prediction_foreground, batch)
+    rgb, rgba, truth = _at_resolution(measures.resolution, prediction_background, prediction_foreground, batch)
     found: dict[str, Tensor] = {}
     if rgb is not None:
         found |= _background(rgb, truth, measures)
@@ -145,21 +145,21 @@ def _recomposition(rgb: Tensor, rgba: Tensor, truth: Mapping[str, Tensor], measu
 
 @torch.no_grad()
 def set_features(background: Layer, batch: Mapping[str, Tensor], measures: Measures) -> Tensor:
-    """What the metrics of a whole set compare: Inception's features of backgrounds, predicted or the batch's own.
+    """Inception features of predicted or true backgrounds, for the metrics of a whole set.
 
     Returns:
-        (B, 2048) float32; of no images, (0, 2048), if the network or the background is missing.
+        (B, 2048) float32; (0, 2048) if the network or the background is missing.
     """
     if measures.inception is None or background is None:
         return torch.empty(0, FEATURES, device=batch["image"].device)
-    rgb, _, truth = _brought_to(measures.resolution, background, None, batch)
+    rgb, _, truth = _at_resolution(measures.resolution, background, None, batch)
     assert rgb is not None
     pasted = paste(rgb, truth["background"], select(measures.region, truth["mask"]))
     return inception_features(measures.inception.to(rgb.device), pasted)
 
 
 def set_metrics(features: Tensor) -> dict[str, Tensor]:
-    """The metrics of a whole set, float64 scalars, from ``set_features`` (N, 2, 2048) of predictions and truth."""
+    """The metrics of a whole set, float64 scalars, from the ``set_features`` (N, 2, 2048) of predictions and truth."""
     predicted, true = features.unbind(1)
     return {
         "background/fid": frechet_distance(predicted, true),
@@ -167,10 +167,10 @@ def set_metrics(features: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _brought_to(
+def _at_resolution(
     resolution: int | None, rgb: Layer, rgba: Layer, batch: Mapping[str, Tensor]
 ) -> tuple[Layer, Layer, dict[str, Tensor]]:
-    """Predictions and the parts of a batch, checked, in float32, with a longer side of `resolution` pixels if given."""
+    """Checks predictions and truth, casts them to float32, and resizes the longer side to `resolution` if given."""
     _check(rgb, rgba, batch)
     names = ("image", "mask", "foreground", "background", "occluder")
     truth = {name: batch[name].float() for name in names if name in batch}
@@ -187,8 +187,8 @@ def _brought_to(
 
 
 def _scaled(layer: Tensor, size: tuple[int, int]) -> Tensor:
-    """A picture, a foreground or a mask, brought to a size."""
-    if layer.shape[1] == 1:  # with no overshoot, so that 0 stays 0
+    """An image, a foreground or a mask, resized."""
+    if layer.shape[1] == 1:  # bilinear has no overshoot, so 0 stays 0
         return F.interpolate(layer, size, mode="bilinear", antialias=True)
     if layer.shape[1] == 4:
         return resize_straight(layer, size)
@@ -204,7 +204,7 @@ def _check(rgb: Layer, rgba: Layer, batch: Mapping[str, Tensor]) -> None:
         assert layer.shape == expected, f"a predicted layer is {tuple(layer.shape)}, not {expected}"
         if not torch.isfinite(layer).all():
             raise ValueError(
-                "The predicted layers hold NaN or infinity: the model has diverged, its metrics mean nothing."
+                "The predicted layers contain NaN or infinity: the model has diverged, its metrics are meaningless."
             )
         assert layer.abs().max() <= 1 + slack, "predicted layers exceed their range"
     assert rgba is None or rgba[:, 3].min() >= -slack, "predicted layers exceed their range"
@@ -213,7 +213,7 @@ def _check(rgb: Layer, rgba: Layer, batch: Mapping[str, Tensor]) -> None:
 def sums(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum, sum of squares and count of the defined entries of each row of ``values`` (names, B): (names,) float64 each.
 
-    In float32 the difference of squares that gives the variance would drown in rounding: an SSIM of 0.99 +- 0.0001.
+    In float32, rounding would swamp a small variance, such as that of an SSIM of 0.99 +- 0.0001.
     """
     defined = ~values.isnan()
     values = torch.where(defined, values, 0).double()
@@ -221,15 +221,15 @@ def sums(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def summarize(total: Tensor, total_squared: Tensor, count: Tensor, features: Tensor) -> dict[str, Tensor]:
-    """Figures of a set from what ``sums`` (of PER_IMAGE) returns, over any number of batches, and its features.
+    """Results for a set, from the totals of ``sums`` (for PER_IMAGE) over its batches, and its features.
 
     Args:
         total, total_squared, count: (names,) each.
         features: as in ``set_metrics``.
 
     Returns:
-        Scalars under each name of METRICS: the mean (NaN where count is 0), or the set's own; then the standard error
-        of each mean under name + STDERR_SUFFIX (NaN where count is below 2).
+        Scalars under each name in METRICS: the mean (NaN if count is 0), or the metric of the whole set; then the
+        standard error of each mean under name + STDERR_SUFFIX (NaN if count is below 2).
     """
     mean = total / count
     variance = (total_squared - count * mean.square()).clamp(min=0) / (count - 1)
@@ -240,10 +240,10 @@ def summarize(total: Tensor, total_squared: Tensor, count: Tensor, features: Ten
 
 
 class LayerMetrics(Metric):
-    """Every metric over a set of images, means with their standard errors, the same in one process and in many.
+    """Every metric over a set of images, means with standard errors, independent of the number of processes.
 
-    Kept are three numbers per metric and, for FID and KID, the features; no images. Networks, if `measures` has any,
-    stay out of checkpoints, and so do the states. Keyword arguments go to torchmetrics.Metric.
+    The state is three numbers per metric and, for FID and KID, the features; no images. Neither the state nor the
+    networks in `measures` enter checkpoints. Keyword arguments go to torchmetrics.Metric.
     """
 
     full_state_update = False
@@ -257,11 +257,11 @@ class LayerMetrics(Metric):
         self.measures = measures or Measures()
         for state in ("total", "total_squared", "count"):
             self.add_state(state, default=torch.zeros(len(PER_IMAGE), dtype=torch.float64), dist_reduce_fx="sum")
-        # in one dimension, as torchmetrics makes the state of a process that has seen nothing
+        # one-dimensional, because that is how torchmetrics creates the state of a process without data
         self.add_state("features", default=[], dist_reduce_fx="cat")
 
     def update(self, prediction_background: Layer, prediction_foreground: Layer, batch: Mapping[str, Tensor]) -> None:
-        """Add a batch; arguments and errors as in ``per_image``."""
+        """Adds a batch; arguments and errors as in ``per_image``."""
         values = per_image(prediction_background, prediction_foreground, batch, self.measures)
         total, total_squared, count = sums(torch.stack(list(values.values())))
         self.total += total
@@ -272,6 +272,6 @@ class LayerMetrics(Metric):
         self.features.append(torch.stack([predicted, true[: len(predicted)]], dim=1).flatten())
 
     def compute(self) -> dict[str, Tensor]:
-        """Figures as ``summarize`` names them; an image counts for the metrics it defines."""
+        """The results of ``summarize``; images for which a metric is undefined do not count."""
         features = dim_zero_cat(self.features) if len(self.features) else self.total.new_empty(0)
         return summarize(self.total, self.total_squared, self.count, features.view(-1, 2, FEATURES))

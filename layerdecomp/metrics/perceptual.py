@@ -1,7 +1,7 @@
-"""LPIPS, the distance of two images in the features of a classification network, one value per image.
+"""LPIPS, the distance between two images in the features of a classification network, one value per image.
 
 Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric" (CVPR 2018), version 0.1. The
-network's weights are the caller's to load: nothing here reads a file.
+caller loads the weights: this module reads no files.
 """
 
 from collections.abc import Callable
@@ -15,16 +15,16 @@ from torchvision.models import alexnet, squeezenet1_1, vgg16
 
 from layerdecomp.metrics.region import paste
 
-# What ImageNet's mean and deviation are for images in [-1, 1].
+# ImageNet's mean and standard deviation, for images in [-1, 1].
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 _EPSILON = 1e-10
-SMALLEST = 32  # pixels of a side that all trunks can see
+SMALLEST = 32  # pixels: minimum side for all trunks
 
 
 @dataclass(frozen=True)
 class Trunk:
-    """A classification network of torchvision, the layers of its `features` that are compared, and their channels."""
+    """A torchvision classification network, the layers of its `features` to compare, and their channels."""
 
     build: Callable[[], nn.Module]
     taps: tuple[int, ...]
@@ -41,7 +41,7 @@ TRUNKS = {
 
 
 class LPIPS(nn.Module):
-    """A frozen LPIPS network, without weights until they are loaded.
+    """A frozen LPIPS network, created without weights.
 
     Args:
         net: one of TRUNKS.
@@ -63,11 +63,11 @@ class LPIPS(nn.Module):
         Args:
             prediction, target: (B, 3, H, W) in [-1, 1].
             region: (B, 1, H, W) bool, the pixels that count; None means all of them, which is LPIPS as published. With
-                a region, the prediction is taken to be the truth outside it, and every feature counts by the share of
-                its cell that lies inside.
+                a region, the truth replaces the prediction outside it, and features are weighted by the fraction of
+                their cell that lies inside.
 
         Returns:
-            (B,); NaN for an image whose region is empty, or with fewer than 32 pixels a side: the trunks end before it.
+            (B,); NaN if an image's region is empty, or a side is shorter than 32 pixels, too small for the trunks.
         """
         if min(target.shape[-2:]) < SMALLEST:
             return target.new_full((len(target),), torch.nan, dtype=torch.float32)
@@ -81,7 +81,7 @@ class LPIPS(nn.Module):
         return torch.stack(distances).sum(dim=0)
 
     def _unit_features(self, x: Tensor) -> list[Tensor]:
-        """The features at every tap, each pixel's of length 1."""
+        """The features at every tap, normalised to unit length per pixel."""
         x = (x - x.new_tensor(_SHIFT).view(1, 3, 1, 1)) / x.new_tensor(_SCALE).view(1, 3, 1, 1)
         found = []
         for place, layer in enumerate(self.features):
@@ -92,7 +92,7 @@ class LPIPS(nn.Module):
 
 
 def _mean(values: Tensor, region: Tensor | None) -> Tensor:
-    """Mean (B,) of a map (B, 1, h, w), weighted by the share of each cell that lies in a region (B, 1, H, W)."""
+    """Mean (B,) of a map (B, 1, h, w), weighted by the fraction of each cell inside a region (B, 1, H, W)."""
     if region is None:
         return values.mean(dim=(1, 2, 3))
     weights = F.adaptive_avg_pool2d(region.float(), (values.shape[-2], values.shape[-1]))

@@ -1,4 +1,4 @@
-"""Whether the two layers together give the photograph back."""
+"""Metrics of recomposition: how well the two layers together reproduce the input image."""
 
 from torch import Tensor
 
@@ -10,8 +10,8 @@ from layerdecomp.metrics.perceptual import LPIPS
 def psnr(foreground: Tensor, background: Tensor, image: Tensor, *, occluder: Tensor) -> Tensor:
     """PSNR in dB of the foreground over the background against the image.
 
-    Where another thing stands in front of the object the image shows that thing and the composite shows the object,
-    both rightly; only pixels where the occluder's alpha is 0 count.
+    Only pixels where the occluder's alpha is 0 count: elsewhere the image shows the occluder, while the composite
+    correctly shows the object.
 
     Args:
         foreground: (B, 4, H, W), straight RGB in [-1, 1], alpha in [0, 1].

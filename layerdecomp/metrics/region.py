@@ -1,4 +1,4 @@
-"""Which pixels of an image count, means over them, and the growing of regions."""
+"""Regions of an image: selection, means over a region, dilation."""
 
 from collections.abc import Sequence
 
@@ -10,19 +10,19 @@ REGIONS = ("full", "mask", "outside")
 
 
 def select(region: str, mask: Tensor) -> Tensor | None:
-    """The pixels that one of REGIONS means for masks (B, 1, H, W) in {0, 1}: (B, 1, H, W) bool, None for all."""
+    """The pixels of one of REGIONS, given masks (B, 1, H, W) in {0, 1}: (B, 1, H, W) bool; None means all pixels."""
     assert region in REGIONS
     inside = mask > 0.5
     return None if region == "full" else inside if region == "mask" else ~inside
 
 
 def paste(prediction: Tensor, target: Tensor, region: Tensor | None) -> Tensor:
-    """The prediction in a region, the truth elsewhere: for networks, which look at pixels that shall not count."""
+    """The prediction in a region, the truth elsewhere: for networks, whose receptive fields extend past the region."""
     return prediction if region is None else torch.where(region, prediction, target)
 
 
 def mean_over(values: Tensor, region: Tensor) -> Tensor:
-    """Mean of ``values`` (B, C, H, W) over the pixels of ``region`` (B, 1, H, W) bool, all channels alike.
+    """Mean of ``values`` (B, C, H, W) over all channels and the pixels of ``region`` (B, 1, H, W) bool.
 
     Returns:
         (B,); NaN for an image whose region is empty.
@@ -32,9 +32,9 @@ def mean_over(values: Tensor, region: Tensor) -> Tensor:
 
 
 def weighted(values: Tensor, weights: Sequence[float], dim: int) -> Tensor:
-    """Weighted sums of neighbours along an axis, which loses ``len(weights) - 1`` entries: a correlation.
+    """Cross-correlation along an axis, without padding: the axis loses ``len(weights) - 1`` entries.
 
-    By additions, since what a convolution rounds to depends on the device (TF32) and on autocast.
+    Uses additions, since the rounding of a convolution depends on the device (TF32) and on autocast.
     """
     length = values.shape[dim] - len(weights) + 1
     total = torch.zeros_like(values.narrow(dim, 0, length))
@@ -44,5 +44,5 @@ def weighted(values: Tensor, weights: Sequence[float], dim: int) -> Tensor:
 
 
 def dilate(region: Tensor, radius: int) -> Tensor:
-    """Grow a region (B, 1, H, W) bool by ``radius`` pixels in every direction, diagonals included."""
+    """Dilate a region (B, 1, H, W) bool by a square of ``radius`` pixels in every direction."""
     return F.max_pool2d(region.float(), 2 * radius + 1, stride=1, padding=radius) > 0.5
