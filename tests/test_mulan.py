@@ -583,7 +583,7 @@ def test_missing_pictures_and_folders(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"two pictures {ID}, .*leave one"):
         twice.read(candidate)
     for folders in ((tmp_path / "none", reader.images), (reader.annotations, tmp_path / "none")):
-        with pytest.raises(InputError, match="none is no folder"):
+        with pytest.raises(InputError, match="none is not a folder"):
             MulanAnnotations(*folders, reader.root).candidates()
 
 
@@ -688,5 +688,5 @@ def test_rebuilt_layers_are_compared_with_the_picture(tmp_path: Path) -> None:
     _save_layers(tmp_path / "layers", FLAT, swapped)
     with pytest.raises(InputError, match=r"123-layer_\{layer\}\.png: its layers, recomposed, are [1-9][0-9.]* of 255"):
         MulanLayers(tmp_path / "layers", tmp_path / "pictures", max_misfit=1).read(FLAT)
-    with pytest.raises(InputError, match="none is no folder"):
+    with pytest.raises(InputError, match="none is not a folder"):
         MulanLayers(tmp_path / "layers", tmp_path / "none").candidates()

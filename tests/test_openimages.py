@@ -278,7 +278,8 @@ def test_tables_that_are_no_text(root: Path) -> None:
 
 def test_one_picture_in_both_layouts(root: Path) -> None:
     _save(root / "validation" / "data" / f"{_id(3)}.jpg")
-    with pytest.raises(InputError, match=f"validation/{_id(3)}.jpg and validation/data/{_id(3)}.jpg are the same picture"):
+    expected = f"validation/{_id(3)}.jpg and validation/data/{_id(3)}.jpg are the same picture"
+    with pytest.raises(InputError, match=expected):
         _validation(root).candidates()
 
 

@@ -160,7 +160,7 @@ def forge(index: Path, column: str, text: str) -> Index:
 def test_an_index_names_nothing_outside_its_folder(index: Path, tmp_path: Path, name: str) -> None:
     forged = forge(index, "id", name)
     before = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(InputError, match=r"a\.safetensors: row 0: .* is no path below a folder"):
+    with pytest.raises(InputError, match=r"a\.safetensors: row 0: .* is not a path below a folder"):
         forged[0]
     with pytest.raises(InputError, match="no path below"):
         write_maps(forged, ["edge"], Path("none"))

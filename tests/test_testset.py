@@ -83,9 +83,9 @@ def test_a_folder_may_lack_foregrounds_and_occluders_but_nothing_else(tmp_path: 
     with pytest.raises(InputError, match="00001 has no mask"):
         TestFolder(tmp_path)
     shutil.rmtree(tmp_path / "mask")
-    with pytest.raises(InputError, match="mask is no folder"):
+    with pytest.raises(InputError, match="mask is not a folder"):
         TestFolder(tmp_path)
-    with pytest.raises(InputError, match=r"data=absent is no folder; expected one with image/, mask/"):
+    with pytest.raises(InputError, match=r"data=absent is not a folder; expected one with image/, mask/"):
         TestFolder("absent")
 
 

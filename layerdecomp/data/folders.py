@@ -24,13 +24,13 @@ LICENCE = "not stated"
 def list_pictures(folder: Path, extensions: frozenset[str] = PICTURES) -> list[str]:
     """The pictures in a folder and its subfolders, sorted, with forward slashes; skips hidden and unfinished files."""
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder; expected one of pictures ({' '.join(sorted(extensions))})")
+        raise InputError(f"{folder} is not a folder; expected one of pictures ({' '.join(sorted(extensions))})")
     found = []
     for place, names in _folders_below(folder):
         inside = place.relative_to(folder)
         found += [(inside / name).as_posix() for name in names if _is_picture(name, extensions)]
     if not found:
-        raise InputError(f"{folder} holds no pictures; expected files that end in {' '.join(sorted(extensions))}")
+        raise InputError(f"{folder} holds no pictures; expected files ending in {' '.join(sorted(extensions))}")
     return sorted(found)
 
 

@@ -177,7 +177,7 @@ def _check_item(item: Item, kind: str) -> None:
     for name in (item.id, *paths):
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts:
-            raise ValueError(f"{name!r} is no path below a folder")
+            raise ValueError(f"{name!r} is not a path below a folder")
     if min(item.width, item.height) < 1 or (kind == "layered" and item.layers < 2):
         raise ValueError(f"{item.width} x {item.height} pixels in {item.layers} layers")
 

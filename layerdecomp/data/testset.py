@@ -61,7 +61,7 @@ class TestFolder(Dataset[dict[str, Any]]):
     def __init__(self, root: str | Path, with_cues: bool = True) -> None:
         self.root, self.with_cues = Path(root), with_cues
         if not self.root.is_dir():
-            raise InputError(f"data={root} is no folder; expected one with {'/, '.join(PARTS)}/ (docs/data.md)")
+            raise InputError(f"data={root} is not a folder; expected one with {'/, '.join(PARTS)}/ (docs/data.md)")
         self._files = self._rorem() if (self.root / "meta.json").is_file() else self._triplets()
         self.names = list(self._files)
 

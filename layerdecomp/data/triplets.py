@@ -327,7 +327,7 @@ class Rows:
         if self.indexes and not self._ends[-1]:
             names = ", ".join(paths)
             raise InputError(
-                f"{names}: no items of the {split} split ({kind}); index more of them, or with another test_share="
+                f"{names}: no items of the {split} split ({kind}); index more items, or set another test_share="
             )
 
     @cached_property
