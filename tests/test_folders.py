@@ -82,7 +82,7 @@ def test_a_link_that_leads_back_lists_nothing_twice(tmp_path: Path) -> None:
 
 
 def test_folders_without_pictures(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no pictures; expected files that end in .*png"):
+    with pytest.raises(InputError, match="holds no pictures; expected files ending in .*png"):
         BackgroundFolder(tmp_path).candidates()
     with pytest.raises(InputError, match="none is not a folder"):
         BackgroundFolder(tmp_path / "none").candidates()

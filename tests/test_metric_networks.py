@@ -123,7 +123,7 @@ def test_files_that_hold_something_else_are_refused(
 
     spoilt = {
         "cannot be opened as weights": [pickle.dumps(Harmful()), saved({"a": Harmful()}), whole[:-100], b"text"],
-        "holds something else": [saved([1, 2]), saved({"epoch": 3})],
+        "holds something other": [saved([1, 2]), saved({"epoch": 3})],
         "2 missing: classifier.1.weight, classifier.1.bias": [saved(short)],
     }
     for message, contents in spoilt.items():

@@ -301,7 +301,7 @@ def test_a_picture_that_is_cut_off(root: Path) -> None:
     ("settings", "message"),
     [
         ({"split": "val"}, "split is 'val'; expected train, validation, test"),
-        ({"max_box_area": 20}, "max_box_area is 20; expected a share"),
+        ({"max_box_area": 20}, "max_box_area is 20; expected a fraction"),
         ({"split": "test"}, r"holds no pictures of OpenImages; expected test/<16 hex digits>\.jpg"),
     ],
 )
