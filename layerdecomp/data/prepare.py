@@ -92,9 +92,9 @@ def _describe_splits(index: Index, test_share: float) -> str:
     held_out = len(index.rows("test"))
     counts = f"{len(index)} items, {len(index) - held_out} for training and {held_out} held out"
     if held_out == 0 < test_share:
-        return f"{counts} (nothing to validate or evaluate on: index more, or again with a larger test_share=)"
+        return f"{counts} (nothing to validate or evaluate on: index more items, or use a larger test_share=)"
     if held_out == len(index) and test_share < 1:
-        return f"{counts} (nothing to train on: index more, or again with a smaller test_share=)"
+        return f"{counts} (nothing to train on: index more items, or use a smaller test_share=)"
     return counts
 
 

@@ -37,14 +37,14 @@ class SceneConfig:
     photograph_probability: float = 0.65  # of a photograph as background; otherwise it is procedural
     bystander_probability: float = 0.35  # of a second object behind the object
     occluder_probability: float = 0.35  # of a second object in front of the object
-    many_coloured_probability: float = 0.0  # of photographic texture instead of one base colour; training split only
+    many_coloured_probability: float = 0.0  # of a photograph's colours instead of shades of one; training split only
     truncated_shapes: bool = False  # ablation: foregrounds lack the part behind the occluder; training split only
     cue_dropout: float = 0.1  # probability that a cue is dropped; training split only
     masks: MaskConfig = field(default_factory=MaskConfig)
 
     def __post_init__(self) -> None:
-        shares = [name for name in vars(self) if name.endswith("_probability")]
-        check_probabilities(self, "data.scenes.", *shares, "cue_dropout")
+        probabilities = [name for name in vars(self) if name.endswith("_probability")]
+        check_probabilities(self, "data.scenes.", *probabilities, "cue_dropout")
         if self.size < 16 or self.size % 16:
             raise InputError(f"data.scenes.size: found {self.size}, expected a positive multiple of 16; correct it")
 
