@@ -56,7 +56,9 @@ def test_rows_are_those_that_are_asked_for_in_their_order(models: Models, tiny_w
 def test_a_maskless_base_of_another_track_is_refused(models: Models, tmp_path: Path) -> None:
     path = tmp_path / "transformer.safetensors"
     save_model(path, MMDiT(replace(models.base.config, context_in_dim=20)), {})
-    with pytest.raises(InputError, match=r"transformer.safetensors has context_in_dim 20, .* adapted base \d+; .*maskless"):
+    with pytest.raises(
+        InputError, match=r"transformer.safetensors has context_in_dim 20, .* adapted base \d+; .*maskless"
+    ):
         methods(models, config(rows=["maskless"], maskless=str(path)))
 
 

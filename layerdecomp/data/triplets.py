@@ -75,7 +75,9 @@ class TripletConfig:
         check_probabilities(self, "data.triplets.", "flip", "occluder_probability", "cue_dropout")
         if not 0 <= self.min_area < self.max_area <= 1:
             found = f"{self.min_area} and {self.max_area}"
-            raise InputError(f"data.triplets.min_area and max_area are {found}; expected fractions with 0 <= min < max <= 1")
+            raise InputError(
+                f"data.triplets.min_area and max_area are {found}; expected fractions with 0 <= min < max <= 1"
+            )
 
     @property
     def indexes(self) -> list[str]:
