@@ -1,4 +1,4 @@
-"""The same training under switches of the config, several seeds each: what every switch does, as table and picture."""
+"""Ablation: trains config variants with several seeds each, and compares them in a table and a plot."""
 
 import io
 import json
@@ -30,12 +30,12 @@ Results = dict[str, dict[str, dict[str, float | None]]]  # row -> seed -> metric
 
 @dataclass
 class AblationConfig:
-    """Which runs are compared: every row with every seed. The first row is what the others are held against."""
+    """The runs to compare: every row with every seed. The first row is the reference for the others."""
 
     base: str = "configs/tiny.yaml"
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of training; held-out scenes have evaluate.seed
-    overrides: list[str] = field(default_factory=list)  # of every run
-    rows: dict[str, list[str]] = field(default_factory=dict)  # name -> the overrides that make the row
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of training; held-out scenes use evaluate.seed
+    overrides: list[str] = field(default_factory=list)  # for every run
+    rows: dict[str, list[str]] = field(default_factory=dict)  # name -> the row's overrides
     paper: dict[str, float] = field(default_factory=dict)  # row -> its published background PSNR in dB
     curves: dict[str, list[str]] = field(default_factory=dict)  # key -> rows to draw as a curve over its values
 
@@ -44,7 +44,7 @@ class AblationConfig:
         if unknown := [row for row in named if row not in self.rows]:
             raise InputError(f"paper or curves name the row {unknown[0]!r}; expected some of {', '.join(self.rows)}")
         if self.paper and self.reference not in self.paper:
-            raise InputError(f"paper lacks {self.reference}, the row that the others are held against; add its figure")
+            raise InputError(f"paper lacks {self.reference}, the reference row; add its figure")
 
     @property
     def reference(self) -> str:
@@ -68,18 +68,18 @@ class Run:
 
 
 def ablate(path: Path, out: Path, overrides: Sequence[str]) -> None:
-    """Trains what is not yet trained, and brings results.json, table.md and the picture in `out` up to date.
+    """Trains the runs that are not finished, and updates results.json, table.md and the plot in `out`.
 
     Args:
         path: YAML of an `AblationConfig`.
-        out: run <row>-<seed> has the folder of that name in here.
-        overrides: `key=value` for every run; where a row sets the same key, the row's value holds.
+        out: has a folder <row>-<seed> for every run.
+        overrides: `key=value` for every run; a row's own value for the same key takes precedence.
 
     Raises:
-        InputError: files or overrides that cannot work, of whichever run; nothing has been trained then.
+        InputError: files or overrides of any run cannot be used; nothing has been trained then.
     """
     if find_spec("matplotlib") is None:
-        raise InputError("the picture needs matplotlib, which is not installed; pip install matplotlib")
+        raise InputError("the plot needs matplotlib, which is not installed; pip install matplotlib")
     config = merge_config(AblationConfig(), [(str(path), read_yaml(path))], [])
     config.overrides += overrides
     runs = plan(config, out)
@@ -89,11 +89,11 @@ def ablate(path: Path, out: Path, overrides: Sequence[str]) -> None:
         train(run.config)
         report(config, runs, out)
     print(report(config, runs, out))
-    print(f"table, figures and picture: {out}/table.md, results.json and {out.name}.png")
+    print(f"table, figures and plot: {out}/table.md, results.json and {out.name}.png")
 
 
 def plan(config: AblationConfig, out: Path) -> list[Run]:
-    """All runs, checked; seed by seed, so that the first seed's table is there early."""
+    """All runs, checked; ordered by seed, so that the first seed's table is complete early."""
     runs = [
         _run(config, row, seed, out / f"{row}-{seed}", [*config.overrides, *switches])
         for seed in config.seeds
@@ -101,7 +101,7 @@ def plan(config: AblationConfig, out: Path) -> list[Run]:
     ]
     for run in {run.row: run for run in runs if not run.finished}.values():
         with _naming(run.row):
-            build_job(run.config)  # are the files there, do the settings fit them?
+            build_job(run.config)  # checks that the files exist and fit the settings
     return runs
 
 
@@ -116,7 +116,7 @@ def _run(config: AblationConfig, row: str, seed: int, folder: Path, overrides: S
         if described.train.devices * described.train.nodes > 1:
             raise InputError("an ablation trains in one process; leave train.devices and train.nodes at 1")
         if "adapted" not in described.evaluate.rows:
-            raise InputError(f"evaluate.rows is {described.evaluate.rows}; expected adapted among them")
+            raise InputError(f"evaluate.rows is {described.evaluate.rows}; expected it to include adapted")
         for key in config.curves:
             number(described, key)
         run = Run(row, described)
@@ -125,9 +125,9 @@ def _run(config: AblationConfig, row: str, seed: int, folder: Path, overrides: S
 
 
 def _check_kept(run: Run) -> None:
-    """Raises `InputError` if the run's folder holds one with other settings or, when it is finished, other weights."""
+    """Raises `InputError` if the run's folder holds one with other settings or, if finished, other weights."""
     changed: list[str] = []
-    if run.finished or (run.folder / "last.ckpt").is_file():  # which may be deleted once a run is finished
+    if run.finished or (run.folder / "last.ckpt").is_file():  # a finished run may lack it
         changed += changed_keys(run.config, run.folder / "config.yaml")
     if run.finished:
         kept, now = read_metadata(run.folder / "adapter.safetensors"), run.config.to_metadata()
@@ -135,13 +135,13 @@ def _check_kept(run: Run) -> None:
     if changed:
         raise InputError(
             f"{run.folder} holds a run with other settings or weights ({', '.join(changed[:5])}); choose another out=, "
-            "or move that folder away to train it anew"
+            "or move that folder away to train it again"
         )
 
 
 @contextmanager
 def _naming(row: str) -> Iterator[None]:
-    """Says in which row something is wrong."""
+    """Adds the row's name to an error."""
     try:
         yield
     except InputError as error:
@@ -157,7 +157,7 @@ def number(config: DecomposerJobConfig, key: str) -> float:
 
 
 def with_progress(runs: Sequence[Run]) -> Iterator[Run]:
-    """The runs that are not finished, each after a line that says how many are and how long the others will take."""
+    """Yields the unfinished runs, printing progress and the estimated time left before each."""
     waiting = [run for run in runs if not run.finished]
     steps = [run.config.train.steps for run in waiting]
     started = time.monotonic()
@@ -171,7 +171,7 @@ def with_progress(runs: Sequence[Run]) -> Iterator[Run]:
 
 
 def report(config: AblationConfig, runs: Sequence[Run], out: Path) -> str:
-    """Writes results.json, table.md and the picture of the finished runs, of which there is one at least."""
+    """Writes results.json, table.md and the plot of the finished runs, of which there must be at least one."""
     finished = [run for run in runs if run.finished]
     documents = [json.loads((run.folder / "metrics.json").read_text()) for run in finished]
     results: Results = {}
@@ -192,17 +192,17 @@ def report(config: AblationConfig, runs: Sequence[Run], out: Path) -> str:
 
 
 def _shared(protocols: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What holds for every run, unlike its adapter's digest, how long it took, and what a row switches."""
-    return {key: told for key, told in protocols[0].items() if all(other.get(key) == told for other in protocols)}
+    """The protocol entries that are equal for all runs, unlike an adapter's digest, timings, and a row's switches."""
+    return {key: value for key, value in protocols[0].items() if all(other.get(key) == value for other in protocols)}
 
 
 def values(results: Results, row: str, name: str) -> list[float]:
-    """What each seed of a row has for a metric, where it is defined."""
+    """A metric's values for the seeds of a row, where it is defined."""
     return [value for figures in results[row].values() if (value := figures.get(name)) is not None]
 
 
 def differences(results: Results, row: str, other: str, name: str) -> list[float]:
-    """By how much a row exceeds another, seed by seed: one seed means the same scenes and noise in every row."""
+    """A row's difference from another, seed by seed: with the same seed, all rows have the same scenes and noise."""
     pairs = [
         (figures.get(name), results.get(other, {}).get(seed, {}).get(name)) for seed, figures in results[row].items()
     ]
@@ -210,13 +210,13 @@ def differences(results: Results, row: str, other: str, name: str) -> list[float
 
 
 def mean_and_spread(numbers: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean and sample standard deviation; None where there are too few numbers."""
+    """Mean and sample standard deviation; None if there are too few numbers."""
     mean = statistics.fmean(numbers) if numbers else None
     return mean, statistics.stdev(numbers) if len(numbers) > 1 else None
 
 
 def format_rows(config: AblationConfig, results: Results) -> str:
-    """A line per row, mean ± standard deviation over seeds, beside the paper's figures if the config has any."""
+    """A table: per row, mean ± standard deviation over seeds, and the paper's figures if the config has any."""
     table = [["row", "seeds", *map(metric_title, SHOWN)]]
     if config.paper:
         table[0] += [f"{PUBLISHED} − {config.reference}'s", "the paper's", "same order"]
@@ -245,7 +245,7 @@ def _beside_the_paper(config: AblationConfig, results: Results, row: str) -> lis
 
 
 def same_order(ours: Sequence[float], theirs: float) -> str:
-    """Whether differences from the first row, one per seed, all have the sign of the published one, or none has."""
+    """Whether the differences from the first row, one per seed, have the same sign as the published one."""
     found = {difference * theirs > 0 for difference in ours}
     return "seeds disagree" if len(found) > 1 else "yes" if True in found else "no" if found else ""
 
@@ -253,7 +253,7 @@ def same_order(ours: Sequence[float], theirs: float) -> str:
 def draw(config: AblationConfig, settings: Mapping[str, DecomposerJobConfig], results: Results) -> bytes:
     """A PNG with a column per shown metric: the curves, then the other rows' differences from the first row.
 
-    Whiskers are standard deviations over seeds.
+    Error bars are standard deviations over seeds.
     """
     from matplotlib.figure import Figure  # here, because it is optional
 
@@ -266,12 +266,12 @@ def draw(config: AblationConfig, settings: Mapping[str, DecomposerJobConfig], re
     for line, (key, rows) in zip(grid, curves.items(), strict=False):
         x = [number(settings[row], key) for row in rows]
         for panel, name in zip(line, SHOWN, strict=True):
-            panel.errorbar(x, *_whiskers([values(results, row, name) for row in rows]), marker="o", capsize=3)
+            panel.errorbar(x, *_error_bars([values(results, row, name) for row in rows]), marker="o", capsize=3)
             panel.set_xscale("log", base=2)
             panel.set_xticks(x, [f"{value:g}" for value in x])
             panel.set(title=metric_title(name), xlabel=key)
     for panel, name in zip(grid[-1] if bars else [], SHOWN, strict=bool(bars)):
-        means, spreads = _whiskers([differences(results, row, config.reference, name) for row in bars])
+        means, spreads = _error_bars([differences(results, row, config.reference, name) for row in bars])
         panel.barh(bars, means, xerr=spreads, capsize=3)
         panel.axvline(0, color="black", linewidth=0.8)
         panel.invert_yaxis()
@@ -282,7 +282,7 @@ def draw(config: AblationConfig, settings: Mapping[str, DecomposerJobConfig], re
     return png.getvalue()
 
 
-def _whiskers(series: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
+def _error_bars(series: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
     """Means and standard deviations of several series, NaN where there is none."""
     pairs = [[math.nan if number is None else number for number in mean_and_spread(numbers)] for numbers in series]
     return [mean for mean, _ in pairs], [spread for _, spread in pairs]

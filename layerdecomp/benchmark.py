@@ -1,7 +1,7 @@
-"""What training and sampling cost: counted from the code on the meta device, then measured with random weights.
+"""The cost of training and sampling: counted on the meta device, then measured with random weights.
 
-Counts are of multiplications and additions in matrix products, attention and convolutions (`torch.utils.flop_counter`);
-what is left out (norms, gates, the optimizer) costs bandwidth, and shows in the distance from the largest product.
+Counts are of multiplications and additions in matrix products, attention and convolutions (`torch.utils.flop_counter`).
+The rest (norms, gates, the optimizer) is limited by bandwidth, and shows in the distance from the largest product.
 """
 
 import resource
@@ -34,8 +34,8 @@ from layerdecomp.quantization import adamw, check_bits, check_format, check_opti
 from layerdecomp.sampling import SampleConfig
 
 META = torch.device("meta")
-# Keys that reference= does not take: the other side has no such thing, or the comparison has no use for it.
-OURS_ALONE = (
+# Keys that cannot be set with reference=: the reference has no such feature, or the comparison does not use it.
+OURS_ONLY = (
     "quantize",
     "bits",
     "recompute",
@@ -53,7 +53,7 @@ class BenchmarkConfig:
 
     size: int = 1024  # pixels along each side, a multiple of 16
     batch_size: int = 1
-    scale: float = 1.0  # of the transformer: share of its blocks and of its heads
+    scale: float = 1.0  # of the transformer: the fraction of its blocks and heads
     text_tokens: int = 512
     steps: int = 28  # of sampling
     recompute: int = 0
@@ -61,11 +61,11 @@ class BenchmarkConfig:
     pictures_at_once: int = 0
     quantize: str | None = None  # the frozen base's blocks: int8, fp8, nf4
     bits: int = 32  # of the optimizer's averages: 32 or 8
-    repeats: int = 5  # medians are over these, after one that is not counted
-    measure: bool = True  # False: counts alone, which take no memory
+    repeats: int = 5  # medians are over these, after one warm-up
+    measure: bool = True  # False: only count, which takes no memory
     compile: bool = False  # the transformer's blocks and the encoders
-    sync_debug: str = "default"  # on a GPU: error stops where a piece makes the host wait for it, warn says where
-    reference: str | None = None  # diffusers: its transformer and peft's LoRA are measured beside ours
+    sync_debug: str = "default"  # on a GPU: warn of, or error on, operations that block the host
+    reference: str | None = None  # diffusers: its transformer with peft's LoRA is measured next to ours
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     fusion: ContextFusionConfig = field(default_factory=ContextFusionConfig)
 
@@ -82,33 +82,33 @@ class BenchmarkConfig:
             raise InputError(f"sync_debug is {self.sync_debug!r}; expected default, warn or error")
         if self.reference not in (None, "diffusers"):
             raise InputError(f"reference is {self.reference!r}; expected diffusers, or null for none")
-        for key in OURS_ALONE if self.reference else ():
+        for key in OURS_ONLY if self.reference else ():
             found, neutral = getattr(self, key), getattr(BenchmarkConfig, key)
             if found != neutral:
-                raise InputError(f"{key} is {found}; expected {neutral} beside reference=diffusers; leave it out")
+                raise InputError(f"{key} is {found}; expected {neutral} with reference=diffusers; leave it out")
 
     @property
     def transformer(self) -> MMDiTConfig:
-        """FLUX.1-Fill-dev's, with `scale` of its blocks and heads."""
+        """FLUX.1-Fill-dev's config, with `scale` of its blocks and heads."""
         full = MMDiTConfig()
         heads, *depths = (max(1, round(self.scale * n)) for n in (full.num_heads, full.depth, full.depth_single_blocks))
         width = full.hidden_size // full.num_heads * heads
         return replace(full, hidden_size=width, num_heads=heads, depth=depths[0], depth_single_blocks=depths[1])
 
     def autoencoder(self, channels: int) -> AutoencoderConfig:
-        """FLUX's, of RGB or RGBA pictures."""
+        """The config of FLUX's autoencoder, for RGB or RGBA."""
         return AutoencoderConfig(in_channels=channels)
 
 
 def recomputed(config: BenchmarkConfig) -> str:
-    """What of the transformer's blocks is computed again, in the keys' own words."""
+    """The activation checkpointing settings, as config keys."""
     attention = f" recompute_attention={config.recompute_attention}".lower() if config.recompute else ""
     return f"recompute={config.recompute}{attention}"
 
 
 @contextmanager
 def made_as(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Tensors are made on a device and in a precision: a float32 copy of the transformer would not fit beside it."""
+    """Creates tensors on a device in a precision: a float32 copy of the transformer would not fit beside it."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -129,7 +129,7 @@ def random_transformer(config: BenchmarkConfig, device: torch.device, dtype: tor
 
 
 def build(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> Decomposer:
-    """A decomposer with random weights, made where it will run."""
+    """A decomposer with random weights, created on its device."""
     transformer = random_transformer(config, device, dtype)
     if config.quantize and device != META:
         quantize_blocks(transformer, config.quantize)
@@ -162,7 +162,7 @@ def build(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> 
 
 
 class Workload:
-    """The pieces of a step on one batch of random pictures; everything a piece needs is computed beforehand."""
+    """The pieces of a step on one batch of random images; the inputs of each piece are computed in advance."""
 
     def __init__(self, config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.decomposer = config, build(config, device, dtype)
@@ -191,17 +191,17 @@ class Workload:
         return adamw(self.trained, self.config.bits)
 
     def condition(self) -> Context:
-        """What the transformer is told."""
+        """The transformer's conditioning."""
         with mixed_precision(self.decomposer.autoencoder):
             return self.decomposer.condition(self.latents, self.mask, self.present)
 
     def encode(self) -> None:
-        """The masked images and the cues."""
+        """Encodes the masked images and the cues."""
         with mixed_precision(self.decomposer.autoencoder):
             self.decomposer.encode_pictures(self.image, self.mask, self.cues)
 
     def encode_sample(self) -> None:
-        """The same and both true layers."""
+        """Encodes the same, and both target layers."""
         with mixed_precision(self.decomposer.autoencoder):
             self.decomposer.encode_sample(self.image, self.mask, self.cues, self.image, self.foreground)
 
@@ -219,7 +219,7 @@ class Workload:
         torch.autograd.backward(flow_loss(velocity, self.z))
 
     def step(self) -> None:
-        """All that training does with a batch: encoding, forward and backward, the clipped step of AdamW."""
+        """A whole training step: encoding, forward and backward, gradient clipping and AdamW."""
         self.encode_sample()
         self.train()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
@@ -227,9 +227,9 @@ class Workload:
         self.optimizer.zero_grad()
 
     def merge(self) -> None:
-        """Folds LoRA into the base, as sampling does first, but for a quantised base; nothing is trained afterwards."""
-        vars(self).pop("optimizer", None)  # and with it its averages
-        if self.config.quantize is None:  # by the config, since on the meta device, where it is counted, none is
+        """Merges LoRA into the base, as sampling does first, unless the base is quantised; ends training."""
+        vars(self).pop("optimizer", None)  # frees its averages
+        if self.config.quantize is None:  # from the config: on the meta device, the base is never quantised
             merge_lora(self.decomposer.transformer)
 
     @torch.no_grad()
@@ -240,14 +240,14 @@ class Workload:
 
     @torch.no_grad()
     def decode(self) -> None:
-        """Both layers, from latents to pixels."""
+        """Decodes both layers from latents to pixels."""
         with mixed_precision(self.decomposer.autoencoder):
             self.decomposer.autoencoder.decode(self.latents[:, 0])
             self.decomposer.rgba_autoencoder.decode(self.latents[:, 1])
 
 
 TRAINING = "fusion + transformer, forward + backward"
-FUSION = "of it fusion"
+FUSION = "of which fusion"
 STEP = "a training step, the optimizer included"
 ENCODING = "encode image, mask, cues, targets"
 TRAINING_PIECES: dict[str, Callable[[Workload], None]] = {
@@ -263,14 +263,14 @@ SAMPLING_PIECES: dict[str, Callable[[Workload], None]] = {  # of a merged model
 
 
 def count(config: BenchmarkConfig) -> dict[str, float]:
-    """Operations of each piece, and of the parts of training that are differences between such counts."""
+    """Operations of each piece; those of parts of a training step are differences between two counts."""
     workload = Workload(config, META, torch.float32)
     counts = {name: float(_operations(workload, piece)) for name, piece in TRAINING_PIECES.items()}
     with without_lora(workload.decomposer.transformer):
-        counts["of it LoRA"] = counts[TRAINING] - _operations(workload, Workload.train)
-    counts["of it attention"] = _operations(workload, Workload.train, of=("bmm", "attention"))
+        counts["of which LoRA"] = counts[TRAINING] - _operations(workload, Workload.train)
+    counts["of which attention"] = _operations(workload, Workload.train, of=("bmm", "attention"))
     once = Workload(replace(config, recompute=0), META, torch.float32)
-    counts["of it recomputed"] = counts[TRAINING] - _operations(once, Workload.train)
+    counts["of which recomputed"] = counts[TRAINING] - _operations(once, Workload.train)
     counts[STEP] = counts[ENCODING] + counts[TRAINING]
     workload.merge()
     counts |= {name: float(_operations(workload, piece)) for name, piece in SAMPLING_PIECES.items()}
@@ -278,7 +278,7 @@ def count(config: BenchmarkConfig) -> dict[str, float]:
 
 
 def flop_counter() -> FlopCounterMode:
-    """Counts multiplications and additions: of products added in place as well, of attention by whichever kernel."""
+    """Counts multiplications and additions, including in-place products and every attention kernel."""
     aten = torch.ops.aten
     backward = (
         aten._scaled_dot_product_flash_attention_for_cpu_backward,
@@ -288,7 +288,7 @@ def flop_counter() -> FlopCounterMode:
     )
     formulas: dict[Any, Callable[..., int]] = {
         aten.addmm_: _added_in_place,
-        aten._scaled_dot_product_flash_attention_for_cpu: _attention,  # which PyTorch's own table lacks
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,  # missing from PyTorch's own table
         **dict.fromkeys(backward, _attention_backward),
     }
     return FlopCounterMode(display=False, custom_mapping=formulas)
@@ -299,7 +299,7 @@ def _attention(q: Sequence[int], k: Sequence[int], v: Sequence[int], *args: Any,
 
 
 def _attention_backward(gradient: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    """Four products for the forward pass's two; that kernels compute the scores anew is no work of the formula."""
+    """Four products for the two of the forward pass; scores that kernels recompute are not counted."""
     return 2 * _attention(*args, **kwargs)
 
 
@@ -315,7 +315,7 @@ def _operations(workload: Workload, piece: Callable[[Workload], None], of: Seque
 
 
 def largest_product(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
-    """Operations per second of the best of some square matrix products: what this machine can reach."""
+    """Operations per second of the fastest of several square matrix products: what this machine can reach."""
     best = 0.0
     for side in (512, 1024, 2048) if device.type == "cpu" else (4096, 8192, 16384):
         a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
@@ -347,10 +347,10 @@ def _measured(
 
 @contextmanager
 def watched(sync_debug: str, device: torch.device) -> Iterator[None]:
-    """Operations that make the host wait for a GPU are told or refused, but for a stopwatch's own waiting."""
+    """Warns of, or rejects, operations that block the host until a GPU is done, except those of `stopwatch`."""
     if device.type != "cuda":
         if sync_debug != "default":
-            raise InputError(f"sync_debug={sync_debug} looks at a GPU; expected device=cuda with it")
+            raise InputError(f"sync_debug={sync_debug} needs a GPU; expected device=cuda with it")
         yield
         return
     torch.cuda.set_sync_debug_mode(sync_debug)
@@ -361,7 +361,7 @@ def watched(sync_debug: str, device: torch.device) -> Iterator[None]:
 
 
 def attention_backend(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """What scaled-dot-product attention runs on for the tokens of a step: FLASH_ATTENTION, CUDNN_ATTENTION, ..."""
+    """The scaled-dot-product attention backend for the tokens of a step: FLASH_ATTENTION, CUDNN_ATTENTION, ..."""
     model = config.transformer
     text = config.text_tokens + config.fusion.num_queries * config.fusion.enabled
     tokens = text + 2 * (config.size // TOKEN_FACTOR) ** 2
@@ -373,17 +373,17 @@ def attention_backend(config: BenchmarkConfig, device: torch.device, dtype: torc
 
 
 def stopwatch(function: Callable[[], Tensor | None], device: torch.device) -> float:
-    """Seconds that a call takes; on one CPU thread those of the processor, which others on the machine disturb less."""
+    """Seconds that a call takes; CPU time on a single CPU thread, which other processes disturb less."""
     clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    _wait_for(device)
+    _synchronize(device)
     start = clock()
     function()
-    _wait_for(device)
+    _synchronize(device)
     return clock() - start
 
 
-def _wait_for(device: torch.device) -> None:
-    """Until an accelerator has done what it was given; a CPU has when a call returns."""
+def _synchronize(device: torch.device) -> None:
+    """Waits for an accelerator's queued work; CPU calls are synchronous."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -394,15 +394,15 @@ def _seconds(function: Callable[[], Tensor | None], device: torch.device, repeat
 
 
 def _peak_memory(device: torch.device) -> float:
-    """Of the device since it was reset; on a CPU, of this process so far."""
+    """Bytes: on a GPU since the last reset; on a CPU, of this process so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, kilobytes elsewhere
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, kilobytes elsewhere
 
 
 def benchmark(config: BenchmarkConfig, device: str, dtype: torch.dtype) -> str:
-    """Counts and measures, and returns the table: Markdown, and a line that says what the numbers are of."""
+    """Counts and measures, and returns a Markdown table below a line that describes the setup."""
     if config.bits == 8:
         check_optimizer("bits=8")
     counts = count(config)
@@ -419,21 +419,21 @@ def benchmark(config: BenchmarkConfig, device: str, dtype: torch.dtype) -> str:
         for name, operations in counts.items()
     ]
     transformer = config.transformer
-    told = (
+    setup = (
         f"{config.size} x {config.size}, batch {config.batch_size}, {transformer.depth} + "
         f"{transformer.depth_single_blocks} blocks of width {transformer.hidden_size}, LoRA rank {config.lora.rank}, "
         f"{recomputed(config)}, {'compiled, ' * config.compile}{str(dtype).removeprefix('torch.')}"
     )
     if config.quantize:
-        told += f", blocks in {config.quantize}"
+        setup += f", blocks in {config.quantize}"
     if config.bits != 32:
-        told += f", optimizer in {config.bits} bits"
+        setup += f", optimizer in {config.bits} bits"
     largest = f"largest product {limit / 1e12:.3g} TFLOP/s"
     where = f"measured on {machine(device)}, {largest}{backend}" if config.measure else "counted"
     sample = counts["encode image, mask, cues"] + config.steps * counts["one sampling step"] + counts["decode"]
     return "\n".join(
         [
-            f"{told}; {where}, torch {torch.__version__}",
+            f"{setup}; {where}, torch {torch.__version__}",
             "",
             markdown_table([header, *rows]),
             "",
@@ -451,7 +451,7 @@ def _cells(operations: float, limit: float, measured: tuple[float, float] | None
 
 
 def machine(device: str) -> str:
-    """What a device is called in a table."""
+    """The name of a device for a table."""
     place = torch.device(device)
     return (
         torch.cuda.get_device_name(place)

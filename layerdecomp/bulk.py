@@ -1,4 +1,4 @@
-"""Folders of pictures and masks, each pair split into layers in a folder of its own name; goes on where it stopped."""
+"""Splits folders of images and masks into layers, one output folder per pair; resumes where it stopped."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,20 +22,20 @@ from layerdecomp.models.depth import DepthEstimator
 from layerdecomp.sampling import Progress
 
 logger = logging.getLogger(__name__)
-SETTINGS = "settings.json"  # in the folder of all layers: what they are drawn by
-NAMED = 5  # of what an error lists
+SETTINGS = "settings.json"  # in the output folder: what its layers were made with
+NAMED = 5  # files that an error lists
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture and its mask."""
+    """An image and its mask."""
 
-    stem: str  # of both files, below their folders
+    stem: str  # path below the folder without extension, the same for both files
     image: Path
     mask: Path
 
     def is_split(self, folder: Path, names: Sequence[str]) -> bool:
-        """Whether the files of these names are there, and no older than picture and mask."""
+        """Whether the files of these names exist and are no older than the image and mask."""
         try:
             newest = max(self.image.stat().st_mtime_ns, self.mask.stat().st_mtime_ns)
             return all((folder / name).stat().st_mtime_ns >= newest for name in names)
@@ -43,25 +43,25 @@ class Pair:
             return False
 
     def padded_size(self, max_side: int) -> tuple[int, int]:
-        """The (height, width) that it is drawn at, by the head of its file; (0, 0) if that cannot be read."""
+        """The (height, width) of its layers, from the file header; (0, 0) if that cannot be read."""
         try:
             with Image.open(self.image, formats=READABLE) as picture:
                 width, height = upright_size(picture)
-        except Exception:  # a damaged file can raise anything; what is wrong is told when it is read
+        except Exception:  # a damaged file can raise anything; reported when it is read
             return 0, 0
         height, width = (-(-side // TOKEN_FACTOR) * TOKEN_FACTOR for side in fitted_size((height, width), max_side))
         return height, width
 
 
 def pair_up(images: Path, masks: Path, out: Path) -> list[Pair]:
-    """The pictures below two folders that go together by their paths without extensions, to be split into a third.
+    """Pairs images and masks below two folders by their paths without extensions, to be split into `out`.
 
     Raises:
-        InputError: a folder is missing or empty, a file has no partner, or layers would be taken for pictures.
+        InputError: a folder is missing or empty, a file has no partner, or `out` lies in one of the folders.
     """
     for key, path, other in (("image", images, masks), ("mask", masks, images)):
         if not path.is_dir() and other.is_dir():
-            raise InputError(f"{key}={path} is no folder and {other} is; expected two folders, or two files")
+            raise InputError(f"{key}={path} is not a folder, but {other} is; expected two folders, or two files")
         if out.resolve().is_relative_to(path.resolve()):
             raise InputError(f"out={out} lies in {key}={path}, whose pictures are read; choose another folder")
     pictures, marked = by_stem(images), by_stem(masks)
@@ -82,7 +82,7 @@ def decompose_folder(
     decomposer: Decomposer,
     pairs: Sequence[Pair],
     out: Path,
-    told: Mapping[str, Any],
+    settings: Mapping[str, Any],
     *,
     formats: Sequence[str] = ("png",),
     seed: int = 0,
@@ -90,18 +90,18 @@ def decompose_folder(
     batch_size: int = 1,
     progress: Progress = iter,
 ) -> list[str]:
-    """Splits every pair into ``out / stem``; what is there already, and newer than its picture and mask, is left alone.
+    """Splits every pair into ``out / stem``, unless its layers exist and are newer than the image and mask.
 
     Args:
-        told: what tells the decomposer and its estimator of depth from others; noted in `SETTINGS`, with seed and
-            sampling, so that no folder holds layers of two kinds.
-        formats: as `Layers.save` takes them.
-        seed, depth: as `Decomposer.decompose` takes them, for every picture.
-        batch_size: pictures that are drawn at once if they are of one size.
-        progress: of the steps of a batch, beside a bar of the pictures.
+        settings: identify the decomposer and depth estimator; written to `SETTINGS` with the seed and the sampling
+            settings, so that layers made with different settings never share a folder.
+        formats: as in `Layers.save`.
+        seed, depth: as in `Decomposer.decompose`, for every image.
+        batch_size: images processed at once, if they have the same size.
+        progress: wraps the steps of a batch; a bar of the images is shown as well.
 
     Returns:
-        the stems of pictures that could not be read, each of which a warning tells; nothing is written for them.
+        the stems of unreadable images, for which a warning is logged and nothing is written.
 
     Raises:
         InputError: an argument is out of range, or `out` cannot be used.
@@ -110,12 +110,12 @@ def decompose_folder(
     check_seed(seed)
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; expected at least 1")
-    if not any((out / pair.stem).is_dir() for pair in pairs):  # nothing is there that others have made
+    if not any((out / pair.stem).is_dir() for pair in pairs):  # no layers of other settings
         (out / SETTINGS).unlink(missing_ok=True)
-    keep_settings(out / SETTINGS, {**told, "seed": seed, **asdict(decomposer.sample)})
+    keep_settings(out / SETTINGS, {**settings, "seed": seed, **asdict(decomposer.sample)})
     names = [name for format in formats for name in FORMATS[format]]
     left = [pair for pair in pairs if not pair.is_split(out / pair.stem, names)]
-    left.sort(key=lambda pair: pair.padded_size(decomposer.sample.max_side))  # so that batches are full
+    left.sort(key=lambda pair: pair.padded_size(decomposer.sample.max_side))  # fills batches with images of one size
     failed: list[str] = []
     done = len(pairs) - len(left)
     with logging_redirect_tqdm(), tqdm(total=len(pairs), initial=done, desc="decompose", unit="image") as bar:
@@ -137,8 +137,8 @@ def _drawn(decomposer: Decomposer, same: Mapping[str, Prepared], seed: int, prog
     except torch.OutOfMemoryError as error:
         height, width = next(iter(same.values())).size
         raise RunError(
-            f"{len(same)} pictures of {width} x {height} pixels do not fit into memory at once; what is drawn stays: "
-            "go on with a smaller batch_size=, or start anew with a smaller sample.max_side="
+            f"{len(same)} pictures of {width} x {height} pixels do not fit into memory at once; finished layers are "
+            "kept: resume with a smaller batch_size=, or start over with a smaller sample.max_side="
         ) from error
     return dict(zip(same, drawn, strict=True))
 
@@ -147,7 +147,7 @@ def _read(decomposer: Decomposer, pair: Pair, depth: DepthEstimator | None) -> P
     try:
         return decomposer.prepare(pair.image, pair.mask, depth=depth)
     except InputError as error:
-        logger.warning("%s is left out: %s", pair.stem, error)
+        logger.warning("%s is skipped: %s", pair.stem, error)
         return None
 
 

@@ -1,4 +1,4 @@
-"""What the command-line tools share: `key=value` arguments, and errors without a traceback."""
+"""Shared by the command-line tools: `key=value` arguments, and errors without a traceback."""
 
 import gc
 import inspect
@@ -13,7 +13,7 @@ import torch
 from layerdecomp.errors import InputError, RunError
 
 LESS_MEMORY = (
-    "what needs less: quantize=nf4 for the transformer, a smaller sample.max_side for large pictures, a smaller "
+    "to use less memory: quantize=nf4 for the transformer, a smaller sample.max_side for large images, a smaller "
     "evaluate.batch_size for a comparison; or device=cpu"
 )
 
@@ -21,7 +21,7 @@ LESS_MEMORY = (
 def take(arguments: list[str], **defaults: str | None) -> tuple[dict[str, str], list[str]]:
     """Splits `key=value` arguments into a tool's own, by name, and the config overrides that remain, in order.
 
-    A default of None marks an argument that must be given.
+    A default of None marks a required argument.
     """
     own = {key: value for key, value in defaults.items() if value is not None}
     overrides = []
@@ -52,18 +52,18 @@ def truth(arguments: dict[str, str], key: str) -> bool:
 
 
 def device_name(arguments: dict[str, str]) -> str:
-    """The value of `device=`, once it is known that tensors can be made there."""
+    """The value of `device=`, after checking that tensors can be allocated there."""
     device = arguments["device"]
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"device={device}: {reason}; expected cpu, or cuda or mps where there is one") from error
+        raise InputError(f"device={device}: {reason}; expected cpu, or cuda or mps if available") from error
     return device
 
 
 def out_folder(arguments: dict[str, str]) -> Path:
-    """The value of `out=`, once it is known that files can be written there; nothing is made yet."""
+    """The value of `out=`, after checking that files can be written there; nothing is created yet."""
     folder = Path(arguments["out"]).absolute()
     place = next(place for place in (folder, *folder.parents) if os.path.exists(place))
     if not place.is_dir():
@@ -76,7 +76,7 @@ def out_folder(arguments: dict[str, str]) -> Path:
 
 
 def named_dtype(arguments: dict[str, str]) -> torch.dtype:
-    """The value of `dtype=`: what frozen parts may be kept in."""
+    """The value of `dtype=`: the precision of the frozen parts."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if (name := arguments["dtype"]) not in known:
         raise InputError(f"dtype={name}: expected one of {', '.join(known)}")
@@ -84,14 +84,14 @@ def named_dtype(arguments: dict[str, str]) -> torch.dtype:
 
 
 def frozen_dtype(device: str) -> torch.dtype:
-    """What the frozen parts are kept in: bf16 wherever there is an accelerator."""
+    """The precision of the frozen parts: bf16 on any accelerator."""
     return torch.float32 if device == "cpu" else torch.bfloat16
 
 
 def run_command(main: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Runs a tool, or prints what its file says of it where help is asked for.
+    """Runs a tool, or prints its module docstring if help is requested.
 
-    What is no bug is one message on stderr and exit status 2 or 1; bugs keep their traceback.
+    An expected error is one message on stderr and exit status 2 or 1; bugs keep their traceback.
     """
     if {"-h", "--help", "help"} & {*arguments}:
         print(inspect.getdoc(inspect.getmodule(main)))
@@ -100,13 +100,13 @@ def run_command(main: Callable[[list[str]], None], arguments: list[str]) -> None
     try:
         main(arguments)
         leave_group()
-    except SystemExit:  # a training was told to stop, on every rank
+    except SystemExit:  # a signal stopped training, on every rank
         leave_group()
         raise
     except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
-    except torch.OutOfMemoryError as error:  # trainings say more, and what fits
+    except torch.OutOfMemoryError as error:  # training handles this itself, and finds settings that fit
         reason = str(error).splitlines()[0]
         print(f"error: {reason}\n{LESS_MEMORY}", file=sys.stderr)
         sys.exit(1)
@@ -116,10 +116,10 @@ def run_command(main: Callable[[list[str]], None], arguments: list[str]) -> None
 
 
 def leave_group() -> None:
-    """Leaves the process group, if there is one: gloo's threads, met by Python's end, abort the process at times.
+    """Destroys the process group, if there is one: at interpreter exit, gloo's threads may abort the process.
 
-    Not after an error: other ranks may be waiting for this one, and it would wait with them.
+    Not to be called after an error: other ranks may be waiting for this one, which would then wait for them.
     """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-        gc.collect()  # a trainer, all cycles, holds it as well; its threads end with the last that does
+        gc.collect()  # the trainer's reference cycles also hold it; its threads end when it is freed

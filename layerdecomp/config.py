@@ -1,7 +1,7 @@
 """The root configs, one per job, and how they are read.
 
-Defaults and types are dataclasses beside the code that uses them; a YAML file holds what differs; `key=value` on the
-command line comes last. A key that nobody knows, or a value of the wrong type, is an error that names it.
+Defaults and types are dataclasses next to the code that uses them; a YAML file overrides them, and `key=value` on the
+command line overrides both. An unknown key, or a value of the wrong type, is an error that names it.
 """
 
 import difflib
@@ -32,25 +32,25 @@ ConfigT = TypeVar("ConfigT")
 
 @dataclass
 class TrainConfig:
-    """How long, on what and how often."""
+    """Length, devices, precision and schedule of a run."""
 
     steps: int = 7200
     batch_size: int = 8  # per process
-    accumulate: int = 1  # batches of every process whose gradients make one step
+    accumulate: int = 1  # gradient accumulation: batches per process and step
     devices: int = 1
     nodes: int = 1
-    strategy: str = "auto"  # ddp, which auto is as well where there are several processes
-    precision: str = "auto"  # auto: bf16-mixed where the device computes in it, else 32-true
+    strategy: str = "auto"  # auto or ddp; auto is ddp if there are several processes
+    precision: str = "auto"  # auto: bf16-mixed on devices with native bf16, else 32-true
     checkpoint_every: int = 500  # steps
     validate_every: int = 500  # steps
-    max_skipped: int = 5  # steps in a row whose gradient is not finite: after them, training stops
-    ema: float = 0.0  # decay of a running average of what is trained, which is validated and written; 0: none
-    deterministic: bool = False  # the same bits on the same machine, on a GPU as well, for some speed
-    dry_run: bool = False  # only print what training would take, and which files are missing
+    max_skipped: int = 5  # training stops after this many steps in a row with a non-finite gradient
+    ema: float = 0.0  # decay of an average of the trained tensors, which is validated and written; 0: none
+    deterministic: bool = False  # bit-identical on the same machine, on a GPU too; somewhat slower
+    dry_run: bool = False  # only print what training would need, and which files are missing
 
     @property
     def global_batch(self) -> int:
-        """Samples of a step, over all processes."""
+        """Samples per step, over all processes."""
         return self.batch_size * self.accumulate * self.devices * self.nodes
 
     def __post_init__(self) -> None:
@@ -59,8 +59,8 @@ class TrainConfig:
         check_at_least(1, self, "train.", "max_skipped")
         check_probabilities(self, "train.", "ema")
         if self.ema == 1:
-            raise InputError("train.ema is 1, which keeps the first weights for ever; expected less, such as 0.999")
-        if self.precision not in ("auto", "32-true", "bf16-mixed"):  # trained tensors are float32, always
+            raise InputError("train.ema is 1, which keeps the initial weights forever; expected less, such as 0.999")
+        if self.precision not in ("auto", "32-true", "bf16-mixed"):  # trained tensors are always float32
             raise InputError(f"train.precision is {self.precision!r}; expected auto, 32-true or bf16-mixed")
         if self.strategy not in ("auto", "ddp"):
             raise InputError(f"train.strategy is {self.strategy!r}; expected auto or ddp (and see shard_base)")
@@ -68,16 +68,16 @@ class TrainConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW, or Muon for the matrices inside the blocks (and convolutions) and Adam for the rest."""
+    """AdamW; or, with `muon`, Muon for the matrices inside the blocks (and convolutions) and Adam for the rest."""
 
     lr: float = 5e-5
     muon: bool = False
-    warmup: int = 0  # steps over which the rate rises from 0
-    decay: bool = False  # cosine, to 2 % at the last step
+    warmup: int = 0  # steps of linear warm-up
+    decay: bool = False  # cosine decay, to 2 % at the last step
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 0.0
-    clip: float = 1.0  # norm of the whole gradient
-    bits: int = 32  # of AdamW's averages: 32, or 8 with a scale per 256 of them (torchao's)
+    clip: float = 1.0  # maximum norm of the whole gradient
+    bits: int = 32  # of AdamW's averages: 32, or 8 with a scale per 256 values (torchao)
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -87,18 +87,18 @@ class OptimConfig:
             raise InputError(f"optim.weight_decay is {self.weight_decay}, which optim.muon does not use; set it to 0")
         check_bits("optim.bits", self.bits)
         if self.muon and self.bits != 32:
-            raise InputError(f"optim.bits is {self.bits}, which optim.muon does not have; set it to 32")
+            raise InputError(f"optim.bits is {self.bits}, which optim.muon does not support; set it to 32")
 
 
 @dataclass
 class RunConfig:
-    """What every job has."""
+    """Settings of every job."""
 
     job: str = ""
     name: str = "run"
     run_dir: str = "runs/${name}"
     seed: int = 0
-    resume: str = "auto"  # auto: go on with an unfinished run of the same config; never: start anew; or a checkpoint
+    resume: str = "auto"  # auto: resume a run of the same config; never: start over; or a checkpoint file
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -110,16 +110,16 @@ class RunConfig:
 
 @dataclass
 class FlowJobConfig(RunConfig):
-    """What the jobs that train by flow matching share."""
+    """Settings of the flow-matching jobs."""
 
     conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     weights: WeightFiles = field(default_factory=WeightFiles)
-    recompute: int = 0  # every how many transformer blocks activations are computed again, to save memory; 0: none
-    recompute_attention: bool = True  # in those blocks; false: its output is kept instead, for a little memory
-    compile: bool = False  # the transformer's blocks and encoders, in minutes at first; faster steps on a GPU
-    latent_cache: str | None = None  # a folder: each of `data.samples` is encoded once; null: each time that it comes
+    recompute: int = 0  # activation checkpointing of every n-th transformer block, to save memory; 0: none
+    recompute_attention: bool = True  # in those blocks; false: keep its output, for a little memory
+    compile: bool = False  # the transformer's blocks and the encoders: takes minutes, then faster steps on a GPU
+    latent_cache: str | None = None  # folder in which each of `data.samples` is encoded once; null: encode every time
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,11 +130,11 @@ class FlowJobConfig(RunConfig):
 class DecomposerJobConfig(FlowJobConfig, DecomposerConfig):
     """Adapt a frozen inpainting transformer to layer decomposition."""
 
-    adapter: str | None = None  # a trained one of the same frozen parts to go on from; null: from the base alone
-    training_guidance: float = 1.0  # the scale fed to guidance-distilled models while they are adapted
-    quantize: str | None = None  # the frozen transformer's matrices: int8, fp8 or nf4; null: as they compute
-    shard_base: bool = False  # shared out among the processes, where a card cannot hold the frozen transformer
-    pictures_at_once: int = 0  # that an autoencoder encodes, to save memory; 0: all of a batch
+    adapter: str | None = None  # an adapter of the same frozen parts to train further; null: start from the base
+    training_guidance: float = 1.0  # guidance scale fed to guidance-distilled models in training
+    quantize: str | None = None  # the frozen transformer's matrices: int8, fp8 or nf4; null: compute precision
+    shard_base: bool = False  # shard the frozen transformer across processes, if one device cannot hold it
+    pictures_at_once: int = 0  # images that an autoencoder encodes at once, to save memory; 0: all of a batch
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -144,30 +144,30 @@ class DecomposerJobConfig(FlowJobConfig, DecomposerConfig):
             self._check_sharding()
 
     def _check_sharding(self) -> None:
-        train, rule = self.train, "shard_base=true shares the frozen transformer out among the processes of a run: "
+        train, rule = self.train, "shard_base=true shards the frozen transformer across the processes of a run: "
         if train.devices * train.nodes == 1:
             raise InputError(f"{rule}found train.devices=1 and train.nodes=1, expected several; set shard_base=false")
         if self.quantize is not None:
-            raise InputError(f"{rule}found quantize={self.quantize}, whose tensors cannot be cut; expected null")
+            raise InputError(f"{rule}found quantize={self.quantize}, whose tensors cannot be sharded; expected null")
         if self.compile and self.recompute and not self.recompute_attention:
             raise InputError(
                 f"{rule}found compile=true, recompute and recompute_attention=false; expected not all three"
             )
         if "maskless" in self.evaluate.rows:
-            raise InputError(f"{rule}found maskless in evaluate.rows, a second one on every card; leave it out")
+            raise InputError(f"{rule}found maskless in evaluate.rows, a second one on every device; leave it out")
 
 
 @dataclass
 class AutoencoderJobConfig(RunConfig):
-    """Train an autoencoder: RGB from nothing, RGBA from a trained RGB one, or the decoder of either further."""
+    """Train an autoencoder: RGB from scratch, RGBA from a trained RGB one, or only the decoder of either."""
 
-    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)  # of an RGB one; RGBA takes `extend`'s
-    extend: str | None = None  # weights of the RGB autoencoder that an RGBA one starts from
-    refine: str | None = None  # a trained autoencoder, RGB or RGBA, of which only the decoder learns: latents stay
-    kl: float = 1e-4  # weight of the latents' divergence from a standard normal, per latent
-    projection: float = 0.0  # weight of keeping latents near the best linear ones; 0: no such thing
-    anchor: float = 1.0  # RGBA, unless projected: weight of keeping the RGB autoencoder's latents of opaque pictures,
-    foreground_anchor: float = 0.02  # and of the same with foregrounds, where alpha needs some room
+    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)  # of an RGB one; RGBA uses `extend`'s
+    extend: str | None = None  # weights of the RGB autoencoder that initialises an RGBA one
+    refine: str | None = None  # a trained RGB or RGBA autoencoder: only its decoder is trained, latents do not change
+    kl: float = 1e-4  # weight of the KL divergence from a standard normal, per latent
+    projection: float = 0.0  # weight of the distance from the best linear latents; 0: no such term
+    anchor: float = 1.0  # RGBA without `projection`: weight of the distance from RGB latents for opaque images,
+    foreground_anchor: float = 0.02  # and for foregrounds, where alpha needs some room
     noise: float = 0.0  # typical deviation of noise on the scaled latents, since a transformer's are never exact
 
     def __post_init__(self) -> None:
@@ -180,7 +180,7 @@ class AutoencoderJobConfig(RunConfig):
 
 @dataclass
 class InpainterJobConfig(FlowJobConfig):
-    """Train a small inpainting base from nothing."""
+    """Train a small inpainting base from scratch."""
 
     model: MMDiTConfig = field(default_factory=MMDiTConfig)
 
@@ -190,7 +190,7 @@ class InpainterJobConfig(FlowJobConfig):
 
 
 def check_holes(config: RunConfig) -> None:
-    """Raises `InputError` unless samples are scenes, which alone come with holes for some jobs to cut into pictures."""
+    """Raises `InputError` unless samples are scenes: only those come with the holes that some jobs need."""
     if config.data.source != "scenes":
         raise InputError(f"data.source is {config.data.source}; expected scenes, for this job")
 
@@ -200,7 +200,7 @@ JOBS: dict[str, type[Any]] = {
     "autoencoder": AutoencoderJobConfig,
     "inpainter": InpainterJobConfig,
 }
-# What may change when a run is continued: none of it changes what is trained (`compile` no more than rounding).
+# Keys that may change when a run is resumed: they do not affect the result (`compile` only by rounding).
 RESUMABLE: frozenset[str] = frozenset(
     {
         *("resume", "run_dir", "recompute", "recompute_attention", "compile", "shard_base"),
@@ -209,16 +209,16 @@ RESUMABLE: frozenset[str] = frozenset(
         *("train.checkpoint_every", "train.validate_every", "train.max_skipped", "train.strategy"),
     }
 )
-# Of these, the product alone matters: how many samples a step has.
+# Of these, only the product matters: the number of samples per step.
 SPREAD: frozenset[str] = frozenset({"train.batch_size", "train.accumulate", "train.devices", "train.nodes"})
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
-    """The config dataclass of a job from a YAML file, the file that its `base` names, and `key=value` overrides.
+    """The config dataclass of a job, from a YAML file, the file that its `base` names, and `key=value` overrides.
 
     Raises:
-        InputError: the file is missing or no YAML, a key is unknown (with the nearest known one), a value of another
-            type, or a combination that its class refuses.
+        InputError: the file is missing or not YAML, a key is unknown (the nearest known one is named), a value has the
+            wrong type, or the config class rejects a combination.
     """
     files = _with_base(Path(path))
     given = OmegaConf.merge(*(content for _, content in files))
@@ -232,7 +232,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
 
 
 def _with_base(path: Path) -> list[tuple[str, DictConfig]]:
-    """A file's content, after that of the one file which its key `base` may name, beside it."""
+    """A file's content, preceded by that of the file that its key `base` names, if any, in the same folder."""
     content = read_yaml(path)
     base = content.pop("base", None)
     if base is None:
@@ -246,13 +246,13 @@ def _with_base(path: Path) -> list[tuple[str, DictConfig]]:
 def merge_config(
     defaults: ConfigT | type[ConfigT], files: Sequence[tuple[str, DictConfig]], overrides: Sequence[str]
 ) -> ConfigT:
-    """A config dataclass: its defaults, then each named file's content, then each `key=value` over them."""
+    """A config dataclass: its defaults, overridden by each named file's content, then by each `key=value`."""
     merged = OmegaConf.structured(defaults)
-    OmegaConf.set_readonly(merged, False)  # as that of a frozen dataclass is
+    OmegaConf.set_readonly(merged, False)  # which it is for a frozen dataclass
     sources = [*files, *((f"argument {text!r}", _parse_override(text)) for text in overrides)]
     flat = _dotted(OmegaConf.to_container(merged))
     known = sorted(flat)
-    free = tuple(f"{key}." for key, value in flat.items() if value == {})  # dictionaries, which take any key
+    free = tuple(f"{key}." for key, value in flat.items() if value == {})  # dictionaries, which accept any key
     for name, source in sources:
         for key, value in _dotted(OmegaConf.to_container(source)).items():
             if not key.startswith(free):
@@ -281,9 +281,9 @@ def save_config(path: Path, config: RunConfig) -> None:
 
 
 def changed_keys(config: RunConfig, path: Path) -> dict[str, str]:
-    """The keys that matter to results in which a config differs from one that `save_config` wrote: "1 then, 2 now".
+    """The keys that affect results and differ from a config that `save_config` wrote: "1 then, 2 now".
 
-    A key that the other does not have, since it is older, counts as having its default there.
+    A key that is missing from an older config counts as having its default there.
     """
     now = _dotted(asdict(config))
     before = _dotted(asdict(type(config)())) | _dotted(OmegaConf.to_container(read_yaml(path)))
@@ -300,7 +300,7 @@ def _product(flat: dict[str, Any]) -> int:
 
 
 def read_yaml(path: Path) -> DictConfig:
-    """The keys and values of a YAML file; `InputError` if it is missing or holds something else."""
+    """The keys and values of a YAML file; `InputError` if it is missing or not a mapping."""
     if not path.is_file():
         raise InputError(f"config {path} does not exist; configs/ has {_yaml_names()}")
     try:
@@ -348,7 +348,7 @@ def _check_known(key: str, known: list[str], source: str) -> None:
 
 
 def _kind(default: Any) -> str:
-    """What is expected where there is a default, in words."""
+    """The expected kind of value in words, by the type of the default."""
     kinds = {bool: "true or false", int: f"a whole number, such as {default}", float: f"a number, such as {default}"}
     return kinds.get(type(default), "the type of its default")
 

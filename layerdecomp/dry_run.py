@@ -1,4 +1,4 @@
-"""What a training would take, told without a GPU, without a weight file and without a trace on the disk."""
+"""What a training run would take, found without a GPU or weight files, and without writing anything."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +19,14 @@ FLUX_TEXT_TOKENS = 512
 MAKE = {
     "weights.rgba_autoencoder": "made by tools/train.py config=configs/flux_rgba_autoencoder.yaml; copy its result",
     "weights.prompt": "made by make embed-prompt",
-    "adapter": "what a run wrote, or what somebody published; null starts from the base alone",
+    "adapter": "written by a run, or published; null starts from the base",
 }
 
 
 def dry_run(config: RunConfig) -> str:
-    """Parameters, memory and operations of a step, and which files are missing.
+    """The parameters, memory and operations of a training step, and the missing files.
 
-    Models are those that the files describe; where there is no file, FLUX.1-Fill-dev's.
+    Models are as the weight files describe them, or FLUX.1-Fill-dev's if a file is missing.
 
     Raises:
         InputError: the job trains no adapter, or keeps its frozen parts in float32.
@@ -53,7 +53,7 @@ def dry_run(config: RunConfig) -> str:
             "",
             f"a step of {samples} samples: {samples * per_sample / 1e12:.4g} TFLOP, "
             f"{encode / 1e12:.4g} of a sample's {per_sample / 1e12:.4g} in the autoencoders, "
-            f"{counts['of it recomputed'] / work.batch_size / 1e12:.4g} recomputed",
+            f"{counts['of which recomputed'] / work.batch_size / 1e12:.4g} recomputed",
             "",
             *missing_files(config),
         ]
@@ -61,11 +61,11 @@ def dry_run(config: RunConfig) -> str:
 
 
 def memory_rows(work: TrainingWork, config: DecomposerJobConfig) -> list[list[str]]:
-    """What takes a device's memory, in GB, and how it is kept."""
+    """Rows of the memory table: what is in a device's memory, its size in GB, and how it is stored."""
     memory = training_memory(work)
     average = memory.trained * bool(config.train.ema)
     rows = [
-        ("frozen weights", memory.frozen, _kept(config)),
+        ("frozen weights", memory.frozen, _frozen_storage(config)),
         ("trained weights", memory.trained, "float32"),
         ("gradients", memory.gradients, "float32"),
         ("optimizer", memory.optimizer, f"two averages in {config.optim.bits} bits; Muon has fewer"),
@@ -78,7 +78,7 @@ def memory_rows(work: TrainingWork, config: DecomposerJobConfig) -> list[list[st
 
 
 def _recomputing(work: TrainingWork) -> list[str]:
-    """What is computed again, and what activations would take otherwise."""
+    """What is recomputed, and the size of the activations with other settings."""
     others = (replace(work, recompute=n, recompute_attention=again) for n, again in ((0, True), (1, False), (1, True)))
     return [recomputed(work)] + [
         f"{training_memory(other).step / 1e9:.1f} with {recomputed(other)}"
@@ -87,16 +87,16 @@ def _recomputing(work: TrainingWork) -> list[str]:
     ]
 
 
-def _kept(config: DecomposerJobConfig) -> str:
-    """How the frozen weights are kept."""
+def _frozen_storage(config: DecomposerJobConfig) -> str:
+    """How the frozen weights are stored."""
     if config.shard_base:
         devices = config.train.devices * config.train.nodes
-        return f"bf16, 1/{devices} of the transformer; whole blocks at work count as activations"
+        return f"bf16, 1/{devices} of the transformer; gathered blocks count as activations"
     return f"bf16, blocks in {config.quantize}" if config.quantize else "bf16"
 
 
 def training_work(config: DecomposerJobConfig) -> TrainingWork:
-    """What a step of one process works on."""
+    """The work of one process in a step."""
     found = config.weights
     triplets = config.data.source == "triplets"
     return TrainingWork(
@@ -117,14 +117,14 @@ def training_work(config: DecomposerJobConfig) -> TrainingWork:
 
 
 def _described(path: str, default: ModelT) -> ModelT:
-    """The model of a file, if it is there and says so."""
+    """The model config in a file's metadata, or the default if there is no file."""
     if not Path(path).is_file():
         return default
     return config_from(type(default), read_metadata(path).get("config"), path)
 
 
 def missing_files(config: DecomposerJobConfig) -> list[str]:
-    """A line for each file that is not there, with what belongs there; or that all are."""
+    """A line for each missing file, with where it comes from; or one that says that all are there."""
     lines = []
     places = {f"weights.{name}": path for name, path in config.weights.named().items()}
     for key, path in (places | {"adapter": config.adapter}).items():

@@ -1,4 +1,4 @@
-"""The exceptions that are no bug of this package: what was given is wrong, or the world got in the way."""
+"""Exceptions that are not bugs of this package: wrong input, or a failure of the environment."""
 
 
 class InputError(ValueError):
@@ -18,14 +18,14 @@ class RunError(RuntimeError):
 
 
 def check_at_least(minimum: int, config: object, section: str, *names: str) -> None:
-    """Raises `InputError` for the first of the named numbers of a config's section that is below `minimum`."""
+    """Raises `InputError` for the first of the named numbers in a config section that is below `minimum`."""
     for name in names:
-        if not (value := getattr(config, name)) >= minimum:  # so that NaN is refused as well
+        if not (value := getattr(config, name)) >= minimum:  # rejects NaN too
             raise InputError(f"{section}{name} is {value}; expected at least {minimum}")
 
 
 def check_probabilities(config: object, section: str, *names: str) -> None:
-    """Raises `InputError` for the first of the named numbers of a config's section that is not in [0, 1]."""
+    """Raises `InputError` for the first of the named numbers in a config section that is not in [0, 1]."""
     for name in names:
         if not 0 <= (value := getattr(config, name)) <= 1:
             raise InputError(f"{section}{name} is {value}; expected a probability, 0 to 1")

@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all."""
+"""Atomic writes: files and folders that appear complete or not at all."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ from layerdecomp.errors import InputError
 
 
 def remedy(error: OSError, folder: Path) -> str:
-    """What to do about a folder in which writing failed, as the end of a message."""
+    """What to do about a failed write to a folder, as the end of an error message."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"free some space in {folder}"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
@@ -25,17 +25,17 @@ def remedy(error: OSError, folder: Path) -> str:
         return "rename the folder of that name"
     if error.errno == errno.EFBIG:
         return f"allow larger files in {folder} (ulimit -f)"
-    return f"see to the disk of {folder}"
+    return f"check the disk of {folder}"
 
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """Gives a name to write to, beside `path`, and renames that file or folder to `path` when it is complete.
+    """Yields a temporary name beside `path`, and renames the file or folder written there to `path` at the end.
 
-    The name begins with a dot, keeps its extension, and is no other process's: several may write one file.
+    The name begins with a dot, keeps the extension, and is unique: several processes may write the same file.
 
     Raises:
-        InputError: from any `OSError` meanwhile; what was at `path` still is, then.
+        InputError: on any `OSError` within the context; an existing `path` is then unchanged.
     """
     path = Path(path)
     partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
@@ -52,13 +52,13 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
 
 def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Writes what the files beside `path` are made by, in JSON; `InputError` if they were made by something else."""
-    settings = json.loads(json.dumps(settings))  # as it comes back
+    """Writes the settings of the files beside `path` as JSON; `InputError` if those were made with other settings."""
+    settings = json.loads(json.dumps(settings))  # as they are read back
     try:
         before = json.loads(path.read_text()) if path.is_file() else settings
         if changed := [key for key in settings if before.get(key) != settings[key]]:
             raise InputError(
-                f"{path}: what is there was made with {changed[0]} {before.get(changed[0])}, now it is "
+                f"{path}: existing files were made with {changed[0]} {before.get(changed[0])}, now it is "
                 f"{settings[changed[0]]}; choose another folder, or remove that one"
             )
         write_whole(path, json.dumps(settings, indent=2) + "\n")
@@ -67,6 +67,6 @@ def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
-    """Writes a text (in UTF-8) or bytes; as `written_whole`."""
+    """Writes text (as UTF-8) or bytes; see `written_whole`."""
     with written_whole(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)

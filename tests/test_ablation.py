@@ -79,7 +79,7 @@ def test_an_interrupted_ablation_goes_on_and_repeats_nothing(
     captured = capsys.readouterr().out
     # the bar of the run that was cut off may be drawn once more, whenever it is collected
     said = "\n".join(line for line in captured.split("\n") if not line.startswith("\r"))
-    assert "2 of 4 runs finished; now full-1\ngoing on from" in said and "3 of 4 runs finished, about 0:00:" in said
+    assert "2 of 4 runs finished; now full-1\nresuming from" in said and "3 of 4 runs finished, about 0:00:" in said
     assert (out / "table.md").read_text() in captured
     check_results(out)
     alone = [*overrides, "lora.rank=1", "seed=1", f"run_dir={tmp_path}/alone"]

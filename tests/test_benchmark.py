@@ -49,7 +49,7 @@ def test_counts_are_those_of_the_formulas() -> None:
     counts = count(SMALL)
     assert (SMALL.transformer.depth, SMALL.transformer.depth_single_blocks) == (2, 3)
     assert counts["one sampling step"] == 2 * forward_products(SMALL, rank=0)
-    assert counts["of it recomputed"] == 0
+    assert counts["of which recomputed"] == 0
     assert 2 * counts["one sampling step"] < counts[TRAINING] < 3 * counts["one sampling step"], "frozen weights"
     assert 0 < counts[FUSION] < counts[TRAINING]
 
@@ -59,7 +59,7 @@ def test_the_part_of_lora_is_what_is_saved_without_it(rank: int) -> None:
     config = replace(SMALL, lora=LoRAConfig(rank=rank))
     none = replace(SMALL, lora=LoRAConfig(rank=rank, targets=[]))
     counts = count(config)
-    assert counts["of it LoRA"] == counts[TRAINING] - count(none)[TRAINING] > 0
+    assert counts["of which LoRA"] == counts[TRAINING] - count(none)[TRAINING] > 0
 
 
 def test_a_cpu_and_the_meta_device_count_the_same() -> None:
@@ -76,7 +76,7 @@ def test_a_cpu_and_the_meta_device_count_the_same() -> None:
 def test_recomputing_costs_no_more_than_another_forward_pass() -> None:
     counts = count(BenchmarkConfig(**{**vars(SMALL), "recompute": 1}))
     forward = 2 * forward_products(SMALL, SMALL.lora.rank)
-    assert 0.5 * forward < counts["of it recomputed"] < forward
+    assert 0.5 * forward < counts["of which recomputed"] < forward
 
 
 def test_attention_that_is_kept_is_not_counted_again() -> None:
@@ -86,7 +86,7 @@ def test_attention_that_is_kept_is_not_counted_again() -> None:
     )
     model, tokens = SMALL.transformer, 2 * (SMALL.size // 16) ** 2 + SMALL.text_tokens + SMALL.fusion.num_queries
     forward = 2 * 2 * tokens**2 * model.hidden_size * (model.depth + model.depth_single_blocks)
-    assert again["of it recomputed"] - kept["of it recomputed"] == forward
+    assert again["of which recomputed"] - kept["of which recomputed"] == forward
 
 
 def test_without_fusion() -> None:
@@ -124,7 +124,7 @@ def test_a_training_step_is_its_pieces_and_trains() -> None:
 
 
 def test_waiting_for_a_gpu_is_looked_for_on_a_gpu() -> None:
-    with pytest.raises(InputError, match="sync_debug=error looks at a GPU"):
+    with pytest.raises(InputError, match="sync_debug=error needs a GPU"):
         benchmark(BenchmarkConfig(size=32, scale=0.04, sync_debug="error"), "cpu", torch.float32)
 
 

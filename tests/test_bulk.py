@@ -88,7 +88,7 @@ def test_an_interrupted_run_goes_on(
     os.utime(pairs[0].mask, (later, later))  # a mask that was mended
     decompose_folder(tiny_decomposer, pairs, out, TOLD)
     assert drawn == [2, 1, 1]
-    with pytest.raises(InputError, match=r"settings\.json: what is there was made with seed 0, now it is 1"):
+    with pytest.raises(InputError, match=r"settings\.json: existing files were made with seed 0, now it is 1"):
         decompose_folder(tiny_decomposer, pairs, out, TOLD, seed=1)
     with pytest.raises(InputError, match="made with adapter a sum, now it is another"):
         decompose_folder(tiny_decomposer, pairs, out, {"adapter": "another"})
@@ -107,8 +107,8 @@ def test_a_bad_picture_does_not_lose_the_others(
     Image.new("L", (50, 39), 0).save(masks / "c.png")
     assert sorted(decompose_folder(tiny_decomposer, pair_up(*folders), out, TOLD, batch_size=8)) == ["a", "c"]
     assert drawn == [1, 2]
-    assert "a is left out: " in caplog.text and "a.jpg cannot be read as an image" in caplog.text
-    assert "c is left out: " in caplog.text and "c.png is empty" in caplog.text
+    assert "a is skipped: " in caplog.text and "a.jpg cannot be read as an image" in caplog.text
+    assert "c is skipped: " in caplog.text and "c.png is empty" in caplog.text
     split = {path.parent.relative_to(out).as_posix() for path in out.rglob("preview.png")}
     assert split == {"b", "deep/d", "e"}
 
@@ -138,9 +138,9 @@ def test_partners_that_are_missing(folders: tuple[Path, Path, Path]) -> None:
 
 def test_folders_that_cannot_work(folders: tuple[Path, Path, Path]) -> None:
     images, masks, out = folders
-    with pytest.raises(InputError, match=r"image=.*a\.jpg is no folder and .*masks is; expected two folders"):
+    with pytest.raises(InputError, match=r"image=.*a\.jpg is not a folder, but .*masks is; expected two folders"):
         pair_up(images / "a.jpg", masks, out)
-    with pytest.raises(InputError, match=r"mask=.*a\.png is no folder"):
+    with pytest.raises(InputError, match=r"mask=.*a\.png is not a folder"):
         pair_up(images, masks / "a.png", out)
     with pytest.raises(InputError, match=r"out=.*layers lies in image=.*images, whose pictures are read"):
         pair_up(images, masks, images / "layers")

@@ -214,7 +214,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, caplog
     _save(tmp_path, 1, 2)
     (tmp_path / LAST).write_bytes((tmp_path / LAST).read_bytes()[:-3000])
     assert newest_checkpoint(tmp_path) == tmp_path / PREVIOUS
-    assert re.search(r"last\.ckpt .*is damaged.*going on from the one before it, .*previous\.ckpt", caplog.text)
+    assert re.search(r"last\.ckpt .*is damaged.*resuming from the previous one, .*previous\.ckpt", caplog.text)
     assert (tmp_path / DAMAGED).is_file()  # so that it does not become the one before the next
     _save(tmp_path, 2)
     assert read_checkpoint(tmp_path / PREVIOUS)["global_step"] == 1
@@ -247,7 +247,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
             return os.mkdir, (str(tmp_path / "owned"),)
 
     torch.save({"global_step": 1, "state_dict": Attack()}, tmp_path / LAST)
-    with pytest.raises(InputError, match="no checkpoint of this package"):
+    with pytest.raises(InputError, match="not a checkpoint of this package"):
         read_checkpoint(tmp_path / LAST)
     assert not (tmp_path / "owned").exists()
 
@@ -371,7 +371,7 @@ def test_what_is_given_up_leaves_what_was_there(tmp_path: Path, gate: Gate, capl
     files.give_up(after=0.2)
     assert 0.2 < time.monotonic() - began < 2
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert "the last checkpoint was still being written and is not kept" in caplog.text
+    assert "the last checkpoint was still being written and is discarded" in caplog.text
     files.check()  # it has been said
     gate.opened.set()
     files.save_checkpoint(_state(4), tmp_path / LAST)
@@ -471,7 +471,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
             run("tiny", *settings, "resume=never")
     assert stopped.value.code == 128 + reason
     said = capfd.readouterr().err
-    assert f"stopped by {reason.name} after step 3; go on with" in said
+    assert f"stopped by {reason.name} after step 3; resume with" in said
     assert "python tools/train.py config=configs/tiny.yaml 'optim.betas=[0, 1]' resume=auto" in said
     assert ("Ctrl-C again stops at once" in said) is (reason == signal.SIGINT)
     assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 3
@@ -563,7 +563,7 @@ def test_two_processes_go_on_bit_for_bit_when_one_was_killed(tmp_path: Path, job
     for name, kill_at in (("straight", None), ("resumed", 3), ("resumed", None)):
         codes = as_ranks(_train_as, [*settings, f"run_dir={tmp_path}/{name}"], tmp_path / "said", kill_at)
         assert codes == ([1, -signal.SIGKILL] if kill_at else [0, 0])
-    assert (tmp_path / "said").read_text().count("going on from") == 1  # by the first rank alone
+    assert (tmp_path / "said").read_text().count("resuming from") == 1  # by the first rank alone
     assert same(result(tmp_path / "straight", "tiny"), result(tmp_path / "resumed", "tiny"))
     one = run("tiny", *jobs["tiny"], "train.batch_size=4", f"run_dir={tmp_path}/one")
     assert list(curve(one).values()) == pytest.approx(list(curve(tmp_path / "straight").values()), rel=1e-4)

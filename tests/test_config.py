@@ -67,7 +67,7 @@ def test_the_run_directory_follows_the_name() -> None:
         ("optim={muon: true, weight_decay: 0.1}", "optim.weight_decay is 0.1"),
         ("name=${nobody}", "nobody"),
         ("optim.bits=4", "optim.bits is 4; expected 32 or 8"),
-        ("optim.bits=8", "optim.bits is 8, which optim.muon does not have"),
+        ("optim.bits=8", "optim.bits is 8, which optim.muon does not support"),
         ("quantize=int4", "quantize is 'int4'; expected null, int8, fp8, nf4"),
         ("pictures_at_once=-1", "pictures_at_once is -1; expected at least 0"),
         ("train.steps=0", "train.steps is 0; expected at least 1"),
@@ -183,7 +183,7 @@ def test_numbers_that_train_nothing_are_told(override: str, message: str) -> Non
 def test_what_cannot_be_shared_out_is_told(override: str, message: str) -> None:
     several = ["shard_base=true", "train.devices=2", "train.strategy=ddp", "compile=true", "recompute=1"]
     load_config(TINY, several)
-    with pytest.raises(InputError, match=f"shard_base=true shares .*: {message}"):
+    with pytest.raises(InputError, match=f"shard_base=true shards .*: {message}"):
         load_config(TINY, [*several, override])
 
 

@@ -22,7 +22,7 @@ def test_missing_files_are_listed_with_what_belongs_there(tmp_path: Path) -> Non
     assert told[0].endswith("transformer); checkpoints/README.md says where to get it")
     assert "made by tools/train.py config=configs/flux_rgba_autoencoder.yaml" in told[2]
     assert told[3].endswith("(weights.prompt); made by make embed-prompt")
-    assert "adapter.safetensors (adapter); what a run wrote" in told[4]
+    assert "adapter.safetensors (adapter); written by a run" in told[4]
 
 
 def test_frozen_parts_in_float32_are_not_counted_as_bf16() -> None:

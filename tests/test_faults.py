@@ -96,7 +96,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_its_sample(
     monkeypatch.setattr(Job, "training_step", watching)
     spoil(monkeypatch, {5}, factor)  # in step 3, of positions 4 and 5
     run_dir = run(overrides, f"optim.muon={muon}", "train.checkpoint_every=6")
-    assert re.findall(r"step (\d+) is left out: its (\w+) is not finite; samples: (.*)", caplog.text) == [
+    assert re.findall(r"step (\d+) is skipped: its (\w+) is not finite; samples: (.*)", caplog.text) == [
         ("3", "loss", "5 (scene 5)")
     ]
     steps = [any(not torch.equal(a[name], b[name]) for name in a) for a, b in zip(weights, weights[1:], strict=False)]
@@ -117,7 +117,7 @@ def test_a_gradient_that_is_not_finite_is_left_out_too(
 
     monkeypatch.setattr(Job, "configure_gradient_clipping", spoilt)
     run(overrides, "train.steps=3")
-    assert "step 2 is left out: its gradient is not finite; samples: 2 (scene 2); 3 (scene 3)" in caplog.text
+    assert "step 2 is skipped: its gradient is not finite; samples: 2 (scene 2); 3 (scene 3)" in caplog.text
 
 
 @pytest.mark.parametrize("muon", ["true", "false"])
@@ -127,7 +127,7 @@ def test_training_stops_after_some_in_a_row_with_the_last_good_checkpoint(
     spoil(monkeypatch, set(range(5, 100)))
     with pytest.raises(RunError, match=r"3 steps in a row, up to step 5, had a loss .* resume=FILE; .*run keeps what"):
         run(overrides, "train.max_skipped=3", f"optim.muon={muon}")
-    assert caplog.text.count("is left out") == 3
+    assert caplog.text.count("is skipped") == 3
     assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 2  # no step that was left out is saved
 
 
@@ -261,7 +261,7 @@ def test_a_disk_that_cannot_be_written(
         original(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(RunError, match=rf"step 3 could not be saved .*{os.strerror(number)}.*; {remedy}.*goes on:"):
+    with pytest.raises(RunError, match=rf"step 3 could not be saved .*{os.strerror(number)}.*; {remedy}.*resume with"):
         run(overrides)
     assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 2
 
@@ -290,7 +290,7 @@ def test_an_error_names_the_command_that_goes_on(
             (tmp_path / "run" / "previous.ckpt").touch()  # a power cut before the last one had its name
         raise RunError("a fault")
     kept, command = str(caught.value).split("\n  ")
-    assert kept == f"a fault; {tmp_path}/run keeps what was saved, and this command goes on:"
+    assert kept == f"a fault; {tmp_path}/run keeps what was saved; resume with"
     given = shlex.split(command)
     assert given[1] == "tools/train.py" and sorted(given[2:]) == sorted([*expected, "train.steps=6"])
 
@@ -347,7 +347,7 @@ def test_a_checkpoint_that_could_not_be_written_ends_the_run(
     monkeypatch.setattr(checkpoints, "_write", write)
     monkeypatch.setattr(Job, "training_step", training_step)
     monkeypatch.setattr(Job, "on_validation_start", validation)
-    with pytest.raises(RunError, match=r"step 3 could not be saved .*No space left.*; .* goes on:"):
+    with pytest.raises(RunError, match=r"step 3 could not be saved .*No space left.*; resume with"):
         run(overrides, *settings, "train.checkpoint_every=3")
     assert steps[-1] == reached and not (tmp_path / "run" / "adapter.safetensors").exists()
 
@@ -367,7 +367,7 @@ def test_out_of_memory_says_what_would_fit(overrides: list[str], monkeypatch: py
     out_of_memory_above(monkeypatch, 2)
     said = (
         "CUDA out of memory. Tried to allocate 2.00 GiB.\n"
-        "tried: train.batch_size=2 train.accumulate=4 fits, with the same samples in a step"
+        "tried: train.batch_size=2 train.accumulate=4 fits, with the same samples per step"
     )
     with pytest.raises(RunError) as caught:
         run(overrides, "train.batch_size=8")
@@ -405,7 +405,7 @@ def die(self: Positions, position: int) -> dict[str, Any]:
 def test_a_dead_worker_ends_the_run(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Positions, "__getitem__", die)
     started = time.monotonic()
-    with pytest.raises(RunError, match=r"makes samples died \(.*fewer data\.workers.*goes on:"):
+    with pytest.raises(RunError, match=r"data worker died \(.*fewer data\.workers.*resume with"):
         run(overrides, "data.workers=1")
     assert time.monotonic() - started < 60
 

@@ -59,7 +59,7 @@ def test_the_table_has_both_and_their_ratio() -> None:
 )
 def test_what_only_ours_would_do_is_refused(setting: str, neutral: str) -> None:
     merge_config(BenchmarkConfig(), [], [setting])
-    with pytest.raises(InputError, match=f"{setting.split('=')[0]} is .*; expected {neutral} beside reference=diff"):
+    with pytest.raises(InputError, match=f"{setting.split('=')[0]} is .*; expected {neutral} with reference=diff"):
         merge_config(BenchmarkConfig(), [], ["reference=diffusers", setting])
 
 

@@ -170,7 +170,7 @@ def test_a_directory_with_other_settings_is_refused_or_put_aside(tmp_path: Path,
     settings = [*overrides, f"run_dir={tmp_path}/run", "train.steps=1"]
     run_dir = run("tiny", *settings)
     first = (run_dir / "adapter.safetensors").read_bytes()
-    with pytest.raises(InputError, match=rf"optim\.lr.*, or resume={run_dir}/last\.ckpt to go on .*resume=never"):
+    with pytest.raises(InputError, match=rf"optim\.lr.*, or resume={run_dir}/last\.ckpt to continue .*resume=never"):
         run("tiny", *settings, "optim.lr=0.5")
     assert (run_dir / "adapter.safetensors").read_bytes() == first
     run("tiny", *settings, "optim.lr=0.5", "resume=never")
@@ -194,7 +194,7 @@ def test_a_checkpoint_is_gone_on_from_at_the_rate_that_is_asked_for(
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-7)
     for group in state["optimizer_states"][0]["param_groups"]:
         assert group["lr"] == group["initial_lr"] == 1e-9 and tuple(group["betas"]) == (0.5, 0.6)
-    with pytest.raises(InputError, match="the checkpoint's optimizer is .*go on with optim.muon"):
+    with pytest.raises(InputError, match="the checkpoint's optimizer is .*resume with the original optim.muon"):
         run("tiny", *settings, f"optim.muon={'false' if muon == 'true' else 'true'}")
 
 

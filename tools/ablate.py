@@ -1,4 +1,4 @@
-"""Trains every row of an ablation with several seeds, or goes on with it, and compares them.
+"""Trains every row of an ablation with several seeds, or resumes it, and compares them.
 
 python tools/ablate.py [config=configs/ablation.yaml out=runs/ablation train.steps=50 evaluate.samples=8 ...]
 """

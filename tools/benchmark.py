@@ -1,4 +1,4 @@
-"""Counts what training and sampling cost, and measures it with random weights; or measures diffusers beside us.
+"""Counts what training and sampling cost, and measures it with random weights; or compares with diffusers.
 
 python tools/benchmark.py [device=cpu dtype=bfloat16 size=1024 scale=1 recompute=0 measure=true lora.rank=256 ...]
 python tools/benchmark.py reference=diffusers [compile=true ...]

@@ -1,4 +1,4 @@
-"""Measures how fast triplets are made and where the time goes, on a data set of its own unless indexes are named.
+"""Measures how fast triplets are made and where the time goes, on a generated data set unless indexes are given.
 
 python tools/benchmark_data.py [count=20 size=1024 layered=[data/mulan.safetensors] ...]
 """

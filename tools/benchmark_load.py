@@ -1,9 +1,10 @@
-"""Measures how fast a transformer is loaded, and what memory that takes beside the model, with a generated file.
+"""Measures how fast a transformer is loaded from a generated file, and the memory that this takes beyond the model.
 
 python tools/benchmark_load.py [dtype=bfloat16 device=cpu folder=/tmp depth=3 depth_single_blocks=4 ...]
 
-The rest are MMDiTConfig's fields; the default is a seventh of FLUX.1-Fill-dev, 3.3 GB. Linux only. The file is
-forgotten before each reading, and as much memory touched first: a virtual machine's host takes long to hand it out.
+Other keys are MMDiTConfig's fields; the default is a seventh of FLUX.1-Fill-dev, 3.3 GB. Linux only. Before each read,
+the file is dropped from the page cache. As much memory is touched first, since a virtual machine's host is slow to
+provide it.
 """
 
 import json
@@ -49,7 +50,7 @@ def generate(path: Path, config: MMDiTConfig) -> None:
 
 
 def touch(size: int) -> float:
-    """Seconds to write to so much new memory, which is given back; the peak of this process's counts from here."""
+    """Seconds to write `size` bytes of new memory, which is then freed; resets the process's peak memory."""
     start = time.perf_counter()
     empty((size,), torch.uint8).fill_(1)
     Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
@@ -57,7 +58,7 @@ def touch(size: int) -> float:
 
 
 def read(path: Path) -> float:
-    """Seconds that it takes to read the file and do nothing with it."""
+    """Seconds to read the file and discard it."""
     forget(path)
     buffer, start = bytearray(1 << 24), time.perf_counter()
     with path.open("rb", buffering=0) as file:

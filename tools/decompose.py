@@ -1,13 +1,13 @@
-"""Splits a picture, or a folder of them.
+"""Splits an image, or a folder of images, into layers.
 
 python tools/decompose.py adapter=... image=a.jpg mask=a.png out=layers/ [format=png,ora,psd steps=28 seed=0 device=cpu
     compile=true quantize=nf4 sample.KEY=... depth=FILE transformer=... autoencoder=... rgba_autoencoder=... prompt=...]
 python tools/decompose.py adapter=... image=FOLDER mask=FOLDER out=FOLDER [batch_size=4 ...]
 
-Of folders, a picture and the mask of the same name make out/<name>/; the same command again goes on where it stopped.
+With folders, an image and the mask of the same name give out/<name>/; an interrupted command resumes where it stopped.
 adapter= is a file or a published folder. format=ora also writes layers.ora (Krita, GIMP), format=psd layers.psd.
-sample.max_side=2048 and so on change how the adapter samples, quantize= (int8, fp8, nf4) the frozen transformer. depth=
-names Depth-Anything-V2-Small's weights, for adapters that saw depth maps; transformer= and so on other frozen parts.
+sample.KEY= overrides sampling, as in sample.max_side=2048; quantize= (int8, fp8, nf4) quantises the transformer. depth=
+names Depth-Anything-V2-Small's weights, for adapters trained with depth maps; transformer= etc. replace frozen parts.
 """
 
 import sys
@@ -34,12 +34,12 @@ ARGUMENTS: dict[str, str | None] = {
     **{"format": "png", "seed": "0", "batch_size": "1", "device": "cpu", "compile": "false"},
     **dict.fromkeys(("steps", "quantize", "depth", *PARTS), ""),
 }
-STEPS = partial(tqdm, desc="sample", unit="step", leave=False, disable=None)  # a bar, where stderr is a terminal
+STEPS = partial(tqdm, desc="sample", unit="step", leave=False, disable=None)  # a bar if stderr is a terminal
 
 
 @dataclass
 class Overrides:
-    """What the command line may change of how an adapter samples."""
+    """The adapter's sampling settings that the command line may override."""
 
     sample: SampleConfig = field(default_factory=SampleConfig)
 
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
     seed, batch_size = whole_number(own, "seed"), whole_number(own, "batch_size")
     if own["steps"]:
         rest.append(f"sample.steps={whole_number(own, 'steps')}")
-    merge_config(Overrides(), [], rest)  # what is wrong with them is told now, not when everything is loaded
+    merge_config(Overrides(), [], rest)  # raises errors now, not after loading
     out, folders = out_folder(own), any(Path(own[key]).is_dir() for key in ("image", "mask"))
     pairs = pair_up(Path(own["image"]), Path(own["mask"]), out) if folders else []
     device, compiled, quantize = device_name(own), truth(own, "compile"), own["quantize"] or None

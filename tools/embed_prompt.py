@@ -1,4 +1,4 @@
-"""Embeds one prompt with FLUX's text encoders, once, for `weights.prompt`; needs the extra `text`.
+"""Embeds one prompt with FLUX's text encoders, once, for `weights.prompt`; needs the `text` extra.
 
 python tools/embed_prompt.py [root=checkpoints/flux1-fill-dev out=ROOT/prompt.safetensors prompt= tokens=512
     dtype=bfloat16 device=cpu]

@@ -1,11 +1,11 @@
-"""Compares an adapter, its frozen base, classical methods and the layers of any other method by one protocol.
+"""Compares an adapter, its frozen base, classical methods and other methods' layers under one protocol.
 
 python tools/evaluate.py [adapter=FILE predictions=FOLDER,FOLDER data=FOLDER config=FILE out=FOLDER device=cpu ...]
-python tools/evaluate.py export=FOLDER [the same settings]    # inputs and truth as files, for other methods to run on
+python tools/evaluate.py export=FOLDER [the same settings]    # inputs and ground truth as files, for other methods
 
-data= names a folder of triplets; without it samples are drawn as the adapter's training drew them. fill= names a
-Markdown file whose table of published figures gets ours beside them (docs/evaluation.md). quantize= keeps the frozen
-transformer in int8, fp8 or nf4.
+data= names a folder of triplets; without it, samples are drawn as in the adapter's training. fill= names a Markdown
+file with a table of published figures, to which ours are added (docs/evaluation.md). quantize= (int8, fp8, nf4)
+quantises the frozen transformer.
 """
 
 import os
@@ -26,12 +26,12 @@ from layerdecomp.weights import config_from
 
 PATHS = dict.fromkeys(("adapter", "predictions", "data", "config", "export", "fill"), "")
 SHIPPED = "checkpoints/tiny/adapter.safetensors"
-PUBLISHED = "published"  # between the lines of that name stands the table that fill= replaces
+PUBLISHED = "published"  # name of the markers around the table that fill= replaces
 
 
 @dataclass
 class EvaluationConfig:
-    """What a config and the command line may change; `sample` and `data` start as the adapter has them."""
+    """What a config and the command line may override; `sample` and `data` default to the adapter's."""
 
     sample: SampleConfig = field(default_factory=SampleConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
     if config.evaluate.objects != "drawn" and not own["data"]:
         raise InputError("evaluate.objects is for making a test set: export=FOLDER first, then evaluate data=FOLDER")
     if own["fill"]:
-        check_fill(Path(own["fill"]), PUBLISHED, config.evaluate.published)  # now, not when all is measured
+        check_fill(Path(own["fill"]), PUBLISHED, config.evaluate.published)  # now, not after measuring
     share = Share.join()
     if own["device"] == "cuda" and share.world > 1:
         own["device"] = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -1,4 +1,4 @@
-"""Writes an adapter, or the weighted sum of several, in another form; docs/weights.md says what loads where.
+"""Writes an adapter, or a weighted sum of several, in another format; docs/weights.md says what loads where.
 
 python tools/export.py adapter=... format=diffusers|kohya|merged|decomposer|adapter|import out=...
     [adapter=a.safetensors,b.safetensors weights=0.7,0.3] [rank=64] [dtype=float32|bfloat16|float16|fp8]
@@ -40,7 +40,7 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(number) for number in text.split(",")]
     except ValueError as error:
-        raise InputError(f"weights={text}: expected numbers with commas between them") from error
+        raise InputError(f"weights={text}: expected comma-separated numbers") from error
 
 
 if __name__ == "__main__":

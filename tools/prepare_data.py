@@ -1,4 +1,4 @@
-"""Indexes a data set that has been downloaded, checks indexes, or makes their cue maps. docs/data.md has the settings.
+"""Indexes a downloaded data set, checks indexes, or makes their cue maps. docs/data.md lists the settings.
 
 python tools/prepare_data.py source=openimages root=FOLDER out=data/openimages.safetensors [workers=8 test_share=0.02]
 python tools/prepare_data.py check=data/openimages.safetensors,data/mulan.safetensors [workers=8]

@@ -1,4 +1,4 @@
-"""Training an autoencoder: RGB from nothing, RGBA from a trained RGB one, or the decoder of either further."""
+"""Trains an autoencoder: RGB from scratch, RGBA from a trained RGB one, or only the decoder of either."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,17 +22,17 @@ from layerdecomp.training.late import to_device
 from layerdecomp.training.projection import SPECTRUM, BlockProjection
 from layerdecomp.weights import REFINES, checksums, load_autoencoder, save_model
 
-# Mean and mean square of the colours of natural pictures in [-1, 1], which a foreground may be laid over (AlphaVAE,
+# Per-channel mean and mean square of natural images in [-1, 1], which stand for random backgrounds (AlphaVAE,
 # arXiv 2507.09308).
 BACKGROUND_MEAN = (-0.0357, -0.0811, -0.1797)
 BACKGROUND_SQUARE = (0.3163, 0.3060, 0.3634)
 
 
 def composite_error(decoded: Tensor, target: Tensor) -> Tensor:
-    """The squared error of a foreground laid over a random background, in closed form: a scalar.
+    """The expected squared error of a foreground composited over a random background, in closed form: a scalar.
 
-    Both (B, 4, H, W) in autoencoder space: over b they make rgb + (1 - a) b, with rgb already multiplied by a.
-    With d the difference of rgb and e that of a, it is the mean of d^2 - 2 E[b] d e + E[b^2] e^2 (AlphaVAE).
+    Both are (B, 4, H, W) in autoencoder space. Over a background b they give rgb + (1 - a) b, with rgb premultiplied.
+    With d the error of rgb and e that of a, the result is the mean of d^2 - 2 E[b] d e + E[b^2] e^2 (AlphaVAE).
     """
     d = decoded[:, :3] - target[:, :3]
     e = (decoded[:, 3:] - target[:, 3:]) / 2  # alpha from [-1, 1] to [0, 1]
@@ -42,9 +42,9 @@ def composite_error(decoded: Tensor, target: Tensor) -> Tensor:
 
 
 class AutoencoderJob(Job):
-    """Squared error, a little Kullback-Leibler divergence; an RGBA one also stays in the RGB one's latent space.
+    """Reconstruction error plus a small KL term; RGBA latents are also kept close to the RGB autoencoder's.
 
-    With `refine`, latents stay as they are: the decoder learns alone, from the reconstruction.
+    With `refine`, only the decoder is trained, on the reconstruction error, and latents do not change.
     """
 
     run: AutoencoderJobConfig
@@ -72,11 +72,11 @@ class AutoencoderJob(Job):
         return [path for path in (self.run.extend, self.run.refine) if path is not None]
 
     def pictures(self, batch: dict[str, Tensor]) -> Tensor:
-        """What an autoencoder of this kind has to reproduce, (B, 3 or 4, H, W) in [-1, 1]."""
+        """The images to reconstruct, (B, 3 or 4, H, W) in [-1, 1]."""
         rare = self._rare(batch)
-        if not self.rgba:  # some with a hole, as the transformer's context has
+        if not self.rgba:  # some with a hole, as in the transformer's conditioning
             pictures = batch["image"] * (1 - batch["inpaint_mask"] * rare)
-        else:  # some opaque
+        else:  # some fully opaque
             opaque = F.pad(batch["image"], (0, 0, 0, 0, 0, 1), value=1.0)
             pictures = torch.where(rare, opaque, to_autoencoder(batch["foreground"]))
         return pictures.contiguous(memory_format=torch.channels_last)
@@ -112,7 +112,7 @@ class AutoencoderJob(Job):
         return {"loss": composite + 0.5 * alpha, "composite": composite, "alpha": alpha}
 
     def _deviation(self, mean: Tensor, log_variance: Tensor, positions: Sequence[int]) -> Tensor:
-        """How far the decoded latents lie from their mean: a draw from the posterior, and `noise` of a random level."""
+        """The offset of the decoded latents from their mean: posterior noise, plus `noise` of a random level."""
         noise = self.drawn_normal(positions, mean.shape[1:], mean)
         level = self.drawn_normal(positions, (1, 1, 1), mean, stream=1).abs()
         return (torch.exp(0.5 * log_variance) + level * self.run.noise / self.autoencoder.config.scale_factor) * noise
@@ -130,7 +130,7 @@ class AutoencoderJob(Job):
         return self.on_device(collate([data[i] for i in range(count)]))
 
     def _anchor(self, pictures: Tensor, mean: Tensor, opaque: Tensor) -> Tensor:
-        """How far the latents have moved from the RGB autoencoder's of the same colours, weighted: a scalar."""
+        """The weighted squared distance from the RGB autoencoder's latents of the same colours: a scalar."""
         assert self.teacher is not None
         with torch.no_grad():
             anchor, _ = self.teacher.posterior(pictures[:, :3])
@@ -146,7 +146,7 @@ class AutoencoderJob(Job):
             self.show("validation/reconstruction", reconstruction_grid(decoded, pictures))
 
     def finish(self, run_dir: Path, share: Share) -> None:
-        if share.rank > 0:  # a few scenes, which one rank does as soon
+        if share.rank > 0:  # one rank is enough for a few scenes
             return
         self.autoencoder.eval()
         if self.run.extend is None and self.run.refine is None:
@@ -164,13 +164,13 @@ class AutoencoderJob(Job):
         dtype = torch.bfloat16
         if self.run.refine is not None:
             metadata |= {REFINES: " ".join(checksums(Path(self.run.refine)))}
-            dtype = stored_dtype(self.run.refine)  # so that the encoder's numbers stay what they were
+            dtype = stored_dtype(self.run.refine)  # keeps the encoder's weights bit-identical
         save_model(run_dir / "autoencoder.safetensors", self.autoencoder, metadata, dtype)
         self.report(run_dir, "autoencoder", figures, reconstruction_grid(decoded, pictures))
 
     @torch.no_grad()
     def normalise_latents(self) -> None:
-        """Gives the latents of training scenes mean 0 and variance 1, and their channels the `SPECTRUM`."""
+        """Normalises latents to mean 0 and variance 1 on training scenes, with channel variances as `SPECTRUM` sets."""
         mean, _ = self.autoencoder.posterior(self._training_scenes(64)["image"])
         factors = mean.std(dim=(0, 2, 3)) ** (SPECTRUM - 1)
         rescale_latents(self.autoencoder, factors)
@@ -183,7 +183,7 @@ class AutoencoderJob(Job):
 
 
 def reconstruction_metrics(decoded: Tensor, pictures: Tensor) -> dict[str, Tensor]:
-    """Mean PSNR in dB of (B, C, H, W) in [-1, 1]; with four channels, the colours' and alpha's mean error in [0, 1]."""
+    """Mean PSNR of the colours in dB, of (B, C, H, W) in [-1, 1]; with alpha, also its mean error in [0, 1]."""
     metrics = {"psnr": psnr(decoded[:, :3], pictures[:, :3]).mean()}
     if pictures.shape[1] == 4:
         metrics["alpha_l1"] = (decoded[:, 3] - pictures[:, 3]).abs().mean() / 2
@@ -191,7 +191,7 @@ def reconstruction_metrics(decoded: Tensor, pictures: Tensor) -> dict[str, Tenso
 
 
 def reconstruction_grid(decoded: Tensor, pictures: Tensor, count: int = 8) -> Any:
-    """Pictures above, what became of them below; (2 H, count W, 3) uint8."""
+    """Inputs above their reconstructions; (2 H, count W, 3) uint8."""
     rows = []
     for row in (pictures[:count], decoded[:count]):
         shown = row if row.shape[1] == 3 else on_checkerboard(from_autoencoder(row))

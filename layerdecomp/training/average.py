@@ -1,6 +1,6 @@
-"""A running average of the trained tensors: what is validated, written and shipped in place of the last step's.
+"""An exponential moving average (EMA) of the trained tensors, which is validated and written in their place.
 
-Of trained tensors alone: Lightning's own averaging copies the whole module, frozen parts included.
+Lightning's own averaging would copy the whole module, including the frozen parts.
 """
 
 from collections.abc import Iterator
@@ -15,18 +15,17 @@ from layerdecomp.training.base import Job
 
 
 class RunningAverage(Callback):
-    """Exponential moving average over steps; its state is part of a checkpoint.
+    """The average over steps; its state is part of a checkpoint.
 
-    The decay rises to its value as min(decay, (1 + n) / (10 + n)) over steps n, so that the first weights are soon
-    forgotten.
+    The decay ramps up as min(decay, (1 + n) / (10 + n)) over steps n, so that the initial weights are soon forgotten.
     """
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
         self.tensors: dict[str, Tensor] = {}
-        self.steps = 0  # that were averaged
-        self._step = 0  # of the trainer, when it was last seen
-        self._trained: dict[str, Tensor] = {}  # kept while the averages stand in for them
+        self.steps = 0  # averaged so far
+        self._step = 0  # the trainer's step when last averaged
+        self._trained: dict[str, Tensor] = {}  # saved while the averages replace them
 
     def state_dict(self) -> dict[str, Any]:
         return {"tensors": self.tensors, "steps": self.steps}
@@ -42,7 +41,7 @@ class RunningAverage(Callback):
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, job: Job, *_: Any) -> None:  # type: ignore[override]
-        if trainer.global_step == self._step:  # a batch of several that make one step
+        if trainer.global_step == self._step:  # still accumulating
             return
         self._step = trainer.global_step
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
@@ -51,33 +50,33 @@ class RunningAverage(Callback):
             self.tensors[name].lerp_(parameter, 1 - decay)
 
     def on_validation_start(self, trainer: Trainer, job: Job) -> None:  # type: ignore[override]
-        self._put_in(job)
+        self._swap_in(job)
 
     def on_validation_end(self, trainer: Trainer, job: Job) -> None:  # type: ignore[override]
-        self._take_out(job)
+        self._swap_out(job)
 
     def on_exception(self, trainer: Trainer, job: Job, exception: BaseException) -> None:  # type: ignore[override]
-        self._take_out(job)
+        self._swap_out(job)
 
     @contextmanager
     def applied(self, job: Job) -> Iterator[None]:
-        """The averages stand in for the trained tensors."""
-        self._put_in(job)
+        """Replaces the trained tensors by their averages within the context."""
+        self._swap_in(job)
         try:
             yield
         finally:
-            self._take_out(job)
+            self._swap_out(job)
 
     @torch.no_grad()
-    def _put_in(self, job: Job) -> None:
-        if not self.tensors:  # before the first step, which is validated too
+    def _swap_in(self, job: Job) -> None:
+        if not self.tensors:  # the validation before the first step
             return
         for name, parameter in job.trained():
             self._trained[name] = parameter.detach().clone()
             parameter.copy_(self.tensors[name])
 
     @torch.no_grad()
-    def _take_out(self, job: Job) -> None:
+    def _swap_out(self, job: Job) -> None:
         for name, parameter in job.trained():
             if name in self._trained:
                 parameter.copy_(self._trained.pop(name))

@@ -1,4 +1,4 @@
-"""Adapting the frozen inpainting base to layer decomposition: LoRA, input projection and context fusion."""
+"""Adapts the frozen inpainting base to layer decomposition: LoRA, input projection and context fusion."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -30,23 +30,23 @@ ENCODED = ("image", "mask", "cues", "background", "foreground")
 
 
 class DecomposerJob(FlowJob):
-    """Mean squared error to the velocity of both layers, which share the time."""
+    """Flow matching on both layers, which share the time t: the mean of their velocity errors."""
 
     run: DecomposerJobConfig
 
     def __init__(self, config: DecomposerJobConfig) -> None:
         super().__init__(config)
-        # On a GPU the frozen parts are kept in the precision that they compute in; a CPU casts faster than it mixes.
+        # On a GPU, frozen weights are stored in the compute precision; on a CPU, casting float32 ones is faster.
         mixed = torch.cuda.is_available() and resolve_precision(config.train.precision) == "bf16-mixed"
         dtype = torch.bfloat16 if mixed else torch.float32
-        # What is to be shared out need not fit this device, nor be in memory once for each rank of a machine.
+        # A base to be sharded need not fit on this device: the ranks of a machine memory-map one copy of the file.
         device, mapped = ("cpu", True) if config.shard_base else (local_device(), False)
-        start = fitting_adapter(config)  # first: it is small, and the base may take minutes to read
+        start = fitting_adapter(config)  # checked first: the base may take minutes to load
         self.decomposer = build_decomposer(config, dtype, device, config.quantize, mapped)
         if start is not None:
             self.decomposer.load_adapter(start, str(config.adapter))
         self.sharded: ShardedBase | None = None
-        methods(None, config.evaluate)  # so that a row which cannot be drawn is an error now
+        methods(None, config.evaluate)  # raises now, not after training, if a row cannot be computed
         self.metrics = LayerMetrics(open_networks(config.evaluate.measure).measures)
         self.decomposer.transformer.recompute = config.recompute
         self.decomposer.transformer.recompute_attention = config.recompute_attention
@@ -55,7 +55,7 @@ class DecomposerJob(FlowJob):
         for autoencoder in (self.decomposer.autoencoder, self.decomposer.rgba_autoencoder):
             autoencoder.encode_at_once = config.pictures_at_once
 
-    def configure_model(self) -> None:  # Lightning calls it before every validation and training
+    def configure_model(self) -> None:  # called before every validation and training
         if self.run.shard_base and self.sharded is None:
             self.sharded = ShardedBase(self.decomposer.transformer, self.trainer.strategy.root_device)
 
@@ -88,7 +88,7 @@ class DecomposerJob(FlowJob):
         return {"loss": (losses["background"] + losses["foreground"]) / 2, **losses}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        # Before the first step LoRA adds zero, unless it goes on from another's: the row is that of the frozen base.
+        # Until the first step LoRA adds zero, unless training starts from an adapter: this is the frozen base's row.
         row = "adapted" if self.global_step or self.run.adapter else "base"
         models = Models(self.decomposer, self.decomposer.transformer)
         method = methods(models, replace(self.run.evaluate, rows=[row]))[row]
@@ -100,13 +100,13 @@ class DecomposerJob(FlowJob):
     def on_validation_epoch_end(self) -> None:
         self._keep_up()
         figures = {name: value for name, value in self.metrics.compute().items() if not torch.isnan(value)}
-        # every rank has the same figures already: `sync_dist` keeps Lightning from warning that they might not
+        # Every rank already has the same values; `sync_dist` only silences Lightning's warning.
         self.log_dict({f"validation/{name}": value for name, value in figures.items()}, sync_dist=True)
         self.metrics.reset()
 
     def sample_names(self, positions: Sequence[int]) -> list[str]:
         names = super().sample_names(positions)
-        self._keep_up()  # ranks look at different numbers of samples
+        self._keep_up()  # ranks may run different numbers of samples
         return names
 
     def _keep_up(self) -> None:
@@ -121,8 +121,8 @@ class DecomposerJob(FlowJob):
         if self.sharded is None:
             return super().what_fits()
         return (
-            "shard_base=true, where nothing can be tried unless every rank does: set recompute=1, or a smaller "
-            "train.batch_size and a larger train.accumulate"
+            "no settings were tried, since with shard_base=true every rank would have to: set recompute=1, or a "
+            "smaller train.batch_size and a larger train.accumulate"
         )
 
     def finish(self, run_dir: Path, share: Share) -> None:
@@ -134,7 +134,7 @@ class DecomposerJob(FlowJob):
         base = self.decomposer.frozen_base(self.run.weights.transformer)
         config = self.run.evaluate
         data = open_samples(self.run.data, "test", config.seed, config.samples)
-        # What is trained by its numbers: layers drawn in a run that was cut off here may be those of another step.
+        # The adapter by its content: layers left by an interrupted evaluation may come from another step.
         files = self.frozen_sha256() | {"adapter": self.decomposer.digest()}
         models = Models(self.decomposer, base, files, self.run.quantize)
         evaluation = compare(models, data, config, run_dir, device=self.device, share=share)
@@ -149,7 +149,7 @@ class DecomposerJob(FlowJob):
 
 
 def fitting_adapter(config: DecomposerJobConfig) -> Adapter | None:
-    """The adapter that a run goes on from, if any; `InputError` unless it has the run's frozen files and settings."""
+    """The adapter to continue training, if any; `InputError` unless it matches the run's frozen files and settings."""
     if config.adapter is None:
         return None
     adapter, described = describe_adapter(config.adapter, **config.weights.named())
@@ -163,7 +163,7 @@ def fitting_adapter(config: DecomposerJobConfig) -> Adapter | None:
 
 
 def _check_prompt(config: DecomposerJobConfig, adapter: Adapter) -> None:
-    """Raises `InputError` where one of both is told nothing but zeros; another prompt's checksum has been refused."""
+    """Raises `InputError` if only one of adapter and run has a prompt; differing checksums were refused before."""
     then: str | None = json.loads(adapter.metadata["weights"]).get("prompt")
     now = config.weights.prompt
     if (then is None) != (now is None):
@@ -174,7 +174,7 @@ def _check_prompt(config: DecomposerJobConfig, adapter: Adapter) -> None:
 
 
 def fixed_settings(config: DecomposerConfig) -> dict[str, Any]:
-    """What an adapter's tensors only make sense with, by key; which layers they belong to their names tell."""
+    """The settings that an adapter's tensors depend on, by key; their names identify the adapted layers."""
     lora = {"rank": config.lora.rank, "alpha": config.lora.scale * config.lora.rank}
     parts = {"lora": lora, "fusion": asdict(config.fusion), "conditioning": asdict(config.conditioning)}
     return {f"{part}.{key}": value for part, settings in parts.items() for key, value in settings.items()}

@@ -1,4 +1,4 @@
-"""What goes wrong while a run trains: steps that are left out, and errors said in words that help."""
+"""Failures during training: skipped steps, and errors turned into messages that say what to do."""
 
 import gc
 import logging
@@ -28,47 +28,47 @@ from layerdecomp.training.checkpoints import LAST, PREVIOUS, StoppedError
 from layerdecomp.training.late import Late
 
 logger = logging.getLogger(__name__)
-FAULTS_FROM = 1000  # samples on, the share of those that cannot be read is taken as it is
-Names = Callable[[Sequence[int]], list[str]]  # of the samples at some positions
+FAULTS_FROM = 1000  # the share of unreadable samples is taken of at least this many
+Names = Callable[[Sequence[int]], list[str]]  # positions -> names of their samples
 
 
 def poisoned(loss: Tensor) -> Tensor:
-    """A loss whose gradient is NaN where it is not finite itself: then all ranks see it in the gradient they share."""
+    """The loss, with a NaN gradient if it is not finite itself: all ranks then see that in the reduced gradient."""
     return loss * torch.where(torch.isfinite(loss), 1.0, math.nan)
 
 
 class StepGuard:
-    """Leaves out steps whose gradient is not finite, names their samples, and stops after `limit` in a row."""
+    """Skips steps whose gradient is not finite, logs their samples, and stops the run after `limit` in a row."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.skipped = self.in_a_row = 0
-        self._seen: list[tuple[Sequence[int], Tensor]] = []  # positions and loss of the batches of a step
+        self._seen: list[tuple[Sequence[int], Tensor]] = []  # positions and loss of each batch of the step
         self._waiting: tuple[list[tuple[Sequence[int], Tensor]], int, Late] | None = None
 
     def note(self, positions: Sequence[int], loss: Tensor) -> None:
-        """Remembers a batch of the step that is being made."""
+        """Records a batch of the current step."""
         self._seen.append((positions, loss.detach()))
 
     def judge(self, norm: Tensor, step: int, names: Names) -> bool:
-        """Whether a gradient of this norm, the same on every rank, may be used.
+        """Whether a gradient of this norm, which is the same on every rank, may be used.
 
         Raises:
-            RunError: it is one too many in a row that may not.
+            RunError: too many in a row may not.
         """
         self.judge_later(norm, step, names)
         return self.settle(names)
 
     def judge_later(self, norm: Tensor, step: int, names: Names) -> None:
-        """Judges the step before, and this one when the next comes: by then, its norm is known without waiting.
+        """Judges the previous step; this one is judged with the next, when its norm has reached the host.
 
-        For an optimizer that leaves a step out by itself. Raises as `judge` does.
+        For an optimizer that skips steps by itself. Raises as `judge` does.
         """
         self.settle(names)
         self._waiting, self._seen = (self._seen, step, Late(norm[None])), []
 
     def settle(self, names: Names) -> bool:
-        """Judges the step that waits to be judged, if there is one; as `judge`."""
+        """Judges the pending step, if there is one; returns and raises as `judge` does."""
         if self._waiting is None:
             return self.in_a_row == 0
         (seen, step, norm), self._waiting = self._waiting, None
@@ -79,25 +79,25 @@ class StepGuard:
         culprits = [positions for positions, loss in seen if not math.isfinite(loss.item())]
         found = names([position for part in culprits or [part for part, _ in seen] for position in part])
         what = "loss" if culprits else "gradient"
-        logger.warning("step %d is left out: its %s is not finite; samples: %s", step, what, "; ".join(found))
+        logger.warning("step %d is skipped: its %s is not finite; samples: %s", step, what, "; ".join(found))
         if self.in_a_row >= self.limit:
             raise RunError(
-                f"{self.in_a_row} steps in a row, up to step {step}, had a loss or gradient that is not finite; what "
-                "is trained is as it was before them. Lower optim.lr or try train.precision=32-true, and go on from "
-                "the checkpoint with resume=FILE"
+                f"{self.in_a_row} steps in a row, up to step {step}, had a loss or gradient that is not finite; they "
+                "changed no trained tensor. Lower optim.lr or try train.precision=32-true, and resume from the "
+                "checkpoint with resume=FILE"
             )
         return False
 
 
 class FaultCount:
-    """Counts the training samples of this process whose files cannot be read, and stops above a `share` of all."""
+    """Counts the unreadable training samples of this process, and stops the run above a `share` of all."""
 
     def __init__(self, share: float) -> None:
         self.share = share
         self.seen = self.faulty = 0
 
     def note(self, faults: Sequence[Sequence[str]]) -> None:
-        """Takes what is known of the samples of a batch; `RunError` if too many have a fault."""
+        """Counts the samples of a batch by their faults; raises `RunError` if too many have one."""
         self.seen += len(faults)
         for found in faults:
             self.faulty += bool(found)
@@ -111,9 +111,9 @@ class FaultCount:
 
 
 def command_to_continue(config: RunConfig) -> str:
-    """The command that was given, with `resume=auto` in place of what would start anew, or again from a checkpoint.
+    """The given command, with `resume=auto` in place of a `resume=` that would discard what the run has saved.
 
-    Where the run has saved nothing yet, that checkpoint is still the one to go on from.
+    If nothing has been saved yet, resume=FILE stays: that checkpoint is still the one to resume from.
     """
     saved = any((Path(config.run_dir) / name).is_file() for name in (LAST, PREVIOUS))
     if config.resume == "auto" or (config.resume != "never" and not saved):
@@ -122,7 +122,7 @@ def command_to_continue(config: RunConfig) -> str:
 
 
 def _python() -> str:
-    """What this interpreter is called where the command was given: "make" uses one that is on no path."""
+    """The interpreter as the user would type it; `make` uses one that is not on PATH."""
     if shutil.which("python") == sys.executable:
         return "python"
     interpreter = Path(sys.executable)
@@ -131,12 +131,12 @@ def _python() -> str:
 
 @contextmanager
 def explained(trainer: Trainer, config: RunConfig, what_fits: Callable[[], str]) -> Iterator[None]:
-    """Turns what ends a run, and is no bug, into one message that names the rank and says how to go on.
+    """Turns an error that is not a bug into one message that names the rank and says how to resume.
 
-    A run that was told to stop exits with 128 and the number of the signal, as a shell would say.
+    A run that was stopped by a signal exits with 128 + its number, as in a shell.
 
     Args:
-        what_fits: says which settings need less memory, once what the failed step held has been freed.
+        what_fits: returns settings that need less memory; called once the memory of the failed step is free.
     """
     rank = f"rank {trainer.global_rank}: " if trainer.world_size > 1 else ""
     try:
@@ -146,11 +146,11 @@ def explained(trainer: Trainer, config: RunConfig, what_fits: Callable[[], str])
     except SystemExit as ended:
         if not isinstance(ended.__context__, KeyboardInterrupt):
             raise
-        if trainer.is_global_zero:  # Lightning says nothing of it
+        if trainer.is_global_zero:  # Lightning prints nothing
             print(f"\ninterrupted{_kept(config)}", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
     except InputError as error:
-        raise InputError(rank + _of_worker(str(error))) from error
+        raise InputError(rank + _without_traceback(str(error))) from error
     except RunError as error:
         raise RunError(rank + str(error) + _kept(config)) from error
     except torch.OutOfMemoryError as error:
@@ -161,8 +161,7 @@ def explained(trainer: Trainer, config: RunConfig, what_fits: Callable[[], str])
         raise RunError(f"{rank}a file could not be read or written ({error}){_kept(config)}") from error
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
-            why = "often it is memory: fewer data.workers need less"
-            died = f"a process that makes samples died ({_first_line(error)}); {why}"
+            died = f"a data worker died ({_first_line(error)}), often for lack of memory; try fewer data.workers"
             raise RunError(rank + died + _kept(config)) from error
         if fault := _dead_rank(trainer, error):
             raise RunError(rank + fault + _kept(config)) from error
@@ -170,22 +169,22 @@ def explained(trainer: Trainer, config: RunConfig, what_fits: Callable[[], str])
 
 
 def _kept(config: RunConfig) -> str:
-    """The end of an error's message; asked for when the run has ended, since what was saved by then counts."""
-    return f"; {config.run_dir} keeps what was saved, and this command goes on:\n  {command_to_continue(config)}"
+    """The end of an error message; made when the run has ended, since it depends on what was saved."""
+    return f"; {config.run_dir} keeps what was saved; resume with\n  {command_to_continue(config)}"
 
 
 def _leave(trainer: Trainer, stopped: StoppedError, command: str) -> None:
     if not trainer.is_global_zero:
-        sys.exit(0)  # the first rank speaks for all
-    print(f"\n{stopped}; go on with\n  {command}", file=sys.stderr, flush=True)
+        sys.exit(0)  # rank 0 reports for all
+    print(f"\n{stopped}; resume with\n  {command}", file=sys.stderr, flush=True)
     if stopped.alone and trainer.strategy.launcher is not None:
         trainer.strategy.launcher.kill(signal.SIGKILL)  # the others wait for this one
-        os._exit(128 + stopped.reason)  # before Lightning finds them dead, and kills this one too
+        os._exit(128 + stopped.reason)  # before Lightning notices and kills this one too
     sys.exit(128 + stopped.reason)
 
 
-def _of_worker(message: str) -> str:
-    """The message of an error, without the traceback that a data worker's comes in."""
+def _without_traceback(message: str) -> str:
+    """An error's message without the traceback that PyTorch adds to it in a data worker."""
     return message.rpartition("InputError: ")[2].strip() if "Original Traceback" in message else message
 
 
@@ -194,7 +193,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _free(error: BaseException) -> None:
-    """Gives up what the frames of an error hold."""
+    """Frees the memory held by the frames of an error."""
     seen: BaseException | None = error
     while seen is not None:
         traceback.clear_frames(seen.__traceback__)
@@ -205,24 +204,24 @@ def _free(error: BaseException) -> None:
 
 
 def _dead_rank(trainer: Trainer, error: RuntimeError) -> str | None:
-    """What became of another rank, if that is what an error is about."""
+    """What happened to another rank, if the error is a lost connection to it."""
     lost = re.search("connection|socket|peer|gloo|nccl|Broken pipe", str(error), re.IGNORECASE)
     if trainer.world_size == 1 or not lost:
         return None
     children: list[subprocess.Popen[Any]] = getattr(trainer.strategy.launcher, "procs", [])
-    for _ in range(40):  # a process may close its connections some time before it is gone
+    for _ in range(40):  # a process may close its connections before it exits
         for number, child in enumerate(children, 1):
             if (status := child.poll()) is not None:
                 ended = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-                return f"rank {trainer.node_rank * trainer.num_devices + number} {ended}; what it said stands above"
+                return f"rank {trainer.node_rank * trainer.num_devices + number} {ended}; see its output above"
         if not children:
             break
         time.sleep(0.25)
-    return f"the connection to another rank is lost ({_first_line(error)})"
+    return f"the connection to another rank was lost ({_first_line(error)})"
 
 
 def end_with_parent(rank: int) -> None:
-    """Ends this process when the one that started it is gone, where it would wait for others for ever."""
+    """Exits when the parent process is gone; otherwise this one would wait for the other ranks forever."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -237,27 +236,27 @@ def end_with_parent(rank: int) -> None:
 def fitting_settings(
     loss: Callable[[int], Tensor], parameters: Sequence[Tensor], batch_size: int, batches: int, otherwise: str
 ) -> str:
-    """Which settings leave a step its samples and fit the device: found by trying.
+    """Finds, by trying, settings that fit on the device and keep the number of samples per step.
 
     Args:
-        loss: of a batch of so many samples.
-        parameters: what is trained, on the device.
-        batch_size: what did not fit.
-        batches: of a process in a step.
-        otherwise: what to set where not even one sample fits.
+        loss: computes the loss of a batch of a given size.
+        parameters: the trained ones, on the device.
+        batch_size: the size that did not fit.
+        batches: batches per step and process.
+        otherwise: what to change if not even one sample fits.
     """
-    # The averages of the optimizer, and the buckets that ranks share gradients in, stay beside a step.
-    beside = [torch.empty_like(parameter) for parameter in parameters for _ in range(3)]
+    # During a step, the optimizer's two averages and DDP's gradient buckets are in memory too.
+    reserved = [torch.empty_like(parameter) for parameter in parameters for _ in range(3)]
     size = batch_size // 2
     while size:
         if batch_size % size == 0 and _fits(loss, parameters, size):
-            del beside
+            del reserved
             accumulate = batches * batch_size // size
-            return f"tried: train.batch_size={size} train.accumulate={accumulate} fits, with the same samples in a step"
+            return f"tried: train.batch_size={size} train.accumulate={accumulate} fits, with the same samples per step"
         size //= 2
     return (
-        f"tried: not even train.batch_size=1 fits beside what is kept ({_gibibytes(beside)} of optimizer); "
-        f"{otherwise}, or take a device with more memory"
+        f"tried: not even train.batch_size=1 fits beside {_gibibytes(reserved)} of optimizer state and buckets; "
+        f"{otherwise}, or use a device with more memory"
     )
 
 

@@ -1,4 +1,4 @@
-"""What the two jobs that train by flow matching share: latents, perhaps from a cache, with noise."""
+"""The base class of the two flow-matching jobs: latents, optionally cached, and the noise added to them."""
 
 import inspect
 from abc import abstractmethod
@@ -17,7 +17,7 @@ from layerdecomp.training.base import Job, resolve_precision
 
 
 class FlowJob(Job):
-    """Frozen autoencoders encode every sample, once if `latent_cache` names a folder; then a transformer learns."""
+    """Trains a transformer on latents from frozen autoencoders; with `latent_cache`, each sample is encoded once."""
 
     run: FlowJobConfig
 
@@ -27,21 +27,21 @@ class FlowJob(Job):
 
     @abstractmethod
     def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """All that the loss needs of a batch of samples, one row each, as the frozen parts make it."""
+        """Everything that the loss needs from a batch, one row per sample, as computed by the frozen parts."""
 
     @abstractmethod
     def flow_losses(self, latents: dict[str, Tensor], positions: Sequence[int]) -> dict[str, Tensor]:
-        """The losses, as `loss` gives them.
+        """The losses, as returned by `loss`.
 
         Args:
-            latents: from `encode`.
-            positions: of the samples in the whole of training.
+            latents: the output of `encode`.
+            positions: positions of the samples in the whole training run.
         """
 
     @property
     @abstractmethod
     def encoding(self) -> dict[str, Any]:
-        """What `encode` depends on beside the samples, as JSON would have it."""
+        """What the output of `encode` depends on besides the samples, as JSON-compatible values."""
 
     @property
     def less_memory(self) -> str:
@@ -49,18 +49,18 @@ class FlowJob(Job):
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         latents = batch
-        if "image" in batch:  # else the latents of a batch, from the cache
+        if "image" in batch:  # else it holds latents from the cache
             latents = self.encode(batch)
-            if self.cache is not None and not any(batch.get("faults", [])):  # a replaced sample may come back
+            if self.cache is not None and not any(batch.get("faults", [])):  # a faulty sample may be readable later
                 latents = self.cache.add(batch["index"], latents)
         return self.flow_losses(latents, batch["position"])
 
     def noisy(self, z: Tensor, tokens: int, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Draws times and noise for packed latents z (B, S, 64), each a pure function of the seed and the position.
+        """Adds noise to packed latents z (B, S, 64) at random times: a pure function of the seed and the positions.
 
         Args:
-            tokens: of one layer, which the shift of times goes by.
-            positions: of the samples in the whole of training.
+            tokens: tokens of one layer, which determine the timestep shift.
+            positions: positions of the samples in the whole training run.
 
         Returns:
             noisy latents (B, S, 64), times (B,) and the velocities to predict (B, S, 64).
@@ -71,16 +71,16 @@ class FlowJob(Job):
         return interpolate(z, noise, t), t, velocity_target(z, noise)
 
     def _description(self) -> dict[str, Any]:
-        """What the latents of a sample depend on, but for the package's code that makes and encodes it."""
+        """What a sample's latents depend on, apart from the package's code that makes and encodes it."""
         run, sample = self.run, self.run.sample
         described = {
             **{"job": run.job, "seed": run.seed, "code": inspect.getsource(type(self).encode), **self.encoding},
             **{"precision": resolve_precision(run.train.precision), "tiles": [sample.tile, sample.tile_overlap]},
         }
         data = asdict(run.data)
-        if run.data.source == "scenes":  # functions of the seed and the index alone
+        if run.data.source == "scenes":  # a function of the seed and index alone
             return {**described, "scenes": data["scenes"]}
-        names = ("source", "samples", "scenes", "triplets")  # a step is of one size, which the samples go by
+        names = ("source", "samples", "scenes", "triplets")  # all samples of a step share one size
         indexes = {path: file_sha256(Index(path).path) for path in run.data.triplets.indexes}
         described |= {"step": run.train.global_batch, "indexes": indexes}
         return {**described, **{name: data[name] for name in names}}

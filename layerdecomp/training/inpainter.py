@@ -1,4 +1,4 @@
-"""Pre-training a small inpainting base from nothing: what FLUX.1-Fill-dev is to the full-size track."""
+"""Pre-trains a small inpainting base from scratch: the tiny track's counterpart of FLUX.1-Fill-dev."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -48,24 +48,24 @@ class InpainterJob(FlowJob):
     @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         image, hole = batch["image"], self.holes(batch)
-        z, told = self.autoencoder.encode(torch.cat([image, masked_images(image, hole)[0]])).float().chunk(2)
-        return {"z": z, "told": told, "hole": hole.bool()}
+        z, masked = self.autoencoder.encode(torch.cat([image, masked_images(image, hole)[0]])).float().chunk(2)
+        return {"z": z, "masked": masked, "hole": hole.bool()}
 
     def flow_losses(self, latents: dict[str, Tensor], positions: Sequence[int]) -> dict[str, Tensor]:
         z, hole = pack(latents["z"]), latents["hole"].float()
-        told = Context(context(latents["told"], hole, self.run.conditioning.mask), token_ids(hole, 0))
+        cond = Context(context(latents["masked"], hole, self.run.conditioning.mask), token_ids(hole, 0))
         x, t, target = self.noisy(z, z.shape[1], positions)
-        velocity = predict_velocity(self.transformer, self.prompt, x, told, t, guidance=1.0)
+        velocity = predict_velocity(self.transformer, self.prompt, x, cond, t, guidance=1.0)
         return {"loss": flow_loss(velocity, target)}
 
     @staticmethod
     def holes(batch: dict[str, Any]) -> Tensor:
-        """The masks (B, 1, H, W) of a batch, some inverted: a decomposer's foreground is outpainted from little."""
+        """The masks (B, 1, H, W) of a batch, some inverted: a decomposer outpaints foregrounds from small regions."""
         masks: Tensor = batch["inpaint_mask"]
         return torch.where(every_fourth(batch["index"], masks), 1 - masks, masks)
 
     def fill(self, batch: dict[str, Any]) -> Tensor:
-        """The pictures of a batch with their holes filled, (B, 3, H, W)."""
+        """The images of a batch with their holes filled, (B, 3, H, W)."""
         image, mask = batch["image"], batch["inpaint_mask"]
         noise = latent_noise(self.autoencoder, image, self.run.evaluate.seed, batch["index"], layers=1)[:, 0]
         parts = (self.transformer, self.autoencoder, self.prompt)
@@ -81,7 +81,7 @@ class InpainterJob(FlowJob):
             self.show("validation/inpainting", inpainting_grid(filled, batch))
 
     def finish(self, run_dir: Path, share: Share) -> None:
-        if share.rank > 0:  # a few scenes, which one rank does as soon
+        if share.rank > 0:  # one rank is enough for a few scenes
             return
         self.transformer.eval()
         save_model(run_dir / "transformer.safetensors", self.transformer, self.provenance({}))
@@ -93,7 +93,7 @@ class InpainterJob(FlowJob):
 
 
 def split(batch: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
-    """A batch in parts of at most `size` samples."""
+    """Splits a batch into parts of at most `size` samples."""
     count = len(batch["index"])
     for start in range(0, count, size):
         yield {name: values[start : start + size] for name, values in batch.items()}
@@ -111,7 +111,7 @@ def hole_metrics(filled: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def inpainting_grid(filled: Tensor, batch: dict[str, Any], count: int = 8) -> Any:
-    """Pictures with holes, filled, and as they were; (3 H, count W, 3) uint8."""
+    """Images with holes, filled, and original; (3 H, count W, 3) uint8."""
     image, mask = batch["image"][:count], batch["inpaint_mask"][:count]
     rows = [torch.cat(list(row), dim=-1) for row in (image * (1 - mask), filled[:count].float(), image)]
     return to_pixels(torch.cat(rows, dim=-2))

@@ -1,6 +1,6 @@
-"""Numbers that a step computes and the host reads a step later, when they have long arrived.
+"""Values that a step computes and the host reads one step later, without a synchronisation.
 
-`tensor.item()` waits until the device has done all that it was told, and leaves it with nothing to do meanwhile.
+`tensor.item()` blocks until the device has finished all queued work, after which it idles until the host queues more.
 """
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Late:
-    """A vector on its way to the host."""
+    """A vector that is copied to the host asynchronously."""
 
     def __init__(self, numbers: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
@@ -20,17 +20,17 @@ class Late:
             self._event.record()
 
     def read(self) -> list[float]:
-        """The numbers; waits for no more than what computes them."""
+        """The values; waits only for the work that computes them."""
         if self._event is not None:
             self._event.synchronize()
         return self._numbers.tolist()
 
 
 def summed(numbers: Tensor) -> Tensor:
-    """The sum of a vector over all ranks, in place; in a process alone, the vector as it is.
+    """All-reduces a vector in place (sum over ranks); a single process returns it unchanged.
 
-    Lightning's `strategy.reduce` begins with a barrier, for which the host waits until the device has done all that it
-    was told.
+    Lightning's `strategy.reduce` starts with a barrier, which blocks the host until the device has finished all queued
+    work.
     """
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(numbers)
@@ -38,5 +38,5 @@ def summed(numbers: Tensor) -> Tensor:
 
 
 def to_device(numbers: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor, brought to a device without waiting for what that still does."""
+    """Copies a CPU tensor to a device without waiting for the work queued there."""
     return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Muon: steps of hidden matrices and convolutions in orthogonal directions; everything else by Adam."""
+"""Muon: orthogonalised steps for hidden matrices and convolutions, Adam for everything else."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -10,21 +10,20 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-STACKED = 1 << 24  # numbers of matrices of one shape that are made orthogonal at once
+STACKED = 1 << 24  # elements of equally shaped matrices that are orthogonalised at once
 
 
 class Muon(Optimizer):
-    """Momentum, made orthogonal before every step of a matrix (Jordan 2024, kellerjordan.github.io/posts/muon).
+    """Momentum that is orthogonalised before every step of a matrix (Jordan 2024, kellerjordan.github.io/posts/muon).
 
-    All directions of a matrix learn at the same speed. `torch.optim.Muon` computes in bf16 alone, which a CPU without
-    instructions for it does very slowly, and takes nothing but matrices; this one computes in the parameters' own
-    precision.
+    All directions of a matrix thus learn at the same speed. `torch.optim.Muon` computes only in bf16, which is very
+    slow on CPUs without bf16 instructions, and accepts only matrices; this one computes in the parameters' precision.
 
     Args:
-        matrices: parameters (rows, columns), or those of convolutions (out, in, height, width), which count as
-            matrices of `out` rows. Their steps are scaled to the size of Adam's (Liu et al. 2025, arXiv 2502.16982),
-            so that one learning rate serves all.
-        others: vectors, embeddings, and the first and last layer, for Adam with `betas`.
+        matrices: parameters (rows, columns), or convolution weights (out, in, height, width), treated as matrices of
+            `out` rows. Their steps are scaled to the size of Adam's (Liu et al. 2025, arXiv 2502.16982), so that one
+            learning rate suits all parameters.
+        others: vectors, embeddings, and the first and last layers, updated by Adam with `betas`.
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; calls `closure`, which computes the gradients, first."""
+        """Takes one step, after calling `closure` to compute the gradients."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -58,18 +57,18 @@ class Muon(Optimizer):
         return loss
 
     def _state(self, parameter: Tensor, *averages: str) -> dict[str, Any]:
-        """What is kept of a parameter; the averages start at zero."""
+        """The state of a parameter; averages are initialised to zero."""
         state: dict[str, Any] = self.state[parameter]
         if not state:
             state |= {name: torch.zeros_like(parameter) for name in averages}
         return state
 
     def _orthogonal_step(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
-        """Steps matrices of one shape, whose many small products become a few large ones."""
+        """Updates matrices of one shape together, with a few large products in place of many small ones."""
         gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
         averages = [self._state(matrix, "average")["average"] for matrix in matrices]
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov's look ahead
+        ahead = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov momentum
         directions = orthogonalized(torch.stack([direction.flatten(1) for direction in ahead]))
         size = 0.2 * math.sqrt(max(directions.shape[1:]))
         shaped = [direction.view(matrices[0].shape) for direction in directions]
@@ -86,24 +85,24 @@ class Muon(Optimizer):
 
 
 def is_hidden(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter is a matrix inside a block, or a convolution's between the first and the last one."""
+    """Whether a parameter is a matrix inside a block, or a convolution other than the first and the last."""
     if parameter.dim() == 4:
         return ".conv_in." not in name and ".conv_out." not in name
     return parameter.dim() == 2 and "blocks." in name
 
 
 def _stacks(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Lists of matrices of one shape, each of which has at most `STACKED` numbers or one matrix."""
+    """Lists of equally shaped matrices, each with at most `STACKED` elements, or a single matrix."""
     for shape, group in groupby(sorted(matrices, key=lambda matrix: matrix.shape), key=lambda matrix: matrix.shape):
         alike, count = list(group), max(1, STACKED // shape.numel())
         yield from (alike[i : i + count] for i in range(0, len(alike), count))
 
 
 def orthogonalized(matrix: Tensor, steps: int = 5) -> Tensor:
-    """A matrix (..., rows, columns) with the singular vectors of the given one and all singular values near 1.
+    """The matrix (..., rows, columns) with the same singular vectors, and all singular values near 1.
 
-    A quintic Newton-Schulz iteration with Jordan's coefficients: values end between about 0.7 and 1.2. Every step
-    multiplies by a polynomial of x x^T, so that all but the first and the last product are of the smaller side only.
+    A quintic Newton-Schulz iteration with Jordan's coefficients: the values end between about 0.7 and 1.2. Every step
+    multiplies by a polynomial of x x^T, so that all products but the first and last involve only the smaller side.
     """
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.mT if tall else matrix

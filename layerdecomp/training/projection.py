@@ -1,4 +1,4 @@
-"""The best linear autoencoder, which a small one is drawn to while it trains."""
+"""The best linear autoencoder, used as a regularisation target when a small autoencoder is trained."""
 
 from typing import Self
 
@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-# The deviations of a transformer's latents, as a power of those that the channels have in pixels. With 1, errors in the
-# many faint channels hardly show, but so do the channels themselves: noise hides them long before the rest. With 0, all
-# are alike, and the few that make the picture no longer count more than the others.
+# Standard deviations of the latent channels, as a power of those that they have in pixel space. At 1, errors in many
+# faint channels are hardly visible, but neither are the channels: noise hides them long before the others. At 0, all
+# are equal, and the few channels that carry the image no longer count more than the others.
 SPECTRUM = 0.5
 
 
 class BlockProjection(nn.Module):
-    """Principal components of square blocks of pixels: no linear map keeps more of a picture in as many channels."""
+    """Principal components of square pixel blocks: no linear map to as many channels keeps more of an image."""
 
     weight: Tensor  # (z_channels, C, factor, factor), orthogonal rows
     bias: Tensor  # (z_channels,)
@@ -26,7 +26,7 @@ class BlockProjection(nn.Module):
 
     @classmethod
     def fit(cls, pictures: Tensor, channels: int, factor: int) -> Self:
-        """The projection of pictures (B, C, H, W) that keeps most of them, with mean 0 and mean variance 1."""
+        """Fits the projection to images (B, C, H, W); their latents have mean 0 and mean variance 1."""
         blocks = _blocks(pictures, factor)
         variances, basis = _principal_components(blocks)
         basis = basis[:channels] / variances[:channels].mean().sqrt()
@@ -35,10 +35,10 @@ class BlockProjection(nn.Module):
 
     @classmethod
     def fit_alpha(cls, pictures: Tensor, latents: Tensor) -> Self:
-        """A projection of pictures with alpha in which opaque ones have the latents that their colours have alone.
+        """Fits a projection of RGBA images that gives opaque ones the latents of their colours alone.
 
-        The faintest channels give up their colours to the principal components of alpha: as many of them as lose the
-        fewest squares. There, opaque blocks are at the mean of the colours that were.
+        The faintest channels hold principal components of alpha in place of colour; their number minimises the squared
+        error. In these channels, opaque blocks have the mean of the latents that were replaced.
 
         Args:
             pictures: (B, 4, H, W) in autoencoder space, alpha 1 = opaque.
@@ -52,11 +52,11 @@ class BlockProjection(nn.Module):
         weight, bias = fitted[:, :-1], fitted[:, -1].clone()
 
         deviations = z.std(dim=0)
-        kept = (deviations / weight.norm(dim=1)).square()  # squares of the pixels, in each channel
+        kept = (deviations / weight.norm(dim=1)).square()  # squared pixel values captured by each channel
         variances, basis = _principal_components(transparency)
         faintest = kept.argsort()
         lost = [kept[faintest[:n]].sum() + variances[n:].sum() for n in range(len(kept))]
-        count = int(torch.stack(lost).argmin())  # of the channels that alpha gets
+        count = int(torch.stack(lost).argmin())  # of channels given to alpha
         given, colourful = faintest[:count], faintest[count:]
         scale = (deviations / kept ** (SPECTRUM / 2))[colourful].mean()
 
@@ -67,12 +67,12 @@ class BlockProjection(nn.Module):
         return cls(rearrange(weight, "z (c p q) -> z c p q", p=factor, q=factor).float(), bias.float())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Latents (B, z_channels, H/factor, W/factor) of pictures x (B, C, H, W)."""
+        """Latents (B, z_channels, H/factor, W/factor) of images x (B, C, H, W)."""
         return F.conv2d(x, self.weight, self.bias, stride=self.weight.shape[-1])
 
     def error(self, latents: Tensor, pictures: Tensor) -> Tensor:
-        """The squared error per pixel and channel that latents make by not being the projection's: a scalar."""
-        gain = self.weight.square().sum(dim=(1, 2, 3)).view(-1, 1, 1)  # of the squares, from pixels to latents
+        """The squared error per pixel and channel due to the latents' distance from the projection's: a scalar."""
+        gain = self.weight.square().sum(dim=(1, 2, 3)).view(-1, 1, 1)  # from squared pixels to squared latents
         squares = (latents.float() - self(pictures.float())).square() / gain
         return squares.mean() * len(self.weight) / self.weight[0].numel()
 
@@ -83,6 +83,6 @@ def _blocks(pictures: Tensor, factor: int) -> Tensor:
 
 
 def _principal_components(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Variances (N,), the largest first, and their orthonormal directions (N, N), of rows (R, N)."""
+    """Variances (N,), largest first, and orthonormal directions (N, N) of rows (R, N)."""
     variances, vectors = torch.linalg.eigh(torch.cov(rows.T, correction=0))  # ascending
     return variances.flip(0).clamp_min(0), vectors.flip(1).T

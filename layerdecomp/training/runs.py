@@ -1,4 +1,4 @@
-"""A run's directory, whether it continues an earlier one, and the trainer that drives it."""
+"""Runs: their directory, resuming, and the Lightning trainer."""
 
 import logging
 import warnings
@@ -57,19 +57,19 @@ def build_job(config: RunConfig) -> Job:
 
 
 def train(config: RunConfig) -> None:
-    """Trains, or goes on training, and writes weights, metrics and pictures into the run's directory.
+    """Trains or resumes a run, and writes weights, metrics and images into its directory.
 
     Raises:
         InputError: the config, or a file that it names, cannot be used.
-        RunError: a full disk, a dead process, memory, a loss that is not finite; what was saved is kept.
-        SystemExit: a signal told it to stop; it has said how to go on.
+        RunError: a full disk, a dead process, too little memory, a non-finite loss; saved checkpoints are kept.
+        SystemExit: a signal stopped the run, which has printed how to resume.
     """
     if config.train.dry_run:
         print(dry_run(config))
         return
     run_dir = Path(config.run_dir)
     quiet_lightning()
-    job = build_job(config)  # all this first, so that a missing file or device leaves no directory behind
+    job = build_job(config)  # before open_run, so that a missing file or device leaves no directory behind
     data = SampleData(
         config.data,
         seed=config.seed,
@@ -82,27 +82,27 @@ def train(config: RunConfig) -> None:
     trainer = build_trainer(config, run_dir, job)
     checkpoint = open_run(run_dir, config)
     if checkpoint is not None and trainer.is_global_zero:
-        print(f"going on from {checkpoint}; a finished run is only evaluated again (resume=never starts anew)")
+        print(f"resuming from {checkpoint}; a finished run is only evaluated again (resume=never starts over)")
     if trainer.local_rank > 0:
         end_with_parent(trainer.global_rank)
     with explained(trainer, config, job.what_fits):
         if checkpoint is None:
-            trainer.validate(job, data, verbose=False)  # where training starts from
+            trainer.validate(job, data, verbose=False)  # metrics before training
         trainer.fit(job, data, ckpt_path=checkpoint, weights_only=True)
         with averaged(trainer, job):
             job.finish(run_dir, Share.join() if trainer.world_size > 1 else Share())
 
 
 def averaged(trainer: Trainer, job: Job) -> AbstractContextManager[None]:
-    """The running average stands in for what was trained, if there is one."""
+    """Replaces the trained tensors by their running average within the context, if there is one."""
     averages = [callback for callback in trainer.callbacks if isinstance(callback, RunningAverage)]  # type: ignore[attr-defined]
     return averages[0].applied(job) if averages else nullcontext()
 
 
 def open_run(run_dir: Path, config: RunConfig) -> Path | None:
-    """Makes the run's directory and says which checkpoint to go on from.
+    """Creates the run's directory and returns the checkpoint to resume from.
 
-    An earlier run's directory is kept under another name, unless this run goes on from a checkpoint in it.
+    An earlier run's directory is kept under another name, unless this run resumes from a checkpoint in it.
 
     Raises:
         InputError: as `find_checkpoint`, or the directory cannot be written.
@@ -115,13 +115,13 @@ def open_run(run_dir: Path, config: RunConfig) -> Path | None:
 
 
 def find_checkpoint(run_dir: Path, config: RunConfig) -> Path | None:
-    """The checkpoint to go on from.
+    """The checkpoint to resume from.
 
-    With `resume=auto`, the last sound one of an earlier run of the same config; with `never`, none; else the given
+    With `resume=auto`, the last readable one of an earlier run of the same config; with `never`, none; else the given
     file.
 
     Raises:
-        InputError: the directory holds a run of another config, or none of its checkpoints, or the given file, can be
+        InputError: the directory holds a run of another config, or neither its checkpoints nor the given file can be
             read.
     """
     if config.resume == "never":
@@ -139,7 +139,7 @@ def _given_checkpoint(name: str) -> Path:
     if not checkpoint.is_file():
         raise InputError(f"resume={checkpoint}: no such checkpoint; expected auto, never or an existing file")
     read_checkpoint(checkpoint, device="meta")
-    return checkpoint.resolve()  # a link may be renamed with its folder, which leaves the file itself where it is
+    return checkpoint.resolve()  # so that it stays valid if a folder with a link to it is renamed
 
 
 def _check_unchanged(checkpoint: Path, changed: Mapping[str, str]) -> None:
@@ -147,14 +147,14 @@ def _check_unchanged(checkpoint: Path, changed: Mapping[str, str]) -> None:
         listed = "; ".join(f"{key}: {values}" for key, values in [*changed.items()][:5])
         raise InputError(
             f"{checkpoint.parent} holds a run with other settings ({listed}); choose another name=, or "
-            f"resume={checkpoint} to go on from there with the settings of now, or resume=never to start anew and "
-            "keep the old one aside"
+            f"resume={checkpoint} to continue from there with the new settings, or resume=never to start over and "
+            "move the old run aside"
         )
 
 
 @rank_zero_only
 def _make_room(run_dir: Path, checkpoint: Path | None) -> None:
-    """Puts an earlier run's directory aside, or only its later checkpoints, if the one to go on from is in there."""
+    """Moves an earlier run's directory aside, or only its later checkpoints if the one to resume from is in it."""
     if checkpoint is not None and run_dir.resolve() in checkpoint.parents:
         _abandon_later(run_dir.resolve(), checkpoint)
     elif run_dir.exists():
@@ -162,7 +162,7 @@ def _make_room(run_dir: Path, checkpoint: Path | None) -> None:
 
 
 def _abandon_later(run_dir: Path, checkpoint: Path) -> None:
-    """Keeps the run's later checkpoints from being taken for those of the branch that starts at an earlier one."""
+    """Renames checkpoints later than the given one, so that they are not taken for those of the resumed run."""
     last, previous = run_dir / LAST, run_dir / PREVIOUS
     for later in {last: (), previous: (last,)}.get(checkpoint, (last, previous)):
         if later.is_file():
@@ -184,14 +184,14 @@ def _write_config(run_dir: Path, config: RunConfig) -> None:
 
 
 def quiet_lightning() -> None:
-    """Silences what Lightning warns of and this package means to do."""
+    """Silences Lightning's warnings about what this package does on purpose."""
     expected = (
-        "Checkpoint directory .* exists",  # a run's directory holds its config before its checkpoint
+        "Checkpoint directory .* exists",  # the config is written before the first checkpoint
         "Found .* in eval mode",  # the frozen parts
         "You're resuming from a checkpoint that ended before the epoch",  # StepSampler starts at the right step
-        "`broadcast_buffers` is deprecated",  # what takes its place is newer than the oldest PyTorch that will do
-        "FSDP2-wrapped module .* returned a view tensor",  # nothing is written into it
-        r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of PyTorch
+        "`broadcast_buffers` is deprecated",  # its replacement is newer than the oldest supported PyTorch
+        "FSDP2-wrapped module .* returned a view tensor",  # the view is not modified in-place
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # called by Lightning itself
         "The '.*_dataloader' does not have many workers",  # `data.workers` is the user's choice
     )
     for message in expected:
@@ -200,7 +200,7 @@ def quiet_lightning() -> None:
 
 
 class StepBar(TQDMProgressBar):
-    """A progress bar that knows its total, and rates the steps since the start, when a run is continued as well."""
+    """A progress bar with a total, whose rate counts only the steps of this process if the run was resumed."""
 
     def get_metrics(self, trainer: Trainer, job: Job) -> dict[str, Any]:  # type: ignore[override]
         return {**super().get_metrics(trainer, job), **{name: f"{value:.4g}" for name, value in job.shown.items()}}
@@ -214,9 +214,9 @@ class StepBar(TQDMProgressBar):
 
 
 def build_strategy(train: TrainConfig) -> str | DDPStrategy:
-    """DDP wherever there are several processes: it shares gradients in buckets while the backward pass goes on.
+    """DDP if there are several processes: it all-reduces gradients in buckets during the backward pass.
 
-    Gradients lie in the buckets, which would double them otherwise.
+    Gradients are views of the buckets, which would otherwise hold a second copy of them.
     """
     if train.strategy == "auto" and train.devices * train.nodes == 1:
         return "auto"
@@ -224,7 +224,7 @@ def build_strategy(train: TrainConfig) -> str | DDPStrategy:
 
 
 def build_trainer(config: RunConfig, run_dir: Path, job: Job) -> Trainer:
-    """Lightning's trainer: one pass over the batches of `train.steps` steps, validated and saved at fixed steps."""
+    """The Lightning trainer: one epoch of `train.steps` steps, with validation and checkpoints at fixed steps."""
     train = config.train
     validate_every = min(train.validate_every, train.steps)
     files, every = CheckpointFiles(), train.checkpoint_every
@@ -233,7 +233,7 @@ def build_trainer(config: RunConfig, run_dir: Path, job: Job) -> Trainer:
     if available and train.devices > available:
         raise InputError(
             f"train.devices is {train.devices}, but there are {available} GPUs; set train.devices={available}, and "
-            "train.accumulate such that a step has the samples that it had"
+            "train.accumulate so that a step has as many samples as before"
         )
     return Trainer(
         default_root_dir=run_dir,
@@ -247,9 +247,9 @@ def build_trainer(config: RunConfig, run_dir: Path, job: Job) -> Trainer:
         deterministic=train.deterministic,
         val_check_interval=validate_every * train.accumulate,  # in batches
         num_sanity_val_steps=0,
-        inference_mode=False,  # what is validated before the first step is trained afterwards
+        inference_mode=False,  # tensors made in the validation before training could not be trained
         log_every_n_steps=1,
-        use_distributed_sampler=False,  # StepSampler shares the batches out
+        use_distributed_sampler=False,  # StepSampler distributes the batches
         logger=TensorBoardLogger(run_dir.parent, name=run_dir.name, version=""),
         # On SLURM, Lightning would write a checkpoint of its own, prefer it to ours, and requeue the job.
         plugins=[files, *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
