@@ -118,7 +118,7 @@ class FlowJobConfig(RunConfig):
     weights: WeightFiles = field(default_factory=WeightFiles)
     recompute: int = 0  # activation checkpointing of every n-th transformer block, to save memory; 0: none
     recompute_attention: bool = True  # in those blocks; false: keep its output, for a little memory
-    compile: bool = False  # the transformer's blocks and the encoders: takes minutes, then faster steps on a GPU
+    compile: bool = False  # the transformer's blocks and the encoders: minutes of compilation, faster GPU steps
     latent_cache: str | None = None  # folder in which each of `data.samples` is encoded once; null: encode every time
 
     def __post_init__(self) -> None:

@@ -2,9 +2,8 @@
 
 python tools/benchmark_load.py [dtype=bfloat16 device=cpu folder=/tmp depth=3 depth_single_blocks=4 ...]
 
-Other keys are MMDiTConfig's fields; the default is a seventh of FLUX.1-Fill-dev, 3.3 GB. Linux only. Before each read,
-the file is dropped from the page cache. As much memory is touched first, since a virtual machine's host is slow to
-provide it.
+Other keys are MMDiTConfig's fields; the default is a seventh of FLUX.1-Fill-dev, 3.3 GB. Linux only. The page cache is
+dropped before each read, and as much memory touched first: a virtual machine's host is slow to provide it.
 """
 
 import json

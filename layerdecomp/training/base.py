@@ -53,7 +53,7 @@ def local_device() -> str:
 
 
 def every_fourth(places: Sequence[int], like: Tensor) -> Tensor:
-    """Mask (B, 1, 1, 1) of the samples at every fourth place, bool, on the device of `like`: for rarer treatments."""
+    """Selects every fourth place for a rarer treatment: a bool mask (B, 1, 1, 1) on the device of `like`."""
     return to_device(torch.tensor([place % 4 == 3 for place in places]), like.device).view(-1, 1, 1, 1)
 
 
@@ -171,7 +171,7 @@ class Job(LightningModule):
                 parameter.grad = None
 
     def sample_names(self, positions: Sequence[int]) -> list[str]:
-        """Log names of the samples at `positions` whose own loss is not finite, or of all if there is none."""
+        """Names for the log of the samples whose own loss is not finite, or of all of them if none is to blame."""
         data = self.trainer.datamodule.training  # type: ignore[attr-defined]
         with torch.no_grad():
             culprits = [position for position in positions if not math.isfinite(self._loss_of([position]).item())]
@@ -250,9 +250,9 @@ class Job(LightningModule):
             validates=step % train.validate_every == 0 and step < train.steps,
         )
 
-    def _check_frozen(self, then: Mapping[str, str]) -> None:
+    def _check_frozen(self, saved: Mapping[str, str]) -> None:
         """Raises `InputError` if frozen files have changed; compared by content, since they may have been moved."""
-        pairs = zip_longest(then.items(), self.frozen_sha256().items(), fillvalue=("none", ""))
+        pairs = zip_longest(saved.items(), self.frozen_sha256().items(), fillvalue=("none", ""))
         changed = [
             f"{_with_checksum(*before)} then, {_with_checksum(*now)} now"
             for before, now in pairs
@@ -281,26 +281,24 @@ class Job(LightningModule):
             rates = [base * self._rate(scheduler["last_epoch"]) for base in bases]  # bit-identical to the scheduler's
             scheduler.update(base_lrs=bases, _last_lr=rates)
             for group, base, rate in zip(optimizer["param_groups"], bases, rates, strict=True):
-                now = {
+                settings = {
                     "lr": rate,
                     "initial_lr": base,
                     "betas": tuple(config.betas),
                     "weight_decay": config.weight_decay,
                 }
-                group.update({key: _like(group[key], value) for key, value in now.items() if key in group})
+                group.update({key: _like(group[key], value) for key, value in settings.items() if key in group})
 
     def configure_optimizers(self) -> Any:
         config = self.run.optim
-        trained = dict(self.trained())
         betas = (config.betas[0], config.betas[1])
         optimizer: Optimizer
         if config.muon:
-            matrices, others = (
-                [p for name, p in trained.items() if is_hidden(name, p) is kind] for kind in (True, False)
-            )
+            matrices = [p for name, p in self.trained() if is_hidden(name, p)]
+            others = [p for name, p in self.trained() if not is_hidden(name, p)]
             optimizer = Muon(matrices, others, config.lr, betas)
         else:
-            optimizer = adamw(trained.values(), config.bits, config.lr, betas, config.weight_decay)
+            optimizer = adamw([p for _, p in self.trained()], config.bits, config.lr, betas, config.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -105,7 +105,7 @@ class CheckpointFiles(CheckpointIO):
         self._writer: threading.Thread | None = None
         self._error: Exception | None = None
         self._given_up = False
-        self._renaming = threading.Lock()  # so that a save is given up before or after it
+        self._renaming = threading.Lock()  # a save is never given up halfway through
         atexit.register(self.give_up, GRACE)  # exiting during `torch.save` would abort the process
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -274,7 +274,7 @@ class Checkpoints(Checkpoint):
     def _listen(self, trainer: Trainer) -> None:
         self._trainer = trainer
         if threading.current_thread() is threading.main_thread():
-            for name in STOPPING:  # replaces Lightning's handlers; it restores the originals at the end
+            for name in STOPPING:  # after Lightning's handlers; Lightning restores the originals at the end
                 signal.signal(name, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -30,7 +30,7 @@ ENCODED = ("image", "mask", "cues", "background", "foreground")
 
 
 class DecomposerJob(FlowJob):
-    """Flow matching on both layers, which share the time t: the mean of their velocity errors."""
+    """Flow matching on both layers at a shared time t: the mean squared error of their velocities."""
 
     run: DecomposerJobConfig
 

@@ -28,7 +28,7 @@ from layerdecomp.training.checkpoints import LAST, PREVIOUS, StoppedError
 from layerdecomp.training.late import Late
 
 logger = logging.getLogger(__name__)
-FAULTS_FROM = 1000  # the share of unreadable samples is taken of at least this many
+FAULTS_FROM = 1000  # samples: the faulty share is relative to at least this many
 Names = Callable[[Sequence[int]], list[str]]  # positions -> names of their samples
 
 
@@ -54,7 +54,7 @@ class StepGuard:
         """Whether a gradient of this norm, which is the same on every rank, may be used.
 
         Raises:
-            RunError: too many in a row may not.
+            RunError: too many steps in a row were skipped.
         """
         self.judge_later(norm, step, names)
         return self.settle(names)
@@ -82,9 +82,9 @@ class StepGuard:
         logger.warning("step %d is skipped: its %s is not finite; samples: %s", step, what, "; ".join(found))
         if self.in_a_row >= self.limit:
             raise RunError(
-                f"{self.in_a_row} steps in a row, up to step {step}, had a loss or gradient that is not finite; they "
-                "changed no trained tensor. Lower optim.lr or try train.precision=32-true, and resume from the "
-                "checkpoint with resume=FILE"
+                f"{self.in_a_row} steps in a row, up to step {step}, had a loss or gradient that is not finite; the "
+                "trained tensors are as they were before. Lower optim.lr or try train.precision=32-true, and resume "
+                "from the checkpoint with resume=FILE"
             )
         return False
 
@@ -133,7 +133,7 @@ def _python() -> str:
 def explained(trainer: Trainer, config: RunConfig, what_fits: Callable[[], str]) -> Iterator[None]:
     """Turns an error that is not a bug into one message that names the rank and says how to resume.
 
-    A run that was stopped by a signal exits with 128 + its number, as in a shell.
+    A run that was stopped by a signal exits with 128 + the signal's number, as in a shell.
 
     Args:
         what_fits: returns settings that need less memory; called once the memory of the failed step is free.

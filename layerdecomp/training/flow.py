@@ -51,7 +51,7 @@ class FlowJob(Job):
         latents = batch
         if "image" in batch:  # else it holds latents from the cache
             latents = self.encode(batch)
-            if self.cache is not None and not any(batch.get("faults", [])):  # a faulty sample may be readable later
+            if self.cache is not None and not any(batch.get("faults", [])):  # no replacements of faulty samples
                 latents = self.cache.add(batch["index"], latents)
         return self.flow_losses(latents, batch["position"])
 
@@ -80,7 +80,7 @@ class FlowJob(Job):
         data = asdict(run.data)
         if run.data.source == "scenes":  # a function of the seed and index alone
             return {**described, "scenes": data["scenes"]}
-        names = ("source", "samples", "scenes", "triplets")  # all samples of a step share one size
+        names = ("source", "samples", "scenes", "triplets")
         indexes = {path: file_sha256(Index(path).path) for path in run.data.triplets.indexes}
-        described |= {"step": run.train.global_batch, "indexes": indexes}
+        described |= {"step": run.train.global_batch, "indexes": indexes}  # all samples of a step share one size
         return {**described, **{name: data[name] for name in names}}

@@ -139,7 +139,7 @@ def _given_checkpoint(name: str) -> Path:
     if not checkpoint.is_file():
         raise InputError(f"resume={checkpoint}: no such checkpoint; expected auto, never or an existing file")
     read_checkpoint(checkpoint, device="meta")
-    return checkpoint.resolve()  # so that it stays valid if a folder with a link to it is renamed
+    return checkpoint.resolve()  # a symlink may be renamed along with its folder
 
 
 def _check_unchanged(checkpoint: Path, changed: Mapping[str, str]) -> None:
