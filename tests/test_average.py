@@ -134,7 +134,7 @@ def test_an_interrupted_validation_leaves_what_was_trained(tiny_overrides: list[
 
 
 @pytest.mark.parametrize(
-    ("decay", "message"), [("1.0", "keeps the first weights"), ("-0.1", "train.ema"), ("2", "train.ema")]
+    ("decay", "message"), [("1.0", "keeps the initial weights"), ("-0.1", "train.ema"), ("2", "train.ema")]
 )
 def test_decays_that_make_no_sense(tiny_overrides: list[str], decay: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
