@@ -530,7 +530,7 @@ def test_take_splits_arguments() -> None:
 def test_help_is_what_a_tools_file_says(capsys: pytest.CaptureFixture[str], asked: list[str]) -> None:
     run_command(TOOLS["decompose"].main, asked)
     said = capsys.readouterr()
-    assert said.out.startswith("Splits a picture, or a folder of them.\n") and "format=png,ora,psd" in said.out
+    assert said.out.startswith("Splits an image, or a folder of images") and "format=png,ora,psd" in said.out
     assert said.err == ""
 
 
