@@ -245,7 +245,7 @@ def _beside_the_paper(config: AblationConfig, results: Results, row: str) -> lis
 
 
 def same_order(ours: Sequence[float], theirs: float) -> str:
-    """Whether the differences from the first row, one per seed, have the same sign as the published one."""
+    """Whether the differences from the first row, one per seed, have the published sign: all (yes) or none (no)."""
     found = {difference * theirs > 0 for difference in ours}
     return "seeds disagree" if len(found) > 1 else "yes" if True in found else "no" if found else ""
 

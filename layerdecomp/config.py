@@ -154,7 +154,7 @@ class DecomposerJobConfig(FlowJobConfig, DecomposerConfig):
                 f"{rule}found compile=true, recompute and recompute_attention=false; expected not all three"
             )
         if "maskless" in self.evaluate.rows:
-            raise InputError(f"{rule}found maskless in evaluate.rows, a second one on every device; leave it out")
+            raise InputError(f"{rule}found maskless in evaluate.rows, which loads a second one; leave it out")
 
 
 @dataclass
@@ -248,7 +248,7 @@ def merge_config(
 ) -> ConfigT:
     """A config dataclass: its defaults, overridden by each named file's content, then by each `key=value`."""
     merged = OmegaConf.structured(defaults)
-    OmegaConf.set_readonly(merged, False)  # which it is for a frozen dataclass
+    OmegaConf.set_readonly(merged, False)  # a frozen dataclass makes it read-only
     sources = [*files, *((f"argument {text!r}", _parse_override(text)) for text in overrides)]
     flat = _dotted(OmegaConf.to_container(merged))
     known = sorted(flat)

@@ -1,4 +1,4 @@
-"""What a training run would take, found without a GPU or weight files, and without writing anything."""
+"""What a training run would take, computed without a GPU or weight files, and without writing anything."""
 
 from dataclasses import replace
 from pathlib import Path
