@@ -70,9 +70,9 @@ class DecomposerJob(FlowJob):
         return {"autoencoders": [latents_sha256(Path(file)) for file in files], "cues": fusion.cues * fusion.enabled}
 
     def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        told, z = self.decomposer.encode_sample(*(batch[name] for name in ENCODED))
+        cond, z = self.decomposer.encode_sample(*(batch[name] for name in ENCODED))
         return {
-            "told": told,
+            "cond": cond,  # masked images and cues
             "z": z.float(),  # (B, 2L, 64)
             "mask": batch["mask"].bool(),
             "cues_present": batch["cues_present"],
@@ -80,7 +80,7 @@ class DecomposerJob(FlowJob):
 
     def flow_losses(self, latents: dict[str, Tensor], positions: Sequence[int]) -> dict[str, Tensor]:
         z, mask = latents["z"], latents["mask"].float()
-        context = self.decomposer.condition(latents["told"], mask, latents["cues_present"])
+        context = self.decomposer.condition(latents["cond"], mask, latents["cues_present"])
         x, t, target = self.noisy(z, z.shape[1] // 2, positions)
         velocity = self.decomposer.velocity(x, context, t, self.run.training_guidance)
         layers = zip(("background", "foreground"), velocity.chunk(2, 1), target.chunk(2, 1), strict=True)
