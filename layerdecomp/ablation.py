@@ -17,7 +17,7 @@ from typing import Any
 from layerdecomp.config import DecomposerJobConfig, changed_keys, load_config, merge_config, read_yaml
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import markdown_table, metric_title, metric_value
-from layerdecomp.files import write_whole
+from layerdecomp.files import atomic_write
 from layerdecomp.manifest import SHA256_KEYS
 from layerdecomp.metrics.layers import METRICS
 from layerdecomp.tensor_files import read_metadata
@@ -184,10 +184,10 @@ def report(config: AblationConfig, runs: Sequence[Run], out: Path) -> str:
         "evaluation": _shared([document["protocol"] for document in documents]),
     }
     document = {"protocol": protocol, "results": results, "summary": summary}
-    write_whole(out / "results.json", json.dumps(document, indent=2, allow_nan=False) + "\n")
+    atomic_write(out / "results.json", json.dumps(document, indent=2, allow_nan=False) + "\n")
     table = format_rows(config, results)
-    write_whole(out / "table.md", table + "\n")
-    write_whole(out / f"{out.name}.png", draw(config, {run.row: run.config for run in runs}, results))
+    atomic_write(out / "table.md", table + "\n")
+    atomic_write(out / f"{out.name}.png", draw(config, {run.row: run.config for run in runs}, results))
     return table
 
 

@@ -47,7 +47,7 @@ class Change:
 Changes = dict[str, Change]  # by the published name of the layer
 
 
-def take_changes(
+def changes_from_adapter(
     tensors: Mapping[str, Tensor], lora: LoRAConfig, base: Mapping[str, Tensor]
 ) -> tuple[Changes, Tensors]:
     """An adapter's changes of the base, and its tensors that belong to no layer of the base (the fusion module).
@@ -69,8 +69,8 @@ def take_changes(
     return changes, rest
 
 
-def give_tensors(changes: Changes, base: Mapping[str, Tensor]) -> tuple[LoRAConfig, Tensors]:
-    """The inverse of `take_changes`: LoRA settings shared by all layers, and the adapter's tensors.
+def adapter_from_changes(changes: Changes, base: Mapping[str, Tensor]) -> tuple[LoRAConfig, Tensors]:
+    """The inverse of `changes_from_adapter`: LoRA settings shared by all layers, and the adapter's tensors.
 
     If ranks or scales differ, smaller ranks are padded with zeros and scales are folded into B.
     """

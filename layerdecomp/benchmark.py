@@ -30,7 +30,7 @@ from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.context_fusion import ContextFusion, ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig, inject_lora, merge_lora, without_lora
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
-from layerdecomp.quantization import adamw, check_bits, check_format, check_optimizer, quantize_blocks
+from layerdecomp.quantization import adamw, check_format, check_optimizer, check_optimizer_bits, quantize_blocks
 from layerdecomp.sampling import SampleConfig
 
 META = torch.device("meta")
@@ -40,7 +40,7 @@ OURS_ONLY = (
     "bits",
     "recompute",
     "recompute_attention",
-    "pictures_at_once",
+    "encode_batch_size",
     "steps",
     "measure",
     "sync_debug",
@@ -58,9 +58,9 @@ class BenchmarkConfig:
     steps: int = 28  # of sampling
     recompute: int = 0
     recompute_attention: bool = True
-    pictures_at_once: int = 0
+    encode_batch_size: int = 0
     quantize: str | None = None  # the frozen base's blocks: int8, fp8, nf4
-    bits: int = 32  # of the optimizer's averages: 32 or 8
+    bits: int = 32  # of the optimizer's moments: 32 or 8
     repeats: int = 5  # medians are over these, after one warm-up
     measure: bool = True  # False: only count, which takes no memory
     compile: bool = False  # the transformer's blocks and the encoders
@@ -71,9 +71,9 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "", "batch_size", "text_tokens", "steps", "repeats")
-        check_at_least(0, self, "", "recompute", "pictures_at_once")
+        check_at_least(0, self, "", "recompute", "encode_batch_size")
         check_format(self.quantize)
-        check_bits("bits", self.bits)
+        check_optimizer_bits("bits", self.bits)
         if self.size < 16 or self.size % 16:
             raise InputError(f"size is {self.size}; expected a positive multiple of 16")
         if not 0 < self.scale <= 1:
@@ -155,7 +155,7 @@ def build(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> 
         sample=SampleConfig(),
     )
     for autoencoder in (rgb, rgba):
-        autoencoder.encode_at_once = config.pictures_at_once
+        autoencoder.encode_batch_size = config.encode_batch_size
     if config.compile and device != META:
         decomposer.compile_parts()
     return decomposer
@@ -198,7 +198,7 @@ class Workload:
     def encode(self) -> None:
         """Encodes the masked images and the cues."""
         with mixed_precision(self.decomposer.autoencoder):
-            self.decomposer.encode_pictures(self.image, self.mask, self.cues)
+            self.decomposer.encode_images(self.image, self.mask, self.cues)
 
     def encode_sample(self) -> None:
         """Encodes the same, and both target layers."""
@@ -228,7 +228,7 @@ class Workload:
 
     def merge(self) -> None:
         """Merges LoRA into the base, as sampling does first, unless the base is quantised; ends training."""
-        vars(self).pop("optimizer", None)  # frees its averages
+        vars(self).pop("optimizer", None)  # frees its moments
         if self.config.quantize is None:  # from the config: on the meta device, the base is never quantised
             merge_lora(self.decomposer.transformer)
 

@@ -30,7 +30,7 @@ from layerdecomp.evaluation import (
     score,
     write_figures,
 )
-from layerdecomp.files import keep_settings, write_whole
+from layerdecomp.files import atomic_write, keep_settings
 from layerdecomp.imaging.layers import write_picture
 from layerdecomp.manifest import DecomposerConfig
 from layerdecomp.metric_networks import MeasureConfig, Networks, open_networks
@@ -38,7 +38,7 @@ from layerdecomp.metrics.layers import METRICS
 from layerdecomp.models.mmdit import MMDiT
 from layerdecomp.predictions import PredictionFolder, describe
 from layerdecomp.report import case_grid, format_report
-from layerdecomp.resizing import at_its_size
+from layerdecomp.resizing import at_original_size
 from layerdecomp.tensor_files import file_sha256, read_metadata, weight_files
 from layerdecomp.weights import Adapter, load_mmdit
 
@@ -144,13 +144,13 @@ def _model_methods(models: Models, config: EvaluateConfig) -> dict[str, Method]:
             painted = inpaint(*parts, batch["image"], batch["mask"], noise(batch, layers=1)[:, 0], *settings)
             return painted, base_foreground(batch["image"], batch["mask"])
 
-        return Method(lambda batch: at_its_size(draw, batch, decomposer.sample))
+        return Method(lambda batch: at_original_size(draw, batch, decomposer.sample))
 
     def decomposing(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return decomposer.draw(batch, noise(batch, layers=2 * decomposer.sample.ensemble))
 
     found = {
-        "adapted": Method(lambda batch: at_its_size(decomposing, batch, decomposer.sample)),
+        "adapted": Method(lambda batch: at_original_size(decomposing, batch, decomposer.sample)),
         "base": inpainting(models.base, decomposer.conditioning),
     }
     if "maskless" in config.rows:
@@ -218,7 +218,7 @@ def compare(
         raise InputError(f"predictions={overlapping[0]} is where this evaluation writes layers; choose another out=")
     if not rows and not others:
         raise InputError("there is nothing to compare; set adapter=, predictions= or evaluate.rows")
-    networks, settings = open_networks(config.measure), drawn_by(models, data, config)
+    networks, settings = open_networks(config.measure), layer_settings(models, data, config)
     if share.rank == 0:
         open_folder(out, rows, settings)
     share.wait()
@@ -228,11 +228,11 @@ def compare(
     evaluation = score(folders, data, names, networks, device=device, share=share)
     if evaluation is not None:
         if config.published:
-            write_whole(out / "published.md", format_published(evaluation.results, config.published) + "\n")
+            atomic_write(out / "published.md", format_published(evaluation.results, config.published) + "\n")
         described = {row: found for row, folder in folders.items() if (found := describe(folder))}
         protocol = {
             **settings,
-            **measured_by(config.measure, networks),
+            **metric_settings(config.measure, networks),
             "seconds_per_image": seconds,
             **({"predictions": described} if described else {}),
         }
@@ -287,7 +287,7 @@ def open_folder(out: Path, rows: Iterable[str], settings: Mapping[str, Any]) -> 
         for file in settings_files(out, rows):
             if not file.is_file() or file.read_text() != content:
                 shutil.rmtree(file.parent, ignore_errors=True)
-                write_whole(file, content)
+                atomic_write(file, content)
     except OSError as error:
         raise InputError(f"{out} cannot be written ({error}); choose another folder") from error
 
@@ -304,7 +304,7 @@ def _write(
     data: TestData,
     protocol: Mapping[str, Any],
 ) -> None:
-    write_whole(out / "report.html", format_report(evaluation, folders, data, protocol))
+    atomic_write(out / "report.html", format_report(evaluation, folders, data, protocol))
     if (grid := case_grid(evaluation, folders, data)) is not None:
         write_picture(out / "samples" / "comparison.png", grid)
     table = write_figures(out, evaluation, protocol)  # last, since metrics.json marks the evaluation as complete
@@ -320,7 +320,7 @@ def _write(
     print(f"{len(data)} samples{repeated}; metrics in {out / 'metrics.json'}, report in {out / 'report.html'}")
 
 
-def drawn_by(models: Models | None, data: TestData, config: EvaluateConfig) -> dict[str, Any]:
+def layer_settings(models: Models | None, data: TestData, config: EvaluateConfig) -> dict[str, Any]:
     """The settings that the predicted layers depend on."""
     settings = {**describe_data(data), "count": len(data), "seed": config.seed}
     if models is not None:
@@ -332,7 +332,7 @@ def drawn_by(models: Models | None, data: TestData, config: EvaluateConfig) -> d
     return settings | {"layers": "8-bit files", "versions": _versions(config.rows)}
 
 
-def measured_by(config: MeasureConfig, networks: Networks) -> dict[str, Any]:
+def metric_settings(config: MeasureConfig, networks: Networks) -> dict[str, Any]:
     """The settings of the measurement, which the metrics also depend on."""
     return {
         "region": config.region,

@@ -57,7 +57,7 @@ def masked_images(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return image * (1 - mask), image * mask
 
 
-def context(latents: Tensor, mask: Tensor, with_mask: bool = True) -> Tensor:
+def inpainting_context(latents: Tensor, mask: Tensor, with_mask: bool = True) -> Tensor:
     """The inpainting context of one layer, concatenated to its noisy tokens along the channels.
 
     Args:
@@ -72,7 +72,7 @@ def context(latents: Tensor, mask: Tensor, with_mask: bool = True) -> Tensor:
     return torch.cat([pack(latents), pack_mask(mask).to(latents.dtype)], dim=-1)
 
 
-def contexts(background: Tensor, foreground: Tensor, mask: Tensor, config: ConditioningConfig) -> Tensor:
+def bidirectional_context(background: Tensor, foreground: Tensor, mask: Tensor, config: ConditioningConfig) -> Tensor:
     """The bi-directional context: the background is filled inside the mask, the foreground extended outside it.
 
     Args:
@@ -87,4 +87,4 @@ def contexts(background: Tensor, foreground: Tensor, mask: Tensor, config: Condi
     else:
         foreground_hole = 1 - mask
     layers = (background, mask), (foreground, foreground_hole)
-    return torch.cat([context(latents, hole, config.mask) for latents, hole in layers], dim=1)
+    return torch.cat([inpainting_context(latents, hole, config.mask) for latents, hole in layers], dim=1)

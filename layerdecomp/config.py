@@ -19,12 +19,12 @@ from layerdecomp.comparison import EvaluateConfig
 from layerdecomp.conditioning import ConditioningConfig
 from layerdecomp.data.datamodule import DataConfig
 from layerdecomp.errors import InputError, check_at_least, check_probabilities
-from layerdecomp.files import write_whole
+from layerdecomp.files import atomic_write
 from layerdecomp.flow import FlowConfig
 from layerdecomp.manifest import DecomposerConfig, WeightFiles
 from layerdecomp.models.autoencoder import AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiTConfig
-from layerdecomp.quantization import check_bits, check_format
+from layerdecomp.quantization import check_format, check_optimizer_bits
 from layerdecomp.sampling import SampleConfig
 
 ConfigT = TypeVar("ConfigT")
@@ -77,7 +77,7 @@ class OptimConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 0.0
     clip: float = 1.0  # maximum norm of the whole gradient
-    bits: int = 32  # of AdamW's averages: 32, or 8 with a scale per 256 values (torchao)
+    bits: int = 32  # of AdamW's moments: 32, or 8 with a scale per 256 values (torchao)
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -85,7 +85,7 @@ class OptimConfig:
         check_at_least(0, self, "optim.", "lr", "warmup", "weight_decay")
         if self.muon and self.weight_decay:
             raise InputError(f"optim.weight_decay is {self.weight_decay}, which optim.muon does not use; set it to 0")
-        check_bits("optim.bits", self.bits)
+        check_optimizer_bits("optim.bits", self.bits)
         if self.muon and self.bits != 32:
             raise InputError(f"optim.bits is {self.bits}, which optim.muon does not support; set it to 32")
 
@@ -134,11 +134,11 @@ class DecomposerJobConfig(FlowJobConfig, DecomposerConfig):
     training_guidance: float = 1.0  # guidance scale fed to guidance-distilled models in training
     quantize: str | None = None  # the frozen transformer's matrices: int8, fp8 or nf4; null: compute precision
     shard_base: bool = False  # shard the frozen transformer across processes, if one device cannot hold it
-    pictures_at_once: int = 0  # images that an autoencoder encodes at once, to save memory; 0: all of a batch
+    encode_batch_size: int = 0  # images that an autoencoder encodes at once, to save memory; 0: all of a batch
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(0, self, "", "pictures_at_once")
+        check_at_least(0, self, "", "encode_batch_size")
         check_format(self.quantize)
         if self.shard_base:
             self._check_sharding()
@@ -204,7 +204,7 @@ JOBS: dict[str, type[Any]] = {
 RESUMABLE: frozenset[str] = frozenset(
     {
         *("resume", "run_dir", "recompute", "recompute_attention", "compile", "shard_base"),
-        *("pictures_at_once", "train.dry_run"),
+        *("encode_batch_size", "train.dry_run"),
         *("data.workers", "data.validation", "data.max_faulty"),
         *("train.checkpoint_every", "train.validate_every", "train.max_skipped", "train.strategy"),
     }
@@ -277,7 +277,7 @@ def merge_config(
 
 def save_config(path: Path, config: RunConfig) -> None:
     """Writes a config with every default spelled out."""
-    write_whole(path, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+    atomic_write(path, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
 
 
 def changed_keys(config: RunConfig, path: Path) -> dict[str, str]:

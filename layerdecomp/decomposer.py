@@ -18,8 +18,8 @@ from layerdecomp.conditioning import (
     PATCH,
     TOKEN_FACTOR,
     ConditioningConfig,
-    context,
-    contexts,
+    bidirectional_context,
+    inpainting_context,
     masked_images,
     pack,
     position_ids,
@@ -38,7 +38,7 @@ from layerdecomp.models.context_fusion import ContextFusion
 from layerdecomp.models.depth import DepthEstimator
 from layerdecomp.models.lora import inject_lora, merge_lora, without_lora
 from layerdecomp.models.mmdit import MMDiT
-from layerdecomp.resizing import model_size, to_model_size, to_own_size
+from layerdecomp.resizing import model_size, to_model_size, to_original_size
 from layerdecomp.sampling import Progress, SampleConfig, euler, schedule
 from layerdecomp.tensor_files import Metadata, check_present, open_safetensors
 from layerdecomp.weights import Adapter, check_keys, copy_tensors, empty_mmdit, load_autoencoder, load_mmdit, open_state
@@ -186,7 +186,7 @@ class Decomposer(nn.Module):
             foreground: straight, (B, 4, H, W).
 
         Returns:
-            The result of `encode_pictures`, and both layers' packed latents (B, 2L, 64).
+            The result of `encode_images`, and both layers' packed latents (B, 2L, 64).
         """
         latents = self._encode_rgb([*self._conditioning_images(image, mask, cues), background])
         z_f = self.rgba_autoencoder.encode(to_autoencoder(foreground), tiling=self.sample.tiling)
@@ -203,10 +203,10 @@ class Decomposer(nn.Module):
             cues: maps of all `CUES`, (B, len(CUES), 3, H, W) in [-1, 1]; not needed without context fusion.
             cues_present: which cues each sample has, (B, len(CUES)) bool.
         """
-        return self.condition(self.encode_pictures(image, mask, cues), mask, cues_present)
+        return self.condition(self.encode_images(image, mask, cues), mask, cues_present)
 
     @torch.no_grad()
-    def encode_pictures(self, image: Tensor, mask: Tensor, cues: Tensor | None = None) -> Tensor:
+    def encode_images(self, image: Tensor, mask: Tensor, cues: Tensor | None = None) -> Tensor:
         """Latents of the two masked images, then of the cues that the fusion uses: (B, 2 + M, 16, H/8, W/8).
 
         Arguments as in `encode`.
@@ -232,8 +232,8 @@ class Decomposer(nn.Module):
         return [cues[:, CUES.index(name)] for name in self.context_fusion.config.cues]
 
     def condition(self, latents: Tensor, mask: Tensor, cues_present: Tensor | None = None) -> Context:
-        """The context of a batch from the `latents` of `encode_pictures`; other arguments as in `encode`."""
-        img_cond = contexts(latents[:, 0], latents[:, 1], mask, self.conditioning)
+        """The context of a batch from the `latents` of `encode_images`; other arguments as in `encode`."""
+        img_cond = bidirectional_context(latents[:, 0], latents[:, 1], mask, self.conditioning)
         ids = token_ids(mask, 0, 1)
         if self.context_fusion is None:
             return Context(img_cond, ids)
@@ -348,7 +348,7 @@ class Decomposer(nn.Module):
         noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed))
         background, foreground = self.draw(batch, noise.expand(len(pictures), *shape).to(device), steps, progress)
         return [
-            picture.layers(*to_own_size(background[i : i + 1], foreground[i : i + 1], picture.full, self.sample))
+            picture.layers(*to_original_size(background[i : i + 1], foreground[i : i + 1], picture.full, self.sample))
             for i, picture in enumerate(pictures)
         ]
 
@@ -541,7 +541,7 @@ def inpaint(
     timesteps = schedule(sample.steps, x.shape[1], flow).to(x)
     with mixed_precision(autoencoder):
         latents = autoencoder.encode(hole, tiling=sample.tiling)
-        cond = Context(context(latents, mask, conditioning.mask), token_ids(image, 0))
+        cond = Context(inpainting_context(latents, mask, conditioning.mask), token_ids(image, 0))
         x = euler(lambda x, t: predict_velocity(transformer, prompt, x, cond, t, sample.guidance), x, timesteps)
         painted = autoencoder.decode(unpack(x, *noise.shape[-2:]), tiling=sample.tiling)
     return painted.float().clamp(-1, 1)

@@ -8,7 +8,7 @@ from layerdecomp.benchmark import ENCODING, STEP, count, recomputed
 from layerdecomp.config import DecomposerJobConfig, RunConfig
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import markdown_table
-from layerdecomp.memory import TrainingWork, linear_in_blocks, parameter_counts, training_memory
+from layerdecomp.memory import TrainingWork, extrapolate_over_blocks, parameter_counts, training_memory
 from layerdecomp.models.autoencoder import AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiTConfig
 from layerdecomp.tensor_files import read_metadata
@@ -38,7 +38,7 @@ def dry_run(config: RunConfig) -> str:
             "train.dry_run counts a step in bf16; found train.precision=32-true, expected auto or bf16-mixed"
         )
     work = training_work(config)
-    counts = linear_in_blocks(count, work)
+    counts = extrapolate_over_blocks(count, work)
     samples = config.train.global_batch
     encode, per_sample = (counts[name] / work.batch_size for name in (ENCODING, STEP))
     return "\n".join(
@@ -68,10 +68,10 @@ def memory_rows(work: TrainingWork, config: DecomposerJobConfig) -> list[list[st
         ("frozen weights", memory.frozen, _frozen_storage(config)),
         ("trained weights", memory.trained, "float32"),
         ("gradients", memory.gradients, "float32"),
-        ("optimizer", memory.optimizer, f"two averages in {config.optim.bits} bits; Muon has fewer"),
+        ("optimizer", memory.optimizer, f"two moments in {config.optim.bits} bits; Muon has fewer"),
         ("running average", average, f"train.ema={config.train.ema:g}"),
         ("activations", memory.step, "; ".join(_recomputing(work))),
-        ("or autoencoders'", memory.encode, f"pictures_at_once={config.pictures_at_once}; before the step"),
+        ("or autoencoders'", memory.encode, f"encode_batch_size={config.encode_batch_size}; before the step"),
         ("together", memory.total + average, "with the larger of the last two; CUDA itself takes about 0.5 more"),
     ]
     return [[part, f"{size / 1e9:.1f}", how] for part, size, how in rows]
@@ -111,7 +111,7 @@ def training_work(config: DecomposerJobConfig) -> TrainingWork:
         rgb=_described(found.autoencoder, AutoencoderConfig()),
         quantize=config.quantize,
         bits=config.optim.bits,
-        pictures_at_once=config.pictures_at_once,
+        encode_batch_size=config.encode_batch_size,
         shards=config.train.devices * config.train.nodes if config.shard_base else 1,
     )
 

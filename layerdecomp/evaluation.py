@@ -23,10 +23,10 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from layerdecomp.errors import InputError
-from layerdecomp.files import write_whole
+from layerdecomp.files import atomic_write
 from layerdecomp.metric_networks import Networks
 from layerdecomp.metrics.layers import METRICS, PER_IMAGE, STDERR_SUFFIX, per_image, set_features, summarize, sums
-from layerdecomp.predictions import LAYERS, Prediction, PredictionFolder, is_drawn, write_prediction
+from layerdecomp.predictions import LAYERS, Prediction, PredictionFolder, is_written, write_prediction
 
 Batch = dict[str, Tensor]
 Results = Mapping[str, Mapping[str, float]]  # row -> metric -> value
@@ -139,7 +139,7 @@ def draw_layers(
             pending = {
                 row: method
                 for row, method in methods.items()
-                if not all(is_drawn(folder / row, names[position], method.layers) for position in chunk)
+                if not all(is_written(folder / row, names[position], method.layers) for position in chunk)
             }
             for group, batch in _batches(data, chunk if pending else (), device):
                 for row, method in pending.items():
@@ -253,8 +253,8 @@ def _why_not(name: str, folder: PredictionFolder, with_truth: bool, missing: Map
 def write_figures(out: Path, evaluation: Evaluation, protocol: Mapping[str, Any]) -> str:
     """Writes metrics.json, per_image.csv and table.md into a folder, and returns the table."""
     table = format_table(evaluation.results)
-    write_whole(out / "per_image.csv", format_csv(evaluation))
-    write_whole(out / "table.md", table + "\n")
+    atomic_write(out / "per_image.csv", format_csv(evaluation))
+    atomic_write(out / "table.md", table + "\n")
     write_metrics(out / "metrics.json", evaluation.results, protocol, evaluation.reasons)
     return table
 
@@ -301,7 +301,7 @@ def write_metrics(
             row: {name: x if math.isfinite(x) else None for name, x in v.items()} for row, v in results.items()
         },
     }
-    write_whole(Path(path), json.dumps(document, indent=2, allow_nan=False) + "\n")
+    atomic_write(Path(path), json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
 def format_table(results: Results) -> str:
@@ -328,18 +328,18 @@ def format_published(results: Results, published: Results) -> str:
 
 def fill(path: Path, name: str, content: str) -> None:
     """Replaces the text between the lines ``<!-- name -->`` and ``<!-- /name -->`` of a Markdown file."""
-    before, after = marked(path, name)
-    write_whole(path, f"{before}\n{content}\n\n{after}")
+    before, after = split_at_markers(path, name)
+    atomic_write(path, f"{before}\n{content}\n\n{after}")
 
 
 def check_fill(path: Path, name: str, published: Mapping[str, Any]) -> None:
     """Raises `InputError` unless the file has the lines that `fill` needs and there are published figures."""
     if not published:
         raise InputError(f"fill={path} compares with published figures; expected config= with evaluate.published")
-    marked(path, name)
+    split_at_markers(path, name)
 
 
-def marked(path: Path, name: str) -> tuple[str, str]:
+def split_at_markers(path: Path, name: str) -> tuple[str, str]:
     """The text up to and including the opening line of ``fill``, and the text from the closing line on.
 
     Raises:

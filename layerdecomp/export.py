@@ -11,15 +11,15 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from layerdecomp.adapters import INPUT, LAYOUTS, Tensors, peft_settings, take_changes
+from layerdecomp.adapters import INPUT, LAYOUTS, Tensors, changes_from_adapter, peft_settings
 from layerdecomp.errors import InputError
-from layerdecomp.files import written_whole
+from layerdecomp.files import atomic_path
 from layerdecomp.incoming import extras_path, frozen_input, read_adapters
 from layerdecomp.manifest import ADAPTER, REPOSITORY, DecomposerConfig
 from layerdecomp.modelcard import model_card, notice
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.tensor_files import Metadata, save_tensors, write_tensors
-from layerdecomp.weights import TOOL_VERSION, Adapter, date_of_writing, empty_mmdit, open_state
+from layerdecomp.weights import TOOL_VERSION, Adapter, creation_date, empty_mmdit, open_state
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _write_adapter(job: ExportJob) -> list[Path]:
 def _write_lora(layout: str) -> Callable[[ExportJob], list[Path]]:
     def write(job: ExportJob) -> list[Path]:
         model, base = frozen_input(job.config)
-        changes, rest = take_changes(job.adapter.tensors, job.config.lora, base)
+        changes, rest = changes_from_adapter(job.adapter.tensors, job.config.lora, base)
         tensors = LAYOUTS[layout][1](changes, model.config.hidden_size)
         if INPUT in changes:
             rest |= {name: job.adapter.tensors[name] for name in base}
@@ -107,7 +107,7 @@ def _write_extras(job: ExportJob, format: str, model: MMDiT, rest: Tensors) -> l
     """Writes the trained tensors that the format cannot hold, and the notice; before the file itself."""
     extras = extras_path(job.out)
     text = extras.with_name(extras.name.replace(".extras.safetensors", ".NOTICE.txt"))
-    with written_whole(text) as partial:
+    with atomic_path(text) as partial:
         partial.write_text(notice(_is_flux(model), _metadata(job, format)))
     if rest:
         save_tensors(extras, rest, _metadata(job, "extras"))
@@ -119,7 +119,7 @@ def _write_merged(job: ExportJob) -> list[Path]:
     path, adapted = job.config.weights.transformer, job.adapter.tensors
     model, layout = empty_mmdit(path)
     trained = {name: adapted[name].float() for name in (f"{INPUT}.weight", f"{INPUT}.bias")}
-    changes, rest = take_changes(adapted, job.config.lora, trained)
+    changes, rest = changes_from_adapter(adapted, job.config.lora, trained)
     others = _write_extras(job, "merged", model, rest)
     facts = {**_metadata(job, "merged"), "merged": "yes", "config": json.dumps(asdict(model.config))}
     read = open_state(model, path, layout=layout)
@@ -181,7 +181,7 @@ def _write_folder(job: ExportJob) -> list[Path]:
         raise InputError(f"{job.out} exists and is not empty; choose another out= or remove it")
     model, _ = empty_mmdit(job.config.weights.transformer)
     licence = _licence(_is_flux(model), Path(job.config.weights.transformer))
-    with written_whole(job.out) as partial:
+    with atomic_path(job.out) as partial:
         partial.mkdir()
         names = _copy_parts(job, partial)
         metadata = {**_metadata(job, "adapter"), "weights": json.dumps(names)}
@@ -242,7 +242,7 @@ MODIFIED = {
 def _metadata(job: ExportJob, format: str) -> Metadata:
     """The adapter's metadata, completed with entries that older adapters lack."""
     metadata = {"data": "unknown", **job.config.lora_metadata(), **job.adapter.metadata}
-    metadata["date"] = date_of_writing(metadata.get("date", "unknown"))  # so that a file depends on its input alone
+    metadata["date"] = creation_date(metadata.get("date", "unknown"))  # so that a file depends on its input alone
     metadata["tool_version"] = TOOL_VERSION
     metadata["modified"] = MODIFIED.get(format, metadata.get("modified", "yes"))
     if format in LAYOUTS:

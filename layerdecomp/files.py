@@ -29,7 +29,7 @@ def remedy(error: OSError, folder: Path) -> str:
 
 
 @contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yields a temporary name beside `path`, and renames the file or folder written there to `path` at the end.
 
     The name begins with a dot, keeps the extension, and is unique: several processes may write the same file.
@@ -61,12 +61,12 @@ def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
                 f"{path}: existing files were made with {changed[0]} {before.get(changed[0])}, now it is "
                 f"{settings[changed[0]]}; choose another folder, or remove that one"
             )
-        write_whole(path, json.dumps(settings, indent=2) + "\n")
+        atomic_write(path, json.dumps(settings, indent=2) + "\n")
     except (OSError, json.JSONDecodeError) as error:
         raise InputError(f"{path} cannot be used ({error}); choose another folder") from error
 
 
-def write_whole(path: str | Path, content: str | bytes) -> None:
-    """Writes text (as UTF-8) or bytes; see `written_whole`."""
-    with written_whole(path) as partial:
+def atomic_write(path: str | Path, content: str | bytes) -> None:
+    """Writes text (as UTF-8) or bytes; see `atomic_path`."""
+    with atomic_path(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)

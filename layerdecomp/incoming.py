@@ -12,12 +12,12 @@ from layerdecomp.adapters import (
     LAYOUTS,
     Changes,
     Tensors,
+    adapter_from_changes,
     add_changes,
     average,
-    give_tensors,
+    changes_from_adapter,
     peft_alphas,
     reduce_rank,
-    take_changes,
 )
 from layerdecomp.errors import InputError
 from layerdecomp.manifest import (
@@ -52,7 +52,7 @@ def read_adapters(
     for path, (other, other_config) in zip(paths, read, strict=True):
         if other.metadata["base_sha256"] != adapter.metadata["base_sha256"] or other_config.fusion != config.fusion:
             raise InputError(f"{path} has another base or fusion than {paths[0]}; expected adapters of one kind")
-        taken.append(take_changes(other.tensors, other_config.lora, base))
+        taken.append(changes_from_adapter(other.tensors, other_config.lora, base))
     changes = add_changes([(changes, share) for (changes, _), share in zip(taken, weights, strict=True)])
     rest = average([(rest, share) for (_, rest), share in zip(taken, weights, strict=True)]) if taken[0][1] else {}
     notes: Metadata = {}
@@ -86,7 +86,7 @@ def _reduce(changes: Changes, rank: int) -> tuple[Changes, str]:
 
 def _adapter(changes: Changes, rest: Tensors, base: Tensors, config: DecomposerConfig, metadata: Metadata) -> Adapter:
     """An adapter of these changes; its LoRA settings are written to `config` and to the metadata."""
-    lora, tensors = give_tensors(changes, base)
+    lora, tensors = adapter_from_changes(changes, base)
     model, _ = empty_mmdit(config.weights.transformer)
     if set(lora.targets) == set(_targeted(model, config.lora)):
         lora.targets = config.lora.targets
@@ -160,7 +160,7 @@ def _read_extras(path: Path, changes: Changes, base: Tensors, needed: bool) -> T
     with open_safetensors(file) as opened:
         extras: Tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     exact = {name: extras.pop(name) for name in base if name in extras}
-    _, computed = give_tensors({**changes}, base)
+    _, computed = adapter_from_changes({**changes}, base)
     # Base plus difference is not bit-exact: take the exact tensors, unless the pair was changed since the export.
     if all(torch.allclose(exact[name].float(), computed[name], rtol=1e-5, atol=1e-6) for name in exact):
         extras |= exact

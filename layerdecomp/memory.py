@@ -119,10 +119,10 @@ def _part(name: str) -> str:
 
 def training_memory(work: TrainingWork) -> Memory:
     """Memory of a training step."""
-    return Memory(**linear_in_blocks(lambda some: vars(_memory(some)), work))
+    return Memory(**extrapolate_over_blocks(lambda some: vars(_memory(some)), work))
 
 
-def linear_in_blocks(values: Callable[[TrainingWork], dict[str, float]], work: TrainingWork) -> dict[str, float]:
+def extrapolate_over_blocks(values: Callable[[TrainingWork], dict[str, float]], work: TrainingWork) -> dict[str, float]:
     """Values by name that are linear in the numbers of both kinds of block, extrapolated from three small models.
 
     Groups of `work.recompute` blocks of a kind are alike. If LoRA's targets distinguish blocks, all are evaluated.

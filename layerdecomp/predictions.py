@@ -99,7 +99,7 @@ def _read_foreground(path: Path, image: Tensor) -> Tensor:
     return torch.cat([rgba[:, :3], (rgba[:, 3:] + 1) / 2], dim=1)
 
 
-def is_drawn(root: Path, name: str, layers: Sequence[str]) -> bool:
+def is_written(root: Path, name: str, layers: Sequence[str]) -> bool:
     """Whether the files of a sample's layers exist."""
     return all((root / layer / f"{name}.png").is_file() for layer in layers)
 

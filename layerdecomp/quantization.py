@@ -83,7 +83,7 @@ def quantize_blocks(transformer: nn.Module, format: str) -> None:
     freeze_quantized(transformer)
 
 
-def check_bits(key: str, bits: int) -> None:
+def check_optimizer_bits(key: str, bits: int) -> None:
     """Raises `InputError`, which names the config key, for a number of bits that `adamw` does not support."""
     if bits not in (32, 8):
         raise InputError(f"{key} is {bits}; expected 32 or 8")

@@ -24,7 +24,7 @@ def to_model_size(batch: Mapping[str, Tensor], sample: SampleConfig) -> dict[str
     return {**batch, **{name: pad_to_multiple(values, TOKEN_FACTOR) for name, values in pictures.items()}}
 
 
-def to_own_size(
+def to_original_size(
     background: Tensor, foreground: Tensor, batch: Mapping[str, Tensor], sample: SampleConfig
 ) -> tuple[Tensor, Tensor]:
     """Layers sampled for `to_model_size(batch)`, at the batch's original size and on its device.
@@ -37,18 +37,18 @@ def to_own_size(
     if size != full:  # premultiplied, so that the grey under alpha 0 does not bleed into the edges
         foreground = from_autoencoder(resize(to_autoencoder(foreground), full))
     background = resize(background, full).clamp(-1, 1)
-    hole = torch.maximum(batch["mask"], missed(image, background, foreground))
+    hole = torch.maximum(batch["mask"], missed_object_mask(image, background, foreground))
     return keep_pixels(image, hole, background, sample), foreground
 
 
-def at_its_size(
+def at_original_size(
     draw: Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor]], batch: Mapping[str, Tensor], sample: SampleConfig
 ) -> tuple[Tensor, Tensor]:
     """Layers sampled by a model for a batch of images of any size, at that size."""
-    return to_own_size(*draw(to_model_size(batch, sample)), batch, sample)
+    return to_original_size(*draw(to_model_size(batch, sample)), batch, sample)
 
 
-def missed(image: Tensor, background: Tensor, foreground: Tensor) -> Tensor:
+def missed_object_mask(image: Tensor, background: Tensor, foreground: Tensor) -> Tensor:
     """Object pixels that the mask may have missed: opaque, and nearer to the image's colour than the background.
 
     Args:

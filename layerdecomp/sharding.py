@@ -5,8 +5,8 @@ before its forward or backward pass and resharded right after. Trained parameter
 
 An all-gather is a collective, so all ranks must run the transformer equally often. Training does so by design.
 Validation and evaluation, which split samples among ranks, need not: each rank announces a run beforehand, and a rank
-that has finished takes part in the gathers of the others until all have finished (`keep_up`). This needs neither
-padding samples nor a device that can hold all weights.
+that has finished takes part in the gathers of the others until all have finished (`join_remaining_gathers`). This needs
+neither padding samples nor a device that can hold all weights.
 """
 
 from datetime import timedelta
@@ -43,7 +43,7 @@ class ShardedBase:
         self._gather()
         transformer.register_forward_pre_hook(self._announce_run, prepend=True)  # before FSDP's own, which gathers
 
-    def keep_up(self) -> None:
+    def join_remaining_gathers(self) -> None:
         """Takes part in the gathers of ranks that still run the transformer; returns when none does.
 
         Every rank must call this after its last run of the transformer without gradients.

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from layerdecomp.errors import InputError
-from layerdecomp.files import written_whole
+from layerdecomp.files import atomic_path
 from layerdecomp.layouts import Shape
 
 Metadata = dict[str, str]
@@ -155,7 +155,7 @@ def write_tensors(
         read: returns a tensor by name; called once per tensor.
     """
     names = sorted(like, key=lambda name: (-like[name].element_size(), name))  # so that every tensor is aligned
-    with written_whole(path) as partial, partial.open("wb") as file:
+    with atomic_path(path) as partial, partial.open("wb") as file:
         file.write(_header({name: like[name] for name in names}, metadata))
         for name in names:
             tensor = read(name).detach().cpu().contiguous()

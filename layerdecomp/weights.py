@@ -72,7 +72,7 @@ def latents_sha256(path: Path) -> str:
     return checksums(path)[-1]
 
 
-def date_of_writing(otherwise: str | None = None) -> str:
+def creation_date(otherwise: str | None = None) -> str:
     """SOURCE_DATE_EPOCH, if it is set (https://reproducible-builds.org); else `otherwise`, or the current time; UTC."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     if epoch is None and otherwise is not None:

@@ -15,13 +15,13 @@ from layerdecomp.adapters import (
     LAYOUTS,
     Change,
     Changes,
+    adapter_from_changes,
     add_changes,
     average,
+    changes_from_adapter,
     from_diffusers,
-    give_tensors,
     peft_settings,
     reduce_rank,
-    take_changes,
     to_diffusers,
     to_kohya,
 )
@@ -116,33 +116,33 @@ def test_parts_of_their_own_are_stacked_exactly() -> None:
 def test_tensors_and_changes_are_the_same_adapter() -> None:
     lora, base = LoRAConfig(rank=3, alpha=4.5), _base()
     changes = _changes(scale=1.5)
-    given, tensors = give_tensors(changes, base)
+    given, tensors = adapter_from_changes(changes, base)
     assert (given.rank, given.alpha, given.scale) == (3, 4.5, 1.5) and "img_in" not in given.targets
     tensors["context_fusion.queries"] = torch.ones(2)
-    taken, rest = take_changes(tensors, lora, base)
+    taken, rest = changes_from_adapter(tensors, lora, base)
     assert rest.keys() == {"context_fusion.queries"}
     assert taken["img_in"].a.equal(torch.eye(6)) and torch.allclose(taken["img_in"].b, changes["img_in"].b, atol=1e-6)
     assert _same({**taken, "img_in": changes["img_in"]}, changes)
-    untrained, _ = take_changes({**tensors, **base}, lora, base)
+    untrained, _ = changes_from_adapter({**tensors, **base}, lora, base)
     assert "img_in" not in untrained
 
 
 def test_different_ranks_and_scales_become_one() -> None:
     changes = {**_changes(rank=3), "txt_in": Change(_draw(2, 6, seed=3), _draw(8, 2, seed=4), 0.25)}
-    lora, tensors = give_tensors(changes, _base())
+    lora, tensors = adapter_from_changes(changes, _base())
     assert (lora.rank, lora.alpha) == (3, None)
     assert {t.shape[0] for name, t in tensors.items() if name.endswith("lora_A.weight")} == {3}
-    taken, _ = take_changes(tensors, lora, _base())
+    taken, _ = changes_from_adapter(tensors, lora, _base())
     assert all(torch.allclose(taken[name].weight, changes[name].weight, atol=1e-6) for name in changes)
 
 
 def test_what_no_adapter_can_be() -> None:
     changes = _changes()
     with pytest.raises(InputError, match="nothing but the input projection"):
-        give_tensors({"img_in": changes["img_in"]}, _base())
+        adapter_from_changes({"img_in": changes["img_in"]}, _base())
     changes["txt_in"] = Change(changes["txt_in"].a, changes["txt_in"].b, bias=torch.ones(8))
     with pytest.raises(InputError, match="txt_in: the LoRA changes its bias"):
-        give_tensors(changes, _base())
+        adapter_from_changes(changes, _base())
 
 
 @pytest.fixture(scope="module")

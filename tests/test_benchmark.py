@@ -110,7 +110,7 @@ def test_a_training_step_is_its_pieces_and_trains() -> None:
     counts = count(SMALL)
     assert counts[STEP] == counts[ENCODING] + counts[TRAINING] and counts[ENCODING] > counts["encode image, mask, cues"]
     torch.manual_seed(0)
-    few_bits = replace(SMALL, quantize="int8", bits=8, pictures_at_once=1)
+    few_bits = replace(SMALL, quantize="int8", bits=8, encode_batch_size=1)
     workload = Workload(few_bits, torch.device("cpu"), torch.bfloat16)
     parameters = dict(workload.decomposer.named_parameters())
     before = {name: parameter.detach().clone() for name, parameter in parameters.items() if parameter.requires_grad}

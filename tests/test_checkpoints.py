@@ -346,7 +346,7 @@ def test_a_copy_is_of_values() -> None:
 def test_one_checkpoint_is_written_at_a_time(
     tmp_path: Path, gate: Gate, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints, "WORTH_SAYING", 0.2)
+    monkeypatch.setattr(checkpoints, "SLOW_SAVE", 0.2)
     files, began = CheckpointFiles(), time.monotonic()
     files.save_checkpoint(_state(1), tmp_path / LAST)
     assert not (tmp_path / LAST).exists()

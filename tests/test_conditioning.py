@@ -9,8 +9,8 @@ from torch import Tensor
 
 from layerdecomp.conditioning import (
     ConditioningConfig,
-    context,
-    contexts,
+    bidirectional_context,
+    inpainting_context,
     masked_images,
     pack,
     pack_mask,
@@ -50,7 +50,7 @@ def test_context_equals_the_fill_pipeline(height: int, width: int) -> None:
         pipeline, mask, latents, 2, 16, 1, height, width, torch.float32, "cpu", None
     )
     assert torch.equal(pack_mask(mask), packed_mask)
-    assert torch.equal(context(latents, mask), torch.cat([packed_latents, packed_mask], dim=-1))
+    assert torch.equal(inpainting_context(latents, mask), torch.cat([packed_latents, packed_mask], dim=-1))
 
 
 @pytest.mark.parametrize(("height", "width"), [(2, 3), (1, 5)])
@@ -79,16 +79,16 @@ def test_masked_images_share_the_image_out() -> None:
 
 def test_contexts_tell_each_layer_what_to_generate() -> None:
     background, foreground, mask = draw(2, 16, 4, 6), 1 + draw(2, 16, 4, 6), draw_mask(2, 32, 48)
-    both = contexts(background, foreground, mask, ConditioningConfig())
+    both = bidirectional_context(background, foreground, mask, ConditioningConfig())
     assert both.shape == (2, 2 * 6, 64 + 256)
-    assert torch.equal(both[:, :6], context(background, mask))
-    assert torch.equal(both[:, 6:], context(foreground, 1 - mask))
+    assert torch.equal(both[:, :6], inpainting_context(background, mask))
+    assert torch.equal(both[:, 6:], inpainting_context(foreground, 1 - mask))
 
 
 def test_without_foreground_context_the_foreground_is_told_nothing() -> None:
     background, foreground, mask = draw(2, 16, 4, 6), 1 + draw(2, 16, 4, 6), draw_mask(2, 32, 48)
-    blind = contexts(background, foreground, mask, ConditioningConfig(foreground=False))
-    assert torch.equal(blind[:, :6], context(background, mask))
+    blind = bidirectional_context(background, foreground, mask, ConditioningConfig(foreground=False))
+    assert torch.equal(blind[:, :6], inpainting_context(background, mask))
     assert not blind[:, 6:, :64].any()
     assert (blind[:, 6:, 64:] == 1).all()
 
@@ -96,7 +96,9 @@ def test_without_foreground_context_the_foreground_is_told_nothing() -> None:
 def test_without_mask_its_channels_are_zero_and_nothing_else_changes() -> None:
     background, foreground, mask = draw(2, 16, 4, 6), 1 + draw(2, 16, 4, 6), draw_mask(2, 32, 48)
     for foreground_context in (True, False):
-        usual = contexts(background, foreground, mask, ConditioningConfig(foreground=foreground_context))
-        maskless = contexts(background, foreground, mask, ConditioningConfig(foreground=foreground_context, mask=False))
+        usual = bidirectional_context(background, foreground, mask, ConditioningConfig(foreground=foreground_context))
+        maskless = bidirectional_context(
+            background, foreground, mask, ConditioningConfig(foreground=foreground_context, mask=False)
+        )
         assert torch.equal(maskless[..., :64], usual[..., :64]) and usual[..., 64:].any()
         assert not maskless[..., 64:].any()

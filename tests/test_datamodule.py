@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from layerdecomp.data.datamodule import DataConfig, Positions, SampleData, StepSampler, collate, open_samples
+from layerdecomp.data.datamodule import DataConfig, RepeatedSamples, SampleData, StepSampler, collate, open_samples
 from layerdecomp.data.scenes import SceneConfig
 from layerdecomp.errors import InputError
 
@@ -37,7 +37,7 @@ def test_a_restart_goes_on_with_the_next_step() -> None:
 
 def test_positions_go_round_and_round() -> None:
     samples = open_samples(CONFIG, "train", seed=0, length=5)
-    positions = Positions(samples)
+    positions = RepeatedSamples(samples)
     for position in (3, 8, 103):
         sample = positions[position]
         assert sample["position"] == position and sample["index"] == 3

@@ -231,7 +231,7 @@ def test_a_sample_is_encoded_as_its_parts_are(tiny_decomposer: Decomposer) -> No
     batch = batch_of(3)
     background, foreground = batch["image"].flip(-1), torch.cat([batch["image"], batch["mask"]], 1)
     told, z = tiny_decomposer.encode_sample(batch["image"], batch["mask"], batch["cues"], background, foreground)
-    alone = tiny_decomposer.encode_pictures(batch["image"], batch["mask"], batch["cues"])
+    alone = tiny_decomposer.encode_images(batch["image"], batch["mask"], batch["cues"])
     torch.testing.assert_close(told, alone, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         z_b = tiny_decomposer.autoencoder.encode(background)
@@ -245,7 +245,7 @@ def test_compiled_encoders_encode_the_same_under_the_same_names(tiny_config: Dec
     sample = batch["image"], batch["mask"], batch["cues"], batch["image"], torch.cat([batch["image"], batch["mask"]], 1)
     expected = decomposer.encode_sample(*sample)
     for autoencoder in (decomposer.autoencoder, decomposer.rgba_autoencoder):
-        autoencoder.encode_at_once = 1
+        autoencoder.encode_batch_size = 1
     torch._dynamo.utils.counters.clear()
     decomposer.compile_parts(backend="aot_eager")
     for rows in (3, 2):

@@ -36,7 +36,7 @@ def test_a_model_is_the_one_in_its_file_or_else_the_published_one(tiny_weights: 
     config.weights.transformer = config.weights.autoencoder = "nowhere.safetensors"
     work = training_work(config)
     assert (work.model, work.rgb, work.text_tokens) == (MMDiTConfig(), AutoencoderConfig(), 512)
-    assert (work.quantize, work.bits, work.recompute, work.pictures_at_once) == ("nf4", 8, 1, 1)
+    assert (work.quantize, work.bits, work.recompute, work.encode_batch_size) == ("nf4", 8, 1, 1)
     assert (
         work.recompute_attention and not training_work(load_config(CONFIGS / "flux_fill_80gb.yaml")).recompute_attention
     )

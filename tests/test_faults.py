@@ -24,7 +24,7 @@ from lightning import Trainer
 from torch import Tensor, nn
 
 from layerdecomp.config import load_config
-from layerdecomp.data.datamodule import Positions
+from layerdecomp.data.datamodule import RepeatedSamples
 from layerdecomp.errors import InputError, RunError
 from layerdecomp.training import checkpoints
 from layerdecomp.training.base import Job
@@ -35,9 +35,9 @@ from layerdecomp.training.faults import (
     StepGuard,
     command_to_continue,
     end_with_parent,
-    explained,
     fitting_settings,
-    poisoned,
+    nan_if_not_finite,
+    readable_errors,
 )
 from layerdecomp.training.runs import StepBar, train
 
@@ -73,11 +73,11 @@ def spoil(monkeypatch: pytest.MonkeyPatch, positions: set[int], factor: float = 
 def test_a_poisoned_loss_is_the_loss_wherever_it_is_finite() -> None:
     for value in (1.5, -2.0, 0.0, 1e38):
         x = torch.tensor(value, requires_grad=True)
-        poisoned(x * 2).backward()
+        nan_if_not_finite(x * 2).backward()
         assert x.grad is not None and x.grad.item() == 2
     for value in (math.inf, -math.inf, math.nan):
         x = torch.tensor(1.0, requires_grad=True)
-        poisoned(x * 0 + value).backward()  # an infinite loss, of which the gradient is finite
+        nan_if_not_finite(x * 0 + value).backward()  # an infinite loss, of which the gradient is finite
         assert x.grad is not None and x.grad.isnan()
 
 
@@ -182,13 +182,13 @@ def test_a_step_is_judged_when_the_next_one_comes() -> None:
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, positions: set[int]) -> None:
-    original = Positions.__getitem__
+    original = RepeatedSamples.__getitem__
 
-    def get(self: Positions, position: int) -> dict[str, Any]:
+    def get(self: RepeatedSamples, position: int) -> dict[str, Any]:
         faults = [f"/data/{position}.png cannot be read"] if position in positions else []
         return {**original(self, position), "faults": faults}
 
-    monkeypatch.setattr(Positions, "__getitem__", get)
+    monkeypatch.setattr(RepeatedSamples, "__getitem__", get)
 
 
 def test_broken_samples_are_named_and_counted(
@@ -232,10 +232,10 @@ class AllBroken:
 def test_nothing_but_broken_files_is_one_error(
     overrides: list[str], monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    def broken(self: Positions, samples: Any, cache: None) -> None:
+    def broken(self: RepeatedSamples, samples: Any, cache: None) -> None:
         self.samples, self.cache = AllBroken(samples), cache
 
-    monkeypatch.setattr(Positions, "__init__", broken)
+    monkeypatch.setattr(RepeatedSamples, "__init__", broken)
     with pytest.raises(InputError) as caught:
         run(overrides, f"data.workers={workers}")
     said = "16 draws in a row for sample 0 cannot be used; the last: /data/0.15.png cannot be read"
@@ -284,7 +284,7 @@ def test_an_error_names_the_command_that_goes_on(
     config = load_config(ROOT / "configs" / "tiny.yaml", settings)
     monkeypatch.setattr(sys, "argv", ["tools/train.py", *named, "train.steps=6"])
     one_rank = SimpleNamespace(world_size=1, global_rank=0)
-    with pytest.raises(RunError) as caught, explained(cast(Trainer, one_rank), config, str):
+    with pytest.raises(RunError) as caught, readable_errors(cast(Trainer, one_rank), config, str):
         if saved:
             (tmp_path / "run").mkdir()
             (tmp_path / "run" / "previous.ckpt").touch()  # a power cut before the last one had its name
@@ -397,13 +397,13 @@ def test_only_sizes_that_keep_the_samples_of_a_step_are_tried() -> None:
 # Processes
 
 
-def die(self: Positions, position: int) -> dict[str, Any]:
+def die(self: RepeatedSamples, position: int) -> dict[str, Any]:
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError
 
 
 def test_a_dead_worker_ends_the_run(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Positions, "__getitem__", die)
+    monkeypatch.setattr(RepeatedSamples, "__getitem__", die)
     started = time.monotonic()
     with pytest.raises(RunError, match=r"data worker died \(.*fewer data\.workers.*resume with"):
         run(overrides, "data.workers=1")

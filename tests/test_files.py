@@ -6,22 +6,22 @@ from pathlib import Path
 import pytest
 
 from layerdecomp.errors import InputError
-from layerdecomp.files import write_whole, written_whole
+from layerdecomp.files import atomic_path, atomic_write
 
 
 def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b.png"
-    with written_whole(path) as partial:
+    with atomic_path(path) as partial:
         assert partial.parent == path.parent and partial.suffix == ".png" and partial.name.startswith(".b.")
         partial.write_text("half")
         assert not path.exists()
     assert path.read_text() == "half" and list(path.parent.iterdir()) == [path]
-    write_whole(path, "zü")
+    atomic_write(path, "zü")
     assert path.read_bytes() == "zü".encode()
 
 
 def test_a_folder_does_as_well(tmp_path: Path) -> None:
-    with written_whole(tmp_path / "a") as partial:
+    with atomic_path(tmp_path / "a") as partial:
         partial.mkdir()
         (partial / "b").write_text("c")
     assert (tmp_path / "a" / "b").read_text() == "c" and len(list(tmp_path.iterdir())) == 1
@@ -34,24 +34,24 @@ def test_what_is_in_the_way_is_told(tmp_path: Path) -> None:
         with pytest.raises(
             InputError, match="could not be written .*; rename the file that is where a folder is needed"
         ):
-            write_whole(path, "")
+            atomic_write(path, "")
     with pytest.raises(InputError, match="could not be written .*; rename the folder of that name or choose another"):
-        write_whole(tmp_path / "folder", "")
+        atomic_write(tmp_path / "folder", "")
 
 
 def test_several_may_write_one_file(tmp_path: Path) -> None:
-    with written_whole(tmp_path / "a") as first:
+    with atomic_path(tmp_path / "a") as first:
         first.write_text("first")
-        write_whole(tmp_path / "a", "second")
+        atomic_write(tmp_path / "a", "second")
         assert (tmp_path / "a").read_text() == "second"
     assert (tmp_path / "a").read_text() == "first" and os.listdir(tmp_path) == ["a"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("bug")])
 def test_whatever_goes_wrong_leaves_what_was_there(tmp_path: Path, error: BaseException) -> None:
-    write_whole(tmp_path / "a", "old")
+    atomic_write(tmp_path / "a", "old")
     kind = InputError if isinstance(error, OSError) else type(error)
-    with pytest.raises(kind) as raised, written_whole(tmp_path / "a") as partial:
+    with pytest.raises(kind) as raised, atomic_path(tmp_path / "a") as partial:
         partial.mkdir()
         (partial / "b").write_text("half")
         raise error

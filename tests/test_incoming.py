@@ -10,7 +10,7 @@ import torch
 from reference import output_error, same_tensors
 from safetensors.torch import load_file, save_file
 
-from layerdecomp.adapters import INPUT, Changes, take_changes
+from layerdecomp.adapters import INPUT, Changes, changes_from_adapter
 from layerdecomp.decomposer import Decomposer, build_decomposer
 from layerdecomp.errors import InputError
 from layerdecomp.export import export
@@ -83,7 +83,7 @@ def test_the_scale_of_a_lora_from_elsewhere_is_that_of_its_metadata(
         told = {} if settings is None else {"lora_adapter_metadata": json.dumps(settings)}
         save_file(tensors, path, told)
         adapter, config = read_adapter(path, files)
-        return take_changes(adapter.tensors, config.lora, frozen_input(config)[1])[0]
+        return changes_from_adapter(adapter.tensors, config.lora, frozen_input(config)[1])[0]
 
     plain = changes(None)
     (rank,) = {change.rank for name, change in plain.items() if name != INPUT and "qkv" not in name}

@@ -7,7 +7,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from reference import build_reference_autoencoder, build_reference_transformer, randomize
 from torch import Tensor
 
-from layerdecomp.conditioning import context, masked_images, pack, position_ids, unpack
+from layerdecomp.conditioning import inpainting_context, masked_images, pack, position_ids, unpack
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.sampling import euler, schedule
@@ -38,7 +38,7 @@ def draw_inputs(batch: int) -> dict[str, Tensor]:
 def inpaint(mmdit: MMDiT, autoencoder: Autoencoder, x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Packed latents and the image in [0, 1]."""
     masked_image, _ = masked_images(2 * x["image"] - 1, x["mask"])
-    condition = context(autoencoder.encode(masked_image), x["mask"])
+    condition = inpainting_context(autoencoder.encode(masked_image), x["mask"])
     batch, tokens = x["noise"].shape[:2]
 
     def velocity(tokens: Tensor, t: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from layerdecomp.data import latents
-from layerdecomp.data.datamodule import DataConfig, Positions, open_samples
+from layerdecomp.data.datamodule import DataConfig, RepeatedSamples, open_samples
 from layerdecomp.data.latents import LatentCache
 from layerdecomp.data.scenes import SceneConfig
 from layerdecomp.errors import InputError
@@ -67,7 +67,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 def test_batches_come_from_the_cache_once_all_of_them_are_there(tmp_path: Path) -> None:
     samples = open_samples(DataConfig(scenes=SceneConfig(size=32)), "train", seed=0, length=4, with_cues=False)
     cache = LatentCache(tmp_path, {})
-    positions = Positions(samples, cache)
+    positions = RepeatedSamples(samples, cache)
     cache.add([2, 3], _batch())
     assert [set(sample) >= {"image", "position"} for sample in positions.__getitems__([5, 6])] == [True, True]
     found = positions.__getitems__([6, 7])

@@ -83,7 +83,7 @@ def test_many_tokens_and_a_high_rank_go_through_the_sum_with_equal_results(bias:
     x = torch.randn(2, 50, 12, generator=torch.Generator().manual_seed(0), requires_grad=True)
     weights = [x, layer.lora_A.weight, layer.lora_B.weight]
     two = base(x) + 0.5 * x @ layer.lora_A.weight.T @ layer.lora_B.weight.T
-    assert layer._cheaper_as_one(100) and not layer._cheaper_as_one(1)
+    assert layer._merged_is_cheaper(100) and not layer._merged_is_cheaper(1)
     torch.testing.assert_close(model(x), two, atol=1e-5, rtol=1e-5)
     gradients = (torch.autograd.grad(y.square().sum(), weights) for y in (model(x), two))
     for a, b in zip(*gradients, strict=True):
@@ -93,7 +93,7 @@ def test_many_tokens_and_a_high_rank_go_through_the_sum_with_equal_results(bias:
 def test_at_full_size_the_two_parts_stay_apart() -> None:
     with torch.device("meta"):
         layer = LoRALinear(nn.Linear(3072, 9216), rank=256, scale=1.0)
-    assert not layer._cheaper_as_one(2 * 4096 + 512 + 256)  # tokens at 1024 x 1024
+    assert not layer._merged_is_cheaper(2 * 4096 + 512 + 256)  # tokens at 1024 x 1024
 
 
 def test_merging_keeps_the_output_and_restores_plain_layers() -> None:

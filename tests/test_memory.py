@@ -17,7 +17,7 @@ from layerdecomp.memory import (
     TrainingWork,
     _memory,
     blocks_are_alike,
-    linear_in_blocks,
+    extrapolate_over_blocks,
     parameter_counts,
     training_memory,
     with_depths,
@@ -99,13 +99,13 @@ def test_blocks_that_lora_tells_apart_are_counted_one_by_one(targets: list[str],
     told, whole = training_memory(work), _memory(work)
     assert (told.frozen, told.trained) == (whole.frozen, whole.trained)
     assert told.step == (pytest.approx(whole.step, rel=0.01) if alike else whole.step)
-    assert linear_in_blocks(count, work) == pytest.approx(count(work))
+    assert extrapolate_over_blocks(count, work) == pytest.approx(count(work))
 
 
 def test_recomputing_keeps_little_and_pictures_may_go_one_by_one() -> None:
     none, every, some = (training_memory(replace(SMALL, recompute=n)) for n in (0, 1, 2))
     assert every.step < some.step < none.step and every.step < 0.6 * none.step
-    one = training_memory(replace(SMALL, pictures_at_once=1))
+    one = training_memory(replace(SMALL, encode_batch_size=1))
     assert one.encode < 0.5 * none.encode and one.step == none.step
 
 

@@ -438,7 +438,7 @@ def test_every_metric_reports_worse_layers_as_worse():
     a_little, a_lot = (per_image(*worsened(batch, amount=amount), batch, with_networks()) for amount in (0.02, 0.6))
     badness = {"↑": lambda value: -value, "↓": lambda value: value, "→1": lambda value: (value - 1).abs()}
     for name, info in METRICS.items():
-        if info.of_set:
+        if info.whole_set:
             continue
         assert (badness[info.better](a_lot[name]) > badness[info.better](a_little[name])).all(), name
 

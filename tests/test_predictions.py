@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from layerdecomp.errors import InputError
-from layerdecomp.predictions import PredictionFolder, describe, is_drawn, write_prediction
+from layerdecomp.predictions import PredictionFolder, describe, is_written, write_prediction
 
 NAMES = ["a", "b", "deep/c"]
 
@@ -26,7 +26,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     write_prediction(tmp_path, NAMES, (background, foreground))
     folder = PredictionFolder(tmp_path, NAMES)
     for place, name in enumerate(NAMES):
-        assert is_drawn(tmp_path, name, ("background", "foreground"))
+        assert is_written(tmp_path, name, ("background", "foreground"))
         for found, expected in zip(folder.read(name, background[:1]), (background, foreground), strict=True):
             assert found is not None
             torch.testing.assert_close(found[0], expected[place], rtol=0, atol=1e-6)
@@ -41,7 +41,7 @@ def test_a_method_may_give_one_kind_of_layer(tmp_path: Path) -> None:
     assert found[0] is not None and found[1] is None
     found = PredictionFolder(tmp_path / "matting", NAMES).read("a", background[:1])
     assert found[0] is None and found[1] is not None
-    assert is_drawn(tmp_path / "matting", "a", ("foreground",)) and not is_drawn(
+    assert is_written(tmp_path / "matting", "a", ("foreground",)) and not is_written(
         tmp_path / "matting", "a", ("background",)
     )
 

@@ -51,7 +51,7 @@ def test_the_table_has_both_and_their_ratio() -> None:
         ("bits=8", "32"),
         ("recompute=1", "0"),
         ("recompute_attention=false", "True"),
-        ("pictures_at_once=1", "0"),
+        ("encode_batch_size=1", "0"),
         ("steps=4", "28"),
         ("measure=false", "True"),
         ("sync_debug=warn", "default"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from layerdecomp.resizing import at_its_size, keep_pixels, missed, to_model_size, to_own_size
+from layerdecomp.resizing import at_original_size, keep_pixels, missed_object_mask, to_model_size, to_original_size
 from layerdecomp.sampling import SampleConfig
 
 
@@ -23,7 +23,7 @@ def test_a_model_gets_multiples_of_sixteen(
     assert {name: tuple(value.shape[-2:]) for name, value in seen.items()} == dict.fromkeys(batch, padded)
     background, foreground = torch.zeros(2, 3, *padded), torch.zeros(2, 4, *padded)
     background[..., : shrunk[0], : shrunk[1]] = 1  # what was drawn of the padding must not come back
-    back, front = to_own_size(background, foreground, batch, sample)
+    back, front = to_original_size(background, foreground, batch, sample)
     assert back.shape == (2, 3, *size) and front.shape == (2, 4, *size)
     assert back.min() > 0.999
 
@@ -32,7 +32,7 @@ def test_nothing_but_rounding_is_lost_at_the_own_size() -> None:
     image, mask = torch.rand(1, 3, 48, 32) * 2 - 1, torch.zeros(1, 1, 48, 32)
     mask[..., 8:20, 8:20] = 1
     layers = torch.rand(1, 3, 48, 32), torch.rand(1, 4, 48, 32)
-    background, foreground = at_its_size(
+    background, foreground = at_original_size(
         lambda _: layers, {"image": image, "mask": mask}, SampleConfig(keep_pixels=False)
     )
     torch.testing.assert_close(background, layers[0])
@@ -43,7 +43,7 @@ def test_the_colour_under_alpha_zero_does_not_bleed_into_edges() -> None:
     foreground = torch.zeros(1, 4, 32, 32)  # mid-grey, as the decoder leaves what is not there
     foreground[:, :3, :, 16:], foreground[:, 3, :, 16:] = 1.0, 1.0
     batch = {"image": torch.zeros(1, 3, 128, 128), "mask": torch.ones(1, 1, 128, 128)}
-    _, large = to_own_size(torch.zeros(1, 3, 32, 32), foreground, batch, SampleConfig(max_side=32))
+    _, large = to_original_size(torch.zeros(1, 3, 32, 32), foreground, batch, SampleConfig(max_side=32))
     edge = (large[:, 3:] > 0.3) & (large[:, 3:] < 0.95)
     assert edge.any() and large[:, :3][edge.expand(-1, 3, -1, -1)].min() > 0.95
 
@@ -56,8 +56,8 @@ def test_what_the_mask_has_missed_is_painted_and_what_stands_in_front_is_kept() 
     foreground = torch.cat([torch.ones(1, 3, 64, 96), torch.zeros(1, 1, 64, 96)], dim=1)
     foreground[:, 3, 8:56, 8:90] = 1
     painted = torch.where(image == 1, 0.25, image)
-    assert missed(image, painted, foreground)[0, 0].nonzero().amax(0).tolist() == [55, 39]
-    background, _ = to_own_size(painted, foreground, {"image": image, "mask": mask}, SampleConfig())
+    assert missed_object_mask(image, painted, foreground)[0, 0].nonzero().amax(0).tolist() == [55, 39]
+    background, _ = to_original_size(painted, foreground, {"image": image, "mask": mask}, SampleConfig())
     assert (background[..., 8:56, 8:40] == 0.25).all(), "a rim of the object is left"
     assert background[..., 60:].equal(image[..., 60:])
 

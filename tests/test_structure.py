@@ -52,7 +52,7 @@ ORDER = [
     *(
         "training.__init__",
         "training.muon",
-        "training.late",
+        "training.deferred",
         "training.checkpoints",
         "training.faults",
         "training.base",

@@ -615,7 +615,7 @@ def test_eight_bit_averages_train_and_resume(tmp_path: Path, overrides: list[str
 def test_an_adapter_of_a_quantised_base_is_trained_and_fits_the_whole_one(
     tmp_path: Path, overrides: list[str], format: str
 ) -> None:
-    settings = [*overrides, f"quantize={format}", "recompute=1", "pictures_at_once=1", "train.steps=2"]
+    settings = [*overrides, f"quantize={format}", "recompute=1", "encode_batch_size=1", "train.steps=2"]
     run_dir = run("tiny", *settings, "evaluate.samples=1", f"run_dir={tmp_path}/run")
     assert json.loads((run_dir / "metrics.json").read_text())["results"]["base"]
     assert len(losses(run_dir)) == 2

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from layerdecomp.config import load_config
 from layerdecomp.data.blending import BlendingConfig
-from layerdecomp.data.datamodule import DataConfig, Positions, SampleData, StepSampler, collate
+from layerdecomp.data.datamodule import DataConfig, RepeatedSamples, SampleData, StepSampler, collate
 from layerdecomp.data.folders import PARTS, BackgroundFolder, TripletFolder
 from layerdecomp.data.index import Index
 from layerdecomp.data.layerdiffuse import ForegroundFolder, pad_colours
@@ -256,7 +256,7 @@ def test_a_sample_depends_on_seed_split_and_index_alone(sets: Path) -> None:
 
 def test_workers_and_ranks_change_nothing(sets: Path) -> None:
     settings = config(sets, "layered", "pasted", "folders", aspects=[1.0, 1.5], blending=BlendingConfig(1, 1, 1, 1))
-    positions = Positions(Triplets(settings, "train", 5, 1000, group=2))
+    positions = RepeatedSamples(Triplets(settings, "train", 5, 1000, group=2))
 
     def batches(workers: int, **place: int) -> list[dict[str, Any]]:
         sampler = StepSampler(steps=4, batch_size=2, **place)
@@ -326,7 +326,7 @@ def test_a_log_names_the_items_of_a_sample(sets: Path, kinds: list[str]) -> None
 
 def test_a_sample_with_broken_files_is_replaced_and_named(sets: Path, tmp_path: Path) -> None:
     settings = config(sets, "layered", size=32)
-    whole = Positions(Triplets(settings, "train", seed=0, length=12))
+    whole = RepeatedSamples(Triplets(settings, "train", seed=0, length=12))
     before = [whole[position] for position in range(12)]
     assert not any(sample["faults"] for sample in before)
     rows = whole.samples.layered.indexes[0]

@@ -50,7 +50,7 @@ def open_samples(
     return Triplets(config.triplets, split, seed, length, with_cues, group)
 
 
-class Positions(Dataset[dict[str, Any]]):
+class RepeatedSamples(Dataset[dict[str, Any]]):
     """An endlessly repeated data set, indexed by the `position` in the whole training run, which each sample holds.
 
     If the files of a sample cannot be read, it is replaced by the next draw for the same index; `faults` lists the
@@ -143,7 +143,7 @@ class SampleData(LightningDataModule):
             world_size=self.trainer.world_size,
         )
         return DataLoader(
-            Positions(self.training, self.cache),
+            RepeatedSamples(self.training, self.cache),
             batch_sampler=sampler,
             num_workers=self.workers,
             collate_fn=collate,

@@ -94,7 +94,7 @@ def _rounded(length: float) -> int:
     return max(MULTIPLE, round(length / MULTIPLE) * MULTIPLE)
 
 
-class Shot(NamedTuple):
+class DrawnScene(NamedTuple):
     """A drawn scene, with whatever its files provide beyond the layers."""
 
     scene: Scene
@@ -212,7 +212,7 @@ class Triplets(Dataset[dict[str, Any]]):
         """Number of pictures to draw from; a held-out set larger than this repeats some."""
         return sum(len(self._rows(kind)) for kind in self.kinds)
 
-    def _draw(self, rng: np.random.Generator, size: tuple[int, int], first: int | None) -> Shot:
+    def _draw(self, rng: np.random.Generator, size: tuple[int, int], first: int | None) -> DrawnScene:
         """Draws pictures, starting with row `first` if given, until an object's visible area is within the limits."""
         make = {"layered": self._layered, "pasted": self._pasted, "folders": self._folder}[self._kind(rng)]
         for tries in range(TRIES):
@@ -240,7 +240,7 @@ class Triplets(Dataset[dict[str, Any]]):
                 break
         return index, item
 
-    def _layered(self, rng: np.random.Generator, size: tuple[int, int], first: int | None) -> Shot:
+    def _layered(self, rng: np.random.Generator, size: tuple[int, int], first: int | None) -> DrawnScene:
         """A layered picture with a random layer as the object; the layers below and above form the background."""
         index, item = self._matching(self.layered, rng, size, first)
         pictures = load_layers(index, item)
@@ -248,9 +248,9 @@ class Triplets(Dataset[dict[str, Any]]):
         place = fit((item.width, item.height), size, rng, bounds(pictures[chosen]))
         paths = layer_paths(index.root, item)
         layers = [layer(place.apply(picture, path)) for picture, path in zip(pictures, paths, strict=True)]
-        return Shot(scene_around(layers, chosen), maps=self._maps(index, item, place), items=(item,))
+        return DrawnScene(scene_around(layers, chosen), maps=self._maps(index, item, place), items=(item,))
 
-    def _pasted(self, rng: np.random.Generator, size: tuple[int, int], first: int | None) -> Shot:
+    def _pasted(self, rng: np.random.Generator, size: tuple[int, int], first: int | None) -> DrawnScene:
         """A cut-out pasted over a background, sometimes with a second one in front; there are no cue map files."""
         index, item = self._matching(self.backgrounds, rng, size, first)
         background = load_background(index, item, size, rng)
@@ -262,7 +262,7 @@ class Triplets(Dataset[dict[str, Any]]):
             covered = float((foreground[3] * candidate[3]).sum() / foreground[3].sum().clamp(min=1))
             if 0.05 <= covered <= 0.5:
                 occluder, items = self._blended(candidate, background, rng), (*items, other)
-        return Shot(Scene(background, self._blended(foreground, background, rng), occluder), items=items)
+        return DrawnScene(Scene(background, self._blended(foreground, background, rng), occluder), items=items)
 
     def _placed(self, rng: np.random.Generator, size: tuple[int, int], area: float) -> tuple[Tensor, Item]:
         """A complete cut-out (4, *size), its bounding box covering about `area` of the image, and its item."""
@@ -285,7 +285,7 @@ class Triplets(Dataset[dict[str, Any]]):
             foreground = soften(foreground, rng.uniform(0.3, 1.5))
         return foreground
 
-    def _folder(self, rng: np.random.Generator, size: tuple[int, int], first: int | None) -> Shot:
+    def _folder(self, rng: np.random.Generator, size: tuple[int, int], first: int | None) -> DrawnScene:
         """An existing triplet with its own image and mask; any occluder is unknown."""
         index, item = self._matching(self.folders, rng, size, first)
         if not has_foreground(item):
@@ -296,12 +296,12 @@ class Triplets(Dataset[dict[str, Any]]):
         image, background = (to_tensor(np.asarray(crops[part]))[0] for part in ("image", "background"))
         scene = Scene(background, layer(crops["foreground"]), torch.zeros(4, *size))
         visible = torch.from_numpy(np.asarray(crops["mask"]) >= 128).float()[None]
-        return Shot(scene, image, visible, self._maps(index, item, place), (item,))
+        return DrawnScene(scene, image, visible, self._maps(index, item, place), (item,))
 
     def _maps(self, index: Index, item: Item, place: Fit) -> dict[str, Tensor]:
         return load_maps(index, item, place) if self.with_cues else {}
 
-    def _finish(self, shot: Shot, rng: np.random.Generator) -> Shot:
+    def _finish(self, shot: DrawnScene, rng: np.random.Generator) -> DrawnScene:
         """Pads the foreground's colours, flips the shot, adds the same grain to all layers, JPEG to the image only."""
         config = self.config.blending
         flip, grain, jpeg = rng.random(3) < (self.config.flip, config.grain, config.jpeg)
@@ -359,11 +359,11 @@ def nearest_aspect(item: Item, aspects: list[float]) -> int:
     return int(np.argmin(distances))
 
 
-def _flipped(shot: Shot) -> Shot:
+def _flipped(shot: DrawnScene) -> DrawnScene:
     """The shot mirrored horizontally."""
     image, visible = (None if part is None else part.flip(-1) for part in (shot.image, shot.visible))
     maps = {name: values.flip(-1) for name, values in shot.maps.items()}
-    return Shot(Scene(*(part.flip(-1) for part in shot.scene)), image, visible, maps, shot.items)
+    return DrawnScene(Scene(*(part.flip(-1) for part in shot.scene)), image, visible, maps, shot.items)
 
 
 def _grainy(part: Tensor, noise: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps
 
 from layerdecomp.errors import InputError
-from layerdecomp.files import written_whole
+from layerdecomp.files import atomic_path
 from layerdecomp.imaging.layered import Raster, check_psd, write_ora, write_psd
 
 logger = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
 
 def write_picture(path: Path, pixels: Pixels) -> None:
     """Writes a picture atomically; `InputError` if it cannot be written."""
-    with written_whole(path) as partial:
+    with atomic_path(path) as partial:
         Image.fromarray(pixels).save(partial)
 
 
@@ -189,7 +189,7 @@ class Layers:
         folder = Path(folder)
         with ExitStack() as files:  # write all files before renaming any
             for name, write in {name: write for format in formats for name, write in FORMATS[format].items()}.items():
-                write(self, files.enter_context(written_whole(folder / name)))
+                write(self, files.enter_context(atomic_path(folder / name)))
         return folder
 
     def recomposed(self) -> Pixels:

@@ -24,8 +24,8 @@ class MetricInfo:
 
     unit: str
     better: Literal["↑", "↓", "→1"]  # higher, lower, closer to 1
-    undefined: str  # when the metric is undefined for an image (if of_set, for the set)
-    of_set: bool = False  # computed on the whole set, not a mean over images
+    undefined: str  # when the metric is undefined for an image (if whole_set, for the set)
+    whole_set: bool = False  # computed on the whole set, not a mean over images
 
 
 _HIDDEN_TOO_SMALL = f"the object's hidden part has fewer than {foreground.MIN_HIDDEN_PIXELS} pixels"
@@ -38,8 +38,8 @@ METRICS = {
     "background/psnr_mask": MetricInfo("dB", "↑", "the mask is empty"),
     "background/ssim": MetricInfo("", "↑", f"{_REGION_EMPTY}, or {_SMALL_FOR_SSIM}"),
     "background/lpips": MetricInfo("", "↓", f"{_REGION_EMPTY}, or {_SMALL_FOR_LPIPS}"),
-    "background/fid": MetricInfo("", "↓", _TOO_FEW, of_set=True),
-    "background/kid": MetricInfo("", "↓", _TOO_FEW, of_set=True),
+    "background/fid": MetricInfo("", "↓", _TOO_FEW, whole_set=True),
+    "background/kid": MetricInfo("", "↓", _TOO_FEW, whole_set=True),
     "background/sharpness": MetricInfo("", "→1", "the mask has no two adjacent pixels, or the truth is flat there"),
     "foreground/alpha_iou": MetricInfo("", "↑", "the true foreground is fully transparent"),
     "foreground/alpha_sad": MetricInfo("kpx", "↓", "never undefined"),
@@ -53,7 +53,7 @@ METRICS = {
     "recomposition/psnr": MetricInfo("dB", "↑", _COVERED),
     "recomposition/lpips": MetricInfo("", "↓", f"{_COVERED}, or {_SMALL_FOR_LPIPS}"),
 }
-PER_IMAGE = [name for name, info in METRICS.items() if not info.of_set]
+PER_IMAGE = [name for name, info in METRICS.items() if not info.whole_set]
 STDERR_SUFFIX = "_stderr"
 Layer = Tensor | None
 

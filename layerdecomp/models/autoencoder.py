@@ -209,7 +209,7 @@ class Autoencoder(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.encode_at_once = 0  # images per encoder call, to limit memory; 0: the whole batch
+        self.encode_batch_size = 0  # images per encoder call, to limit memory; 0: the whole batch
 
     def posterior(self, x: Tensor, tiling: Tiling | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log variance, each (B, z_channels, H/8, W/8), of the unscaled latents of x (B, channels, H, W)."""
@@ -217,8 +217,8 @@ class Autoencoder(nn.Module):
         return mean, log_variance.clamp(-30.0, 20.0)
 
     def _encode(self, x: Tensor) -> Tensor:
-        """Runs the encoder on chunks of `encode_at_once` images; the encoder itself may be compiled."""
-        return torch.cat([self.encoder(chunk) for chunk in x.split(self.encode_at_once or len(x))])
+        """Runs the encoder on chunks of `encode_batch_size` images; the encoder itself may be compiled."""
+        return torch.cat([self.encoder(chunk) for chunk in x.split(self.encode_batch_size or len(x))])
 
     def encode(self, x: Tensor, *, noise: Tensor | None = None, tiling: Tiling | None = None) -> Tensor:
         """Scaled latents (B, z_channels, H/8, W/8) of x (B, in_channels, H, W) in [-1, 1], H and W multiples of 8.

@@ -118,7 +118,7 @@ class LoRALinear(FrozenLinear):
         """(..., in_features) -> (..., out_features)."""
         if not self.adapted:
             return super().forward(x)
-        if self._cheaper_as_one(x.numel() // self.in_features):
+        if self._merged_is_cheaper(x.numel() // self.in_features):
             return F.linear(x, self._sum().to(x.dtype), self.bias)
         rows = x.flatten(0, -2)  # (N, in_features)
         low_rank = F.linear(rows, self.lora_A.weight.to(x.dtype))  # (N, rank)
@@ -126,7 +126,7 @@ class LoRALinear(FrozenLinear):
         out = super().forward(rows).addmm_(low_rank, self.lora_B.weight.to(low_rank.dtype).t(), alpha=self.scale)
         return out.view(*x.shape[:-1], self.out_features)
 
-    def _cheaper_as_one(self, tokens: int) -> bool:
+    def _merged_is_cheaper(self, tokens: int) -> bool:
         """Whether W + scale * B A, forward and backward, takes fewer multiplications than W and B A separately.
 
         It does where the rank is a large fraction of the width, as in small models.

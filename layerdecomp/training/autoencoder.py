@@ -18,7 +18,7 @@ from layerdecomp.metrics.background import psnr
 from layerdecomp.models.autoencoder import Autoencoder, extend_to_rgba, rescale_latents
 from layerdecomp.tensor_files import stored_dtype
 from layerdecomp.training.base import Job, every_fourth
-from layerdecomp.training.late import to_device
+from layerdecomp.training.deferred import to_device
 from layerdecomp.training.projection import SPECTRUM, BlockProjection
 from layerdecomp.weights import REFINES, checksums, load_autoencoder, save_model
 
@@ -113,8 +113,8 @@ class AutoencoderJob(Job):
 
     def _deviation(self, mean: Tensor, log_variance: Tensor, positions: Sequence[int]) -> Tensor:
         """The offset of the decoded latents from their mean: posterior noise, plus `noise` of a random level."""
-        noise = self.drawn_normal(positions, mean.shape[1:], mean)
-        level = self.drawn_normal(positions, (1, 1, 1), mean, stream=1).abs()
+        noise = self.seeded_noise(positions, mean.shape[1:], mean)
+        level = self.seeded_noise(positions, (1, 1, 1), mean, stream=1).abs()
         return (torch.exp(0.5 * log_variance) + level * self.run.noise / self.autoencoder.config.scale_factor) * noise
 
     def _fit_projection(self) -> BlockProjection:

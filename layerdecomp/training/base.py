@@ -23,17 +23,17 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from layerdecomp.config import RunConfig
-from layerdecomp.data.datamodule import Positions, collate, open_samples
+from layerdecomp.data.datamodule import RepeatedSamples, collate, open_samples
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import Share, write_metrics
 from layerdecomp.flow import seed_at, seeded_normal
 from layerdecomp.quantization import adamw, check_optimizer
 from layerdecomp.tensor_files import Metadata, file_sha256
 from layerdecomp.training.checkpoints import loops_at
-from layerdecomp.training.faults import FaultCount, StepGuard, fitting_settings, poisoned
-from layerdecomp.training.late import Late, summed, to_device
+from layerdecomp.training.deferred import Deferred, all_reduce_sum, to_device
+from layerdecomp.training.faults import FaultCount, StepGuard, fitting_settings, nan_if_not_finite
 from layerdecomp.training.muon import Muon, is_hidden
-from layerdecomp.weights import copy_tensors, date_of_writing
+from layerdecomp.weights import copy_tensors, creation_date
 
 
 def resolve_precision(setting: str) -> str:
@@ -88,7 +88,7 @@ class Job(LightningModule):
         self._step_started: float | None = None
         self._losses: list[Tensor] = []  # of the batches of the current step
         self._means: dict[str, Tensor] = {}  # losses of the last step, averaged over batches and ranks
-        self._pending: tuple[int, list[str], Late] | None = None  # the step whose values are not logged yet
+        self._pending: tuple[int, list[str], Deferred] | None = None  # the step whose values are not logged yet
         self.shown: dict[str, float] = {}  # in the progress bar
         self.guard, self.faults = StepGuard(config.train.max_skipped), FaultCount(config.data.max_faulty)
 
@@ -97,7 +97,7 @@ class Job(LightningModule):
         """The scalar to minimise, as "loss", and any other losses to log."""
 
     @property
-    def less_memory(self) -> str:
+    def memory_advice(self) -> str:
         """What to change if not even one sample fits into memory."""
         return "reduce the image size"
 
@@ -120,7 +120,7 @@ class Job(LightningModule):
         """The batch with its tensors moved to the model's device."""
         return {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
-    def drawn_normal(self, positions: Sequence[int], shape: Sequence[int], like: Tensor, stream: int = 0) -> Tensor:
+    def seeded_noise(self, positions: Sequence[int], shape: Sequence[int], like: Tensor, stream: int = 0) -> Tensor:
         """Standard normal noise (B, *shape) with the device and dtype of `like`; see `seeded_normal`."""
         return to_device(seeded_normal(self.run.seed, positions, shape, stream), like.device).to(like.dtype)
 
@@ -135,10 +135,10 @@ class Job(LightningModule):
         self.guard.note(batch["position"], losses["loss"])
         self._losses.append(torch.stack([value.detach() for value in losses.values()]))
         if len(self._losses) == self.trainer.accumulate_grad_batches:
-            means = summed(torch.stack(self._losses).mean(dim=0)) / self.trainer.world_size
+            means = all_reduce_sum(torch.stack(self._losses).mean(dim=0)) / self.trainer.world_size
             self._losses, self._means = [], dict(zip(losses, means, strict=True))
         self._rate_samples(size * self.trainer.world_size)
-        return poisoned(losses["loss"])
+        return nan_if_not_finite(losses["loss"])
 
     def log_pending(self) -> None:
         """Logs the previous step, whose values have reached the host by now."""
@@ -161,7 +161,7 @@ class Job(LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.run.optim.clip if self.run.optim.clip > 0 else math.inf)
         self.log_pending()
         figures = {**self._means, "grad_norm": norm}
-        self._pending = self.global_step, [*figures], Late(torch.stack([*figures.values()]))
+        self._pending = self.global_step, [*figures], Deferred(torch.stack([*figures.values()]))
         step = self.trainer.global_step + 1
         if all(group.get("fused") for group in optimizer.param_groups) and not isinstance(norm, DTensor):
             optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # read by its kernel
@@ -179,17 +179,17 @@ class Job(LightningModule):
 
     def _loss_of(self, positions: Sequence[int]) -> Tensor:
         """The loss of the samples at `positions`, which are loaded again in this process."""
-        samples = Positions(self.trainer.datamodule.training)  # type: ignore[attr-defined]
+        samples = RepeatedSamples(self.trainer.datamodule.training)  # type: ignore[attr-defined]
         batch = self.on_device(collate([samples[position] for position in positions]))
         with self.trainer.precision_plugin.forward_context():
             return self.loss(batch)["loss"]
 
-    def what_fits(self) -> str:
+    def settings_that_fit(self) -> str:
         """Settings that fit on the device, found by trying them after a step ran out of memory."""
         parameters = [parameter for _, parameter in self.trained()]
         train = self.run.train
         sizes = train.batch_size, train.accumulate
-        return fitting_settings(lambda size: self._loss_of(range(size)), parameters, *sizes, self.less_memory)
+        return fitting_settings(lambda size: self._loss_of(range(size)), parameters, *sizes, self.memory_advice)
 
     def sound(self) -> bool:
         """Whether the trained tensors are worth saving: the last step was not skipped, and all values are finite."""
@@ -318,7 +318,7 @@ class Job(LightningModule):
             "data": json.dumps(asdict(self.run.data)),
             "commit": self._commit,
             "ema": str(self.run.train.ema),
-            "date": date_of_writing(),
+            "date": creation_date(),
             "figures": json.dumps({name: value for name, value in figures.items() if math.isfinite(value)}),
         }
 

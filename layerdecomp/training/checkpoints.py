@@ -29,12 +29,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from layerdecomp.errors import InputError, RunError
 from layerdecomp.files import remedy
-from layerdecomp.training.late import Late, summed, to_device
+from layerdecomp.training.deferred import Deferred, all_reduce_sum, to_device
 
 logger = logging.getLogger(__name__)
 LAST, PREVIOUS, DAMAGED = "last.ckpt", "previous.ckpt", "damaged.ckpt"
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; kill and preemption; SLURM's warning
-WORTH_SAYING = 1.0  # seconds: a save that waits longer for the previous one logs a warning
+SLOW_SAVE = 1.0  # seconds: a save that waits longer for the previous one logs a warning
 # Seconds that a pending checkpoint gets when an error ends the run. Alone: enough for 12 GB at 200 MB/s. Among several
 # ranks: Lightning kills all within five seconds of one exiting, and the outcome must be logged before that.
 GRACE, GRACE_AMONG_RANKS = 60.0, 2.0
@@ -112,7 +112,7 @@ class CheckpointFiles(CheckpointIO):
         """Starts writing; later changes to the tensors do not affect the file. Raises as `wait` does."""
         began = time.monotonic()
         self.wait()
-        if (waited := time.monotonic() - began) > WORTH_SAYING:
+        if (waited := time.monotonic() - began) > SLOW_SAVE:
             logger.warning(
                 "step %d was saved %.0f s late, since the previous checkpoint was still being written; raise "
                 "train.checkpoint_every, or use a faster disk",
@@ -263,7 +263,7 @@ class Checkpoints(Checkpoint):
         self.every, self.validate_every = every, validate_every
         self._signal: signal.Signals | None = None
         self._trainer: Trainer | None = None
-        self._signalled: Late | None = None  # number of ranks that had a signal at the end of the last step
+        self._signalled: Deferred | None = None  # number of ranks that had a signal at the end of the last step
 
     def on_validation_start(self, trainer: Trainer, job: LightningModule) -> None:
         self._listen(trainer)  # the first validation precedes training
@@ -318,7 +318,7 @@ class Checkpoints(Checkpoint):
         if trainer.world_size == 1:
             return self._signal is not None
         own = to_device(torch.tensor([float(self._signal is not None)]), trainer.strategy.root_device)
-        previous, self._signalled = self._signalled, Late(summed(own))
+        previous, self._signalled = self._signalled, Deferred(all_reduce_sum(own))
         return previous is not None and previous.read()[0] > 0
 
 

@@ -53,7 +53,7 @@ class DecomposerJob(FlowJob):
         if config.compile:
             self.decomposer.compile_parts()
         for autoencoder in (self.decomposer.autoencoder, self.decomposer.rgba_autoencoder):
-            autoencoder.encode_at_once = config.pictures_at_once
+            autoencoder.encode_batch_size = config.encode_batch_size
 
     def configure_model(self) -> None:  # called before every validation and training
         if self.run.shard_base and self.sharded is None:
@@ -98,7 +98,7 @@ class DecomposerJob(FlowJob):
             self.show("validation/layers", comparison_grid(batch, {row: (background, foreground)}))
 
     def on_validation_epoch_end(self) -> None:
-        self._keep_up()
+        self._join_remaining_gathers()
         figures = {name: value for name, value in self.metrics.compute().items() if not torch.isnan(value)}
         # Every rank already has the same values; `sync_dist` only silences Lightning's warning.
         self.log_dict({f"validation/{name}": value for name, value in figures.items()}, sync_dist=True)
@@ -106,27 +106,27 @@ class DecomposerJob(FlowJob):
 
     def sample_names(self, positions: Sequence[int]) -> list[str]:
         names = super().sample_names(positions)
-        self._keep_up()  # ranks may run different numbers of samples
+        self._join_remaining_gathers()  # ranks may run different numbers of samples
         return names
 
-    def _keep_up(self) -> None:
+    def _join_remaining_gathers(self) -> None:
         if self.sharded is not None:
-            self.sharded.keep_up()
+            self.sharded.join_remaining_gathers()
 
     @property
-    def less_memory(self) -> str:
-        return f"{super().less_memory} or lora.rank"
+    def memory_advice(self) -> str:
+        return f"{super().memory_advice} or lora.rank"
 
-    def what_fits(self) -> str:
+    def settings_that_fit(self) -> str:
         if self.sharded is None:
-            return super().what_fits()
+            return super().settings_that_fit()
         return (
             "no settings were tried, since with shard_base=true every rank would have to: set recompute=1, or a "
             "smaller train.batch_size and a larger train.accumulate"
         )
 
     def finish(self, run_dir: Path, share: Share) -> None:
-        share = replace(share, before_waiting=self._keep_up)
+        share = replace(share, before_waiting=self._join_remaining_gathers)
         if share.rank == 0:
             self._save_adapter(run_dir, {})
         if not self.run.evaluate.rows:

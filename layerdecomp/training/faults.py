@@ -25,14 +25,14 @@ from torch import Tensor
 from layerdecomp.config import RunConfig
 from layerdecomp.errors import InputError, RunError
 from layerdecomp.training.checkpoints import LAST, PREVIOUS, StoppedError
-from layerdecomp.training.late import Late
+from layerdecomp.training.deferred import Deferred
 
 logger = logging.getLogger(__name__)
-FAULTS_FROM = 1000  # samples: the faulty share is relative to at least this many
+MIN_SAMPLES = 1000  # samples: the faulty share is relative to at least this many
 Names = Callable[[Sequence[int]], list[str]]  # positions -> names of their samples
 
 
-def poisoned(loss: Tensor) -> Tensor:
+def nan_if_not_finite(loss: Tensor) -> Tensor:
     """The loss, with a NaN gradient if it is not finite itself: all ranks then see that in the reduced gradient."""
     return loss * torch.where(torch.isfinite(loss), 1.0, math.nan)
 
@@ -44,7 +44,7 @@ class StepGuard:
         self.limit = limit
         self.skipped = self.in_a_row = 0
         self._seen: list[tuple[Sequence[int], Tensor]] = []  # positions and loss of each batch of the step
-        self._waiting: tuple[list[tuple[Sequence[int], Tensor]], int, Late] | None = None
+        self._waiting: tuple[list[tuple[Sequence[int], Tensor]], int, Deferred] | None = None
 
     def note(self, positions: Sequence[int], loss: Tensor) -> None:
         """Records a batch of the current step."""
@@ -65,7 +65,7 @@ class StepGuard:
         For an optimizer that skips steps by itself. Raises as `judge` does.
         """
         self.settle(names)
-        self._waiting, self._seen = (self._seen, step, Late(norm[None])), []
+        self._waiting, self._seen = (self._seen, step, Deferred(norm[None])), []
 
     def settle(self, names: Names) -> bool:
         """Judges the pending step, if there is one; returns and raises as `judge` does."""
@@ -103,7 +103,7 @@ class FaultCount:
             self.faulty += bool(found)
             for fault in found:
                 logger.warning("a training sample is replaced by the next draw (%d so far): %s", self.faulty, fault)
-        if self.faulty > self.share * max(self.seen, FAULTS_FROM):
+        if self.faulty > self.share * max(self.seen, MIN_SAMPLES):
             raise RunError(
                 f"{self.faulty} of {self.seen} training samples could not be read, more than data.max_faulty="
                 f"{self.share:g} allows; tools/prepare_data.py check=INDEX lists what is wrong"
@@ -130,13 +130,13 @@ def _python() -> str:
 
 
 @contextmanager
-def explained(trainer: Trainer, config: RunConfig, what_fits: Callable[[], str]) -> Iterator[None]:
+def readable_errors(trainer: Trainer, config: RunConfig, settings_that_fit: Callable[[], str]) -> Iterator[None]:
     """Turns an error that is not a bug into one message that names the rank and says how to resume.
 
     A run that was stopped by a signal exits with 128 + the signal's number, as in a shell.
 
     Args:
-        what_fits: returns settings that need less memory; called once the memory of the failed step is free.
+        settings_that_fit: returns settings that need less memory; called once the memory of the failed step is free.
     """
     rank = f"rank {trainer.global_rank}: " if trainer.world_size > 1 else ""
     try:
@@ -156,7 +156,7 @@ def explained(trainer: Trainer, config: RunConfig, what_fits: Callable[[], str])
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         _free(error)
-        raise RunError(f"{rank}{reason}\n{what_fits()}") from None
+        raise RunError(f"{rank}{reason}\n{settings_that_fit()}") from None
     except OSError as error:
         raise RunError(f"{rank}a file could not be read or written ({error}){_kept(config)}") from error
     except RuntimeError as error:

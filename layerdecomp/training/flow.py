@@ -44,8 +44,8 @@ class FlowJob(Job):
         """What the output of `encode` depends on besides the samples, as JSON-compatible values."""
 
     @property
-    def less_memory(self) -> str:
-        return f"set recompute=1 recompute_attention=true, {super().less_memory}"
+    def memory_advice(self) -> str:
+        return f"set recompute=1 recompute_attention=true, {super().memory_advice}"
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         latents = batch
@@ -65,8 +65,8 @@ class FlowJob(Job):
         Returns:
             noisy latents (B, S, 64), times (B,) and the velocities to predict (B, S, 64).
         """
-        noise = self.drawn_normal(positions, z.shape[1:], z)
-        normal = self.drawn_normal(positions, (1,), z, stream=1).flatten()
+        noise = self.seeded_noise(positions, z.shape[1:], z)
+        normal = self.seeded_noise(positions, (1,), z, stream=1).flatten()
         t = sample_times(normal, tokens, self.run.flow)
         return interpolate(z, noise, t), t, velocity_target(z, noise)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerdecomp.conditioning import context, masked_images, pack
+from layerdecomp.conditioning import inpainting_context, masked_images, pack
 from layerdecomp.config import InpainterJobConfig
 from layerdecomp.decomposer import Context, Prompt, inpaint, latent_noise, predict_velocity, token_ids
 from layerdecomp.evaluation import Share
@@ -53,7 +53,7 @@ class InpainterJob(FlowJob):
 
     def flow_losses(self, latents: dict[str, Tensor], positions: Sequence[int]) -> dict[str, Tensor]:
         z, hole = pack(latents["z"]), latents["hole"].float()
-        cond = Context(context(latents["masked"], hole, self.run.conditioning.mask), token_ids(hole, 0))
+        cond = Context(inpainting_context(latents["masked"], hole, self.run.conditioning.mask), token_ids(hole, 0))
         x, t, target = self.noisy(z, z.shape[1], positions)
         velocity = predict_velocity(self.transformer, self.prompt, x, cond, t, guidance=1.0)
         return {"loss": flow_loss(velocity, target)}

@@ -41,7 +41,7 @@ from layerdecomp.training.checkpoints import (
     read_checkpoint,
 )
 from layerdecomp.training.decomposer import DecomposerJob
-from layerdecomp.training.faults import end_with_parent, explained
+from layerdecomp.training.faults import end_with_parent, readable_errors
 from layerdecomp.training.flow import FlowJob
 from layerdecomp.training.inpainter import InpainterJob
 
@@ -85,7 +85,7 @@ def train(config: RunConfig) -> None:
         print(f"resuming from {checkpoint}; a finished run is only evaluated again (resume=never starts over)")
     if trainer.local_rank > 0:
         end_with_parent(trainer.global_rank)
-    with explained(trainer, config, job.what_fits):
+    with readable_errors(trainer, config, job.settings_that_fit):
         if checkpoint is None:
             trainer.validate(job, data, verbose=False)  # metrics before training
         trainer.fit(job, data, ckpt_path=checkpoint, weights_only=True)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from layerdecomp.config import load_config
 from layerdecomp.training.base import Job
 from layerdecomp.training.decomposer import DecomposerJob
-from layerdecomp.training.late import Late, to_device
+from layerdecomp.training.deferred import Deferred, to_device
 from layerdecomp.training.runs import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,7 +82,7 @@ def test_no_step_waits(
 
 
 def test_numbers_arrive() -> None:
-    assert Late(torch.tensor([1.5, -2.0])).read() == [1.5, -2.0]
+    assert Deferred(torch.tensor([1.5, -2.0])).read() == [1.5, -2.0]
     numbers = torch.arange(3)
     assert to_device(numbers, torch.device("cpu")).equal(numbers)
     assert to_device(numbers, torch.device("meta")).is_meta

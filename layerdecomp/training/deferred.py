@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 
-class Late:
+class Deferred:
     """A vector that is copied to the host asynchronously."""
 
-    def __init__(self, numbers: Tensor) -> None:
+    def __init__(self, values: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
-        self._numbers = numbers.detach()
-        if numbers.is_cuda:
-            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            self._numbers.copy_(numbers.detach(), non_blocking=True)
+        self._values = values.detach()
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values.detach(), non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
 
@@ -23,20 +23,20 @@ class Late:
         """The values; waits only for the work that computes them."""
         if self._event is not None:
             self._event.synchronize()
-        return self._numbers.tolist()
+        return self._values.tolist()
 
 
-def summed(numbers: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """All-reduces a vector in place (sum over ranks); a single process returns it unchanged.
 
     Lightning's `strategy.reduce` starts with a barrier, which blocks the host until the device has finished all queued
     work.
     """
     if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(numbers)
-    return numbers
+        torch.distributed.all_reduce(values)
+    return values
 
 
-def to_device(numbers: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copies a CPU tensor to a device without waiting for the work queued there."""
-    return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
