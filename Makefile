@@ -10,7 +10,7 @@ ARGS ?=
 DEVICES ?=
 KILLS ?= 50
 RUN := .venv/bin/python
-# Otherwise glibc returns every large buffer to the system and faults in the next one page by page: a quarter of a CPU step.
+# Keeps glibc from returning every large buffer to the system and faulting in the next: a quarter of a step on a CPU.
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 

@@ -53,7 +53,7 @@ class AblationConfig:
 
 @dataclass(frozen=True)
 class Run:
-    """One training of one row."""
+    """One training run of a row."""
 
     row: str
     config: DecomposerJobConfig

@@ -76,7 +76,7 @@ def adapter_from_changes(changes: Changes, base: Mapping[str, Tensor]) -> tuple[
     """
     layers = {name: change for name, change in changes.items() if name != INPUT}
     if not layers:
-        raise InputError("nothing but the input projection is adapted; expected LoRA layers")
+        raise InputError("only the input projection is adapted; expected LoRA layers")
     rank = max(change.rank for change in layers.values())
     if len({(change.rank, change.scale) for change in layers.values()}) > 1:
         layers = {name: _padded(change.baked(), rank) for name, change in layers.items()}
@@ -87,7 +87,7 @@ def adapter_from_changes(changes: Changes, base: Mapping[str, Tensor]) -> tuple[
         tensors[f"{INPUT}.bias"] += 0 if change.bias is None else change.bias.float()
     for name, change in layers.items():
         if change.bias is not None and change.bias.any():
-            raise InputError(f"{name}: the LoRA changes its bias, which only the input projection's may be")
+            raise InputError(f"{name}: the LoRA changes the layer's bias; only the input projection's bias may change")
         tensors |= {f"{name}.lora_A.weight": change.a, f"{name}.lora_B.weight": change.b}
     return LoRAConfig(rank, None if scale == 1 else scale * rank, list(layers)), tensors
 

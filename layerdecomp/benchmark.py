@@ -108,7 +108,7 @@ def recomputed(config: BenchmarkConfig) -> str:
 
 @contextmanager
 def made_as(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Creates tensors on a device in a precision: a float32 copy of the transformer would not fit beside it."""
+    """Makes `device` and `dtype` the defaults for new tensors: a float32 copy of the transformer would not fit."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -201,7 +201,7 @@ class Workload:
             self.decomposer.encode_images(self.image, self.mask, self.cues)
 
     def encode_sample(self) -> None:
-        """Encodes the same, and both target layers."""
+        """Encodes the masked images, the cues and both target layers."""
         with mixed_precision(self.decomposer.autoencoder):
             self.decomposer.encode_sample(self.image, self.mask, self.cues, self.image, self.foreground)
 

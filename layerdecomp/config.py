@@ -200,7 +200,7 @@ JOBS: dict[str, type[Any]] = {
     "autoencoder": AutoencoderJobConfig,
     "inpainter": InpainterJobConfig,
 }
-# Keys that may change when a run is resumed: they do not affect the result (`compile` only by rounding).
+# Keys that may change when a run is resumed: they do not change the trained tensors (`compile` only by rounding).
 RESUMABLE: frozenset[str] = frozenset(
     {
         *("resume", "run_dir", "recompute", "recompute_attention", "compile", "shard_base"),
@@ -209,6 +209,7 @@ RESUMABLE: frozenset[str] = frozenset(
         *("train.checkpoint_every", "train.validate_every", "train.max_skipped", "train.strategy"),
     }
 )
+RENAMED = {"pictures_at_once": "encode_batch_size"}  # keys in the config.yaml of older runs: what they are now
 # Of these, only the product matters: the number of samples per step.
 SPREAD: frozenset[str] = frozenset({"train.batch_size", "train.accumulate", "train.devices", "train.nodes"})
 
@@ -286,7 +287,8 @@ def changed_keys(config: RunConfig, path: Path) -> dict[str, str]:
     A key that is missing from an older config counts as having its default there.
     """
     now = _dotted(asdict(config))
-    before = _dotted(asdict(type(config)())) | _dotted(OmegaConf.to_container(read_yaml(path)))
+    saved = {RENAMED.get(key, key): value for key, value in _dotted(OmegaConf.to_container(read_yaml(path))).items()}
+    before = _dotted(asdict(type(config)())) | saved
     free = set(RESUMABLE)
     if _product(before) == _product(now):
         free |= SPREAD

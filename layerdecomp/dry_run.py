@@ -1,4 +1,4 @@
-"""What a training run would take, computed without a GPU or weight files, and without writing anything."""
+"""Estimates what a training run needs, without a GPU or weight files, and without writing anything."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -69,7 +69,7 @@ def memory_rows(work: TrainingWork, config: DecomposerJobConfig) -> list[list[st
         ("trained weights", memory.trained, "float32"),
         ("gradients", memory.gradients, "float32"),
         ("optimizer", memory.optimizer, f"two moments in {config.optim.bits} bits; Muon has fewer"),
-        ("running average", average, f"train.ema={config.train.ema:g}"),
+        ("moving average", average, f"train.ema={config.train.ema:g}"),
         ("activations", memory.step, "; ".join(_recomputing(work))),
         ("or autoencoders'", memory.encode, f"encode_batch_size={config.encode_batch_size}; before the step"),
         ("together", memory.total + average, "with the larger of the last two; CUDA itself takes about 0.5 more"),

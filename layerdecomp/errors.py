@@ -10,7 +10,7 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run cannot go on, for a reason outside the code: a full disk, a dead process, a loss that is not finite.
+    """A run cannot continue, for a reason outside the code: a full disk, a dead process, a loss that is not finite.
 
     The message says what happened, what is kept and what to do. The command-line tools print it without a traceback and
     exit with status 1.

@@ -246,7 +246,7 @@ def _why_not(name: str, folder: PredictionFolder, with_truth: bool, missing: Map
     if metric in missing:
         return missing[metric]
     if name != metric:
-        return "the metric is defined for fewer than two images"
+        return "fewer than two images have a value for this metric"
     return f"undefined for every image: {METRICS[metric].undefined}"
 
 

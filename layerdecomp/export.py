@@ -1,4 +1,4 @@
-"""Export of adapters: LoRA files in other layouts, a merged checkpoint, a folder to publish."""
+"""Export of adapters: LoRA files in other layouts, a merged checkpoint, a folder to publish; and import back."""
 
 import json
 import shutil

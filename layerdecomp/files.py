@@ -58,7 +58,7 @@ def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
         before = json.loads(path.read_text()) if path.is_file() else settings
         if changed := [key for key in settings if before.get(key) != settings[key]]:
             raise InputError(
-                f"{path}: existing files were made with {changed[0]} {before.get(changed[0])}, now it is "
+                f"{path}: existing files were made with {changed[0]}={before.get(changed[0])}, now it is "
                 f"{settings[changed[0]]}; choose another folder, or remove that one"
             )
         atomic_write(path, json.dumps(settings, indent=2) + "\n")

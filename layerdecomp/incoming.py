@@ -51,7 +51,9 @@ def read_adapters(
     taken = []
     for path, (other, other_config) in zip(paths, read, strict=True):
         if other.metadata["base_sha256"] != adapter.metadata["base_sha256"] or other_config.fusion != config.fusion:
-            raise InputError(f"{path} has another base or fusion than {paths[0]}; expected adapters of one kind")
+            raise InputError(
+                f"{path} differs from {paths[0]} in base or fusion; expected adapters of one base and fusion config"
+            )
         taken.append(changes_from_adapter(other.tensors, other_config.lora, base))
     changes = add_changes([(changes, share) for (changes, _), share in zip(taken, weights, strict=True)])
     rest = average([(rest, share) for (_, rest), share in zip(taken, weights, strict=True)]) if taken[0][1] else {}
@@ -76,7 +78,7 @@ def _reduce(changes: Changes, rank: int) -> tuple[Changes, str]:
         raise InputError(f"rank is {rank}; expected at least 1")
     before = max(change.rank for layer, change in changes.items() if layer != INPUT)
     if rank > before:
-        raise InputError(f"rank is {rank}, and {before} without it; expected at most that: ranks are only reduced")
+        raise InputError(f"rank is {rank}; expected at most the adapter's rank, {before}: ranks can only be reduced")
     reduced, errors = reduce_rank(changes, rank)
     worst = max(errors, key=lambda layer: errors[layer])
     text = f"rank {before} to {rank}: relative error {errors['all']:.2%} (worst: {worst} {errors[worst]:.2%})"
@@ -139,7 +141,7 @@ def _undescribed(path: Path, files: dict[str, str]) -> DecomposerConfig:
         raise InputError(f"{unknown[0]}= names no weight file; expected some of {', '.join(asdict(WeightFiles()))}")
     if missing := [name for name in needed if name not in files]:
         raise InputError(
-            f"{path} does not say what it belongs to; expected {' '.join(f'{name}=FILE' for name in missing)}"
+            f"{path} does not name its frozen parts; expected {' '.join(f'{name}=FILE' for name in missing)}"
         )
     found = {name: str(find_weights(file, [path.parent, REPOSITORY])) for name, file in files.items()}
     return DecomposerConfig(weights=WeightFiles(**found), fusion=ContextFusionConfig(enabled=False))
@@ -149,7 +151,9 @@ def _check_widths(path: Path, changes: Changes, model: MMDiT) -> None:
     for layer, change in changes.items():
         expected = tuple(model.get_parameter(f"{layer}.weight").shape)
         if (found := (change.b.shape[0], change.a.shape[1])) != expected or change.a.shape[0] != change.b.shape[1]:
-            raise InputError(f"{path}: {layer} is changed by {found}, but is {expected}: a LoRA for another base")
+            raise InputError(
+                f"{path}: the LoRA changes {layer} by {found}, but the layer is {expected}: it belongs to another base"
+            )
 
 
 def _read_extras(path: Path, changes: Changes, base: Tensors, needed: bool) -> Tensors:

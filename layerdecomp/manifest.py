@@ -78,7 +78,9 @@ def adapter_file(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix == ".ckpt":
         adapter = path.with_name(ADAPTER)
-        raise InputError(f"{path} is a training checkpoint; expected the adapter that its run writes last, {adapter}")
+        raise InputError(
+            f"{path} is a training checkpoint; expected the adapter that its run writes at the end, {adapter}"
+        )
     if not path.is_dir():
         return path
     if not (path / ADAPTER).is_file() and (path / "last.ckpt").is_file():

@@ -208,7 +208,7 @@ def compare(config: BenchmarkConfig, device: str, dtype: torch.dtype) -> str:
             models[1].compile_repeated_blocks()
         found = differences(results(ours, inputs), results(theirs, inputs))
         if not all(difference <= TOLERANCES[dtype] for difference in found.values()):
-            raise InputError(f"the two do not compute the same, by {_listed(found)} of the largest value")
+            raise InputError(f"the two results differ by {_listed(found)} of the largest value")
         how = "compiled" if compiled else "eager"
         rows.append([f"forward + backward, {how}", *_measured(ours.train, theirs.train, inputs, config, place)])
         merge_lora(models[0])  # in place: their weights are views of ours

@@ -28,7 +28,7 @@ class SampleConfig:
     tile_overlap: int = 256  # minimum number of pixels over which neighbouring tiles are blended
     keep_pixels: bool = True  # keep the input's pixels in the background, away from the object
     grow: float = 0.015  # for keep_pixels, the mask is dilated by this fraction of the longer side
-    feather: float = 0.01  # and fades out over this fraction
+    feather: float = 0.01  # and fades to 0 over twice this fraction
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "sample.", "steps", "max_side", "ensemble")

@@ -138,10 +138,10 @@ def test_different_ranks_and_scales_become_one() -> None:
 
 def test_what_no_adapter_can_be() -> None:
     changes = _changes()
-    with pytest.raises(InputError, match="nothing but the input projection"):
+    with pytest.raises(InputError, match="only the input projection is adapted"):
         adapter_from_changes({"img_in": changes["img_in"]}, _base())
     changes["txt_in"] = Change(changes["txt_in"].a, changes["txt_in"].b, bias=torch.ones(8))
-    with pytest.raises(InputError, match="txt_in: the LoRA changes its bias"):
+    with pytest.raises(InputError, match="txt_in: the LoRA changes the layer's bias"):
         adapter_from_changes(changes, _base())
 
 

@@ -1,4 +1,4 @@
-"""The running average of what is trained: its values, what it stands in for, and resuming with it."""
+"""The moving average of the trained tensors: its values, where it replaces them, and resuming with it."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -88,9 +88,9 @@ def test_an_interrupted_run_goes_on(
     os.utime(pairs[0].mask, (later, later))  # a mask that was mended
     decompose_folder(tiny_decomposer, pairs, out, TOLD)
     assert drawn == [2, 1, 1]
-    with pytest.raises(InputError, match=r"settings\.json: existing files were made with seed 0, now it is 1"):
+    with pytest.raises(InputError, match=r"settings\.json: existing files were made with seed=0, now it is 1"):
         decompose_folder(tiny_decomposer, pairs, out, TOLD, seed=1)
-    with pytest.raises(InputError, match="made with adapter a sum, now it is another"):
+    with pytest.raises(InputError, match="made with adapter=a sum, now it is another"):
         decompose_folder(tiny_decomposer, pairs, out, {"adapter": "another"})
     assert json.loads((out / SETTINGS).read_text())["steps"] == 2
     for pair in pairs:

@@ -125,7 +125,7 @@ FAULTS: list[tuple[Callable[[Path], Reader], str, Callable[[Path], object], str]
     (foregrounds, "3.png", lambda path: picture(3).save(path), "no alpha channel"),
     (foregrounds, "3.png", lambda path: picture(3).convert("RGBA").save(path), "opaque everywhere"),
     (layered, "3-layer_0.png", pierce, "expected an opaque background"),
-    (layered, "3-layer_0.png", deepen, "grey of more than 8 bits"),
+    (layered, "3-layer_0.png", deepen, "greyscale with more than 8 bits"),
     (layered, "3-layer_1.png", truncate, "cannot be read"),
     (triplets, "mask/3.png", invert, "looks inverted"),
     (triplets, "foreground/3.png", lambda path: cut_out(3, (41, 30)).save(path), "41 x 30 pixels"),

@@ -128,7 +128,7 @@ def test_cut_outs_are_read_upright(tmp_path: Path) -> None:
 def test_a_cut_out_in_grey_of_sixteen_bits_is_refused(tmp_path: Path) -> None:
     deep = np.arange(WIDTH * HEIGHT, dtype=np.uint16).reshape(HEIGHT, WIDTH) * 500
     path = _save(deep, tmp_path / "a.png", transparency=500)
-    with pytest.raises(InputError, match=r"a\.png is grey of more than 8 bits .*: save it as RGB or RGBA"):
+    with pytest.raises(InputError, match=r"a\.png is greyscale with more than 8 bits .*: save it as RGB or RGBA"):
         read_rgba(path)
 
 

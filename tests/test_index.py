@@ -74,7 +74,7 @@ def test_an_empty_index_is_one(tmp_path: Path) -> None:
 
 def test_two_items_of_one_id_are_named(tmp_path: Path) -> None:
     twice = [Item("1", "a.png", 4, 4), Item("2", "b.png", 4, 4), Item("1", "c.jpg", 4, 4)]
-    with pytest.raises(InputError, match=r"the id 1 is that of a\.png and of c\.jpg"):
+    with pytest.raises(InputError, match=r"a\.png and c\.jpg have the same id 1"):
         write_index(tmp_path / "a.safetensors", _Reader(tmp_path), twice)
     assert not (tmp_path / "a.safetensors").exists()
 

@@ -132,7 +132,7 @@ def test_layers_in_grey_of_sixteen_bits_are_refused(tmp_path: Path) -> None:
     index = layered(tmp_path)
     assert [picture.mode for picture in load_layers(index, index[0])] == ["RGBA", "RGBA"]
     Image.fromarray(noise(2).view(np.uint16)[..., 0]).save(tmp_path / "a-layer_0.png")
-    with pytest.raises(InputError, match=r"a-layer_0\.png is grey of more than 8 bits"):
+    with pytest.raises(InputError, match=r"a-layer_0\.png is greyscale with more than 8 bits"):
         load_layers(index, index[0])
 
 

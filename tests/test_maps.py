@@ -134,7 +134,7 @@ def test_what_cannot_be_done(tmp_path: Path) -> None:
     index = Index(tmp_path / "index.safetensors")
     with pytest.raises(InputError, match="found 'depths', expected some of edge, segmentation, depth"):
         write_maps(index, ["edge", "depths"])
-    with pytest.raises(InputError, match="is an index of backgrounds; expected one of layered or triplets"):
+    with pytest.raises(InputError, match="is an index of backgrounds; expected layered or triplets"):
         write_maps(Index(tmp_path / "backgrounds.safetensors"), ["edge"])
     missing = tmp_path / "model.safetensors"
     with pytest.raises(InputError, match=r"model\.safetensors does not exist; put .*Depth-Anything-V2-Small-hf"):

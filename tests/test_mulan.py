@@ -657,7 +657,7 @@ def _alone(root: Path, candidate: str) -> None:
         (_change(1, lambda layer: layer[:-1]), "layer_1.png is 17 x 11 pixels, layer 0 17 x 12"),
         (_change(2, lambda layer: np.ascontiguousarray(layer[..., :3])), "layer_2.png has no alpha channel"),
         (_change(0, _one_pixel), "layer_0.png is transparent in places; expected an opaque"),
-        (_change(0, lambda layer: layer[..., 0] * np.uint16(257)), "layer_0.png is grey of more than 8 bits"),
+        (_change(0, lambda layer: layer[..., 0] * np.uint16(257)), "layer_0.png is greyscale with more than 8 bits"),
         (_cut, "layer_2.png cannot be read as a picture"),
     ],
     ids=["no background", "gap", "background alone", "size", "no alpha", "not opaque", "16 bits", "cut off"],

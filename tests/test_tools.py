@@ -427,7 +427,7 @@ def test_evaluate_without_the_matting_library(
         (["out=a.safetensors", "weights=1,x"], "weights=1,x: expected comma-separated numbers"),
         (["out=a.safetensors", "base=maybe"], "base=maybe: expected true or false"),
         (["out=taken/a.safetensors"], "taken/a.safetensors could not be written"),
-        (["out=a.safetensors", "rank=3"], "rank is 3, and 2 without it; expected at most that"),
+        (["out=a.safetensors", "rank=3"], "rank is 3; expected at most the adapter's rank, 2"),
         (["out=a.safetensors", "adapter=run"], "run is an unfinished run without adapter.safetensors; resume it"),
         (
             ["out=a.safetensors", "adapter=run/last.ckpt"],

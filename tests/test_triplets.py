@@ -387,7 +387,7 @@ def test_what_config_cannot_be() -> None:
 
 def test_indexes_of_the_wrong_kind_or_without_a_partner(sets: Path) -> None:
     layered, cut_outs = str(sets / "layered.safetensors"), str(sets / "foregrounds.safetensors")
-    with pytest.raises(InputError, match="is an index of layered; expected one of backgrounds"):
+    with pytest.raises(InputError, match="is an index of layered; expected an index of backgrounds"):
         Triplets(TripletConfig(foregrounds=[cut_outs], backgrounds=[layered]), "train", 0, 1)
     with pytest.raises(InputError, match="need each other"):
         Triplets(TripletConfig(foregrounds=[cut_outs]), "train", 0, 1)

@@ -55,8 +55,8 @@ def check_indexes(paths: Sequence[Path], workers: int = 1) -> list[str]:
 
     Returns:
         A line per fault: files that are missing, truncated or whose size has changed since indexing, a wrong mode, an
-        alpha channel that is constant or looks premultiplied, an inverted mask, a cue map of the wrong size; and ids
-        (within one source) or contents that occur twice, within a split or, worse, in both.
+        alpha channel that is 0 or 255 everywhere or looks premultiplied, an inverted mask, a cue map of the wrong size;
+        and ids (within one source) or contents that occur twice, within a split or, worse, in both.
     """
     faults: list[str] = []
     contents: dict[bytes, Place] = {}

@@ -174,7 +174,7 @@ def leave_signals_to_parent(worker: int) -> None:
 def end_workers() -> None:
     """Kills the workers that an error has left behind.
 
-    At exit, Python sends them SIGTERM, which they ignore, and then waits for them for ever.
+    At exit, Python sends them SIGTERM, which they ignore, and then waits for them forever.
     """
     workers = [child for child in multiprocessing.active_children() if child.daemon]
     if workers:

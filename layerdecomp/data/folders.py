@@ -24,7 +24,7 @@ LICENCE = "not stated"
 def list_pictures(folder: Path, extensions: frozenset[str] = PICTURES) -> list[str]:
     """The pictures in a folder and its subfolders, sorted, with forward slashes; skips hidden and unfinished files."""
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; expected one of pictures ({' '.join(sorted(extensions))})")
+        raise InputError(f"{folder} is not a folder; expected a folder of pictures ({' '.join(sorted(extensions))})")
     found = []
     for place, names in _folders_below(folder):
         inside = place.relative_to(folder)
@@ -71,7 +71,7 @@ def open_picture(path: Path) -> Image.Image:
     """A picture, completely decoded, as it is stored: the EXIF orientation is not applied.
 
     Raises:
-        InputError: the file is missing, no picture or truncated, or has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+        InputError: the file is missing, truncated, not a picture, or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     try:
         with Image.open(path, formats=READABLE) as picture:
@@ -97,11 +97,11 @@ def upright_size(picture: Image.Image) -> tuple[int, int]:
 
 
 def to_rgba(picture: Image.Image, path: Path) -> Image.Image:
-    """An opened layer as RGBA in sRGB; `InputError` for grey of more than 8 bits, which the conversion would clip."""
+    """An opened layer as RGBA in sRGB; `InputError` for 16-bit greyscale, which the conversion would clip."""
     if picture.mode.startswith("I") or picture.mode == "F":
         raise InputError(
-            f"{path} is grey of more than 8 bits (its mode is {picture.mode}); expected a layer of 8 bits a channel: "
-            "save it as RGB or RGBA"
+            f"{path} is greyscale with more than 8 bits (its mode is {picture.mode}); expected a layer with 8 bits "
+            "per channel: save it as RGB or RGBA"
         )
     return to_srgb(picture).convert("RGBA")
 

@@ -36,7 +36,7 @@ class Item:
     width: int  # pixels, after rotation
     height: int
     layers: int = 1  # of a layered picture, including the background
-    rotation: int = 0  # degrees, counter-clockwise, to turn the picture upright
+    rotation: int = 0  # degrees, counter-clockwise, to rotate the picture upright
 
 
 class Reader(Protocol):
@@ -82,7 +82,7 @@ def write_index(path: str | Path, reader: Reader, items: Iterable[Item], test_sh
     rows = sorted(items, key=lambda item: item.id)
     for before, after in pairwise(rows):
         if before.id == after.id:
-            raise InputError(f"{reader.root}: the id {after.id} is that of {before.path} and of {after.path}; keep one")
+            raise InputError(f"{reader.root}: {before.path} and {after.path} have the same id {after.id}; keep one")
     columns = {
         **_string_column("id", [row.id for row in rows]),
         **_string_column("path", [row.path for row in rows]),
@@ -167,7 +167,7 @@ class Index:
         return self._columns["size"]
 
     def rows(self, split: str) -> NDArray[np.int32]:
-        """The rows of a split, "train" or "test", in rising order."""
+        """The rows of a split, "train" or "test", in ascending order."""
         return self._columns[f"{split}.rows"]
 
 

@@ -79,7 +79,7 @@ def _place(total: float, length: float, around: tuple[float, float] | None, rng:
 
 
 def load_background(index: Index, item: Item, size: tuple[int, int], rng: np.random.Generator) -> Tensor:
-    """A random crop of a background, turned upright: (3, *size) in [-1, 1]."""
+    """A random crop of a background, rotated upright: (3, *size) in [-1, 1]."""
     path = index.root / item.path
     picture = Image.fromarray(read_image(open_shrunk(path, item, size)))
     place = fit((item.width, item.height), size, rng)
@@ -150,7 +150,7 @@ WITH_MAPS = ("layered", "triplets")  # kinds of index whose items are complete i
 
 
 def map_path(root: Path, item: Item, cue: str) -> Path:
-    """The path of a cue map of a layered picture or a triplet, which may not exist: beside `image/` and `mask/`."""
+    """The path of the cue map of a layered picture or a triplet, beside `image/` and `mask/`; it may not exist."""
     return root / cue / f"{item.id}.png"
 
 

@@ -43,7 +43,7 @@ def write_maps(index: Index, cues: Sequence[str], depth_file: Path = DEPTH_FILE,
         raise InputError(f"cues: found {unknown[0]!r}, expected some of {', '.join(CUES)}")
     if index.kind not in WITH_MAPS:
         raise InputError(
-            f"{index.path} is an index of {index.kind}; expected one of {' or '.join(WITH_MAPS)}: the image of a "
+            f"{index.path} is an index of {index.kind}; expected {' or '.join(WITH_MAPS)}: the image of a "
             "pasted cut-out is only composited during training"
         )
     estimator = open_estimator(depth_file) if "depth" in cues else None

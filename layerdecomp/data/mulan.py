@@ -55,8 +55,8 @@ def read_annotation(path: str | Path, limit_bytes: int = LIMIT_BYTES) -> dict[st
         strings. The arrays are (H, W) or (H, W, C), in the file's own number type and scale.
 
     Raises:
-        InputError: the file is missing, truncated, too large or no compressed pickle, asks for anything but pictures
-            and numeric arrays, or lacks one of the entries above.
+        InputError: the file is missing, truncated, too large or not a compressed pickle, references more than
+            pictures and numeric arrays, or lacks one of the entries above.
     """
     path = Path(path)
     content = _unpickle(path, _decompress(path, limit_bytes))
@@ -179,8 +179,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> type[_Record]:
         if (module, name) not in _GLOBALS:
             raise InputError(
-                f"{self.path}: asks for {module}.{name}, which no picture needs; nothing was run. Expected a MULAN "
-                "annotation as published; do not load this file with any other tool"
+                f"{self.path}: references {module}.{name}, which no annotation needs; no code was executed. Expected a "
+                "MULAN annotation as published; do not load this file with any other tool"
             )
         return _GLOBALS[module, name]
 
@@ -197,7 +197,7 @@ def _unpickle(path: Path, file: io.BytesIO) -> Any:
 
 
 def _check_memo(file: io.BytesIO) -> None:
-    """Rejects memo indices beyond the number of opcodes: with a huge one, a ten-byte file could allocate gigabytes."""
+    """Rejects memo indices beyond the number of preceding opcodes: a ten-byte file could allocate gigabytes."""
     for count, (code, argument, _) in enumerate(pickletools.genops(file)):
         if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument is not None and argument > count:
             raise ValueError(f"entry {argument} of its memo, after {count} steps")
@@ -492,7 +492,7 @@ class MulanLayers:
 
         Raises:
             InputError: a layer is missing or damaged, sizes differ, the background is not opaque, another layer has no
-                alpha, or the layers do not recompose to the picture, if it is there.
+                alpha, or the layers do not recompose to the picture, if that exists.
         """
         path = self.root / candidate
         layers = _read_stack(path, self._stacks[candidate])

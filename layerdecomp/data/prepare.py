@@ -171,7 +171,7 @@ def parallel(function: Callable[[T], R], inputs: Sequence[T], workers: int, chun
         yield from pool.map(_call, inputs, chunksize=chunk)
     except BrokenProcessPool as error:
         raise RunError(
-            f"one of {workers} workers died, often out of memory; run the same command with fewer workers= to resume"
+            f"one of {workers} workers died, often for lack of memory; rerun the command with fewer workers= to resume"
         ) from error
     finally:  # on an interruption, drop the pending inputs
         pool.shutdown(cancel_futures=True)
@@ -188,7 +188,7 @@ def _start_worker(function: Callable[[Any], Any]) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this worker if its parent is killed; otherwise it would wait for tasks for ever."""
+    """Ends this worker if its parent is killed; otherwise it would wait for tasks forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -154,7 +154,7 @@ def test_objects(config: TripletConfig, objects: str, stretch: bool) -> Iterator
     indexes = [Index(path) for path in config.layered]
     for index in indexes:
         if index.kind != "layered":
-            raise InputError(f"{index.path} is an index of {index.kind}; expected one of layered")
+            raise InputError(f"{index.path} is an index of {index.kind}; expected an index of layered pictures")
     every = (_objects_of(index, index[int(row)], config, stretch) for index in indexes for row in index.rows("test"))
     return chain.from_iterable(islice(found, 1) if objects == "one" else found for found in every)
 

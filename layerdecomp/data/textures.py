@@ -20,7 +20,7 @@ from layerdecomp.errors import InputError
 Picture = NDArray[np.float32]  # (H, W, 3) in [0, 1]
 Field = NDArray[np.float32]  # (H, W) in [0, 1]
 
-DISTINCT = 0.35  # minimum mean RGB distance of an object's colour from its surroundings (at most sqrt(3))
+DISTINCT = 0.35  # preferred minimum mean RGB distance between an object and its surroundings (at most sqrt(3))
 
 # Relative weights: higher for rich photographs, lower for the mostly black sky and the near-uniform textures.
 PHOTOGRAPHS: dict[str, dict[str, float]] = {
@@ -49,7 +49,7 @@ def photograph(name: str) -> tuple[Image.Image, ...]:
     """
     path = Path(skimage.data.data_dir) / name
     if not path.is_file():
-        raise InputError(f"{path}: not found; the embedded scenes need the photographs of scikit-image 0.26's wheel")
+        raise InputError(f"{path}: not found; the built-in scenes need the photographs of scikit-image 0.26's wheel")
     with Image.open(path) as file:
         levels = [file.convert("L" if file.mode == "L" else "RGB")]
     while min(levels[-1].size) >= 256:

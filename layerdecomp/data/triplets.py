@@ -2,7 +2,7 @@
 
 Three kinds are mixed by weight: layered pictures (MULAN), with one layer as the object; cut-outs (LayerDiffuse) pasted
 over backgrounds (OpenImages); and existing triplets in folders. As in the built-in scenes, an occluder in front of the
-object belongs to the background. The foreground is complete, as far as its source is, even where it is occluded.
+object belongs to the background. The foreground includes occluded parts, as far as its source has them.
 """
 
 from collections.abc import Sequence
@@ -325,7 +325,7 @@ class Rows:
         self.indexes, self.split = [Index(path) for path in paths], split
         for index in self.indexes:
             if index.kind != kind:
-                raise InputError(f"{index.path} is an index of {index.kind}; expected one of {kind}")
+                raise InputError(f"{index.path} is an index of {index.kind}; expected an index of {kind}")
         if self.indexes and not self._ends[-1]:
             names = ", ".join(paths)
             raise InputError(

@@ -161,7 +161,7 @@ def write_picture(path: Path, pixels: Pixels) -> None:
 
 
 def check_pixels(source: str | Path, picture: Image.Image) -> None:
-    """Raises `InputError` above `PIL.Image.MAX_IMAGE_PIXELS`, where Pillow only warns; it raises at twice as many."""
+    """Raises `InputError` above `PIL.Image.MAX_IMAGE_PIXELS`; Pillow itself raises only above twice as many."""
     if Image.MAX_IMAGE_PIXELS is not None and picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
         size = f"{picture.width} x {picture.height}"
         raise InputError(

@@ -269,7 +269,7 @@ class Job(LightningModule):
         return "muon" if self.run.optim.muon else f"adamw, {self.run.optim.bits} bits"
 
     def _set_hyperparameters(self, checkpoint: dict[str, Any]) -> None:
-        """Replaces the optimizer's hyperparameters by the config's, which may have changed; its averages stay."""
+        """Replaces the optimizer's hyperparameters by the config's, which may have changed; its moments stay."""
         found, config = checkpoint.get("optimizer", self._optimizer_kind), self.run.optim
         if found != self._optimizer_kind:
             raise InputError(

@@ -105,7 +105,7 @@ class CheckpointFiles(CheckpointIO):
         self._writer: threading.Thread | None = None
         self._error: Exception | None = None
         self._given_up = False
-        self._renaming = threading.Lock()  # a save is never given up halfway through
+        self._renaming = threading.Lock()  # a save is never given up between its renames
         atexit.register(self.give_up, GRACE)  # exiting during `torch.save` would abort the process
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -192,7 +192,7 @@ def on_host(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 def _on_host(tensor: Tensor) -> Tensor:
     """A copy of a tensor in host memory; from a GPU, to pinned memory and asynchronous until a synchronisation."""
-    if is_traceable_wrapper_subclass(tensor):  # an 8-bit optimizer average: copy the tensors inside it
+    if is_traceable_wrapper_subclass(tensor):  # an 8-bit optimizer moment: copy the tensors inside it
         names, context = tensor.__tensor_flatten__()
         parts = {name: _on_host(getattr(tensor, name)) for name in names}
         return type(tensor).__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())

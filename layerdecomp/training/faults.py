@@ -82,8 +82,8 @@ class StepGuard:
         logger.warning("step %d is skipped: its %s is not finite; samples: %s", step, what, "; ".join(found))
         if self.in_a_row >= self.limit:
             raise RunError(
-                f"{self.in_a_row} steps in a row, up to step {step}, had a loss or gradient that is not finite; the "
-                "trained tensors are as they were before. Lower optim.lr or try train.precision=32-true, and resume "
+                f"{self.in_a_row} steps in a row, up to step {step}, had a loss or gradient that is not finite; they "
+                "left the trained tensors unchanged. Lower optim.lr or try train.precision=32-true, and resume "
                 "from the checkpoint with resume=FILE"
             )
         return False
@@ -245,7 +245,7 @@ def fitting_settings(
         batches: batches per step and process.
         otherwise: what to change if not even one sample fits.
     """
-    # During a step, the optimizer's two averages and DDP's gradient buckets are in memory too.
+    # During a step, the optimizer's two moments and DDP's gradient buckets are in memory too.
     reserved = [torch.empty_like(parameter) for parameter in parameters for _ in range(3)]
     size = batch_size // 2
     while size:

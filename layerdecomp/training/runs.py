@@ -94,7 +94,7 @@ def train(config: RunConfig) -> None:
 
 
 def averaged(trainer: Trainer, job: Job) -> AbstractContextManager[None]:
-    """Replaces the trained tensors by their running average within the context, if there is one."""
+    """Replaces the trained tensors by their exponential moving average within the context, if there is one."""
     averages = [callback for callback in trainer.callbacks if isinstance(callback, RunningAverage)]  # type: ignore[attr-defined]
     return averages[0].applied(job) if averages else nullcontext()
 
