@@ -120,8 +120,8 @@ def test_an_input_projection_that_was_changed_elsewhere_counts(adapter_file: Pat
     [
         ("lora_unet_double_blocks_7_img_attn_qkv.lora_up.weight", (96, 2), "1 of .* no linear layer .*_7_img"),
         ("lora_te1_text_model.lora_down.weight", (2, 8), "belong to no linear layer .*lora_te1"),
-        ("lora_unet_single_blocks_0_linear2.lora_down.weight", (3, 160), "single_blocks.0.linear2 is changed by"),
-        ("lora_unet_single_blocks_0_linear2.lora_up.weight", (64, 2), "linear2 is changed by .64, 160."),
+        ("lora_unet_single_blocks_0_linear2.lora_down.weight", (3, 160), "the LoRA changes single_blocks.0.linear2 by"),
+        ("lora_unet_single_blocks_0_linear2.lora_up.weight", (64, 2), "changes single_blocks.0.linear2 by .64, 160."),
     ],
 )  # fmt: skip
 def test_loras_that_do_not_fit(

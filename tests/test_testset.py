@@ -55,7 +55,7 @@ def test_an_export_does_not_mix_test_sets(tmp_path: Path) -> None:
     assert export(data, config, tmp_path) == 2 == export(data, config, tmp_path)
     with pytest.raises(InputError, match="existing files were made with data_seed=1234, now it is 5"):
         export(data, replace(config, seed=5), tmp_path)
-    with pytest.raises(InputError, match="made with count 2, now it is 1"):
+    with pytest.raises(InputError, match="made with count=2, now it is 1"):
         export(data, replace(config, samples=1), tmp_path)
 
 
