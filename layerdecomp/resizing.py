@@ -7,6 +7,7 @@ from torch import Tensor
 
 from layerdecomp.conditioning import TOKEN_FACTOR
 from layerdecomp.imaging.compositing import from_autoencoder, to_autoencoder
+from layerdecomp.imaging.cues import resize_cues
 from layerdecomp.imaging.geometry import fitted_size, grow_and_feather, pad_to_multiple, resize, shrink_mask
 from layerdecomp.sampling import SampleConfig
 
@@ -19,8 +20,9 @@ def model_size(image: Tensor, sample: SampleConfig) -> tuple[int, int]:
 def to_model_size(batch: Mapping[str, Tensor], sample: SampleConfig) -> dict[str, Tensor]:
     """A batch with its image, mask and cues shrunk to `sample.max_side` and padded to multiples of 16."""
     size = model_size(batch["image"], sample)
-    pictures = {name: resize(batch[name], size) for name in ("image", "cues") if name in batch}
-    pictures["mask"] = shrink_mask(batch["mask"], size)
+    pictures = {"image": resize(batch["image"], size), "mask": shrink_mask(batch["mask"], size)}
+    if "cues" in batch:
+        pictures["cues"] = resize_cues(batch["cues"], size)
     return {**batch, **{name: pad_to_multiple(values, TOKEN_FACTOR) for name, values in pictures.items()}}
 
 

@@ -18,6 +18,7 @@ from layerdecomp.conditioning import ConditioningConfig
 from layerdecomp.config import changed_keys, load_config, merge_config, read_yaml, save_config
 from layerdecomp.decomposer import Decomposer, build_decomposer
 from layerdecomp.errors import InputError
+from layerdecomp.imaging.cues import CUES
 from layerdecomp.manifest import DecomposerConfig
 from layerdecomp.metrics.layers import METRICS
 from layerdecomp.tensor_files import file_sha256
@@ -236,9 +237,9 @@ def scenes() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     mask = torch.zeros(2, 1, 32, 32)
     mask[:, :, 9:21, 5:27] = 1
-    cues = torch.rand(2, 3, 3, 32, 32, generator=generator) * 2 - 1
+    cues = torch.rand(2, len(CUES), 3, 32, 32, generator=generator) * 2 - 1
     image = torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1
-    return {"image": image, "mask": mask, "cues": cues, "cues_present": torch.ones(2, 3, dtype=torch.bool)}
+    return {"image": image, "mask": mask, "cues": cues, "cues_present": torch.ones(2, len(CUES), dtype=torch.bool)}
 
 
 def test_the_frozen_base_is_evaluated_as_it_is_adapted(tiny_config: DecomposerConfig) -> None:

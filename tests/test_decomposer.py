@@ -21,7 +21,7 @@ from layerdecomp.data.scenes import SceneConfig, Scenes
 from layerdecomp.decomposer import Decomposer, build_decomposer, inpaint
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.compositing import to_autoencoder
-from layerdecomp.imaging.cues import compute_cues
+from layerdecomp.imaging.cues import CUES, compute_cues
 from layerdecomp.imaging.geometry import grow_and_feather, to_tensor
 from layerdecomp.imaging.layers import Layers
 from layerdecomp.manifest import DecomposerConfig
@@ -62,9 +62,10 @@ def batch_of(count: int, size: int = 32) -> dict[str, Tensor]:
     mask = torch.zeros(count, 1, size, size)
     for index in range(count):
         mask[index, :, 4 * index : 4 * index + 9, 8:20] = 1
-    cues = torch.rand(count, 3, 3, size, size, generator=generator) * 2 - 1
-    present = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])[:count]
-    return {"image": image, "mask": mask, "cues": cues, "cues_present": present}
+    cues = torch.rand(count, len(CUES), 3, size, size, generator=generator) * 2 - 1
+    present = torch.zeros(3, len(CUES), dtype=torch.bool)
+    present[0, :2] = present[1, 0] = True
+    return {"image": image, "mask": mask, "cues": cues, "cues_present": present[:count]}
 
 
 def noise_of(count: int, size: int = 32) -> Tensor:
@@ -166,7 +167,7 @@ def test_a_thin_object_survives_shrinking(
 
 def test_given_cues_replace_the_computed_ones(tiny_decomposer: Decomposer) -> None:
     image, mask = picture(32, 48), box(32, 48)
-    cues = np.random.default_rng(1).uniform(-1, 1, (3, 3, 64, 96)).astype(np.float32)
+    cues = np.random.default_rng(1).uniform(-1, 1, (len(CUES), 3, 64, 96)).astype(np.float32)
     computed = tiny_decomposer.decompose(image, mask, steps=STEPS)
     given = tiny_decomposer.decompose(image, mask, steps=STEPS, cues=cues)
     assert differ(computed, given) and differ(given, tiny_decomposer.decompose(image, mask, steps=STEPS, cues=-cues))
@@ -190,9 +191,9 @@ def test_an_estimator_adds_the_depth_cue(tiny_decomposer: Decomposer) -> None:
     np.testing.assert_array_equal(given.foreground, with_depth.foreground)
 
 
-@pytest.mark.parametrize("shape", [(3, 32, 48), (2, 3, 32, 48), (3, 1, 32, 48)])
+@pytest.mark.parametrize("shape", [(3, 32, 48), (len(CUES) - 1, 3, 32, 48), (len(CUES), 1, 32, 48)])
 def test_cues_of_another_shape(tiny_decomposer: Decomposer, shape: tuple[int, ...]) -> None:
-    with pytest.raises(InputError, match=r"cues of shape .*; expected \(3, 3, H, W\), the maps edge, segmentation"):
+    with pytest.raises(InputError, match=rf"cues of shape .*; expected \({len(CUES)}, 3, H, W\), the maps edge, seg"):
         tiny_decomposer.decompose(picture(32, 48), box(32, 48), cues=np.zeros(shape, np.float32))
 
 

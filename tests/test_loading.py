@@ -1,7 +1,6 @@
 """Pictures of an index as training sees them: the same pixels that an evaluation reads."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ from profiles import SWAPPED
 from layerdecomp.data.folders import BackgroundFolder, TripletFolder, read_rgba
 from layerdecomp.data.index import Index, write_index
 from layerdecomp.data.loading import (
-    Box,
     Fit,
     load_background,
     load_foreground,
@@ -21,12 +19,11 @@ from layerdecomp.data.loading import (
     load_maps,
     load_parts,
     map_path,
-    resized_map,
 )
 from layerdecomp.data.mulan import MulanLayers
 from layerdecomp.errors import InputError
-from layerdecomp.imaging.cues import CUES
-from layerdecomp.imaging.geometry import to_pixels, to_tensor
+from layerdecomp.imaging.cues import CUES, REGISTRY
+from layerdecomp.imaging.geometry import Box, to_pixels, to_tensor
 from layerdecomp.imaging.layers import read_image
 from layerdecomp.predictions import PredictionFolder
 
@@ -140,7 +137,7 @@ def map_of(pixels: np.ndarray, cue: str, size: tuple[int, int], box: Box) -> np.
     """(*size) in [-1, 1]: what is seen of a map of grey levels whose crop is brought to a size."""
     place = Fit(pixels.shape[1::-1], box, size)
     picture = Image.fromarray(pixels).convert("RGB")
-    fitted = place.apply(picture, Path("map.png"), partial(resized_map, cue))
+    fitted = place.apply(picture, Path("map.png"), REGISTRY[cue].resize)
     values = to_tensor(np.asarray(fitted))[0].numpy()
     assert (values == values[:1]).all()
     return values[0]

@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 
 from layerdecomp.data.folders import BackgroundFolder, TripletFolder
 from layerdecomp.data.index import Index, Reader
-from layerdecomp.data.loading import map_path
+from layerdecomp.data.loading import Fit, load_maps, map_path
 from layerdecomp.data.maps import open_estimator, write_maps
 from layerdecomp.data.mulan import MulanLayers
 from layerdecomp.data.prepare import prepare
 from layerdecomp.errors import InputError
-from layerdecomp.imaging.cues import CUES, edge_map, segmentation_map
+from layerdecomp.imaging.cues import REGISTRY, Cue, edge_map, resize_segments, segmentation_map
 from layerdecomp.models.depth import DepthConfig, DepthEstimator, published_names
 
 SMALL = DepthConfig(
@@ -91,15 +91,16 @@ def test_every_map_shows_the_picture_and_is_made_once(
     kept = map_path(index.root, items[1], "edge")  # the user's own
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"mine")
-    assert write_maps(index, CUES, depth_file, workers) == []
+    assert write_maps(index, ["edge", "segmentation", "depth"], depth_file, workers) == []
     assert kept.read_bytes() == b"mine"
     kept.unlink()
     estimator = open_estimator(depth_file)
     for item in (items[0], items[2]):
         image = images[item.id]
         tensor = torch.from_numpy(image / 127.5 - 1).float().permute(2, 0, 1)[None]
-        expected = [edge_map(image), segmentation_map(image), estimator.estimate(tensor)[0].numpy()]
-        for cue, values in zip(CUES, expected, strict=True):
+        depth = estimator.estimate(tensor)[0].numpy()
+        expected = {"edge": edge_map(image), "segmentation": segmentation_map(image), "depth": depth}
+        for cue, values in expected.items():
             with Image.open(map_path(index.root, item, cue)) as file:
                 found = np.asarray(file.convert("RGB")).transpose(2, 0, 1) / 127.5 - 1
             assert file.size == (item.width, item.height) and np.abs(found - values).max() < 0.01
@@ -108,6 +109,21 @@ def test_every_map_shows_the_picture_and_is_made_once(
     assert write_maps(index, ("depth", "segmentation"), depth_file, workers) == []
     assert {path: path.stat().st_mtime_ns for path in index.root.rglob("*.png")} == before
     assert not list(index.root.rglob("*.partial"))
+
+
+def test_a_cue_of_your_own_is_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def red(image: np.ndarray) -> np.ndarray:
+        return (image[None, ..., 0] / 127.5 - 1).astype(np.float32)
+
+    monkeypatch.setitem(REGISTRY, "red", Cue(red, resize_segments))
+    reader, images = triplets(tmp_path / "data")
+    prepare(reader, tmp_path / "index.safetensors")
+    index = Index(tmp_path / "index.safetensors")
+    assert write_maps(index, ["red"]) == []
+    for item in index:
+        maps = load_maps(index, item, Fit((item.width, item.height), (0, 0, 30, 30), (15, 15)))
+        assert maps.keys() == {"red"}
+        np.testing.assert_allclose(maps["red"].numpy(), red(images[item.id][1:30:2, 1:30:2]).repeat(3, 0), atol=1e-6)
 
 
 def test_maps_are_no_pictures_of_the_data_set(indexed: tuple[Index, dict[str, np.ndarray]], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from layerdecomp.imaging.cues import CUES
 from layerdecomp.resizing import at_original_size, keep_pixels, missed_object_mask, to_model_size, to_original_size
 from layerdecomp.sampling import SampleConfig
 
@@ -17,7 +18,7 @@ def test_a_model_gets_multiples_of_sixteen(
     batch = {
         "image": torch.rand(2, 3, *size) * 2 - 1,
         "mask": torch.ones(2, 1, *size),
-        "cues": torch.rand(2, 1, 3, *size),
+        "cues": torch.rand(2, len(CUES), 3, *size),
     }
     seen = to_model_size(batch, sample)
     assert {name: tuple(value.shape[-2:]) for name, value in seen.items()} == dict.fromkeys(batch, padded)
@@ -26,6 +27,17 @@ def test_a_model_gets_multiples_of_sixteen(
     back, front = to_original_size(background, foreground, batch, sample)
     assert back.shape == (2, 3, *size) and front.shape == (2, 4, *size)
     assert back.min() > 0.999
+
+
+def test_a_model_gets_cues_as_if_computed_at_its_size() -> None:
+    cues = torch.full((2, len(CUES), 3, 200, 100), -1.0)
+    cues[0, ..., 77] = cues[1, ..., 40, :] = 1  # a line of one pixel
+    batch = {"image": torch.zeros(2, 3, 200, 100), "mask": torch.zeros(2, 1, 200, 100), "cues": cues}
+    seen = dict(zip(CUES, to_model_size(batch, SampleConfig(max_side=64))["cues"].unbind(1), strict=True))
+    assert all(set(seen[cue].unique().tolist()) <= {-1, 1} for cue in ("edge", "segmentation"))
+    assert (seen["edge"][0, ..., 24] == 1).all() and (seen["edge"][1, :, 12] == 1).all()
+    assert -1 < seen["depth"][0, ..., 24].max() < 1
+    assert all(values[0, ..., :20].eq(-1).all() for values in seen.values())
 
 
 def test_nothing_but_rounding_is_lost_at_the_own_size() -> None:

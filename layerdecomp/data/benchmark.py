@@ -24,12 +24,13 @@ from layerdecomp.data.triplets import TripletConfig, Triplets, stack
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.compositing import over
 from layerdecomp.imaging.cues import edge_map, segmentation_map
+from layerdecomp.imaging.geometry import resize_picture
 from layerdecomp.imaging.masks import imperfect_mask
 
 # The stages in the table. A stage's time is the cumulative time of its functions.
 STAGES: dict[str, tuple[Callable[..., Any], ...]] = {
     "decode": (open_picture, loading.open_shrunk),
-    "resize": (loading.resized,),
+    "resize": (resize_picture,),
     "composite": (over, stack),
     "pad colours": (layerdiffuse.pad_colours,),
     "blend": (blending.match_light, blending.soften, blending.draw_grain, blending.through_jpeg),

@@ -1,8 +1,7 @@
 """Loads the pictures of an index's items; cropping and resizing are one operation."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,31 +12,9 @@ from torch import Tensor
 from layerdecomp.data.folders import open_mask, open_picture, part_names, part_path, to_rgba
 from layerdecomp.data.index import Index, Item
 from layerdecomp.errors import InputError
-from layerdecomp.imaging.cues import CUES
-from layerdecomp.imaging.geometry import to_tensor
+from layerdecomp.imaging.cues import REGISTRY
+from layerdecomp.imaging.geometry import Box, ResizePicture, resize_picture, to_tensor
 from layerdecomp.imaging.layers import READABLE, check_pixels, read_image
-
-Box = tuple[float, float, float, float]  # left, top, right, bottom
-Resize = Callable[[Image.Image, tuple[int, int], Box | None], Image.Image]  # same signature as `resized`
-
-
-def resized(picture: Image.Image, size: tuple[int, int], box: Box | None = None) -> Image.Image:
-    """A picture, or a crop of it, resized to (height, width); colours are weighted by alpha."""
-    return picture.resize(size[::-1], Image.Resampling.BICUBIC, box, reducing_gap=3)
-
-
-def resized_map(cue: str, picture: Image.Image, size: tuple[int, int], box: Box | None = None) -> Image.Image:
-    """A cue map, or a crop of it, resized to (height, width), close to a map computed at that size.
-
-    Edges stay binary and no line is lost, segments do not blend, depth is resized like a picture.
-    """
-    if cue == "segmentation":
-        return picture.resize(size[::-1], Image.Resampling.NEAREST, box)
-    if cue == "edge":
-        lines = picture.convert("L").point(lambda level: 255 * (level >= 128))
-        shares = lines.resize(size[::-1], Image.Resampling.BOX, box)  # above 0 wherever a line passes
-        return shares.point(lambda level: 255 * (level > 0)).convert("RGB")
-    return resized(picture, size, box)
 
 
 @dataclass(frozen=True)
@@ -48,7 +25,7 @@ class Fit:
     box: Box
     size: tuple[int, int]  # (height, width) after resizing
 
-    def apply(self, picture: Image.Image, path: Path, resize: Resize = resized) -> Image.Image:
+    def apply(self, picture: Image.Image, path: Path, resize: ResizePicture = resize_picture) -> Image.Image:
         """Crops and resizes a picture."""
         if picture.size != self.source:
             raise InputError(
@@ -87,7 +64,7 @@ def load_background(index: Index, item: Item, size: tuple[int, int], rng: np.ran
     shrink = picture.width / item.width
     left, top, right, bottom = (shrink * edge for edge in place.box)
     box = (left, top, min(right, picture.width), min(bottom, picture.height))
-    return to_tensor(np.asarray(resized(picture, size, box)))[0]
+    return to_tensor(np.asarray(resize_picture(picture, size, box)))[0]
 
 
 def open_shrunk(path: Path, item: Item, size: tuple[int, int]) -> Image.Image:
@@ -170,9 +147,9 @@ def read_map(root: Path, item: Item, cue: str) -> Image.Image | None:
 
 def load_maps(index: Index, item: Item, place: Fit) -> dict[str, Tensor]:
     """The existing cue maps of an item, cropped like its picture: name -> (3, *size) in [-1, 1]."""
-    found = {cue: read_map(index.root, item, cue) for cue in CUES}
+    found = {cue: read_map(index.root, item, cue) for cue in REGISTRY}
     return {
-        cue: to_tensor(np.asarray(place.apply(picture, map_path(index.root, item, cue), partial(resized_map, cue))))[0]
+        cue: to_tensor(np.asarray(place.apply(picture, map_path(index.root, item, cue), REGISTRY[cue].resize)))[0]
         for cue, picture in found.items()
         if picture is not None
     }

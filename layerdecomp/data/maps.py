@@ -14,7 +14,7 @@ from layerdecomp.data.loading import WITH_MAPS, layer_paths, map_path
 from layerdecomp.data.mulan import read_layers, recompose
 from layerdecomp.data.prepare import parallel
 from layerdecomp.errors import InputError
-from layerdecomp.imaging.cues import CUES, edge_map, segmentation_map
+from layerdecomp.imaging.cues import REGISTRY
 from layerdecomp.imaging.geometry import to_pixels, to_tensor
 from layerdecomp.imaging.layers import Pixels, read_image, write_picture
 from layerdecomp.models.depth import DepthEstimator
@@ -29,7 +29,7 @@ def write_maps(index: Index, cues: Sequence[str], depth_file: Path = DEPTH_FILE,
     Existing maps are kept, so that the user's own take precedence and an interrupted run resumes.
 
     Args:
-        cues: some of `CUES`.
+        cues: some of `REGISTRY`.
         depth_file: weights of Depth-Anything-V2-Small, needed for depth.
 
     Returns:
@@ -39,8 +39,8 @@ def write_maps(index: Index, cues: Sequence[str], depth_file: Path = DEPTH_FILE,
         InputError: a cue is unknown, the index is not of layered pictures or triplets, the weights are missing or do
             not fit, or a map cannot be written.
     """
-    if unknown := [cue for cue in cues if cue not in CUES]:
-        raise InputError(f"cues: found {unknown[0]!r}, expected some of {', '.join(CUES)}")
+    if unknown := [cue for cue in cues if cue not in REGISTRY]:
+        raise InputError(f"cues: found {unknown[0]!r}, expected some of {', '.join(REGISTRY)}")
     if index.kind not in WITH_MAPS:
         raise InputError(
             f"{index.path} is an index of {index.kind}; expected {' or '.join(WITH_MAPS)}: the image of a "
@@ -90,7 +90,9 @@ def _compute(cue: str, pixels: Pixels, estimator: DepthEstimator | None) -> Tens
     if cue == "depth":
         assert estimator is not None
         return estimator.estimate(to_tensor(pixels))[0]
-    return torch.from_numpy(edge_map(pixels) if cue == "edge" else segmentation_map(pixels))
+    compute = REGISTRY[cue].compute
+    assert compute is not None, f"the cue {cue} has no function that computes it"
+    return torch.from_numpy(compute(pixels))
 
 
 def _save(values: Tensor, path: Path) -> None:

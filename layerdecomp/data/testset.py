@@ -20,11 +20,11 @@ from tqdm import tqdm
 from layerdecomp.data.datamodule import Samples
 from layerdecomp.data.folders import PARTS, RoremFolder, by_stem, read_rgba, triplet_id
 from layerdecomp.data.index import Index, Item
-from layerdecomp.data.loading import Fit, fit, layer, layer_paths, load_layers, read_map, resized_map
+from layerdecomp.data.loading import Fit, fit, layer, layer_paths, load_layers, read_map
 from layerdecomp.data.sample import build_cues, build_sample
 from layerdecomp.data.triplets import TripletConfig, bounds, scene_around
 from layerdecomp.errors import InputError
-from layerdecomp.imaging.cues import CUES
+from layerdecomp.imaging.cues import REGISTRY
 from layerdecomp.imaging.geometry import to_pixels, to_tensor
 from layerdecomp.imaging.layers import Pixels, read_image, read_mask, write_picture
 
@@ -121,9 +121,9 @@ class TestFolder(Dataset[dict[str, Any]]):
         if not self.with_cues:
             return {}
         item, size = Item(name, "", image.shape[1], image.shape[0]), (image.shape[0], image.shape[1])
-        found = {cue: read_map(self.root, item, cue) for cue in CUES}
+        found = {cue: read_map(self.root, item, cue) for cue in REGISTRY}
         return {
-            cue: to_tensor(np.asarray(resized_map(cue, picture, size)))[0]
+            cue: to_tensor(np.asarray(REGISTRY[cue].resize(picture, size, None)))[0]
             for cue, picture in found.items()
             if picture is not None
         }

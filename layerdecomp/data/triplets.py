@@ -23,7 +23,6 @@ from layerdecomp.data.folders import PARTS, part_path
 from layerdecomp.data.index import Index, Item
 from layerdecomp.data.layerdiffuse import pad_colours
 from layerdecomp.data.loading import (
-    Box,
     Fit,
     fit,
     has_foreground,
@@ -34,12 +33,11 @@ from layerdecomp.data.loading import (
     load_layers,
     load_maps,
     load_parts,
-    resized,
 )
 from layerdecomp.data.sample import SPLITS, Scene, build_cues, build_sample
 from layerdecomp.errors import InputError, check_at_least, check_probabilities
 from layerdecomp.imaging.compositing import over
-from layerdecomp.imaging.geometry import to_tensor
+from layerdecomp.imaging.geometry import Box, resize_picture, to_tensor
 from layerdecomp.imaging.masks import MaskConfig
 
 TRIES = 16  # attempts to find a usable picture before giving up
@@ -271,7 +269,7 @@ class Triplets(Dataset[dict[str, Any]]):
         scale = (area * size[0] * size[1] / (picture.width * picture.height)) ** 0.5
         scale = min(scale, size[1] / picture.width, size[0] / picture.height)
         width, height = (max(1, int(scale * side)) for side in picture.size)
-        stamp = np.asarray(resized(picture, (height, width)))
+        stamp = np.asarray(resize_picture(picture, (height, width)))
         left, top = int(rng.integers(0, size[1] - width + 1)), int(rng.integers(0, size[0] - height + 1))
         canvas = np.zeros((*size, 4), np.uint8)
         canvas[top : top + height, left : left + width] = stamp

@@ -1,47 +1,32 @@
-"""Cue maps (edges, segmentation, depth) of the whole image, which context fusion condenses into a few tokens."""
+"""Cue maps (edges, segmentation, depth) of the whole image, which context fusion condenses into a few tokens.
 
-from collections.abc import Mapping
+A cue of your own is one function and one entry in `REGISTRY`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from skimage.color import rgb2gray
 from skimage.feature import canny
 from skimage.segmentation import felzenszwalb
+from torch import Tensor
+
+from layerdecomp.imaging.geometry import Box, ResizePicture, resize_picture, to_pixels, to_tensor
+from layerdecomp.imaging.layers import Pixels
 
 SEGMENTED_SIDE = 384  # pixels
-CUES = ("edge", "segmentation", "depth")
 
 
-def compute_cues(
-    image: NDArray[np.uint8], maps: Mapping[str, NDArray[np.float32]] | None = None
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Compute the cue maps of an RGB image.
-
-    Args:
-        image: (H, W, 3).
-        maps: precomputed maps by name, (1 or 3, H, W) in [-1, 1]. Depth is absent unless given here, since computing it
-            needs a network.
-
-    Returns:
-        The maps (len(CUES), 3, H, W) in [-1, 1], zeros where absent, and which of them are present (len(CUES),).
-    """
-    found = dict(maps or {})
-    for cue, compute in (("edge", edge_map), ("segmentation", segmentation_map)):
-        if cue not in found:
-            found[cue] = compute(image)
-    cues = np.zeros((len(CUES), 3, *image.shape[:2]), dtype=np.float32)
-    for cue, values in found.items():
-        cues[CUES.index(cue)] = values
-    return cues, np.array([cue in found for cue in CUES])
-
-
-def edge_map(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+def edge_map(image: Pixels) -> NDArray[np.float32]:
     """Canny edges (1, H, W) of an RGB image (H, W, 3): 1 on an edge, -1 elsewhere."""
     return np.where(canny(rgb2gray(image), sigma=1.0), 1, -1).astype(np.float32)[None]
 
 
-def segmentation_map(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+def segmentation_map(image: Pixels) -> NDArray[np.float32]:
     """Segments of an RGB image (H, W, 3), each painted with its mean colour: (3, H, W) in [-1, 1].
 
     Graph-based segmentation, which needs no weights (Felzenszwalb and Huttenlocher, IJCV 2004). It runs on an image
@@ -58,3 +43,69 @@ def segmentation_map(image: NDArray[np.uint8]) -> NDArray[np.float32]:
     counts = np.bincount(labels)
     means = np.stack([np.bincount(labels, pixels[:, channel]) / counts for channel in range(3)])
     return (means[:, labels].reshape(3, *image.shape[:2]) / 127.5 - 1).astype(np.float32)
+
+
+def resize_lines(picture: Image.Image, size: tuple[int, int], box: Box | None) -> Image.Image:
+    """A map of lines, or a crop of it, at (height, width): two levels, and no line is lost."""
+    lines = picture.convert("L").point(lambda level: 255 * (level >= 128))
+    shares = lines.resize(size[::-1], Image.Resampling.BOX, box)  # above 0 wherever a line passes
+    return shares.point(lambda level: 255 * (level > 0)).convert("RGB")
+
+
+def resize_segments(picture: Image.Image, size: tuple[int, int], box: Box | None) -> Image.Image:
+    """A map of segments, or a crop of it, at (height, width): colours do not blend."""
+    return picture.resize(size[::-1], Image.Resampling.NEAREST, box)
+
+
+@dataclass(frozen=True)
+class Cue:
+    """How a cue is computed, and how its maps are resized, so that they are close to maps computed at that size."""
+
+    compute: (
+        Callable[[Pixels], NDArray[np.float32]] | None
+    )  # (H, W, 3) -> (1 or 3, H, W) in [-1, 1]; None: by a network
+    resize: ResizePicture  # of an RGB picture
+
+
+REGISTRY = {  # new cues go last: `Decomposer.decompose` takes maps in this order, and cue dropout draws in it
+    "edge": Cue(edge_map, resize_lines),
+    "segmentation": Cue(segmentation_map, resize_segments),
+    "depth": Cue(None, resize_picture),
+}
+CUES = tuple(REGISTRY)
+
+
+def compute_cues(
+    image: Pixels, maps: Mapping[str, NDArray[np.float32]] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Compute the cue maps of an RGB image.
+
+    Args:
+        image: (H, W, 3).
+        maps: precomputed maps by name, (1 or 3, H, W) in [-1, 1]. Depth is absent unless given here, since computing it
+            needs a network.
+
+    Returns:
+        The maps (len(CUES), 3, H, W) in [-1, 1], zeros where absent, and which of them are present (len(CUES),).
+    """
+    found = dict(maps or {})
+    for name, cue in REGISTRY.items():
+        if name not in found and cue.compute is not None:
+            found[name] = cue.compute(image)
+    cues = np.zeros((len(CUES), 3, *image.shape[:2]), dtype=np.float32)
+    for name, values in found.items():
+        cues[CUES.index(name)] = values
+    return cues, np.array([name in found for name in CUES])
+
+
+def resize_cues(cues: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps of all cues, (B, len(CUES), 3, H, W) in [-1, 1] -> (B, len(CUES), 3, *size).
+
+    Each is resized as its cue requires, in 8 bits like maps in files; unchanged if they already have that size.
+    """
+    if cues.shape[-2:] == size:
+        return cues
+    pairs = [(cue, values) for maps in cues for cue, values in zip(REGISTRY.values(), maps, strict=True)]
+    pictures = [cue.resize(Image.fromarray(to_pixels(values)), size, None) for cue, values in pairs]
+    resized = torch.cat([to_tensor(np.asarray(picture)) for picture in pictures])
+    return resized.view(*cues.shape[:-2], *size).to(cues)

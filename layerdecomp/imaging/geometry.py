@@ -1,12 +1,18 @@
 """Converts between pictures of any size and model tensors: ranges, resizing, padding; grows and feathers masks."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from layerdecomp.imaging.layers import Pixels
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+ResizePicture = Callable[[Image.Image, tuple[int, int], Box | None], Image.Image]  # as `resize_picture`
 
 
 def to_tensor(pixels: Pixels) -> Tensor:
@@ -26,6 +32,11 @@ def resize(pictures: Tensor, size: tuple[int, int]) -> Tensor:
     flat = pictures.reshape(-1, *pictures.shape[-3:])
     resized = F.interpolate(flat, size, mode="bicubic", antialias=True)
     return resized.reshape(*pictures.shape[:-2], *size)
+
+
+def resize_picture(picture: Image.Image, size: tuple[int, int], box: Box | None = None) -> Image.Image:
+    """A picture, or a crop of it, resized to (height, width); colours are weighted by alpha."""
+    return picture.resize(size[::-1], Image.Resampling.BICUBIC, box, reducing_gap=3)
 
 
 def shrink_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
