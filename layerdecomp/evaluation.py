@@ -237,11 +237,10 @@ def _reasons(
 
 def _why_not(name: str, folder: PredictionFolder, with_truth: bool, missing: Mapping[str, str]) -> str:
     metric = name.removesuffix(STDERR_SUFFIX)
-    kind = metric.partition("/")[0]
-    needed = {"background": ("background",), "recomposition": LAYERS}.get(kind, ("foreground",))
-    if lacking := [layer for layer in needed if layer not in folder.given]:
+    needs = METRICS[metric].needs
+    if lacking := [layer for layer in LAYERS if layer in needs and layer not in folder.given]:
         return f"this row has no {lacking[0]}s"
-    if kind in ("foreground", "boundary") and not with_truth:
+    if "true foreground" in needs and not with_truth:
         return "the data set has no true foregrounds"
     if metric in missing:
         return missing[metric]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from layerdecomp.errors import InputError
-from layerdecomp.metrics.layers import Measures
+from layerdecomp.metrics.layers import METRICS, Measures
 from layerdecomp.metrics.perceptual import LPIPS, TRUNKS
 from layerdecomp.metrics.region import REGIONS
 from layerdecomp.tensor_files import file_sha256
@@ -73,10 +73,10 @@ def open_networks(config: MeasureConfig) -> Networks:
         load_inception(inception) if inception.is_file() else None,
     )
     needed = {
-        "background/lpips": trunk,
-        "background/fid": inception,
-        "background/kid": inception,
-        "recomposition/lpips": trunk,
+        name: path
+        for name, info in METRICS.items()
+        for need, path in (("lpips", trunk), ("inception", inception))
+        if need in info.needs
     }
     return Networks(
         measures,

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -443,6 +444,19 @@ def test_every_metric_reports_worse_layers_as_worse():
         assert (badness[info.better](a_lot[name]) > badness[info.better](a_little[name])).all(), name
 
 
+def test_a_metric_of_your_own_is_one_entry(monkeypatch: pytest.MonkeyPatch):
+    batch = make_batch()
+    monkeypatch.setattr("layerdecomp.metrics.layers.PER_IMAGE", [*PER_IMAGE, "background/mine"])
+    mine = replace(METRICS["background/psnr"], needs=("background", "image"))
+    monkeypatch.setitem(METRICS, "background/mine", mine)
+    layers = worsened(batch)
+    assert per_image(*layers, batch)["background/mine"].equal(background.psnr(layers[0], batch["image"]))
+    assert per_image(None, layers[1], batch)["background/mine"].isnan().all()
+    monkeypatch.setitem(METRICS, "background/mine", replace(mine, needs=("background", "picture")))
+    with pytest.raises(KeyError, match="picture"):
+        per_image(*layers, batch)
+
+
 def test_diverged_predictions_are_refused():
     batch = make_batch()
     with pytest.raises(ValueError, match="diverged"):
@@ -458,12 +472,14 @@ def test_layer_metrics_average_the_images_that_define_a_metric():
         metric.update(prediction[0][part], prediction[1][part], {key: value[part] for key, value in batch.items()})
     computed = metric.compute()
     assert len(computed) == len(METRICS) + len(PER_IMAGE)
+    counts = {}
     for name, values in per_image(*prediction, batch, with_networks()).items():
         defined = values[~values.isnan()].double().numpy()
-        assert len(defined) == (4 if name in ("background/psnr_mask", "background/sharpness") else 6)
+        counts[name] = len(defined)
         assert computed[name].item() == pytest.approx(defined.mean(), rel=1e-5)
         stderr = defined.std(ddof=1) / math.sqrt(len(defined))
         assert computed[name + STDERR_SUFFIX].item() == pytest.approx(stderr, rel=1e-5), name
+    assert counts["background/psnr_mask"] == 4 and counts["background/psnr"] == 6
 
 
 def test_layer_metrics_without_any_defining_image_are_nan():

@@ -127,7 +127,7 @@ def boundary_band(alpha: Tensor) -> Tensor:
     return dilate(highest - lowest > VISIBLE, BOUNDARY_RADIUS) & (alpha > VISIBLE)
 
 
-def hidden_iou(prediction: Tensor, target: Tensor, *, mask: Tensor, occluder: Tensor) -> Tensor:
+def hidden_iou(prediction: Tensor, target: Tensor, mask: Tensor, occluder: Tensor) -> Tensor:
     """Intersection over union of the object's hidden part, which an occluder covers or the mask missed.
 
     Both alphas are thresholded at 0.5 and compared over all pixels that the input does not show as the object
@@ -147,7 +147,7 @@ def hidden_iou(prediction: Tensor, target: Tensor, *, mask: Tensor, occluder: Te
     return _where_enough(iou, hidden)
 
 
-def hidden_rgb_l1(prediction: Tensor, target: Tensor, *, mask: Tensor, occluder: Tensor) -> Tensor:
+def hidden_rgb_l1(prediction: Tensor, target: Tensor, mask: Tensor, occluder: Tensor) -> Tensor:
     """``rgb_l1`` in the hidden part of the object (true alpha > 0.5), whose colours the model had to invent.
 
     Arguments and undefined images as in ``hidden_iou``.

@@ -1,6 +1,9 @@
-"""All metrics of the two layers: per-image values, and a torchmetrics.Metric that aggregates them over a set."""
+"""All metrics of the two layers: per-image values, and a torchmetrics.Metric that aggregates them over a set.
 
-from collections.abc import Mapping
+A metric of your own is one function and one entry in `METRICS`.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,38 +23,51 @@ from layerdecomp.metrics.region import paste, select
 
 @dataclass(frozen=True)
 class MetricInfo:
-    """A metric's unit and interpretation, for tables of results."""
+    """A metric: how it is computed, and its unit and interpretation for tables of results."""
 
+    compute: Callable[..., Tensor]  # -> (B,); if whole_set, predicted and true features (N, 2048) -> scalar
+    needs: tuple[str, ...]  # the arguments of `compute`, names of `_inputs`; if whole_set, what the features need
     unit: str
     better: Literal["↑", "↓", "→1"]  # higher, lower, closer to 1
     undefined: str  # when the metric is undefined for an image (if whole_set, for the set)
     whole_set: bool = False  # computed on the whole set, not a mean over images
 
 
+_REGION = ("background", "true background", "region")
+_INSIDE = ("background", "true background", "inside")
+_FEATURES = ("background", "inception")
+_LAYER = ("foreground", "true foreground")
+_HIDDEN = (*_LAYER, "mask", "occluder")
+_COMPOSITE = ("foreground", "background", "image", "occluder")
+_TRANSPARENT = "the true foreground is fully transparent"
 _HIDDEN_TOO_SMALL = f"the object's hidden part has fewer than {foreground.MIN_HIDDEN_PIXELS} pixels"
-_REGION_EMPTY = "the region is empty"
+_EMPTY = "the region is empty"
 _COVERED = "the occluder covers the whole image"
 _SMALL_FOR_SSIM, _SMALL_FOR_LPIPS = (f"the image has a side shorter than {side} pixels" for side in (11, 32))
 _TOO_FEW = "there are fewer than two images"
 METRICS = {
-    "background/psnr": MetricInfo("dB", "↑", _REGION_EMPTY),
-    "background/psnr_mask": MetricInfo("dB", "↑", "the mask is empty"),
-    "background/ssim": MetricInfo("", "↑", f"{_REGION_EMPTY}, or {_SMALL_FOR_SSIM}"),
-    "background/lpips": MetricInfo("", "↓", f"{_REGION_EMPTY}, or {_SMALL_FOR_LPIPS}"),
-    "background/fid": MetricInfo("", "↓", _TOO_FEW, whole_set=True),
-    "background/kid": MetricInfo("", "↓", _TOO_FEW, whole_set=True),
-    "background/sharpness": MetricInfo("", "→1", "the mask has no two adjacent pixels, or the truth is flat there"),
-    "foreground/alpha_iou": MetricInfo("", "↑", "the true foreground is fully transparent"),
-    "foreground/alpha_sad": MetricInfo("kpx", "↓", "never undefined"),
-    "foreground/alpha_mse": MetricInfo("", "↓", "never undefined"),
-    "foreground/alpha_grad": MetricInfo("", "↓", "never undefined"),
-    "foreground/alpha_conn": MetricInfo("kpx", "↓", "never undefined"),
-    "foreground/rgb_l1": MetricInfo("", "↓", "the true foreground is fully transparent"),
-    "foreground/hidden_iou": MetricInfo("", "↑", _HIDDEN_TOO_SMALL),
-    "foreground/hidden_rgb_l1": MetricInfo("", "↓", _HIDDEN_TOO_SMALL),
-    "boundary/rgb_l1": MetricInfo("", "↓", "the true alpha has no outline"),
-    "recomposition/psnr": MetricInfo("dB", "↑", _COVERED),
-    "recomposition/lpips": MetricInfo("", "↓", f"{_COVERED}, or {_SMALL_FOR_LPIPS}"),
+    "background/psnr": MetricInfo(background.psnr, _REGION, "dB", "↑", _EMPTY),
+    "background/psnr_mask": MetricInfo(background.psnr, _INSIDE, "dB", "↑", "the mask is empty"),
+    "background/ssim": MetricInfo(background.ssim, _REGION, "", "↑", f"{_EMPTY}, or {_SMALL_FOR_SSIM}"),
+    "background/lpips": MetricInfo(LPIPS.__call__, ("lpips", *_REGION), "", "↓", f"{_EMPTY}, or {_SMALL_FOR_LPIPS}"),
+    "background/fid": MetricInfo(frechet_distance, _FEATURES, "", "↓", _TOO_FEW, whole_set=True),
+    "background/kid": MetricInfo(kernel_distance, _FEATURES, "", "↓", _TOO_FEW, whole_set=True),
+    "background/sharpness": MetricInfo(
+        background.sharpness, _INSIDE, "", "→1", "the mask has no two adjacent pixels, or the truth is flat there"
+    ),
+    "foreground/alpha_iou": MetricInfo(foreground.alpha_iou, _LAYER, "", "↑", _TRANSPARENT),
+    "foreground/alpha_sad": MetricInfo(foreground.alpha_sad, _LAYER, "kpx", "↓", "never undefined"),
+    "foreground/alpha_mse": MetricInfo(foreground.alpha_mse, _LAYER, "", "↓", "never undefined"),
+    "foreground/alpha_grad": MetricInfo(foreground.alpha_grad, _LAYER, "", "↓", "never undefined"),
+    "foreground/alpha_conn": MetricInfo(foreground.alpha_conn, _LAYER, "kpx", "↓", "never undefined"),
+    "foreground/rgb_l1": MetricInfo(foreground.rgb_l1, _LAYER, "", "↓", _TRANSPARENT),
+    "foreground/hidden_iou": MetricInfo(foreground.hidden_iou, _HIDDEN, "", "↑", _HIDDEN_TOO_SMALL),
+    "foreground/hidden_rgb_l1": MetricInfo(foreground.hidden_rgb_l1, _HIDDEN, "", "↓", _HIDDEN_TOO_SMALL),
+    "boundary/rgb_l1": MetricInfo(foreground.boundary_rgb_l1, _LAYER, "", "↓", "the true alpha has no outline"),
+    "recomposition/psnr": MetricInfo(recomposition.psnr, _COMPOSITE, "dB", "↑", _COVERED),
+    "recomposition/lpips": MetricInfo(
+        recomposition.lpips, ("lpips", *_COMPOSITE), "", "↓", f"{_COVERED}, or {_SMALL_FOR_LPIPS}"
+    ),
 }
 PER_IMAGE = [name for name, info in METRICS.items() if not info.whole_set]
 STDERR_SUFFIX = "_stderr"
@@ -94,53 +110,28 @@ def per_image(
     """
     measures = measures or Measures()
     rgb, rgba, truth = _at_resolution(measures.resolution, prediction_background, prediction_foreground, batch)
-    found: dict[str, Tensor] = {}
-    if rgb is not None:
-        found |= _background(rgb, truth, measures)
-    if rgba is not None and "foreground" in truth:
-        found |= _foreground(rgba, truth)
-    if rgb is not None and rgba is not None:
-        found |= _recomposition(rgb, rgba, truth, measures)
+    inputs = _inputs(rgb, rgba, truth, measures)
+    missing = {name for name in ("background", *_LAYER, "lpips") if inputs[name] is None}
     undefined = torch.full_like(truth["image"][:, 0, 0, 0], torch.nan)
-    return {name: found.get(name, undefined) for name in PER_IMAGE}
+
+    def measured(info: MetricInfo) -> Tensor:
+        return undefined if missing & {*info.needs} else info.compute(*(inputs[name] for name in info.needs))
+
+    return {name: measured(METRICS[name]) for name in PER_IMAGE}
 
 
-def _background(rgb: Tensor, truth: Mapping[str, Tensor], measures: Measures) -> dict[str, Tensor]:
-    target, inside = truth["background"], truth["mask"] > 0.5
-    region = select(measures.region, truth["mask"])
-    found = {
-        "background/psnr": background.psnr(rgb, target, region),
-        "background/psnr_mask": background.psnr(rgb, target, inside),
-        "background/ssim": background.ssim(rgb, target, region),
-        "background/sharpness": background.sharpness(rgb, target, inside),
-    }
-    if measures.lpips is not None:
-        found["background/lpips"] = measures.lpips.to(rgb.device)(rgb, target, region)
-    return found
-
-
-def _foreground(rgba: Tensor, truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    target, mask, occluder = (truth[key] for key in ("foreground", "mask", "occluder"))
+def _inputs(rgb: Layer, rgba: Layer, truth: Mapping[str, Tensor], measures: Measures) -> dict[str, Any]:
+    """What metrics are computed from, None where it is missing; a region of None is the whole image."""
     return {
-        "foreground/alpha_iou": foreground.alpha_iou(rgba, target),
-        "foreground/alpha_sad": foreground.alpha_sad(rgba, target),
-        "foreground/alpha_mse": foreground.alpha_mse(rgba, target),
-        "foreground/alpha_grad": foreground.alpha_grad(rgba, target),
-        "foreground/alpha_conn": foreground.alpha_conn(rgba, target),
-        "foreground/rgb_l1": foreground.rgb_l1(rgba, target),
-        "foreground/hidden_iou": foreground.hidden_iou(rgba, target, mask=mask, occluder=occluder),
-        "foreground/hidden_rgb_l1": foreground.hidden_rgb_l1(rgba, target, mask=mask, occluder=occluder),
-        "boundary/rgb_l1": foreground.boundary_rgb_l1(rgba, target),
+        "background": rgb,
+        "foreground": rgba,
+        "true background": truth["background"],
+        "true foreground": truth.get("foreground"),
+        **{name: truth[name] for name in ("image", "mask", "occluder")},
+        "region": select(measures.region, truth["mask"]),
+        "inside": truth["mask"] > 0.5,
+        "lpips": None if measures.lpips is None else measures.lpips.to(truth["mask"].device),
     }
-
-
-def _recomposition(rgb: Tensor, rgba: Tensor, truth: Mapping[str, Tensor], measures: Measures) -> dict[str, Tensor]:
-    image, occluder = truth["image"], truth["occluder"]
-    found = {"recomposition/psnr": recomposition.psnr(rgba, rgb, image, occluder=occluder)}
-    if measures.lpips is not None:
-        network = measures.lpips.to(rgb.device)
-        found["recomposition/lpips"] = recomposition.lpips(network, rgba, rgb, image, occluder=occluder)
-    return found
 
 
 @torch.no_grad()
@@ -161,10 +152,7 @@ def set_features(background: Layer, batch: Mapping[str, Tensor], measures: Measu
 def set_metrics(features: Tensor) -> dict[str, Tensor]:
     """The metrics of a whole set, float64 scalars, from the ``set_features`` (N, 2, 2048) of predictions and truth."""
     predicted, true = features.unbind(1)
-    return {
-        "background/fid": frechet_distance(predicted, true),
-        "background/kid": kernel_distance(predicted, true),
-    }
+    return {name: info.compute(predicted, true) for name, info in METRICS.items() if info.whole_set}
 
 
 def _at_resolution(

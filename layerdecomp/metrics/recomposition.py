@@ -7,7 +7,7 @@ from layerdecomp.metrics import background as background_metrics
 from layerdecomp.metrics.perceptual import LPIPS
 
 
-def psnr(foreground: Tensor, background: Tensor, image: Tensor, *, occluder: Tensor) -> Tensor:
+def psnr(foreground: Tensor, background: Tensor, image: Tensor, occluder: Tensor) -> Tensor:
     """PSNR in dB of the foreground over the background against the image.
 
     Only pixels where the occluder's alpha is 0 count: elsewhere the image shows the occluder, while the composite
@@ -24,6 +24,6 @@ def psnr(foreground: Tensor, background: Tensor, image: Tensor, *, occluder: Ten
     return background_metrics.psnr(over(foreground, background), image, occluder == 0)
 
 
-def lpips(network: LPIPS, foreground: Tensor, background: Tensor, image: Tensor, *, occluder: Tensor) -> Tensor:
+def lpips(network: LPIPS, foreground: Tensor, background: Tensor, image: Tensor, occluder: Tensor) -> Tensor:
     """LPIPS of the foreground over the background against the image; pixels, arguments and result as in ``psnr``."""
     return network(over(foreground, background), image, occluder == 0)
