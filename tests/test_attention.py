@@ -41,6 +41,22 @@ def test_rope_of_a_batch_is_the_rope_of_each_sample() -> None:
     torch.testing.assert_close(batched, torch.stack([rope(sample, AXES, theta=100) for sample in ids]))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_is_softmax_of_scaled_products_times_values(masked: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 5, 8, generator=generator, dtype=torch.float64).requires_grad_()
+    k, v = torch.randn(2, 2, 4, 6, 8, generator=generator, dtype=torch.float64).requires_grad_()
+    mask = torch.rand(2, 1, 5, 6, generator=generator) < 0.6 if masked else torch.ones(2, 1, 5, 6, dtype=torch.bool)
+    mask[..., 0] = True
+    weights = (q @ k.mT / 8**0.5).masked_fill(~mask, -torch.inf).softmax(-1)
+    expected = (weights @ v).transpose(1, 2).flatten(2)
+    actual = attention(q, k, v, mask=mask if masked else None)
+    torch.testing.assert_close(actual, expected)
+    gradient = torch.randn(2, 5, 32, generator=generator, dtype=torch.float64)
+    for found, wanted in zip(*(torch.autograd.grad(x, (q, k, v), gradient) for x in (actual, expected)), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
 def test_attention_with_a_mask_sees_only_what_it_may() -> None:
     q, k, v = torch.randn(3, 2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([True, True, False, True, False, False]).expand(2, 1, 1, 6)
