@@ -18,6 +18,7 @@ from torch import Tensor
 from layerdecomp.imaging.geometry import Box, ResizePicture, resize_picture, to_pixels, to_tensor
 from layerdecomp.imaging.layers import Pixels
 
+Compute = Callable[[Pixels], NDArray[np.float32]]  # (H, W, 3) -> (1 or 3, H, W) in [-1, 1]
 SEGMENTED_SIDE = 384  # pixels
 
 
@@ -61,9 +62,7 @@ def resize_segments(picture: Image.Image, size: tuple[int, int], box: Box | None
 class Cue:
     """How a cue is computed, and how its maps are resized, so that they are close to maps computed at that size."""
 
-    compute: (
-        Callable[[Pixels], NDArray[np.float32]] | None
-    )  # (H, W, 3) -> (1 or 3, H, W) in [-1, 1]; None: by a network
+    compute: Compute | None  # None: it needs a network
     resize: ResizePicture  # of an RGB picture
 
 
