@@ -1,4 +1,4 @@
-"""What goes wrong while a run trains: bad numbers, broken files, full memory and disks, dead workers and ranks."""
+"""Faults during training: non-finite values, unreadable files, full memory and disks, dead workers and ranks."""
 
 import errno
 import math
@@ -56,8 +56,8 @@ def run(overrides: list[str], *more: str) -> Path:
     return Path(config.run_dir)
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, positions: set[int], factor: float = math.nan) -> None:
-    """Multiplies the loss of every batch that holds one of some positions."""
+def scale_loss(monkeypatch: pytest.MonkeyPatch, positions: set[int], factor: float = math.nan) -> None:
+    """Multiplies the loss of every batch that contains one of `positions`."""
     original = DecomposerJob.loss
 
     def loss(self: DecomposerJob, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -67,84 +67,84 @@ def spoil(monkeypatch: pytest.MonkeyPatch, positions: set[int], factor: float = 
     monkeypatch.setattr(DecomposerJob, "loss", loss)
 
 
-# Numbers
+# Non-finite values
 
 
-def test_a_poisoned_loss_is_the_loss_wherever_it_is_finite() -> None:
+def test_nan_if_not_finite_leaves_a_finite_loss_unchanged() -> None:
     for value in (1.5, -2.0, 0.0, 1e38):
         x = torch.tensor(value, requires_grad=True)
         nan_if_not_finite(x * 2).backward()
         assert x.grad is not None and x.grad.item() == 2
     for value in (math.inf, -math.inf, math.nan):
         x = torch.tensor(1.0, requires_grad=True)
-        nan_if_not_finite(x * 0 + value).backward()  # an infinite loss, of which the gradient is finite
+        nan_if_not_finite(x * 0 + value).backward()  # the loss is not finite, its gradient is
         assert x.grad is not None and x.grad.isnan()
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf])
-@pytest.mark.parametrize("muon", ["true", "false"])  # AdamW leaves it out by itself; the host learns later
-def test_a_step_that_is_not_finite_changes_nothing_and_names_its_sample(
+@pytest.mark.parametrize("muon", ["true", "false"])  # AdamW skips the step by itself; the host learns of it later
+def test_a_step_with_a_non_finite_loss_changes_no_weights_and_names_its_sample(
     overrides: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, factor: float, muon: str
 ) -> None:
     weights: list[dict[str, Tensor]] = []
     original = Job.training_step
 
-    def watching(self: Job, batch: dict[str, Any], index: int) -> Tensor:
+    def recording(self: Job, batch: dict[str, Any], index: int) -> Tensor:
         weights.append({name: value.detach().clone() for name, value in self.trained()})
         return original(self, batch, index)
 
-    monkeypatch.setattr(Job, "training_step", watching)
-    spoil(monkeypatch, {5}, factor)  # in step 3, of positions 4 and 5
+    monkeypatch.setattr(Job, "training_step", recording)
+    scale_loss(monkeypatch, {5}, factor)  # step 3 has positions 4 and 5
     run_dir = run(overrides, f"optim.muon={muon}", "train.checkpoint_every=6")
     assert re.findall(r"step (\d+) is skipped: its (\w+) is not finite; samples: (.*)", caplog.text) == [
         ("3", "loss", "5 (scene 5)")
     ]
-    steps = [any(not torch.equal(a[name], b[name]) for name in a) for a, b in zip(weights, weights[1:], strict=False)]
-    assert steps == [True, True, False, True, True]
+    changed = [any(not torch.equal(a[name], b[name]) for name in a) for a, b in zip(weights, weights[1:], strict=False)]
+    assert changed == [True, True, False, True, True]
     checkpoint = read_checkpoint(run_dir / LAST)
     assert checkpoint["skipped_steps"] == 1 and checkpoint["global_step"] == 6
 
 
-def test_a_gradient_that_is_not_finite_is_left_out_too(
+def test_a_step_with_a_non_finite_gradient_is_skipped(
     overrides: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     original = Job.configure_gradient_clipping
 
-    def spoilt(self: Job, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+    def overflowing(self: Job, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
         if self.global_step == 1:
             optimizer.param_groups[0]["params"][0].grad[0] = math.inf
         original(self, optimizer, *args, **kwargs)
 
-    monkeypatch.setattr(Job, "configure_gradient_clipping", spoilt)
+    monkeypatch.setattr(Job, "configure_gradient_clipping", overflowing)
     run(overrides, "train.steps=3")
     assert "step 2 is skipped: its gradient is not finite; samples: 2 (scene 2); 3 (scene 3)" in caplog.text
 
 
 @pytest.mark.parametrize("muon", ["true", "false"])
-def test_training_stops_after_some_in_a_row_with_the_last_good_checkpoint(
+def test_training_stops_after_consecutive_skipped_steps_and_keeps_the_last_good_checkpoint(
     overrides: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path, muon: str
 ) -> None:
-    spoil(monkeypatch, set(range(5, 100)))
+    scale_loss(monkeypatch, set(range(5, 100)))
     with pytest.raises(RunError, match=r"3 steps in a row, up to step 5, had a loss .* resume=FILE; .*run keeps what"):
         run(overrides, "train.max_skipped=3", f"optim.muon={muon}")
     assert caplog.text.count("is skipped") == 3
-    assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 2  # no step that was left out is saved
+    assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 2  # skipped steps are not saved
 
 
-def test_weights_that_are_not_finite_are_not_saved(
+def test_non_finite_weights_are_not_saved(
     overrides: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def ruin(self: StepBar, trainer: Any, job: Job, *outputs: Any) -> None:
+    def overflow(self: StepBar, trainer: Any, job: Job, *outputs: Any) -> None:
         if job.global_step == 2:
             next(job.trained())[1].data.fill_(math.inf)
 
-    monkeypatch.setattr(StepBar, "on_train_batch_end", ruin)  # callbacks come before the one that saves
+    monkeypatch.setattr(StepBar, "on_train_batch_end", overflow)  # runs before the callback that saves
     with pytest.raises(RunError, match="5 steps in a row, up to step 7"):
         run(overrides, "train.steps=9")
     assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 1
 
 
-def test_the_count_starts_again_after_a_good_step() -> None:
+def test_a_good_step_resets_the_count_of_skipped_steps() -> None:
     guard, names = StepGuard(limit=2), lambda positions: [str(position) for position in positions]
     for norm in (math.nan, 1.0, math.inf, 1.0, math.nan):
         guard.note([1], torch.tensor(1.0))
@@ -154,7 +154,7 @@ def test_the_count_starts_again_after_a_good_step() -> None:
         guard.judge(torch.tensor(math.nan), 2, names)
 
 
-def test_a_fused_optimizer_is_not_touched_by_a_step_that_is_left_out() -> None:
+def test_found_inf_makes_a_fused_optimizer_skip_the_step() -> None:
     layer = nn.Linear(3, 1)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
     states = []
@@ -168,7 +168,7 @@ def test_a_fused_optimizer_is_not_touched_by_a_step_that_is_left_out() -> None:
     assert not any(a.equal(b) for a, b in zip(states[1], states[2], strict=True))
 
 
-def test_a_step_is_judged_when_the_next_one_comes() -> None:
+def test_judge_later_judges_a_step_at_the_next_one() -> None:
     guard, names = StepGuard(limit=2), lambda positions: [str(position) for position in positions]
     for step, (norm, skipped) in enumerate([(math.nan, 0), (1.0, 1), (math.inf, 1)], 1):
         guard.note([step], torch.tensor(norm))
@@ -178,10 +178,10 @@ def test_a_step_is_judged_when_the_next_one_comes() -> None:
     assert not guard.settle(names) and guard.skipped == 2, "judged once"
 
 
-# Files
+# Unreadable samples
 
 
-def broken(monkeypatch: pytest.MonkeyPatch, positions: set[int]) -> None:
+def make_unreadable(monkeypatch: pytest.MonkeyPatch, positions: set[int]) -> None:
     original = RepeatedSamples.__getitem__
 
     def get(self: RepeatedSamples, position: int) -> dict[str, Any]:
@@ -191,10 +191,10 @@ def broken(monkeypatch: pytest.MonkeyPatch, positions: set[int]) -> None:
     monkeypatch.setattr(RepeatedSamples, "__getitem__", get)
 
 
-def test_broken_samples_are_named_and_counted(
+def test_unreadable_samples_are_logged_and_counted(
     overrides: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    broken(monkeypatch, {1, 4})
+    make_unreadable(monkeypatch, {1, 4})
     run(overrides, "train.steps=3", "data.workers=1")
     assert re.findall(r"replaced by the next draw \((\d+) so far\): (\S+)", caplog.text) == [
         ("1", "/data/1.png"),
@@ -205,19 +205,19 @@ def test_broken_samples_are_named_and_counted(
         run(overrides, "train.steps=3", "data.max_faulty=0.001", "resume=never")
 
 
-def test_the_share_of_broken_samples() -> None:
+def test_too_large_a_share_of_unreadable_samples_is_an_error() -> None:
     count = FaultCount(0.01)
     for _ in range(10):
         count.note([["a fault"]])
     with pytest.raises(RunError, match="11 of 11"):
         count.note([["another"]])
     count = FaultCount(0.01)
-    for _ in range(30):  # one in a hundred, for long
+    for _ in range(30):  # one in a hundred is allowed
         count.note([["a fault"], *([[]] * 99)])
     assert (count.seen, count.faulty) == (3000, 30)
 
 
-class AllBroken:
+class AllUnreadable:
     def __init__(self, samples: Any) -> None:
         self.samples = samples
 
@@ -229,17 +229,17 @@ class AllBroken:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_nothing_but_broken_files_is_one_error(
+def test_a_data_set_without_a_readable_file_is_an_error(
     overrides: list[str], monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    def broken(self: RepeatedSamples, samples: Any, cache: None) -> None:
-        self.samples, self.cache = AllBroken(samples), cache
+    def unreadable(self: RepeatedSamples, samples: Any, cache: None) -> None:
+        self.samples, self.cache = AllUnreadable(samples), cache
 
-    monkeypatch.setattr(RepeatedSamples, "__init__", broken)
+    monkeypatch.setattr(RepeatedSamples, "__init__", unreadable)
     with pytest.raises(InputError) as caught:
         run(overrides, f"data.workers={workers}")
-    said = "16 draws in a row for sample 0 cannot be used; the last: /data/0.15.png cannot be read"
-    assert str(caught.value) == said
+    message = "16 draws in a row for sample 0 cannot be used; the last: /data/0.15.png cannot be read"
+    assert str(caught.value) == message
 
 
 # Disk and memory
@@ -248,7 +248,7 @@ def test_nothing_but_broken_files_is_one_error(
 @pytest.mark.parametrize(
     ("number", "remedy"), [(errno.ENOSPC, "free some space in"), (errno.EROFS, "make .* writable")]
 )
-def test_a_disk_that_cannot_be_written(
+def test_a_failed_checkpoint_write_is_an_error_with_a_remedy(
     overrides: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, remedy: str
 ) -> None:
     original = os.fsync
@@ -256,7 +256,7 @@ def test_a_disk_that_cannot_be_written(
 
     def fsync(handle: int) -> None:
         calls.append(handle)
-        if len(calls) > 4:  # two for a checkpoint
+        if len(calls) > 4:  # two per checkpoint
             raise OSError(number, os.strerror(number))
         original(handle)
 
@@ -267,27 +267,27 @@ def test_a_disk_that_cannot_be_written(
 
 
 @pytest.mark.parametrize(
-    ("resume", "named", "saved", "expected"),
+    ("resume", "arguments", "saved", "expected"),
     [
-        ("auto", [], True, []),  # an ablation sets it itself
-        ("auto", ["resume=auto"], True, ["resume=auto"]),  # over another one in the YAML
+        ("auto", [], True, []),  # set by an ablation, not on the command line
+        ("auto", ["resume=auto"], True, ["resume=auto"]),  # overrides the YAML file
         ("never", ["resume=never"], False, ["resume=auto"]),
-        ("never", [], True, ["resume=auto"]),  # the YAML's
+        ("never", [], True, ["resume=auto"]),  # from the YAML file
         ("a b.ckpt", ["resume=a b.ckpt"], False, ["resume=a b.ckpt"]),
         ("a b.ckpt", ["resume=a b.ckpt"], True, ["resume=auto"]),
     ],
 )
-def test_an_error_names_the_command_that_goes_on(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, resume: str, named: list[str], saved: bool, expected: list[str]
+def test_an_error_shows_the_command_that_resumes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, resume: str, arguments: list[str], saved: bool, expected: list[str]
 ) -> None:
     settings = [f"run_dir={tmp_path}/run", f"resume={resume}"]
     config = load_config(ROOT / "configs" / "tiny.yaml", settings)
-    monkeypatch.setattr(sys, "argv", ["tools/train.py", *named, "train.steps=6"])
+    monkeypatch.setattr(sys, "argv", ["tools/train.py", *arguments, "train.steps=6"])
     one_rank = SimpleNamespace(world_size=1, global_rank=0)
     with pytest.raises(RunError) as caught, readable_errors(cast(Trainer, one_rank), config, str):
         if saved:
             (tmp_path / "run").mkdir()
-            (tmp_path / "run" / "previous.ckpt").touch()  # a power cut before the last one had its name
+            (tmp_path / "run" / "previous.ckpt").touch()  # as after a power cut before the new checkpoint was renamed
         raise RunError("a fault")
     kept, command = str(caught.value).split("\n  ")
     assert kept == f"a fault; {tmp_path}/run keeps what was saved; resume with"
@@ -295,7 +295,7 @@ def test_an_error_names_the_command_that_goes_on(
     assert given[1] == "tools/train.py" and sorted(given[2:]) == sorted([*expected, "train.steps=6"])
 
 
-def test_the_interpreter_is_called_what_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_resume_command_has_the_shortest_interpreter_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(ROOT / "configs" / "tiny.yaml")
     monkeypatch.setattr(sys, "argv", ["tools/train.py"])
     monkeypatch.setattr(sys, "executable", f"{tmp_path}/.venv/bin/python")
@@ -312,11 +312,11 @@ def test_the_interpreter_is_called_what_finds_it(tmp_path: Path, monkeypatch: py
     [
         ("the next step", ["train.steps=6", "train.validate_every=6"], 4),
         ("the last step", ["train.steps=3", "train.validate_every=3"], 3),
-        ("told in a step", ["train.steps=6", "train.validate_every=6"], 3),
-        ("told in a validation", ["train.steps=6", "train.validate_every=3"], 3),
+        ("signal in a step", ["train.steps=6", "train.validate_every=6"], 3),
+        ("signal in a validation", ["train.steps=6", "train.validate_every=3"], 3),
     ],
 )
-def test_a_checkpoint_that_could_not_be_written_ends_the_run(
+def test_a_checkpoint_write_that_fails_in_the_background_ends_the_run(
     overrides: list[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -324,7 +324,7 @@ def test_a_checkpoint_that_could_not_be_written_ends_the_run(
     settings: list[str],
     reached: int,
 ) -> None:
-    """The disk is found full when training has gone on: there is no further step, nor the evaluation."""
+    """Training continues until the failure is noticed; then neither a further step nor the evaluation runs."""
     steps = list[int]()
     original = Job.training_step
 
@@ -334,14 +334,14 @@ def test_a_checkpoint_that_could_not_be_written_ends_the_run(
 
     def training_step(self: Job, batch: dict[str, Any], index: int) -> Tensor:
         steps.append(self.global_step + 1)
-        if steps[-1] == 3 and ending == "told in a step":
+        if steps[-1] == 3 and ending == "signal in a step":
             os.kill(os.getpid(), signal.SIGTERM)
         while any(thread.name == "checkpoint" for thread in threading.enumerate()):
             time.sleep(0.01)
         return original(self, batch, index)
 
     def validation(self: Job) -> None:
-        if self.global_step and ending == "told in a validation":
+        if self.global_step and ending == "signal in a validation":
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(checkpoints, "_write", write)
@@ -363,25 +363,25 @@ def out_of_memory_above(monkeypatch: pytest.MonkeyPatch, samples: int) -> None:
     monkeypatch.setattr(DecomposerJob, "loss", loss)
 
 
-def test_out_of_memory_says_what_would_fit(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_suggests_settings_that_fit(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     out_of_memory_above(monkeypatch, 2)
-    said = (
+    message = (
         "CUDA out of memory. Tried to allocate 2.00 GiB.\n"
         "tried: train.batch_size=2 train.accumulate=4 fits, with the same samples per step"
     )
     with pytest.raises(RunError) as caught:
         run(overrides, "train.batch_size=8")
-    assert str(caught.value) == said
-    run(overrides, "train.batch_size=2", "train.accumulate=4", "train.steps=1", "resume=never")  # as it says
+    assert str(caught.value) == message
+    run(overrides, "train.batch_size=2", "train.accumulate=4", "train.steps=1", "resume=never")  # the suggestion works
 
 
-def test_out_of_memory_where_nothing_fits(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_says_if_nothing_fits(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     out_of_memory_above(monkeypatch, 0)
     with pytest.raises(RunError, match=r"not even train\.batch_size=1 fits .*recompute=1"):
         run(overrides, "train.batch_size=2")
 
 
-def test_only_sizes_that_keep_the_samples_of_a_step_are_tried() -> None:
+def test_only_batch_sizes_that_keep_the_samples_per_step_are_tried() -> None:
     layer, tried = nn.Linear(2, 1), list[int]()
 
     def loss(size: int) -> Tensor:
@@ -390,8 +390,8 @@ def test_only_sizes_that_keep_the_samples_of_a_step_are_tried() -> None:
             raise torch.OutOfMemoryError("full")
         return layer(torch.ones(size, 2)).sum()
 
-    said = fitting_settings(loss, list(layer.parameters()), batch_size=12, batches=2, otherwise="less")
-    assert tried == [6, 3, 1] and "train.batch_size=1 train.accumulate=24 fits" in said
+    advice = fitting_settings(loss, list(layer.parameters()), batch_size=12, batches=2, otherwise="less")
+    assert tried == [6, 3, 1] and "train.batch_size=1 train.accumulate=24 fits" in advice
 
 
 # Processes
@@ -425,20 +425,20 @@ def _processes_of(group: int) -> list[int]:
         (False, signal.SIGTERM, 128 + signal.SIGTERM, "python tools/train.py config=configs/tiny.yaml"),
     ],
 )
-def test_two_processes_end_together(
+def test_two_ranks_end_together(
     overrides: list[str], tmp_path: Path, second: bool, how: signal.Signals, code: int, expected: str
 ) -> None:
-    """The real launcher: the second of two ranks dies, or the first is told to stop."""
+    """With the real launcher: the second of two ranks is killed, or the first gets SIGTERM."""
     command = [sys.executable, "tools/train.py", "config=configs/tiny.yaml", *overrides, *PAIR]
     environment = alone() | {"OMP_NUM_THREADS": "1"}
-    with (tmp_path / "said").open("w+") as said:
-        first = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=said, stdout=said, start_new_session=True)
+    with (tmp_path / "log").open("w+") as log:
+        first = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log, stdout=log, start_new_session=True)
         try:
-            deadline = time.monotonic() + 300  # starting may take a busy machine long; ending may not
+            deadline = time.monotonic() + 300  # long, because a busy machine starts slowly
             while not (tmp_path / "run" / LAST).exists() and time.monotonic() < deadline:
                 time.sleep(0.1)
-            both = _processes_of(first.pid)  # there are no workers
-            (child,) = (pid for pid in both if pid != first.pid)  # not the larger one: numbers start over
+            both = _processes_of(first.pid)  # there are no data workers
+            (child,) = (pid for pid in both if pid != first.pid)  # pids wrap around, so the child's may be smaller
             os.kill(child if second else first.pid, how)
             assert first.wait(60) == code
             deadline = time.monotonic() + 60
@@ -448,14 +448,14 @@ def test_two_processes_end_together(
         finally:
             for pid in _processes_of(first.pid):
                 os.kill(pid, signal.SIGKILL)
-    text = (tmp_path / "said").read_text()
+    text = (tmp_path / "log").read_text()
     assert expected in text and "Traceback" not in text, text[-3000:]
 
 
-def _start_a_rank(said: Connection) -> None:
+def _start_a_rank(stderr: Connection) -> None:
     if not os.fork():  # the rank
         try:
-            os.dup2(said.fileno(), sys.stderr.fileno())
+            os.dup2(stderr.fileno(), sys.stderr.fileno())
             end_with_parent(3)
             time.sleep(60)
         finally:
@@ -464,7 +464,7 @@ def _start_a_rank(said: Connection) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_rank_ends_when_the_process_that_started_it_is_gone() -> None:
+def test_a_rank_ends_when_its_parent_process_is_gone() -> None:
     context = multiprocessing.get_context("forkserver")  # this process has threads
     context.set_forkserver_preload(["layerdecomp.training.runs"])
     reading, writing = context.Pipe(duplex=False)
@@ -477,6 +477,6 @@ def test_a_rank_ends_when_the_process_that_started_it_is_gone() -> None:
     finally:
         starter.kill()
     started = time.monotonic()
-    with open(os.dup(reading.fileno())) as said:  # ends when the rank does
-        assert said.read() == "error: rank 3: the process that started it is gone; ending as well\n"
+    with open(os.dup(reading.fileno())) as stderr:  # ends when the rank does
+        assert stderr.read() == "error: rank 3: the process that started it is gone; ending as well\n"
     assert time.monotonic() - started < 30

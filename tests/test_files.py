@@ -9,7 +9,7 @@ from layerdecomp.errors import InputError
 from layerdecomp.files import atomic_path, atomic_write
 
 
-def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:
+def test_a_file_appears_only_once_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b.png"
     with atomic_path(path) as partial:
         assert partial.parent == path.parent and partial.suffix == ".png" and partial.name.startswith(".b.")
@@ -20,14 +20,14 @@ def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:
     assert path.read_bytes() == "zü".encode()
 
 
-def test_a_folder_does_as_well(tmp_path: Path) -> None:
+def test_a_folder_is_written_like_a_file(tmp_path: Path) -> None:
     with atomic_path(tmp_path / "a") as partial:
         partial.mkdir()
         (partial / "b").write_text("c")
     assert (tmp_path / "a" / "b").read_text() == "c" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_what_is_in_the_way_is_told(tmp_path: Path) -> None:
+def test_a_file_or_folder_in_the_way_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "file" / "a", tmp_path / "file" / "a" / "b"):
@@ -39,7 +39,7 @@ def test_what_is_in_the_way_is_told(tmp_path: Path) -> None:
         atomic_write(tmp_path / "folder", "")
 
 
-def test_several_may_write_one_file(tmp_path: Path) -> None:
+def test_concurrent_writers_of_one_file_do_not_interfere(tmp_path: Path) -> None:
     with atomic_path(tmp_path / "a") as first:
         first.write_text("first")
         atomic_write(tmp_path / "a", "second")
@@ -48,7 +48,7 @@ def test_several_may_write_one_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("bug")])
-def test_whatever_goes_wrong_leaves_what_was_there(tmp_path: Path, error: BaseException) -> None:
+def test_a_failed_write_keeps_the_previous_file(tmp_path: Path, error: BaseException) -> None:
     atomic_write(tmp_path / "a", "old")
     kind = InputError if isinstance(error, OSError) else type(error)
     with pytest.raises(kind) as raised, atomic_path(tmp_path / "a") as partial:

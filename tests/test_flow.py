@@ -1,4 +1,4 @@
-"""The noise convention, the density of training times and the loss."""
+"""The noise convention, the distribution of training times and the loss."""
 
 import math
 from dataclasses import replace

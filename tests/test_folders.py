@@ -1,4 +1,4 @@
-"""Folders of pictures and of triplets: what is found, what is refused, and where the parts are said to be."""
+"""Folders of pictures and of triplets: files found, files refused, and paths of the parts."""
 
 import json
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def _save(array: np.ndarray, path: Path, **options: Any) -> Path:
     return path
 
 
-def _turned(orientation: int) -> Image.Exif:
+def _exif(orientation: int) -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = orientation
     return exif
@@ -67,21 +67,21 @@ def test_pictures_are_found_at_any_depth(tmp_path: Path) -> None:
     assert list_pictures(tmp_path, frozenset({".webp"})) == ["deep/er/c.webp"]
 
 
-def test_folders_that_are_links_are_followed(tmp_path: Path) -> None:
+def test_linked_folders_are_followed(tmp_path: Path) -> None:
     _save(_pixels(), tmp_path / "disk" / "a.png")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "linked").symlink_to(tmp_path / "disk")
     assert BackgroundFolder(tmp_path / "data").candidates() == ["linked/a.png"]
 
 
-def test_a_link_that_leads_back_lists_nothing_twice(tmp_path: Path) -> None:
+def test_circular_links_list_nothing_twice(tmp_path: Path) -> None:
     for root, link, target in (("circle", "deep/up", "."), ("twice", "same", "deep")):
         _save(_pixels(), tmp_path / root / "deep" / "a.png")
         (tmp_path / root / link).symlink_to(tmp_path / root / target)
         assert list_pictures(tmp_path / root) == ["deep/a.png"]
 
 
-def test_folders_without_pictures(tmp_path: Path) -> None:
+def test_folders_without_pictures_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no pictures; expected files ending in .*png"):
         BackgroundFolder(tmp_path).candidates()
     with pytest.raises(InputError, match="none is not a folder"):
@@ -113,8 +113,8 @@ def test_huge_pictures_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(("value", "expected"), [(1, 1), (3, 3), (6, 6), (8, 8), (0, 1), (77, 1)])
-def test_exif_turns_the_size(tmp_path: Path, value: int, expected: int) -> None:
-    picture = open_picture(_save(_pixels(), tmp_path / "a.jpg", exif=_turned(value)))
+def test_exif_orientation_swaps_width_and_height(tmp_path: Path, value: int, expected: int) -> None:
+    picture = open_picture(_save(_pixels(), tmp_path / "a.jpg", exif=_exif(value)))
     assert orientation(picture) == expected and picture.size == (WIDTH, HEIGHT)
     assert upright_size(picture) == ((HEIGHT, WIDTH) if expected > 4 else (WIDTH, HEIGHT))
 
@@ -122,10 +122,10 @@ def test_exif_turns_the_size(tmp_path: Path, value: int, expected: int) -> None:
 def test_cut_outs_are_read_upright(tmp_path: Path) -> None:
     rgba = _cut_out()
     np.testing.assert_array_equal(read_rgba(_save(rgba, tmp_path / "a.png")), rgba)
-    np.testing.assert_array_equal(read_rgba(_save(rgba, tmp_path / "b.png", exif=_turned(6))), np.rot90(rgba, -1))
+    np.testing.assert_array_equal(read_rgba(_save(rgba, tmp_path / "b.png", exif=_exif(6))), np.rot90(rgba, -1))
 
 
-def test_a_cut_out_in_grey_of_sixteen_bits_is_refused(tmp_path: Path) -> None:
+def test_a_16_bit_grey_cut_out_is_refused(tmp_path: Path) -> None:
     deep = np.arange(WIDTH * HEIGHT, dtype=np.uint16).reshape(HEIGHT, WIDTH) * 500
     path = _save(deep, tmp_path / "a.png", transparency=500)
     with pytest.raises(InputError, match=r"a\.png is greyscale with more than 8 bits .*: save it as RGB or RGBA"):
@@ -134,7 +134,7 @@ def test_a_cut_out_in_grey_of_sixteen_bits_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_of_backgrounds_becomes_an_index(tmp_path: Path) -> None:
     _save(_pixels(), tmp_path / "pictures" / "a.jpg")
-    _save(_pixels(), tmp_path / "pictures" / "trip" / "a.png", exif=_turned(8))
+    _save(_pixels(), tmp_path / "pictures" / "trip" / "a.png", exif=_exif(8))
     reader: Reader = BackgroundFolder(tmp_path / "pictures", source="bg20k", licence="MIT")
     items = [reader.read(candidate) for candidate in reader.candidates()]
     assert items == [Item("a", "a.jpg", WIDTH, HEIGHT), Item("trip/a", "trip/a.png", HEIGHT, WIDTH)]
@@ -143,7 +143,7 @@ def test_a_folder_of_backgrounds_becomes_an_index(tmp_path: Path) -> None:
     assert list(index) == items and (index.source, index.kind, index.licence) == ("bg20k", "backgrounds", "MIT")
 
 
-def test_names_that_differ_in_their_extension_alone(tmp_path: Path) -> None:
+def test_names_that_differ_only_in_their_extension_are_refused(tmp_path: Path) -> None:
     for name in ("x/a.png", "x/a.jpg", "a.png"):
         _save(_pixels(), tmp_path / name)
     with pytest.raises(InputError, match=r"x/a\.jpg and x/a\.png differ only in their extension; keep one"):
@@ -164,7 +164,7 @@ def _only(reader: Reader) -> Item:
     return item
 
 
-def test_triplets_are_found_whatever_their_extensions(tmp_path: Path) -> None:
+def test_triplets_are_found_with_any_extensions(tmp_path: Path) -> None:
     for stem in ("b", "deep/a", "{part} é 1.5"):
         _triplet(tmp_path, stem)
     reader = TripletFolder(tmp_path)
@@ -179,7 +179,7 @@ def test_triplets_are_found_whatever_their_extensions(tmp_path: Path) -> None:
         part_path(tmp_path, items["b"], "depth")
 
 
-def test_triplets_survive_their_index(tmp_path: Path) -> None:
+def test_triplets_survive_a_round_trip_through_an_index(tmp_path: Path) -> None:
     _triplet(tmp_path)
     reader = TripletFolder(tmp_path)
     item = _only(reader)
@@ -210,7 +210,7 @@ FAULTS: list[tuple[Edit, str]] = [
     (_replaced("foreground/a.png", np.dstack([_pixels(), 0 * _mask() + 255])), "opaque everywhere"),
     (_replaced("foreground/a.png", _cut_out()[SMALLER]), r"foreground/a\.png is 13 x 8 pixels, .*image/a\.jpg 13 x 9"),
     (_replaced("background/a.png", _pixels()[SMALLER]), r"background/a\.png is 13 x 8 pixels, .*of one size"),
-    (_replaced("background/a.png", _pixels(), exif=_turned(6)), r"background/a\.png is 9 x 13 pixels"),
+    (_replaced("background/a.png", _pixels(), exif=_exif(6)), r"background/a\.png is 9 x 13 pixels"),
     (_replaced("mask/a.png", _mask()[SMALLER]), r"mask/a\.png: mask is 13 x 8 pixels, the image 13 x 9"),
     (_replaced("mask/a.png", 0 * _mask()), r"mask/a\.png: mask is empty"),
     (_replaced("mask/a.png", 0 * _mask() + 255), r"mask/a\.png: mask is full"),
@@ -222,20 +222,20 @@ FAULTS: list[tuple[Edit, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("spoil", "message"), FAULTS, ids=[message for _, message in FAULTS])
-def test_every_fault_of_a_triplet_is_one_error(tmp_path: Path, spoil: Edit, message: str) -> None:
+@pytest.mark.parametrize(("damage", "message"), FAULTS, ids=[message for _, message in FAULTS])
+def test_a_faulty_triplet_is_an_error_and_others_remain_readable(tmp_path: Path, damage: Edit, message: str) -> None:
     _triplet(tmp_path)
     _triplet(tmp_path, "sound")
     reader = TripletFolder(tmp_path)
     assert len([reader.read(candidate) for candidate in reader.candidates()]) == 2
-    spoil(tmp_path)
+    damage(tmp_path)
     sound, broken = sorted(reader.candidates(), key=lambda candidate: "sound" not in candidate)
     assert reader.read(sound).id == "sound"
     with pytest.raises(InputError, match=message):
         reader.read(broken)
 
 
-def test_two_files_of_one_part(tmp_path: Path) -> None:
+def test_two_files_for_one_part_are_refused(tmp_path: Path) -> None:
     _triplet(tmp_path)
     _save(_mask(), tmp_path / "mask" / "a.bmp")
     with pytest.raises(InputError, match=r"mask: a\.bmp and a\.png differ only in their extension"):
@@ -253,7 +253,7 @@ def _rorem(root: Path, records: Any, **parts: str) -> RoremFolder:
 @pytest.mark.parametrize(
     ("parts", "id"), [({}, "1"), ({"mask": "mask/1_b.png"}, "1+1_b"), ({"source": "./source/x/2.jpg"}, "x/2+1")]
 )
-def test_rorem(tmp_path: Path, parts: dict[str, str], id: str) -> None:
+def test_a_rorem_record_becomes_an_item(tmp_path: Path, parts: dict[str, str], id: str) -> None:
     reader = _rorem(tmp_path, None, **parts)
     item = _only(reader)
     assert (item.id, item.width, item.height, reader.source) == (id, WIDTH, HEIGHT, "rorem")
@@ -285,12 +285,12 @@ def test_rorem_records_may_share_files_but_not_all(tmp_path: Path) -> None:
         ([{"source": "a", "mask": "b", "GT": "../c.png"}], r"record 0 names \.\./c\.png"),
     ],
 )
-def test_records_that_say_nothing_of_use(tmp_path: Path, records: Any, message: str) -> None:
+def test_malformed_rorem_records_are_refused(tmp_path: Path, records: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         _rorem(tmp_path, records).candidates()
 
 
-def test_rorem_files_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_or_unreadable_rorem_files_are_named(tmp_path: Path) -> None:
     reader = _rorem(tmp_path, None)
     (tmp_path / "GT" / "1.jpg").unlink()
     with pytest.raises(InputError, match=r"GT/1\.jpg cannot be read .*No such file"):

@@ -1,4 +1,4 @@
-"""Sizes, padding, the place around a mask, and pixels that come back as they went."""
+"""Sizes, padding, grown and feathered masks, and pixel round trips."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def test_padding_reflects_as_numpy_does(size: tuple[int, int]) -> None:
     np.testing.assert_array_equal(padded.numpy(), expected)
 
 
-def test_pixels_come_back_exactly() -> None:
+def test_pixels_survive_a_round_trip_exactly() -> None:
     pixels = np.arange(256 * 3, dtype=np.uint8).reshape(16, 16, 3)
     tensor = to_tensor(pixels)
     assert tensor.shape == (1, 3, 16, 16) and tensor.min() == -1 and tensor.max() == 1
@@ -49,11 +49,11 @@ def test_pixels_are_rounded_and_clipped() -> None:
         ((70, 100), (45, 64)),
     ],
 )
-def test_fitted_size(size: tuple[int, int], expected: tuple[int, int]) -> None:
+def test_fitted_size_keeps_the_aspect_ratio(size: tuple[int, int], expected: tuple[int, int]) -> None:
     assert fitted_size(size, 64) == expected
 
 
-def test_resize_keeps_leading_axes_constants_and_fitting_pictures() -> None:
+def test_resize_keeps_leading_axes_constants_and_images_of_that_size() -> None:
     pictures = torch.linspace(-1, 1, 6).view(1, 2, 3, 1, 1).expand(1, 2, 3, 40, 60)
     assert resize(pictures, (40, 60)) is pictures
     resized = resize(pictures, (10, 24))
@@ -66,7 +66,7 @@ def test_resize_is_antialiased() -> None:
     assert resize(stripes, (16, 16))[..., 2:-2].abs().max() < 0.05
 
 
-def test_no_part_of_a_mask_vanishes_when_it_shrinks() -> None:
+def test_shrink_mask_loses_no_part_of_a_mask() -> None:
     mask = torch.zeros(1, 1, 90, 70)
     for index in range(70):
         mask[..., index, index] = 1
@@ -80,7 +80,7 @@ def _disc(size: tuple[int, int], radius: float) -> torch.Tensor:
     return (torch.hypot(rows.float(), columns.float()) <= radius).float()[None, None]
 
 
-def test_the_place_of_a_mask_is_grown_then_fades() -> None:
+def test_grow_and_feather_grows_the_mask_then_fades() -> None:
     mask = _disc((200, 160), 20)
     share = grow_and_feather(mask, grow=0.02, feather=0.025)[0, 0]  # 4 and 5 pixels
     profile = share[100, 80:]
@@ -91,7 +91,7 @@ def test_the_place_of_a_mask_is_grown_then_fades() -> None:
     assert grow_and_feather(mask, grow=0.0, feather=0.0).equal(mask)
 
 
-def test_the_place_of_a_mask_does_not_fade_along_the_border() -> None:
+def test_grow_and_feather_does_not_fade_along_the_border() -> None:
     mask = torch.zeros(1, 1, 60, 80)
     mask[..., :20] = 1
     share = grow_and_feather(mask, grow=0.05, feather=0.05)  # 4 pixels each
@@ -100,7 +100,7 @@ def test_the_place_of_a_mask_does_not_fade_along_the_border() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 200), (2, 200), (3, 90), (7, 300), (16, 16)])
-def test_the_place_of_a_mask_in_small_and_narrow_pictures(size: tuple[int, int]) -> None:
+def test_grow_and_feather_handles_small_and_narrow_images(size: tuple[int, int]) -> None:
     mask = torch.zeros(1, 1, *size)
     mask[..., size[0] // 2, size[1] // 2] = 1
     share = grow_and_feather(mask, grow=0.015, feather=0.01)

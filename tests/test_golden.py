@@ -1,9 +1,9 @@
-"""The same numbers: ten steps of the default training on its shipped base give the losses in golden.json.
+"""Golden losses: ten steps of the default training from the shipped base give the losses in golden.json.
 
-They are in float32. Other processors differ in the last bits: with the instructions that PyTorch, MKL, oneDNN and NumPy
-use held to SSE4 and to AVX2, and with two threads, the losses were within 2e-7 of each other.
+They are computed in float32. Other processors differ in the last bits: with PyTorch, MKL, oneDNN and NumPy limited to
+SSE4 and to AVX2 instructions, and with two threads, the losses were within 2e-7 of each other.
 
-After a change that is meant to change them, or of the shipped weights: GOLDEN=write make test ARGS=tests/test_golden.py
+After an intended change of the losses or of the shipped weights: GOLDEN=write make test ARGS=tests/test_golden.py
 """
 
 import json
@@ -31,12 +31,12 @@ SETTINGS = [
         "train.deterministic=true",
     ),
     *("data.scenes.size=64", "data.workers=0", "data.validation=1", "optim.warmup=0"),
-    *("evaluate.samples=1", "sample.steps=1", "latent_cache=null"),
+    *("evaluate.samples=1", "sample.steps=1"),
 ]
 
 
 @pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
+def restore_determinism() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
     yield
     torch.use_deterministic_algorithms(before)
@@ -47,7 +47,7 @@ def run(run_dir: Path) -> list[float]:
     return list(curve(run_dir).values())
 
 
-def test_the_losses_of_ten_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ten_steps_reproduce_the_golden_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     losses = run(tmp_path / "one")
     assert torch.are_deterministic_algorithms_enabled()
@@ -57,7 +57,7 @@ def test_the_losses_of_ten_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     if os.environ.get("GOLDEN") == "write":
         GOLDEN.write_text(json.dumps({"losses": losses, "weights": weights}, indent=1) + "\n")
     golden = json.loads(GOLDEN.read_text())
-    assert golden["weights"] == weights, "the shipped weights have changed; see above how the losses are written anew"
+    assert golden["weights"] == weights, "the shipped weights have changed; see the module docstring"
     assert losses == pytest.approx(golden["losses"], rel=1e-6, abs=0) and len(losses) == 10
     assert run(tmp_path / "two") == losses
     one, two = (load_file(tmp_path / name / "adapter.safetensors") for name in ("one", "two"))

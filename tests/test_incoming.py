@@ -1,4 +1,4 @@
-"""Adapters from files in any layout, their sums, and lower ranks: what comes in is what went out."""
+"""Adapters imported from files in any layout, their weighted sums, and rank reduction."""
 
 import json
 from dataclasses import replace
@@ -25,7 +25,7 @@ from layerdecomp.weights import Adapter, load_mmdit
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
-def test_what_was_exported_comes_back_bit_for_bit(
+def test_an_exported_adapter_is_imported_bit_for_bit(
     tiny_config: DecomposerConfig, adapter_file: Path, tmp_path: Path, layout: str, dtype: torch.dtype
 ) -> None:
     adapter = Adapter.load(adapter_file)
@@ -34,7 +34,7 @@ def test_what_was_exported_comes_back_bit_for_bit(
         adapter_file = tmp_path / "bf16.safetensors"
         adapter = Adapter.load(adapter_file)
         assert {tensor.dtype for tensor in adapter.tensors.values()} == {dtype}
-    if layout == "diffusers":  # bakes the scale into B: with alpha = rank, which training has, it is 1
+    if layout == "diffusers":  # bakes the scale into B: 1 if alpha = rank, as in training
         config = replace(tiny_config, lora=replace(LoRAConfig(**json.loads(adapter.metadata["lora"])), alpha=None))
         adapter = Adapter(adapter.tensors, {**adapter.metadata, **config.lora_metadata()})
         adapter_file = tmp_path / "adapter.safetensors"
@@ -48,7 +48,7 @@ def test_what_was_exported_comes_back_bit_for_bit(
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "lora.safetensors").read_bytes()
 
 
-def test_a_baked_scale_comes_back_as_what_it_does(adapter_file: Path, ours: MMDiT, tmp_path: Path) -> None:
+def test_a_baked_in_scale_is_imported_with_the_same_effect(adapter_file: Path, ours: MMDiT, tmp_path: Path) -> None:
     export(adapter_file, "diffusers", tmp_path / "lora.safetensors")
     export(tmp_path / "lora.safetensors", "import", tmp_path / "back.safetensors")
     back = Decomposer.from_pretrained(tmp_path / "back.safetensors")
@@ -56,10 +56,12 @@ def test_a_baked_scale_comes_back_as_what_it_does(adapter_file: Path, ours: MMDi
     assert output_error(back.transformer, ours) < 1e-6
 
 
-def test_a_lora_from_elsewhere(adapter_file: Path, ours: MMDiT, tiny_config: DecomposerConfig, tmp_path: Path) -> None:
+def test_a_lora_without_metadata_needs_its_weight_files_named(
+    adapter_file: Path, ours: MMDiT, tiny_config: DecomposerConfig, tmp_path: Path
+) -> None:
     export(adapter_file, "diffusers", tmp_path / "exported.safetensors")
     path = tmp_path / "lora.safetensors"
-    save_file(load_file(tmp_path / "exported.safetensors"), path)  # without metadata, and nothing beside it
+    save_file(load_file(tmp_path / "exported.safetensors"), path)  # without metadata and without an extras file
     with pytest.raises(InputError, match="does not name its frozen parts; expected transformer=FILE autoencoder=FILE"):
         export(path, "import", tmp_path / "back.safetensors")
     weights = tiny_config.weights
@@ -71,7 +73,7 @@ def test_a_lora_from_elsewhere(adapter_file: Path, ours: MMDiT, tiny_config: Dec
     assert read_metadata(tmp_path / "back.safetensors")["data"] == "unknown"
 
 
-def test_the_scale_of_a_lora_from_elsewhere_is_that_of_its_metadata(
+def test_the_scale_of_a_peft_lora_comes_from_its_metadata(
     adapter_file: Path, tiny_config: DecomposerConfig, tmp_path: Path
 ) -> None:
     export(adapter_file, "diffusers", tmp_path / "exported.safetensors")
@@ -80,8 +82,8 @@ def test_the_scale_of_a_lora_from_elsewhere_is_that_of_its_metadata(
     files = {name: getattr(weights, name) for name in ("transformer", "autoencoder", "rgba_autoencoder")}
 
     def changes(settings: dict[str, Any] | None) -> Changes:
-        told = {} if settings is None else {"lora_adapter_metadata": json.dumps(settings)}
-        save_file(tensors, path, told)
+        metadata = {} if settings is None else {"lora_adapter_metadata": json.dumps(settings)}
+        save_file(tensors, path, metadata)
         adapter, config = read_adapter(path, files)
         return changes_from_adapter(adapter.tensors, config.lora, frozen_input(config)[1])[0]
 
@@ -103,7 +105,7 @@ def test_the_scale_of_a_lora_from_elsewhere_is_that_of_its_metadata(
         read_adapter(path, files)
 
 
-def test_an_input_projection_that_was_changed_elsewhere_counts(adapter_file: Path, tmp_path: Path) -> None:
+def test_an_input_projection_changed_by_another_tool_is_imported(adapter_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     export(adapter_file, "kohya", path)
     tensors, metadata = load_file(path), read_metadata(path)
@@ -124,7 +126,7 @@ def test_an_input_projection_that_was_changed_elsewhere_counts(adapter_file: Pat
         ("lora_unet_single_blocks_0_linear2.lora_up.weight", (64, 2), "changes single_blocks.0.linear2 by .64, 160."),
     ],
 )  # fmt: skip
-def test_loras_that_do_not_fit(
+def test_loras_that_do_not_fit_the_base_are_refused(
     tiny_weights: Path, tmp_path: Path, name: str, shape: tuple[int, ...], message: str
 ) -> None:
     path = tmp_path / "lora.safetensors"
@@ -135,7 +137,7 @@ def test_loras_that_do_not_fit(
     assert not (tmp_path / "back.safetensors").exists()
 
 
-def test_lora_files_are_not_taken_for_adapters(tiny_weights: Path, tmp_path: Path) -> None:
+def test_lora_files_are_not_loaded_as_adapters(tiny_weights: Path, tmp_path: Path) -> None:
     export(tiny_weights / "adapter.safetensors", "kohya", tmp_path / "lora.safetensors")
     with pytest.raises(InputError, match="is an adapter in kohya layout; tools/export.py format=import"):
         Decomposer.from_pretrained(tmp_path / "lora.safetensors")
@@ -146,7 +148,7 @@ def test_lora_files_are_not_taken_for_adapters(tiny_weights: Path, tmp_path: Pat
 # Sums and ranks
 
 
-def test_the_weighted_sum_of_adapters(adapter_file: Path, ours: MMDiT, tmp_path: Path) -> None:
+def test_adapters_are_summed_with_weights(adapter_file: Path, ours: MMDiT, tmp_path: Path) -> None:
     first = Adapter.load(adapter_file)
     other = {name: tensor.flip(0) for name, tensor in first.tensors.items()}
     Adapter(other, {**first.metadata, "data": "others"}).save(tmp_path / "other.safetensors")
@@ -157,7 +159,7 @@ def test_the_weighted_sum_of_adapters(adapter_file: Path, ours: MMDiT, tmp_path:
         "0.75 x adapter.safetensors + 0.5 x other.safetensors"
     )
     assert read_metadata(tmp_path / "sum.safetensors")["data"] == f"{first.metadata['data']} + others"
-    assert json.loads(read_metadata(tmp_path / "sum.safetensors")["lora"])["targets"] == first_targets(first)
+    assert json.loads(read_metadata(tmp_path / "sum.safetensors")["lora"])["targets"] == lora_targets(first)
     parts = [merge_lora(Decomposer.from_pretrained(file).transformer).state_dict() for file in files]
     base = load_mmdit(json.loads(first.metadata["weights"])["transformer"]).state_dict()
     for name, tensor in merge_lora(total.transformer).state_dict().items():
@@ -172,12 +174,12 @@ def test_the_weighted_sum_of_adapters(adapter_file: Path, ours: MMDiT, tmp_path:
     assert all(torch.allclose(half[name], (base[name] + parts[0][name]) / 2, atol=1e-5) for name in half)
 
 
-def first_targets(adapter: Adapter) -> list[str]:
+def lora_targets(adapter: Adapter) -> list[str]:
     targets: list[str] = json.loads(adapter.metadata["lora"])["targets"]
     return targets
 
 
-def test_ranks_are_cut_down_and_the_error_is_printed(
+def test_rank_reduction_prints_its_error(
     adapter_file: Path, ours: MMDiT, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rank = json.loads(read_metadata(adapter_file)["lora"])["rank"]
@@ -201,13 +203,13 @@ def test_ranks_are_cut_down_and_the_error_is_printed(
         ({"transformers": "x"}, "transformers= names no weight file"),
     ],
 )
-def test_options_that_do_not_fit(tiny_weights: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_refused(tiny_weights: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         export(tiny_weights / "adapter.safetensors", "diffusers", tmp_path / "a.safetensors", **options)
     assert not list(tmp_path.iterdir())
 
 
-def test_adapters_of_different_kinds_are_not_summed(
+def test_adapters_with_different_fusion_are_not_summed(
     tiny_config: DecomposerConfig, tiny_weights: Path, tmp_path: Path
 ) -> None:
     config = replace(tiny_config, fusion=ContextFusionConfig(enabled=False))

@@ -1,4 +1,4 @@
-"""Indexes: what is written is what is read, by column and from the disk."""
+"""Indexes: round trips, splits, pickling, and files that are no indexes."""
 
 import pickle
 from dataclasses import dataclass, replace
@@ -44,7 +44,7 @@ def test_a_round_trip_keeps_everything_sorted_by_id(tmp_path: Path) -> None:
     assert index.sizes.tolist() == [[item.width, item.height] for item in items]
 
 
-def test_splits_partition_the_rows_by_id_alone(tmp_path: Path) -> None:
+def test_splits_partition_the_rows_by_id(tmp_path: Path) -> None:
     write_index(tmp_path / "a.safetensors", _Reader(tmp_path), _items(3000))
     index = Index(tmp_path / "a.safetensors")
     test, train = index.rows("test"), index.rows("train")
@@ -55,16 +55,16 @@ def test_splits_partition_the_rows_by_id_alone(tmp_path: Path) -> None:
     assert len(Index(tmp_path / "b.safetensors").rows("train")) == 0
 
 
-def test_an_index_travels_to_workers_without_its_columns(tmp_path: Path) -> None:
+def test_a_pickled_index_leaves_out_its_columns(tmp_path: Path) -> None:
     write_index(tmp_path / "a.safetensors", _Reader(tmp_path), _items(3000))
     index = Index(tmp_path / "a.safetensors")
-    assert index[7] == _items(8)[7]  # its columns are mapped now
+    assert index[7] == _items(8)[7]  # memory-maps its columns
     pickled = pickle.dumps(index)
     assert len(pickled) < 1000
     assert pickle.loads(pickled)[2999] == _items(3000)[2999]
 
 
-def test_an_empty_index_is_one(tmp_path: Path) -> None:
+def test_an_empty_index_is_valid(tmp_path: Path) -> None:
     assert write_index(tmp_path / "a.safetensors", _Reader(tmp_path), []) == 0
     index = Index(tmp_path / "a.safetensors")
     assert list(index) == [] and index.rows("train").tolist() == []
@@ -72,21 +72,21 @@ def test_an_empty_index_is_one(tmp_path: Path) -> None:
         index[0]
 
 
-def test_two_items_of_one_id_are_named(tmp_path: Path) -> None:
+def test_two_items_with_the_same_id_are_named(tmp_path: Path) -> None:
     twice = [Item("1", "a.png", 4, 4), Item("2", "b.png", 4, 4), Item("1", "c.jpg", 4, 4)]
     with pytest.raises(InputError, match=r"a\.png and c\.jpg have the same id 1"):
         write_index(tmp_path / "a.safetensors", _Reader(tmp_path), twice)
     assert not (tmp_path / "a.safetensors").exists()
 
 
-def test_data_that_are_gone(tmp_path: Path) -> None:
+def test_an_index_of_missing_data_is_refused(tmp_path: Path) -> None:
     gone = replace(_Reader(tmp_path), root=tmp_path / "gone")
     write_index(tmp_path / "a.safetensors", gone, _items(2))
     with pytest.raises(InputError, match=r"a\.safetensors: its data are not at .*gone; .*index them again"):
         Index(tmp_path / "a.safetensors")
 
 
-def test_other_files_are_no_indexes(tmp_path: Path) -> None:
+def test_other_and_damaged_files_are_refused(tmp_path: Path) -> None:
     save_tensors(tmp_path / "weights.safetensors", {"a": torch.zeros(2)}, {})
     with pytest.raises(InputError, match="index version none, expected 2"):
         Index(tmp_path / "weights.safetensors")

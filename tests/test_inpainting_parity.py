@@ -1,4 +1,4 @@
-"""Plain inpainting, put together from this package's parts, against diffusers' FluxFillPipeline."""
+"""Plain inpainting with this package's parts against diffusers' FluxFillPipeline."""
 
 import pytest
 import torch
@@ -91,6 +91,6 @@ def test_inpainting_equals_the_fill_pipeline(batch: int, monkeypatch: pytest.Mon
 
     latents, image = inpaint(mmdit, autoencoder, x)
     assert (latents - x["noise"]).abs().max() > 0.1  # the model did something
-    assert 0.05 < image.std() < 0.5  # and the picture is neither flat nor saturated
+    assert 0.05 < image.std() < 0.5  # and the image is neither flat nor saturated
     assert (latents - expected("latent")).abs().max() < 1e-4
     assert (image - expected("pt")).abs().max() < 1e-4

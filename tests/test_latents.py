@@ -1,4 +1,4 @@
-"""Encoded samples on disk: what comes back, and what never does."""
+"""The cache of encoded samples on disk: round trips, and when entries are not reused."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def _batch(count: int = 2) -> dict[str, torch.Tensor]:
     return {"z": torch.randn(count, 4, 3, generator=generator), "hole": torch.rand(count, 1, 5) > 0.5}
 
 
-def test_what_is_read_is_what_was_added(tmp_path: Path) -> None:
+def test_loaded_latents_equal_the_added_ones(tmp_path: Path) -> None:
     cache, batch = LatentCache(tmp_path, {"seed": 0}), _batch()
     assert not cache.has([7])
     added = cache.add([7, 3], batch)
@@ -28,7 +28,7 @@ def test_what_is_read_is_what_was_added(tmp_path: Path) -> None:
         assert all(loaded[name].equal(added[name][row]) and loaded[name].dtype == added[name].dtype for name in added)
 
 
-def test_other_settings_and_other_code_have_other_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_settings_or_code_do_not_reuse_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     LatentCache(tmp_path, {"seed": 0}).add([0, 1], _batch())
     assert LatentCache(tmp_path, {"seed": 0}).has([0, 1])
     assert not LatentCache(tmp_path, {"seed": 1}).has([0])
@@ -36,7 +36,7 @@ def test_other_settings_and_other_code_have_other_latents(tmp_path: Path, monkey
     assert not LatentCache(tmp_path, {"seed": 0}).has([0])
 
 
-def test_the_code_that_makes_and_encodes_samples_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_key_covers_the_code_that_makes_and_encodes_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     changed, read_bytes = [""], Path.read_bytes
     monkeypatch.setattr(
         Path, "read_bytes", lambda path: read_bytes(path) + changed[0].encode() * (path.name in changed)
@@ -49,7 +49,7 @@ def test_the_code_that_makes_and_encodes_samples_counts(monkeypatch: pytest.Monk
     assert latents._source_sha256.__wrapped__() == before
 
 
-def test_a_folder_that_cannot_be_written_is_an_error_with_a_way_out(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"latent_cache: .*file.* could not be written .*latent_cache=null"):
         LatentCache(tmp_path / "file", {}).add([0, 1], _batch())
@@ -64,7 +64,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         cache.load(1)
 
 
-def test_batches_come_from_the_cache_once_all_of_them_are_there(tmp_path: Path) -> None:
+def test_batches_come_from_the_cache_only_if_all_their_samples_are_there(tmp_path: Path) -> None:
     samples = open_samples(DataConfig(scenes=SceneConfig(size=32)), "train", seed=0, length=4, with_cues=False)
     cache = LatentCache(tmp_path, {})
     positions = RepeatedSamples(samples, cache)

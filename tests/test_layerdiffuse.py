@@ -1,4 +1,4 @@
-"""Cut-outs: what is refused, which are taken for premultiplied, and what colours the invisible pixels get."""
+"""Cut-outs: which are refused, which look premultiplied, and the colours that invisible pixels get."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def _save(array: np.ndarray, path: Path, **options: Any) -> Path:
     return path
 
 
-def test_cut_outs_at_any_depth(tmp_path: Path) -> None:
+def test_cut_outs_are_found_at_any_depth(tmp_path: Path) -> None:
     _save(_cut_out(0)[:80], tmp_path / "a.png")
     _save(_cut_out(1), tmp_path / "deep" / "er" / "b.webp")
     _save(_cut_out(2), tmp_path / "c.tif")
@@ -69,7 +69,7 @@ CLEAR = np.dstack([_cut_out(0)[..., :3], np.zeros((SIDE, SIDE), np.uint8)])
     ids=["no alpha", "opaque", "clear", "small", "premultiplied"],
 )
 @pytest.mark.parametrize("format", ["png", "tif", "webp"])
-def test_files_that_are_no_cut_outs(tmp_path: Path, array: np.ndarray, message: str, format: str) -> None:
+def test_files_that_are_no_cut_outs_are_refused(tmp_path: Path, array: np.ndarray, message: str, format: str) -> None:
     if array is OPAQUE and format == "webp":
         message = "has no alpha channel"  # the encoder drops it
     reader = ForegroundFolder(tmp_path, min_side=SIDE)
@@ -88,10 +88,10 @@ def test_premultiplied_colours_are_recognized(softness: float) -> None:
     straight = [_cut_out(seed, softness) for seed in range(40)]
     assert not any(looks_premultiplied(rgba) for rgba in straight)
     found = [looks_premultiplied(_premultiplied(rgba)) for rgba in straight]
-    assert np.mean(found) > 0.85  # dark textures pass
+    assert np.mean(found) > 0.85  # dark textures are missed
 
 
-def test_noise_and_plain_white() -> None:
+def test_noise_and_plain_white_look_premultiplied_only_if_they_are() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 4), dtype=np.uint8)
     white = np.dstack([np.full((SIDE, SIDE, 3), 255, np.uint8), _cut_out(0)[..., 3]])
     for rgba in (noise, white):
@@ -104,21 +104,21 @@ def test_dark_objects_are_not_premultiplied(brightness: float) -> None:
     assert not any(looks_premultiplied(_cut_out(seed, 6, brightness)) for seed in range(20))
 
 
-def test_an_even_pane_of_glass() -> None:
+def test_a_pane_of_constant_alpha_looks_premultiplied_only_if_it_is() -> None:
     glass = np.dstack([_cut_out(1)[..., :3] // 2 + 100, np.full((SIDE, SIDE), 120, np.uint8)])
     glass[:9] = 0
     assert not looks_premultiplied(glass) and looks_premultiplied(_premultiplied(glass))
 
 
-def test_an_object_of_dense_alpha_that_is_darker_than_that() -> None:
+def test_an_object_darker_than_its_high_alpha_looks_premultiplied_only_if_it_is() -> None:
     rgba = _cut_out(1, brightness=0.6)
-    rgba[..., 3] = np.random.default_rng(0).integers(160, 255, (SIDE, SIDE))  # never below the colours
+    rgba[..., 3] = np.random.default_rng(0).integers(160, 255, (SIDE, SIDE))  # never below a colour
     assert not looks_premultiplied(rgba) and looks_premultiplied(_premultiplied(rgba))
 
 
-def test_a_dark_object_that_is_nearly_opaque() -> None:
+def test_a_dark_nearly_opaque_object_is_not_premultiplied() -> None:
     rgba = _cut_out(1, brightness=0.5)
-    rgba[..., 3] = np.random.default_rng(0).integers(225, 250, (SIDE, SIDE))  # what is multiplied hardly shows
+    rgba[..., 3] = np.random.default_rng(0).integers(225, 250, (SIDE, SIDE))  # premultiplying would hardly change it
     assert (rgba[..., :3].max(axis=2) < rgba[..., 3]).all() and not looks_premultiplied(rgba)
 
 
@@ -131,7 +131,7 @@ def test_black_shadows_are_not_premultiplied(seed: int) -> None:
     assert not looks_premultiplied((np.dstack([colours, alpha]) * 255).round().astype(np.uint8))
 
 
-def test_a_few_pixels_tell_nothing() -> None:
+def test_a_few_translucent_pixels_are_not_enough_to_look_premultiplied() -> None:
     rgba = _premultiplied(_cut_out(0))
     half = np.flatnonzero((rgba[..., 3] > 0) & (rgba[..., 3] < 255))
     rgba.reshape(-1, 4)[half[60:], 3] = 0
@@ -145,7 +145,7 @@ def _layer(rgba: np.ndarray) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(96, 96), (1, 40), (37, 2), (50, 91)])
-def test_visible_pixels_stay_as_they_are(shape: tuple[int, int]) -> None:
+def test_padding_keeps_visible_pixels(shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
     rgba = rng.integers(0, 256, (*shape, 4), dtype=np.uint8)
     rgba[rng.random(shape) < 0.7, 3] = 0
@@ -162,7 +162,7 @@ def test_visible_pixels_stay_as_they_are(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("shape", [(13, 27), (31, 1), (3, 5)])
-def test_one_faint_pixel_is_enough(shape: tuple[int, int]) -> None:
+def test_padding_spreads_the_colour_of_a_single_faint_pixel(shape: tuple[int, int]) -> None:
     colour = torch.tensor([-0.9, -0.1, 0.95])[:, None, None]
     for place in range(shape[0] * shape[1]):
         layer = torch.zeros(4, *shape)
@@ -170,7 +170,7 @@ def test_one_faint_pixel_is_enough(shape: tuple[int, int]) -> None:
         assert (pad_colours(layer)[:3] - colour).abs().max() < 1e-2
 
 
-def test_hidden_colours_do_not_matter_and_the_nearest_visible_ones_do() -> None:
+def test_padding_ignores_hidden_colours_and_follows_the_nearest_visible_ones() -> None:
     rgba = np.zeros((64, 64, 4), np.uint8)
     rgba[..., :3] = np.random.default_rng(0).integers(0, 256, (64, 64, 3))
     rgba[20:44, 4:10] = 220, 30, 40, 255
@@ -183,16 +183,16 @@ def test_hidden_colours_do_not_matter_and_the_nearest_visible_ones_do() -> None:
     assert (abs(padded[20:44, 52:54] - (20, 30, 240)) < 40).all()
     row = padded[32, 10:54, 0]
     assert (np.diff(row) <= 2).all() and row[0] - row[-1] > 120  # one colour fades into the other
-    assert (abs(padded[..., 1] - 30) <= 1).all()  # what both have in common goes everywhere
+    assert (abs(padded[..., 1] - 30) <= 1).all()  # the channel that both share is constant everywhere
 
 
-def test_a_constant_colour_is_spread_exactly() -> None:
+def test_padding_spreads_a_constant_colour_exactly() -> None:
     layer = _layer(_cut_out(0))
     colour = torch.tensor([0.2, -0.5, 0.9])[:, None, None]
     layer[:3] = torch.where(layer[3:] > 0, colour, 0)
     torch.testing.assert_close(pad_colours(layer)[:3], colour.expand(3, *layer.shape[1:]), atol=1e-5, rtol=0)
 
 
-def test_nothing_to_pad_from_or_to() -> None:
+def test_padding_leaves_opaque_and_clear_layers_unchanged() -> None:
     for rgba in (OPAQUE, CLEAR):
         assert pad_colours(_layer(rgba)).equal(_layer(rgba))

@@ -1,4 +1,4 @@
-"""Reading pictures and masks in every form they come in, and writing the files of a decomposition."""
+"""Reading images and masks in every supported form, and writing the files of a decomposition."""
 
 import logging
 import sys
@@ -61,29 +61,29 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
         np.testing.assert_array_equal(pixels, np.asarray(picture.convert("RGB")))
 
 
-def test_a_transparent_colour_of_a_palette_is_white(tmp_path: Path) -> None:
+def test_a_transparent_palette_colour_becomes_white(tmp_path: Path) -> None:
     palette = Image.fromarray(np.array([[0, 1], [1, 2]], np.uint8), mode="P")
     palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     pixels = read_image(_saved(palette, tmp_path / "a.png", transparency=1))
     assert pixels.tolist() == [[[10, 20, 30], [255] * 3], [[255] * 3, [70, 80, 90]]]
 
 
-def test_sixteen_bits_become_eight(tmp_path: Path) -> None:
+def test_16_bit_images_are_scaled_to_8_bits(tmp_path: Path) -> None:
     levels = np.linspace(0, 65535, 54).round().astype(np.uint16).reshape(SIZE)
     pixels = read_image(_saved(Image.fromarray(levels), tmp_path / "a.png"))
     np.testing.assert_allclose(pixels, np.repeat(levels[..., None] / 257, 3, axis=-1), atol=1)
 
 
-def test_floats_up_to_one_are_scaled(tmp_path: Path) -> None:
+def test_float_images_up_to_one_are_scaled(tmp_path: Path) -> None:
     levels = np.linspace(0, 1, 54, dtype=np.float32).reshape(SIZE)
     pixels = read_image(_saved(Image.fromarray(levels), tmp_path / "a.tif"))
     np.testing.assert_allclose(pixels[..., 0], levels * 255, atol=1)
     np.testing.assert_allclose(read_image(Image.fromarray(levels * 255))[..., 0], levels * 255, atol=1)
 
 
-def test_twelve_bits_in_sixteen_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_12_bit_levels_in_a_16_bit_file_log_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     read_image(_saved(Image.fromarray(np.full(SIZE, 65535, np.uint16)), tmp_path / "a.png"))
-    read_image(np.zeros(SIZE, np.uint8))  # a picture may be black
+    read_image(np.zeros(SIZE, np.uint8))  # an image may be black
     assert not caplog.messages
     read_image(_saved(Image.fromarray(np.full(SIZE, 4095, np.uint16)), tmp_path / "a.png"))
     assert "a.png is nearly black: its brightest level is 15 of 255" in caplog.text
@@ -105,7 +105,7 @@ def test_an_srgb_profile_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("profile", [b"no profile", SWAPPED[:200], SWAPPED.replace(b"RGB ", b"CMYK")])
-def test_profiles_that_cannot_be_used_are_told(
+def test_unusable_colour_profiles_log_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, profile: bytes
 ) -> None:
     path = _saved(Image.fromarray(_rgb()), tmp_path / "a.png", icc_profile=profile)
@@ -113,7 +113,7 @@ def test_profiles_that_cannot_be_used_are_told(
     assert "colour profile cannot be used" in caplog.text
 
 
-def test_masks_have_no_colours_to_convert(tmp_path: Path) -> None:
+def test_colour_profiles_do_not_apply_to_masks(tmp_path: Path) -> None:
     grey = _saved(Image.fromarray(_alpha()), tmp_path / "m.png", icc_profile=SWAPPED_LINEAR)
     np.testing.assert_array_equal(read_mask(grey), OBJECT)
     np.testing.assert_array_equal(read_image(grey)[..., 0], _alpha())
@@ -121,12 +121,12 @@ def test_masks_have_no_colours_to_convert(tmp_path: Path) -> None:
 
 def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera stood on its side
+    exif[0x0112] = 6  # the camera was turned on its side
     path = _saved(Image.fromarray(_rgb()), tmp_path / "a.png", exif=exif)
     np.testing.assert_array_equal(read_image(path), np.rot90(_rgb(), -1))
 
 
-def test_arrays_and_pictures_need_no_file() -> None:
+def test_arrays_and_pil_images_need_no_file() -> None:
     np.testing.assert_array_equal(read_image(_rgb()), _rgb())
     np.testing.assert_array_equal(read_image(Image.fromarray(_rgb())), _rgb())
 
@@ -140,7 +140,7 @@ def test_other_arrays_are_refused(array: Any) -> None:
 
 
 @pytest.mark.parametrize("format", ["png", "jpg", "webp", "tif", "gif", "bmp"])
-def test_unreadable_files_are_one_error(tmp_path: Path, format: str) -> None:
+def test_truncated_files_are_refused(tmp_path: Path, format: str) -> None:
     big = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     content = _saved(Image.fromarray(big), tmp_path / f"whole.{format}").read_bytes()
     path = tmp_path / f"a.{format}"
@@ -151,7 +151,7 @@ def test_unreadable_files_are_one_error(tmp_path: Path, format: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["absent.png", "."])
-def test_missing_files_and_folders(tmp_path: Path, name: str) -> None:
+def test_missing_files_and_folders_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match="expected an image file"):
         read_image(tmp_path / name)
 
@@ -180,13 +180,13 @@ def _painted() -> Image.Image:
     ],
     ids=["L", "1", "P", "RGB", "opaque RGBA", "I;16", "F", "painted RGBA"],
 )
-def test_every_kind_of_mask(tmp_path: Path, picture: Image.Image) -> None:
+def test_every_kind_of_mask_is_read(tmp_path: Path, picture: Image.Image) -> None:
     mask = read_mask(_saved(picture, tmp_path / ("m.tif" if picture.mode == "F" else "m.png")), SIZE)
     assert mask.dtype == bool
     np.testing.assert_array_equal(mask, OBJECT)
 
 
-def test_a_mask_painted_on_a_transparent_layer_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_mask_painted_on_a_transparent_layer_logs_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         read_mask(Image.fromarray(_alpha()).convert("RGBA"))
         assert not caplog.messages
@@ -195,12 +195,12 @@ def test_a_mask_painted_on_a_transparent_layer_says_so(caplog: pytest.LogCapture
 
 
 @pytest.mark.parametrize("mask", [OBJECT, OBJECT[..., None], _alpha()[..., None]])
-def test_arrays_are_masks(mask: Any) -> None:
+def test_masks_are_read_from_arrays(mask: Any) -> None:
     np.testing.assert_array_equal(read_mask(mask), OBJECT)
 
 
 def _labels() -> Image.Image:
-    """As VOC and DAVIS have them: label 1 is dark red."""
+    """Labels as in VOC and DAVIS: label 1 is dark red."""
     picture = Image.fromarray(OBJECT.astype(np.uint8), mode="P")
     picture.putpalette([0, 0, 0, 128, 0, 0])
     return picture
@@ -222,7 +222,7 @@ def _labels() -> Image.Image:
     ],
     ids=["colour", "labels", "empty", "ones", "full", "transparent", "size"],
 )
-def test_masks_that_cannot_be_used(tmp_path: Path, picture: Image.Image, message: str) -> None:
+def test_unusable_masks_are_refused(tmp_path: Path, picture: Image.Image, message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_mask(_saved(picture, tmp_path / "m.png"), SIZE)
 
@@ -255,7 +255,7 @@ def test_the_preview_shows_input_background_foreground_and_both() -> None:
     np.testing.assert_array_equal(panels[3][layers.foreground[..., 3] == 0], layers.background[_alpha() == 0])
 
 
-def test_large_pictures_are_shrunk_for_the_preview() -> None:
+def test_large_images_are_shrunk_for_the_preview() -> None:
     height, width = (side // 3 for side in SIZE)
     preview = _layers().preview(gap=2, longest=width)
     assert preview.shape == (height, 4 * width + 3 * 2, 3)
@@ -263,7 +263,7 @@ def test_large_pictures_are_shrunk_for_the_preview() -> None:
     np.testing.assert_array_equal(preview[:, width + 2 : 2 * width + 2], small)
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
     for folder in (tmp_path / "taken", tmp_path / "taken" / "below"):
         with pytest.raises(InputError, match="could not be written .*choose another place"):
@@ -291,7 +291,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_formats_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_or_uninstalled_formats_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="format=xcf: expected some of png, ora, psd"):
         _layers().save(tmp_path, ["png", "xcf"])
     monkeypatch.setitem(sys.modules, "psd_tools", None)
@@ -300,7 +300,7 @@ def test_formats_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     assert not list(tmp_path.iterdir())
 
 
-def test_all_formats_at_once(tmp_path: Path) -> None:
+def test_all_formats_are_written_at_once(tmp_path: Path) -> None:
     _layers().save(tmp_path, list(FORMATS))
     names = {"background.png", "foreground.png", "preview.png", "layers.ora", "layers.psd"}
     assert {path.name for path in tmp_path.iterdir()} == names

@@ -1,4 +1,4 @@
-"""The names and shapes of others' files at full size, and what files look like."""
+"""Names and shapes of other tools' files at full size, and the recognition of unsuitable files."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.weights import load_autoencoder, load_mmdit
 
 
-def test_modules_have_the_names_that_others_give_them() -> None:
+def test_modules_are_named_as_in_diffusers_and_kohya() -> None:
     parts = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
     assert diffusers_modules("single_blocks.37.linear1") == tuple(f"single_transformer_blocks.37.{p}" for p in parts)
     assert diffusers_modules("double_blocks.11.txt_mlp.2") == ("transformer_blocks.11.ff_context.net.2",)
@@ -45,8 +45,8 @@ def test_full_size_configs_come_from_published_descriptions() -> None:
     assert autoencoder_config(described) == AutoencoderConfig()
 
 
-def test_full_size_names_in_diffusers_folders() -> None:
-    """Every tensor of the two published models has its place, of its shape, in the diffusers classes."""
+def test_full_size_names_and_shapes_equal_those_of_diffusers() -> None:
+    """Every tensor of the two published models maps to a tensor of the same shape in the diffusers classes."""
     with torch.device("meta"):
         ours = (MMDiT(MMDiTConfig()), Autoencoder(AutoencoderConfig()))
         theirs = (
@@ -63,7 +63,7 @@ def test_full_size_names_in_diffusers_folders() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tensors", "looks"),
+    ("tensors", "description"),
     [
         ({"img_in.weight": (32, 64)}, "64 input channels: this is FLUX.1-dev"),
         ({"x_embedder.weight": (32, 64)}, "64 input channels: this is FLUX.1-dev"),
@@ -76,13 +76,13 @@ def test_full_size_names_in_diffusers_folders() -> None:
         ({"encoder.conv_in.weight": (8, 3, 3, 3)}, "this is an autoencoder"),
     ],
 )
-def test_files_are_recognised(tmp_path: Path, tensors: dict[str, tuple[int, ...]], looks: str) -> None:
+def test_unsuitable_files_are_recognised(tmp_path: Path, tensors: dict[str, tuple[int, ...]], description: str) -> None:
     save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / "a.safetensors")
     with pytest.raises(InputError) as error:
         load_mmdit(tmp_path / "a.safetensors")
-    assert looks in str(error.value).splitlines()[-1]
+    assert description in str(error.value).splitlines()[-1]
 
 
-def test_a_transformer_is_no_autoencoder(tiny_weights: Path) -> None:
+def test_a_transformer_is_not_loaded_as_an_autoencoder(tiny_weights: Path) -> None:
     with pytest.raises(InputError, match="this is a FLUX transformer"):
         load_autoencoder(tiny_weights / "transformer.safetensors", RGB)

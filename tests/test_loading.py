@@ -1,4 +1,4 @@
-"""Pictures of an index as training sees them: the same pixels that an evaluation reads."""
+"""Images of an index as training loads them: the same pixels that an evaluation reads."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_parts_of_a_triplet_are_read_as_an_evaluation_reads_them(tmp_path: Path)
         "image": Image.fromarray(noise(4)),  # transparent in places
         "mask": Image.fromarray(mask),
         "foreground": Image.fromarray(noise(4)),
-        "background": Image.fromarray(noise(2).view(np.uint16)[..., 0]),  # of 16 bits
+        "background": Image.fromarray(noise(2).view(np.uint16)[..., 0]),  # 16 bits
     }
     for part, picture in pictures.items():
         (tmp_path / part).mkdir()
@@ -57,7 +57,7 @@ def test_parts_of_a_triplet_are_read_as_an_evaluation_reads_them(tmp_path: Path)
 
 
 def test_a_foreground_has_the_colours_of_its_image(tmp_path: Path) -> None:
-    """Both in a colour space of their own, and lying on their side."""
+    """Both files have a colour profile and are rotated by EXIF."""
     mask = np.zeros((SIDE, SIDE), np.uint8)
     mask[32:64, 32:64] = 255
     exif = Image.Exif()
@@ -80,17 +80,17 @@ def test_a_foreground_has_the_colours_of_its_image(tmp_path: Path) -> None:
     np.testing.assert_array_equal(to_pixels(predicted[0, :3]), loaded[..., :3])
 
 
-def test_pictures_with_a_palette_are_shrunk_as_others_are(tmp_path: Path) -> None:
+def test_palette_images_are_averaged_when_shrunk(tmp_path: Path) -> None:
     Image.fromarray(noise(3)).quantize(64).save(tmp_path / "a.png")
     reader = BackgroundFolder(tmp_path)
     write_index(tmp_path / "i.safetensors", reader, [reader.read(reader.candidates()[0])])
     index = Index(tmp_path / "i.safetensors")
     background = load_background(index, index[0], (16, 16), np.random.default_rng(0))
-    assert background.std() < 0.2  # noise that was averaged; its nearest pixels alone would be as strong as before
+    assert background.std() < 0.2  # averaged noise; nearest neighbours would keep its full strength
 
 
 def background_of(path: Path, rotation: int = 0) -> np.ndarray:
-    """(3, H, W), the whole of a picture, which is `rotation` from upright."""
+    """A whole image (3, H, W), which is stored `rotation` degrees from upright."""
     item = replace(BackgroundFolder(path.parent).read(path.name), rotation=rotation)
     if rotation % 180:
         item = replace(item, width=item.height, height=item.width)
@@ -100,7 +100,7 @@ def background_of(path: Path, rotation: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("rotation", [0, 90, 180, 270])
-def test_a_background_is_turned_counter_clockwise_by_what_its_index_says(tmp_path: Path, rotation: int) -> None:
+def test_a_background_is_rotated_counter_clockwise_as_its_index_says(tmp_path: Path, rotation: int) -> None:
     pixels = noise(3)[:, :80]
     Image.fromarray(pixels).save(tmp_path / "a.png")
     expected = to_tensor(np.rot90(pixels, rotation // 90))[0].numpy()
@@ -108,7 +108,7 @@ def test_a_background_is_turned_counter_clockwise_by_what_its_index_says(tmp_pat
 
 
 @pytest.mark.parametrize(("orientation", "quarters"), [(1, 0), (3, 2), (6, -1), (8, 1)])
-def test_a_background_is_turned_by_its_exif(tmp_path: Path, orientation: int, quarters: int) -> None:
+def test_a_background_is_rotated_by_its_exif_orientation(tmp_path: Path, orientation: int, quarters: int) -> None:
     pixels, exif = noise(3)[:, :80], Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
@@ -117,7 +117,7 @@ def test_a_background_is_turned_by_its_exif(tmp_path: Path, orientation: int, qu
 
 
 def layered(root: Path) -> Index:
-    """An index of one picture of two layers."""
+    """An index of one image with two layers."""
     for number, pixels in enumerate((noise(3), noise(4))):
         Image.fromarray(pixels).save(root / f"a-layer_{number}.png")
     reader = MulanLayers(root)
@@ -125,7 +125,7 @@ def layered(root: Path) -> Index:
     return Index(root / "index.safetensors")
 
 
-def test_layers_in_grey_of_sixteen_bits_are_refused(tmp_path: Path) -> None:
+def test_16_bit_grey_layers_are_refused(tmp_path: Path) -> None:
     index = layered(tmp_path)
     assert [picture.mode for picture in load_layers(index, index[0])] == ["RGBA", "RGBA"]
     Image.fromarray(noise(2).view(np.uint16)[..., 0]).save(tmp_path / "a-layer_0.png")
@@ -134,7 +134,7 @@ def test_layers_in_grey_of_sixteen_bits_are_refused(tmp_path: Path) -> None:
 
 
 def map_of(pixels: np.ndarray, cue: str, size: tuple[int, int], box: Box) -> np.ndarray:
-    """(*size) in [-1, 1]: what is seen of a map of grey levels whose crop is brought to a size."""
+    """The crop `box` of a grey map, resized for a cue: (*size) in [-1, 1]."""
     place = Fit(pixels.shape[1::-1], box, size)
     picture = Image.fromarray(pixels).convert("RGB")
     fitted = place.apply(picture, Path("map.png"), REGISTRY[cue].resize)
@@ -144,30 +144,30 @@ def map_of(pixels: np.ndarray, cue: str, size: tuple[int, int], box: Box) -> np.
 
 
 @pytest.mark.parametrize("side", [24, 100, 128, 300])
-def test_lines_of_an_edge_map_are_neither_lost_nor_grey_at_another_size(side: int) -> None:
+def test_lines_of_a_resized_edge_map_are_neither_lost_nor_grey(side: int) -> None:
     pixels = np.zeros((SIDE, SIDE), np.uint8)
-    pixels[:, 77], pixels[40] = 255, 200  # one of them as a lossy file has it
+    pixels[:, 77], pixels[40] = 255, 200  # the second as a lossy file would store it
     edges = map_of(pixels, "edge", (side, side), (0, 0, SIDE, SIDE))
     assert set(np.unique(edges)) == {-1, 1}
     assert (edges[:, int(77.5 * side / SIDE)] == 1).all() and (edges[int(40.5 * side / SIDE)] == 1).all()
     assert (edges == 1).mean() < 4 / min(side, SIDE)
 
 
-def test_an_edge_map_is_cropped_as_its_picture_is() -> None:
+def test_an_edge_map_is_cropped_like_its_image() -> None:
     pixels = np.zeros((SIDE, SIDE), np.uint8)
     pixels[:, 20] = 255
     edges = map_of(pixels, "edge", (32, 32), (8, 0, 72, 64))
     assert np.flatnonzero(edges[0] == 1).tolist() == [6]  # two pixels become one
 
 
-def test_segments_do_not_blend_at_another_size() -> None:
+def test_segments_of_a_resized_map_do_not_blend() -> None:
     pixels = np.where(np.arange(SIDE) < 50, 30, 220).astype(np.uint8)[None].repeat(SIDE, 0)
     segments = map_of(pixels, "segmentation", (47, 47), (0, 0, SIDE, SIDE))
     np.testing.assert_array_equal(np.unique(segments), np.float32([30, 220]) / np.float32(127.5) - 1)
     assert (segments[:, :18] < 0).all() and (segments[:, 19:] > 0).all()
 
 
-def test_each_map_of_a_picture_is_resized_as_its_cue_needs(tmp_path: Path) -> None:
+def test_each_map_is_resized_as_its_cue_needs(tmp_path: Path) -> None:
     index = layered(tmp_path)
     stripes = np.where(np.arange(SIDE) % 8 < 3, 255, 0).astype(np.uint8)[None].repeat(SIDE, 0)
     for cue in CUES:

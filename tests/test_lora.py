@@ -1,4 +1,4 @@
-"""LoRA: counts, names, equality with the base at the start, merging, precision, and what users get wrong."""
+"""LoRA: counts, names, equality with the base at the start, merging, precision, and invalid settings."""
 
 import copy
 from dataclasses import replace
@@ -27,7 +27,7 @@ def randomize_lora(model: nn.Module) -> None:
         randomize(layer.lora_B, seed=2 * seed + 1)
 
 
-def test_full_size_count() -> None:
+def test_full_size_parameter_count() -> None:
     with torch.device("meta"):
         model = MMDiT(MMDiTConfig())
     names = inject_lora(model, LoRAConfig(rank=256))
@@ -74,7 +74,7 @@ def test_scale_is_alpha_over_rank(alpha: float | None) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_many_tokens_and_a_high_rank_go_through_the_sum_with_equal_results(bias: bool) -> None:
+def test_many_tokens_and_a_high_rank_use_the_merged_weight_with_equal_results(bias: bool) -> None:
     base = nn.Linear(12, 10, bias=bias)
     model = nn.Sequential(base)
     inject_lora(model, LoRAConfig(rank=8, alpha=4.0, targets=["0"]))
@@ -82,15 +82,15 @@ def test_many_tokens_and_a_high_rank_go_through_the_sum_with_equal_results(bias:
     (layer,) = lora_layers(model)
     x = torch.randn(2, 50, 12, generator=torch.Generator().manual_seed(0), requires_grad=True)
     weights = [x, layer.lora_A.weight, layer.lora_B.weight]
-    two = base(x) + 0.5 * x @ layer.lora_A.weight.T @ layer.lora_B.weight.T
+    expected = base(x) + 0.5 * x @ layer.lora_A.weight.T @ layer.lora_B.weight.T
     assert layer._merged_is_cheaper(100) and not layer._merged_is_cheaper(1)
-    torch.testing.assert_close(model(x), two, atol=1e-5, rtol=1e-5)
-    gradients = (torch.autograd.grad(y.square().sum(), weights) for y in (model(x), two))
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+    gradients = (torch.autograd.grad(y.square().sum(), weights) for y in (model(x), expected))
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
 
 
-def test_at_full_size_the_two_parts_stay_apart() -> None:
+def test_the_merged_weight_is_not_used_at_full_size() -> None:
     with torch.device("meta"):
         layer = LoRALinear(nn.Linear(3072, 9216), rank=256, scale=1.0)
     assert not layer._merged_is_cheaper(2 * 4096 + 512 + 256)  # tokens at 1024 x 1024
@@ -111,20 +111,20 @@ def test_merging_keeps_the_output_and_restores_plain_layers() -> None:
     assert relative_error(model(**x), expected) < 1e-5
 
 
-def test_only_the_low_rank_weights_train_and_the_base_does_not_move() -> None:
+def test_only_the_low_rank_weights_are_trained() -> None:
     model, x = build(), inputs()
     model.requires_grad_(False)
     inject_lora(model, SMALL)
     before = copy.deepcopy(model.state_dict())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1)
-    for _ in range(2):  # B moves in the first step, A only from the second on
+    for _ in range(2):  # B changes in the first step, A only from the second on
         optimizer.zero_grad()
         model(**x).square().mean().backward()
         optimizer.step()
-    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     added = {name for name in before if ".lora_" in name}
-    assert moved == added
+    assert changed == added
 
 
 def test_bf16_base_with_float32_lora() -> None:
@@ -134,7 +134,7 @@ def test_bf16_base_with_float32_lora() -> None:
     base = model(**x)
     inject_lora(model, SMALL)
     assert all(layer.lora_A.weight.dtype == layer.lora_B.weight.dtype == torch.float32 for layer in lora_layers(model))
-    for layer in lora_layers(model):  # of the whole model on a CPU, bf16 rounds rows in a batch otherwise than rows
+    for layer in lora_layers(model):  # per layer: on a CPU, bf16 rounding in the whole model depends on the batch
         rows = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
         assert torch.equal(layer(rows), F.linear(rows, layer.weight, layer.bias))
 
@@ -153,10 +153,10 @@ def test_merging_into_bf16_rounds_only_once() -> None:
     (layer,) = lora_layers(model)
     expected = (layer.weight.double() + layer.lora_B.weight.double() @ layer.lora_A.weight.double()).float().bfloat16()
     merge_lora(model)
-    assert (model[0].weight == expected).float().mean() > 0.99  # float32 sums may fall on the other side of a tie
+    assert (model[0].weight == expected).float().mean() > 0.99  # float32 sums may round a tie the other way
 
 
-def test_autocast_is_near_float32() -> None:
+def test_autocast_is_close_to_float32() -> None:
     model, x = build(), inputs()
     inject_lora(model, SMALL)
     randomize_lora(model)
@@ -173,13 +173,13 @@ def test_autocast_is_near_float32() -> None:
         ("single_blocks.*.linear", "single_blocks.2.linear2"),
     ],
 )
-def test_a_pattern_without_a_linear_layer_is_named(pattern: str, nearest: str) -> None:
+def test_a_target_pattern_without_a_linear_layer_is_named(pattern: str, nearest: str) -> None:
     model = build()
     with pytest.raises(InputError) as error:
         inject_lora(model, replace(SMALL, targets=["single_blocks.*.linear1", pattern]))
     assert repr(pattern) in str(error.value)
     assert nearest in str(error.value)
-    assert not lora_layers(model)  # nothing half-done
+    assert not lora_layers(model)  # no layer is replaced
 
 
 def test_injecting_twice_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Making cue maps beforehand: what they show, where they lie, and that they are made once."""
+"""Precomputed cue maps: their content, their paths, and that each is computed once."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def write_depth_file(path: Path, config: DepthConfig) -> Path:
 
 @pytest.fixture
 def depth_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Weights of an estimator small enough to wait for, which stands in for the published one."""
+    """Weights of a small estimator that replaces the published one."""
     monkeypatch.setattr("layerdecomp.weights.DepthConfig", lambda: SMALL)
     return write_depth_file(tmp_path / "depth.safetensors", SMALL)
 
@@ -50,7 +50,7 @@ def picture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def triplets(root: Path) -> tuple[Reader, dict[str, np.ndarray]]:
-    """Nested, of different sizes; the images by id."""
+    """Nested triplets of different sizes, and their images by id."""
     rng, images = np.random.default_rng(0), {}
     for i in range(3):
         image = images[f"deep/{i}"] = picture(rng, 40 + i, 60)
@@ -83,7 +83,7 @@ def indexed(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Index, dict
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_every_map_shows_the_picture_and_is_made_once(
+def test_every_map_equals_its_estimate_and_is_computed_once(
     indexed: tuple[Index, dict[str, np.ndarray]], depth_file: Path, workers: int
 ) -> None:
     index, images = indexed
@@ -126,7 +126,7 @@ def test_a_cue_of_your_own_is_one_entry(tmp_path: Path, monkeypatch: pytest.Monk
         np.testing.assert_allclose(maps["red"].numpy(), red(images[item.id][1:30:2, 1:30:2]).repeat(3, 0), atol=1e-6)
 
 
-def test_maps_are_no_pictures_of_the_data_set(indexed: tuple[Index, dict[str, np.ndarray]], tmp_path: Path) -> None:
+def test_maps_are_not_indexed_as_pictures(indexed: tuple[Index, dict[str, np.ndarray]], tmp_path: Path) -> None:
     index, _ = indexed
     write_maps(index, ["edge", "segmentation"])
     reader = MulanLayers(index.root) if index.kind == "layered" else TripletFolder(index.root)
@@ -134,7 +134,7 @@ def test_maps_are_no_pictures_of_the_data_set(indexed: tuple[Index, dict[str, np
     assert list(Index(tmp_path / "again.safetensors")) == list(index)
 
 
-def test_a_broken_picture_does_not_stop_the_others(tmp_path: Path) -> None:
+def test_an_unreadable_picture_does_not_stop_the_others(tmp_path: Path) -> None:
     reader, _ = triplets(tmp_path / "data")
     prepare(reader, tmp_path / "index.safetensors")
     (tmp_path / "data/image/deep/1.png").write_bytes(b"no picture")
@@ -143,7 +143,7 @@ def test_a_broken_picture_does_not_stop_the_others(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "data/edge/deep").iterdir()) == ["0.png", "2.png"]
 
 
-def test_what_cannot_be_done(tmp_path: Path) -> None:
+def test_invalid_requests_are_refused(tmp_path: Path) -> None:
     reader, _ = triplets(tmp_path / "data")
     prepare(reader, tmp_path / "index.safetensors")
     prepare(BackgroundFolder(tmp_path / "data/image"), tmp_path / "backgrounds.safetensors")

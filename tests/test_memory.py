@@ -1,4 +1,4 @@
-"""Counted memory against what a real pass keeps and takes, and the cards that the configs are for."""
+"""Counted memory against the memory of a real step, and configs against the cards they are for."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +36,7 @@ SMALL = TrainingWork(
 )
 
 
-def test_live_storages_are_counted_once_and_forgotten() -> None:
+def test_live_storages_are_counted_once_until_they_are_freed() -> None:
     before = torch.zeros(10)
     with Peak(before) as peak:
         a = torch.zeros(100)  # 400 bytes
@@ -47,8 +47,8 @@ def test_live_storages_are_counted_once_and_forgotten() -> None:
     assert (peak.now, peak.peak) == (500, 800) and len(views) == 4 and c.nbytes == 100
 
 
-def test_the_peak_is_the_one_of_the_allocator() -> None:
-    """A real step of a small model, whose allocations PyTorch's profiler lists."""
+def test_the_counted_peak_equals_the_allocators() -> None:
+    """On a real step of a small model, whose allocations PyTorch's profiler records."""
     torch.manual_seed(0)
     workload = Workload(SMALL, torch.device("cpu"), torch.bfloat16)
     trained = workload.trained
@@ -70,17 +70,17 @@ def test_the_peak_is_the_one_of_the_allocator() -> None:
         now += event.nbytes()
         peak = max(peak, now)
     assert counted.peak == pytest.approx(peak, rel=0.05)
-    # without numbers, and with attention as on a GPU
+    # on the meta device, with the attention of a GPU
     assert training_memory(SMALL).step == pytest.approx(counted.peak, rel=0.3)
 
 
 @pytest.mark.parametrize(("recompute", "attention"), [(0, True), (2, True), (2, False)])
-def test_a_few_blocks_tell_what_many_take(recompute: int, attention: bool) -> None:
+def test_memory_extrapolates_from_few_blocks_to_many(recompute: int, attention: bool) -> None:
     work = with_depths(replace(SMALL, recompute=recompute, recompute_attention=attention, size=32), (7, 6))
-    told = training_memory(work)
+    extrapolated = training_memory(work)
     whole = _memory(work)
-    assert (told.frozen, told.trained) == (whole.frozen, whole.trained)
-    assert told.step == pytest.approx(whole.step, rel=0.01) and told.encode == whole.encode
+    assert (extrapolated.frozen, extrapolated.trained) == (whole.frozen, whole.trained)
+    assert extrapolated.step == pytest.approx(whole.step, rel=0.01) and extrapolated.encode == whole.encode
 
 
 @pytest.mark.parametrize(
@@ -93,23 +93,23 @@ def test_a_few_blocks_tell_what_many_take(recompute: int, attention: bool) -> No
         (["double_blocks.*[02468].img_mlp.0"], False),
     ],
 )
-def test_blocks_that_lora_tells_apart_are_counted_one_by_one(targets: list[str], alike: bool) -> None:
+def test_blocks_with_different_lora_targets_are_counted_one_by_one(targets: list[str], alike: bool) -> None:
     work = with_depths(replace(SMALL, size=32, lora=LoRAConfig(rank=4, targets=targets)), (7, 12))
     assert blocks_are_alike(work) == alike
-    told, whole = training_memory(work), _memory(work)
-    assert (told.frozen, told.trained) == (whole.frozen, whole.trained)
-    assert told.step == (pytest.approx(whole.step, rel=0.01) if alike else whole.step)
+    found, whole = training_memory(work), _memory(work)
+    assert (found.frozen, found.trained) == (whole.frozen, whole.trained)
+    assert found.step == (pytest.approx(whole.step, rel=0.01) if alike else whole.step)
     assert extrapolate_over_blocks(count, work) == pytest.approx(count(work))
 
 
-def test_recomputing_keeps_little_and_pictures_may_go_one_by_one() -> None:
+def test_recomputation_and_encoding_one_image_at_a_time_save_memory() -> None:
     none, every, some = (training_memory(replace(SMALL, recompute=n)) for n in (0, 1, 2))
     assert every.step < some.step < none.step and every.step < 0.6 * none.step
     one = training_memory(replace(SMALL, encode_batch_size=1))
     assert one.encode < 0.5 * none.encode and one.step == none.step
 
 
-def test_a_shared_out_base_takes_its_share_and_whole_blocks_while_they_run() -> None:
+def test_a_sharded_base_needs_its_shard_and_whole_blocks_while_they_run() -> None:
     whole, half = (training_memory(replace(SMALL, shards=n)) for n in (1, 2))
     decomposer = Workload(SMALL, META, torch.bfloat16).decomposer
     frozen = {name: p.nbytes for name, p in decomposer.transformer.named_parameters() if not p.requires_grad}
@@ -119,18 +119,18 @@ def test_a_shared_out_base_takes_its_share_and_whole_blocks_while_they_run() -> 
     assert half.step - whole.step == 2 * block + outside and half.encode == whole.encode
 
 
-def test_keeping_attention_takes_its_output_in_bf16_and_a_float_per_head() -> None:
-    """Counted as on a GPU, where a CPU would compute and keep bf16 attention in float32."""
-    again, kept = (
-        training_memory(replace(SMALL, size=256, recompute=1, recompute_attention=again)).step
-        for again in (True, False)
+def test_kept_attention_takes_its_output_in_bf16_and_a_float_per_head() -> None:
+    """Counted as on a GPU; a CPU would compute and keep bf16 attention in float32."""
+    recomputed, kept = (
+        training_memory(replace(SMALL, size=256, recompute=1, recompute_attention=recompute)).step
+        for recompute in (True, False)
     )
     model = SMALL.model
     tokens = SMALL.text_tokens + SMALL.fusion.num_queries + 2 * 16 * 16
     block = tokens * (2 * model.hidden_size + 4 * model.num_heads)
-    # at the peak, the block that is being computed holds what it would hold anyway
+    # at the peak, the block being computed holds these tensors in either case
     blocks = model.depth + model.depth_single_blocks
-    assert (blocks - 2) * block <= kept - again <= blocks * block
+    assert (blocks - 2) * block <= kept - recomputed <= blocks * block
 
 
 def test_parameters_and_bytes_at_full_size() -> None:
@@ -142,22 +142,22 @@ def test_parameters_and_bytes_at_full_size() -> None:
 
 
 @pytest.mark.parametrize("name", BITS)
-def test_making_a_weight_dense_takes_what_is_counted(name: str) -> None:
+def test_dequantising_a_weight_takes_the_counted_memory(name: str) -> None:
     weight = torch.randn(512, 512).bfloat16()
-    few = quantized(weight, name)
+    packed = quantized(weight, name)
     with Peak() as peak:
-        assert dense(few).shape == weight.shape
+        assert dense(packed).shape == weight.shape
     assert peak.peak / weight.numel() == pytest.approx(DENSE_BYTES[name], rel=0.02)
 
 
 @pytest.mark.parametrize("gigabytes", [80, 48, 24])
 def test_configs_fit_their_cards(gigabytes: int) -> None:
-    """With room for CUDA's own half gigabyte, kernels' workspaces and what the allocator cannot use."""
+    """With room for the CUDA context (half a gigabyte), kernel workspaces and allocator fragmentation."""
     config, paper = (load_config(CONFIGS / f"flux_fill{card}.yaml") for card in (f"_{gigabytes}gb", ""))
     work = training_work(config)
     assert (work.size, work.batch_size, work.lora.rank) == (1024, 1, 256)
     assert config.train == paper.train and config.lora == paper.lora and config.weights == paper.weights
     memory = training_memory(work)
-    assert memory.total < 0.94 * gigabytes * 2**30  # as cards are sold
+    assert memory.total < 0.94 * gigabytes * 2**30  # nominal size
     comment, _, _ = (CONFIGS / f"flux_fill_{gigabytes}gb.yaml").read_text().partition("\nbase:")
     assert comment.endswith(f"Counted: {memory.total / 1e9:.1f} GB.")

@@ -1,4 +1,4 @@
-"""The metrics' networks, from files with random weights, against the original implementations."""
+"""The metrics' networks, with random weights from files, against the original implementations."""
 
 import pickle
 import socket
@@ -19,12 +19,12 @@ from layerdecomp.metrics.distribution import inception_features
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("a connection was tried")
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("a network connection was attempted")
 
-    monkeypatch.setattr(socket, "socket", refuse)
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket, "socket", fail)
+    monkeypatch.setattr(socket, "create_connection", fail)
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
 
 
 def images(seed: int, size: tuple[int, int] = (72, 80)) -> Tensor:
@@ -45,11 +45,11 @@ def test_lpips_equals_the_original_and_torchmetrics(net: str, metric_weights: Pa
     found = network(a, b)
     assert found.min() > 1e-3
     torch.testing.assert_close(found, original(a, b).flatten(), rtol=1e-4, atol=0)
-    torch.testing.assert_close(found, torchmetric(a, b).flatten(), rtol=1e-3, atol=0)  # another epsilon
+    torch.testing.assert_close(found, torchmetric(a, b).flatten(), rtol=1e-3, atol=0)  # a different epsilon
     assert network(a, a).abs().max() == 0
 
 
-def test_lpips_of_a_region_is_the_mean_over_the_cells_by_their_share(metric_weights: Path) -> None:
+def test_lpips_of_a_region_averages_cells_weighted_by_their_share(metric_weights: Path) -> None:
     network = load_lpips("alex", metric_weights / FILES["alex"])
     a, b = images(0), images(1)
     region = torch.zeros(2, 1, 72, 80, dtype=torch.bool)
@@ -72,11 +72,11 @@ def test_lpips_of_a_region_is_the_mean_over_the_cells_by_their_share(metric_weig
                 share[row, column] = region[0, 0, top:bottom, left:right].float().mean()
         expected += (share * distance).sum() / share.sum()
     torch.testing.assert_close(value, expected, rtol=1e-4, atol=0)
-    outside = torch.where(region, a, a + 0.3)  # what is outside plays no part
+    outside = torch.where(region, a, a + 0.3)  # pixels outside do not matter
     torch.testing.assert_close(network(outside, b, region)[0], value, rtol=1e-6, atol=0)
 
 
-def test_inception_features_are_torch_fidelitys(metric_weights: Path) -> None:
+def test_inception_features_equal_those_of_torch_fidelity(metric_weights: Path) -> None:
     network = open_networks(MeasureConfig(weights=str(metric_weights))).measures.inception
     assert network is not None and not network.training and not any(p.requires_grad for p in network.parameters())
     reference = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=metric_weights / INCEPTION)
@@ -89,7 +89,7 @@ def test_inception_features_are_torch_fidelitys(metric_weights: Path) -> None:
     assert (found[0] - found[1]).abs().max() > 1e-3
 
 
-def test_files_that_are_missing_are_named_with_their_metrics(tmp_path: Path, metric_weights: Path) -> None:
+def test_missing_files_are_named_with_their_metrics(tmp_path: Path, metric_weights: Path) -> None:
     nothing = open_networks(MeasureConfig(weights=str(tmp_path)))
     assert nothing.measures.lpips is None and nothing.measures.inception is None and nothing.files == {}
     assert nothing.missing.keys() == {"background/lpips", "background/fid", "background/kid", "recomposition/lpips"}
@@ -107,7 +107,7 @@ class Harmful:
         return (Path.write_text, (Path("harm.txt"), "done"))
 
 
-def test_files_that_hold_something_else_are_refused(
+def test_files_with_other_content_are_refused(
     tmp_path: Path, metric_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -121,12 +121,12 @@ def test_files_that_hold_something_else_are_refused(
         torch.save(content, path)
         return path.read_bytes()
 
-    spoilt = {
+    invalid = {
         "cannot be opened as weights": [pickle.dumps(Harmful()), saved({"a": Harmful()}), whole[:-100], b"text"],
         "holds something other": [saved([1, 2]), saved({"epoch": 3})],
         "2 missing: classifier.1.weight, classifier.1.bias": [saved(short)],
     }
-    for message, contents in spoilt.items():
+    for message, contents in invalid.items():
         for content in contents:
             path.write_bytes(content)
             with pytest.raises(InputError, match=message) as raised:
@@ -139,12 +139,12 @@ def test_files_that_hold_something_else_are_refused(
         open_networks(config)
 
 
-def test_a_file_that_is_not_the_published_one_is_told(metric_weights: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unpublished_file_logs_a_warning(metric_weights: Path, caplog: pytest.LogCaptureFixture) -> None:
     load_lpips("squeeze", metric_weights / FILES["squeeze"])
     assert "squeezenet1_1-b8a52dc0.pth is not the published file" in caplog.text
 
 
-def test_settings_that_nobody_knows() -> None:
+def test_invalid_settings_are_refused() -> None:
     for key, value in {"region": "hole", "lpips": "resnet", "resolution": 8}.items():
         with pytest.raises(InputError, match=f"evaluate.measure.{key} is .*{value}"):
             MeasureConfig(**{key: value})

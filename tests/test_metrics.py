@@ -29,7 +29,7 @@ def disc(radius: float, row: float = 16, column: float = 16, softness: float = 1
 
 
 class SmallInception(torch.nn.Module):
-    """Something random that gives features of the right shape."""
+    """A random network with features of the right shape."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class SmallInception(torch.nn.Module):
 
 
 def with_networks(**settings: str | int) -> Measures:
-    """Measures whose networks are small or random."""
+    """Measures with small random networks."""
     lpips = LPIPS("squeeze")
     generator = torch.Generator().manual_seed(0)
     for name, parameter in lpips.named_parameters():
@@ -53,7 +53,7 @@ def with_networks(**settings: str | int) -> Measures:
 
 
 def make_batch(count: int = 3, seed: int = 0) -> dict[str, Tensor]:
-    """Discs on noise, partly behind a bar; the mask shows what is left of the disc and misses its top."""
+    """Discs on noise, partly behind a bar; the mask covers the visible disc without its top."""
     generator = torch.Generator().manual_seed(seed)
     alpha = torch.stack([disc(8 + index % 4) for index in range(count)])
     occluder = torch.zeros_like(alpha)
@@ -69,7 +69,7 @@ def make_batch(count: int = 3, seed: int = 0) -> dict[str, Tensor]:
 
 
 def worsened(batch: dict[str, Tensor], seed: int = 1, amount: float = 0.3) -> tuple[Tensor, Tensor]:
-    """Layers that are wrong by noise, within their ranges."""
+    """Layers with added noise, clamped to their ranges."""
     generator = torch.Generator().manual_seed(seed)
     layers = torch.cat([batch["background"], batch["foreground"]], dim=1)
     layers = (layers + amount * torch.randn(layers.shape, generator=generator)).clamp(-1, 1)
@@ -77,14 +77,14 @@ def worsened(batch: dict[str, Tensor], seed: int = 1, amount: float = 0.3) -> tu
 
 
 def blobs(count: int = 4, seed: int = 0) -> Tensor:
-    """Random soft islands (count, 1, SIZE, SIZE) in [0, 1], with flat parts at 0 and 1."""
+    """Random soft blobs (count, 1, SIZE, SIZE) in [0, 1], with flat parts at 0 and 1."""
     noise = np.random.default_rng(seed).standard_normal((count, SIZE, SIZE))
     smooth = gaussian_filter(noise, (0, 2, 2))
     return torch.from_numpy(np.clip(0.5 + 4 * smooth, 0, 1)).float()[:, None]
 
 
 def as_layers(alpha: Tensor) -> Tensor:
-    """Grey foregrounds (B, 4, H, W) with that alpha (B, 1, H, W)."""
+    """Grey foregrounds (B, 4, H, W) with `alpha` (B, 1, H, W)."""
     return torch.cat([torch.zeros_like(alpha).expand(-1, 3, -1, -1), alpha], dim=1)
 
 
@@ -110,7 +110,7 @@ def test_psnr_equals_scikit_image_and_is_not_pooled_over_the_batch():
     )
 
 
-def test_psnr_of_a_region_sees_that_region_only():
+def test_psnr_of_a_region_ignores_the_rest():
     target = torch.zeros(2, 3, SIZE, SIZE)
     prediction = target.clone()
     prediction[:, :, :4] = 0.2  # 20 log10(2 / 0.2) = 20 dB
@@ -128,7 +128,7 @@ def test_ssim_equals_scikit_image(kind: str):
     ramp = torch.linspace(-0.9, 0.5, SIZE).expand_as(target)
     prediction = {"noise": 0.7 * target + 0.1, "gradient": 0.5 * target + ramp / 2, "border": target.clone()}[kind]
     if kind == "border":
-        prediction[..., :7] = -1  # windows that touch the border must count as scikit-image counts them
+        prediction[..., :7] = -1  # windows at the border must be treated as in scikit-image
     expected = [
         structural_similarity(
             unit(true), unit(predicted), data_range=1, channel_axis=-1,
@@ -142,7 +142,7 @@ def test_ssim_equals_scikit_image(kind: str):
     assert max(expected) < 0.99
 
 
-def test_pictures_too_small_for_a_window_have_no_ssim_and_no_lpips():
+def test_images_smaller_than_a_window_have_no_ssim_and_no_lpips():
     small, network = torch.rand(2, 3, 10, 40), LPIPS("alex")
     assert background.ssim(small, small).isnan().all() and network(small, small).isnan().all()
     assert not background.ssim(torch.rand(2, 3, 11, 40), torch.rand(2, 3, 11, 40)).isnan().any()
@@ -165,7 +165,7 @@ def gradient_by_definition(image: np.ndarray, region: np.ndarray) -> float:
     return float(np.sqrt(np.mean(squares)))
 
 
-def test_sharpness_equals_its_definition_on_smeared_and_noisy_pictures():
+def test_sharpness_equals_its_definition_on_smeared_and_noisy_images():
     truth = make_batch(2)["background"]
     smear = torch.from_numpy(gaussian_filter(truth.numpy(), (0, 0, 1, 1)))
     noisy = (0.1 * truth + 0.1 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(3))).clamp(-1, 1)
@@ -178,13 +178,13 @@ def test_sharpness_equals_its_definition_on_smeared_and_noisy_pictures():
             assert value == pytest.approx(min(predicted / true, 2), rel=1e-4)
 
 
-def test_sharpness_of_exact_faint_flat_and_noisy_pictures():
+def test_sharpness_is_the_ratio_of_contrasts_up_to_two():
     truth, region = make_batch(1)["background"] * 0.1, torch.ones(1, 1, SIZE, SIZE, dtype=torch.bool)
     for factor, expected in ((1, 1), (-1, 1), (0.5, 0.5), (0, 0), (1.5, 1.5), (9, 2)):
         assert background.sharpness(0.05 + factor * truth, truth, region) == pytest.approx(expected, abs=1e-5)
 
 
-def test_sharpness_sees_the_region_only_without_the_step_to_it():
+def test_sharpness_ignores_pixels_outside_the_region_and_the_step_at_its_edge():
     truth = make_batch(1)["background"]
     region = torch.zeros(1, 1, SIZE, SIZE, dtype=torch.bool)
     region[..., 4:20, 6:30] = True
@@ -244,9 +244,9 @@ def test_alpha_grad_of_known_alphas():
     alpha = blobs()
     missed = foreground.alpha_grad(nothing.expand(4, -1, -1, -1), as_layers(alpha))
     faint = foreground.alpha_grad(as_layers(alpha / 2), as_layers(alpha))
-    torch.testing.assert_close(faint, missed / 4)  # stretched to [0, 1], the faint alpha would pass for right
+    torch.testing.assert_close(faint, missed / 4)  # if stretched to [0, 1], the faint alpha would count as exact
     inverted = foreground.alpha_grad(as_layers(1 - alpha), as_layers(alpha))
-    torch.testing.assert_close(inverted, torch.zeros(4), rtol=0, atol=1e-6)  # directions play no part
+    torch.testing.assert_close(inverted, torch.zeros(4), rtol=0, atol=1e-6)  # gradient directions do not matter
 
 
 def test_alpha_grad_keeps_its_precision_under_autocast():
@@ -273,7 +273,7 @@ def test_alpha_conn_equals_its_definition():
     prediction = (0.7 * target + 0.4 * blobs(8, seed=1)).clamp(0, 1)
     for index, value in enumerate(foreground.alpha_conn(as_layers(prediction), as_layers(target))):
         pieces = label((torch.minimum(prediction, target) > 0.5)[index, 0].numpy())[1]
-        assert pieces > 1  # several, of which one is the largest
+        assert pieces > 1  # several pieces, so that the largest has to be found
         expected = connectivity_by_definition(prediction[index, 0].numpy(), target[index, 0].numpy())
         assert expected > 0.01
         assert value == pytest.approx(expected, rel=1e-4)
@@ -291,11 +291,11 @@ def test_alpha_conn_of_known_alphas():
 
     assert value(slice(0, 1), slice(0, 1), 0) == 0
     assert value(slice(20, 23), slice(20, 23), 1) == pytest.approx(9)  # a floating piece
-    assert value(slice(20, 23), slice(20, 23), 0.1) == 0  # too faint to be noticed
-    assert value(slice(20, 23), slice(20, 23), 0.15) == pytest.approx(1.35)  # just noticed
+    assert value(slice(20, 23), slice(20, 23), 0.1) == 0  # below the threshold
+    assert value(slice(20, 23), slice(20, 23), 0.15) == pytest.approx(1.35)  # at the threshold
     assert value(slice(6, 8), slice(6, 8), 0) == pytest.approx(4)  # a hole
-    assert value(slice(6, 8), slice(6, 8), 0.9) == 0  # connected up to 0.9, and the rest is not noticed
-    assert value(slice(14, 16), slice(14, 16), 0.9) == pytest.approx(0.4)  # in a piece of its own everything counts
+    assert value(slice(6, 8), slice(6, 8), 0.9) == 0  # connected up to 0.9, and the rest is below the threshold
+    assert value(slice(14, 16), slice(14, 16), 0.9) == pytest.approx(0.4)  # a separate piece counts completely
     assert value(slice(0, 32), slice(0, 32), 0) == pytest.approx(104)
 
 
@@ -304,8 +304,8 @@ def test_rgb_l1_compares_straight_colour_where_the_true_alpha_is_positive():
     target[0, 3, :8], target[0, 3, 8:16] = 1, 0.01
     prediction = target.clone()
     prediction[:, :3, :8] = 0.5  # a quarter of the range on half of the region
-    prediction[:, :3, 16:] = 1  # outside
-    prediction[:, 3] = 0  # the predicted alpha plays no part
+    prediction[:, :3, 16:] = 1  # outside the region
+    prediction[:, 3] = 0  # the predicted alpha does not matter
     values = foreground.rgb_l1(prediction, target)
     assert values[0] == pytest.approx(0.125)
     assert values[1].isnan()
@@ -320,7 +320,7 @@ def boundary_by_definition(alpha: np.ndarray) -> np.ndarray:
     return band & (alpha > 0.05)
 
 
-def test_boundary_metric_sees_the_outline_only():
+def test_boundary_metric_covers_only_the_outline():
     target, prediction = make_batch()["foreground"], make_batch(seed=5)["foreground"]
     for index in range(len(target)):
         band = boundary_by_definition(target[index, 3].numpy())
@@ -329,10 +329,10 @@ def test_boundary_metric_sees_the_outline_only():
         assert foreground.boundary_rgb_l1(prediction, target)[index] == pytest.approx(difference, rel=1e-5)
 
 
-def test_boundary_band_of_hard_half_transparent_and_cropped_objects():
+def test_boundary_band_follows_hard_and_half_transparent_outlines_but_not_the_image_border():
     alpha = torch.zeros(3, 1, SIZE, SIZE)
-    alpha[0, :, 8:24, 8:24] = 1  # a hard outline has no fractional values, but a band all the same
-    alpha[1, :, 8:24, 8:24] = 0.5  # the inside of half-transparent things is not outline
+    alpha[0, :, 8:24, 8:24] = 1  # a hard outline has a band although it has no fractional values
+    alpha[1, :, 8:24, 8:24] = 0.5  # the inside of a half-transparent object is not outline
     alpha[2] = 1  # the border of the image is not outline
     expected = torch.zeros_like(alpha, dtype=torch.bool)
     expected[:2, :, 8:24, 8:24] = True
@@ -341,12 +341,12 @@ def test_boundary_band_of_hard_half_transparent_and_cropped_objects():
     assert foreground.boundary_rgb_l1(alpha.expand(-1, 4, -1, -1), alpha.expand(-1, 4, -1, -1))[2].isnan()
 
 
-def test_hidden_iou_punishes_what_is_missing_and_what_is_too_much():
+def test_hidden_iou_penalises_missing_and_excess_pixels():
     target = torch.zeros(1, 4, SIZE, SIZE)
     target[:, 3, 8:16, 8:24] = 1  # 8 x 16
     mask, occluder = torch.zeros(1, 1, SIZE, SIZE), torch.zeros(1, 1, SIZE, SIZE)
     mask[:, :, 8:16, 8:18] = 1  # misses 8 x 6
-    occluder[:, :, 8:16, 16:18] = 1  # and wrongly includes 8 x 2 of the occluder: 8 x 8 are hidden
+    occluder[:, :, 8:16, 16:18] = 1  # the mask wrongly includes 8 x 2 of the occluder: 8 x 8 are hidden
 
     def value(rows: slice, columns: slice) -> float:
         prediction = torch.zeros_like(target)
@@ -354,17 +354,17 @@ def test_hidden_iou_punishes_what_is_missing_and_what_is_too_much():
         return foreground.hidden_iou(prediction, target, mask=mask, occluder=occluder).item()
 
     assert value(slice(8, 16), slice(8, 24)) == 1
-    assert value(slice(8, 16), slice(8, 16)) == 0  # only what the mask shows
+    assert value(slice(8, 16), slice(8, 16)) == 0  # the visible part only
     assert value(slice(8, 16), slice(16, 20)) == 0.5
-    assert value(slice(8, 16), slice(8, 32)) == 0.5  # grown 8 x 8 beyond the object
+    assert value(slice(8, 16), slice(8, 32)) == 0.5  # extends 8 x 8 beyond the object
     assert value(slice(0, 32), slice(0, 32)) == pytest.approx(64 / (32 * 32 - 64))
 
 
-def test_hidden_rgb_l1_sees_the_hidden_part_only():
+def test_hidden_rgb_l1_covers_only_the_hidden_part():
     batch = make_batch(4)
     target, mask, occluder = batch["foreground"], batch["mask"], batch["occluder"]
     prediction = make_batch(4, seed=5)["foreground"]
-    prediction[:, 3] = 0  # the predicted alpha plays no part
+    prediction[:, 3] = 0  # the predicted alpha does not matter
     values = foreground.hidden_rgb_l1(prediction, target, mask=mask, occluder=occluder)
     for index, value in enumerate(values):
         hidden = (target[index, 3] > 0.5) & ((occluder[index, 0] > 0.5) | (mask[index, 0] == 0))
@@ -388,7 +388,7 @@ def test_hidden_metrics_are_undefined_without_a_hidden_part():
         assert too_few.isnan()
 
 
-def test_recomposition_ignores_what_stands_in_front():
+def test_recomposition_ignores_occluders():
     batch = make_batch()
     rgba, rgb, image, occluder = (batch[key] for key in ("foreground", "background", "image", "occluder"))
     assert (recomposition.psnr(rgba, rgb, image, occluder=occluder) > 99).all()
@@ -402,7 +402,7 @@ def test_recomposition_ignores_what_stands_in_front():
         assert value == pytest.approx(10 * math.log10(4 / error), abs=1e-3)
 
 
-def test_recomposition_leaves_out_the_soft_edge_of_what_stands_in_front():
+def test_recomposition_ignores_the_soft_edge_of_occluders():
     batch = make_batch()
     rgba, rgb, image, occluder = (batch[key].clone() for key in ("foreground", "background", "image", "occluder"))
     occluder[..., 11] = 0.3
@@ -410,7 +410,7 @@ def test_recomposition_leaves_out_the_soft_edge_of_what_stands_in_front():
     assert (recomposition.psnr(rgba, rgb, image, occluder=occluder) > 99).all()
 
 
-def test_regions():
+def test_mean_over_and_dilate_handle_regions():
     values = torch.stack([torch.ones(2, 4), 3 * torch.ones(2, 4)])[None].repeat(2, 1, 1, 1)
     region = torch.zeros(2, 1, 2, 4, dtype=torch.bool)
     region[0, :, 0] = True
@@ -465,7 +465,7 @@ def test_diverged_predictions_are_refused():
 
 def test_layer_metrics_average_the_images_that_define_a_metric():
     batch = make_batch(6)
-    batch["mask"][4:] = 0  # what is measured in the mask is defined by four images
+    batch["mask"][4:] = 0  # metrics of the mask are defined for four images only
     prediction = worsened(batch)
     metric = LayerMetrics(with_networks())
     for part in (slice(0, 4), slice(4, 6)):
@@ -490,7 +490,7 @@ def test_layer_metrics_without_any_defining_image_are_nan():
     computed = metric.compute()
     assert computed["background/psnr_mask"].isnan()
     assert computed["background/psnr"] > 0
-    assert computed["background/psnr" + STDERR_SUFFIX].isnan()  # of one image
+    assert computed["background/psnr" + STDERR_SUFFIX].isnan()  # a single image has no standard error
     assert not metric.state_dict()
 
 
@@ -499,7 +499,7 @@ def _compute_in_process(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     batch = make_batch(5)
     background_layer, foreground_layer = worsened(batch)
-    for first in (3, 5):  # in the first process; for the other nothing is left in the end
+    for first in (3, 5):  # samples of the first process; of 5, none are left for the second
         part = slice(0, first) if rank == 0 else slice(first, 5)
         metric = LayerMetrics(with_networks())
         if part.start < 5:
@@ -519,7 +519,7 @@ def test_two_processes_agree_with_one(tmp_path: Path):
         torch.testing.assert_close(torch.load(tmp_path / f"{name}.pt"), expected, rtol=1e-5, atol=1e-9)
 
 
-def test_networks_stay_out_of_what_is_saved_and_trained():
+def test_networks_are_neither_saved_nor_trained():
     metric = LayerMetrics(with_networks())
     assert not metric.state_dict() and not list(metric.parameters()) and not list(metric.modules())[1:]
     holder = torch.nn.Sequential(metric, torch.nn.Linear(2, 2))
@@ -551,7 +551,7 @@ def test_metrics_whose_network_or_layer_is_missing_are_nan():
 
 
 @pytest.mark.parametrize("name", ["mask", "outside"])
-def test_background_metrics_of_a_region_see_that_region_only(name: str):
+def test_background_metrics_of_a_region_ignore_the_rest(name: str):
     batch, measures = make_batch(), with_networks(region=name)
     region = select(name, batch["mask"])
     assert region is not None and region.any() and not region.all()
@@ -573,7 +573,7 @@ def test_background_metrics_of_a_region_see_that_region_only(name: str):
     assert distances[0] == pytest.approx(0, abs=1e-6) and distances[1] > 1e-3
 
 
-def test_ssim_of_a_region_is_the_mean_of_scikit_images_map():
+def test_ssim_of_a_region_is_the_mean_of_the_scikit_image_map():
     batch = make_batch(2)
     prediction, region = worsened(batch)[0], batch["mask"] > 0.5
     for index, value in enumerate(background.ssim(prediction, batch["background"], region)):
@@ -588,7 +588,7 @@ def test_ssim_of_a_region_is_the_mean_of_scikit_images_map():
     assert background.ssim(prediction, batch["background"], torch.zeros_like(region)).isnan().all()
 
 
-def test_a_resolution_brings_everything_to_a_size_first():
+def test_a_resolution_resizes_everything_before_measuring():
     batch, layers = make_batch(), worsened(make_batch())
     half = per_image(*layers, batch, Measures(resolution=SIZE // 2))
     small = torch.nn.functional.interpolate(
@@ -602,7 +602,7 @@ def test_a_resolution_brings_everything_to_a_size_first():
     assert (perfect["background/psnr"] == background.PSNR_CEILING).all() and (perfect["foreground/rgb_l1"] == 0).all()
 
 
-def test_a_mask_stays_as_large_as_it_is_at_another_resolution():
+def test_a_mask_keeps_its_relative_size_at_another_resolution():
     batch, layers = make_batch(), worsened(make_batch())
     batch["mask"] = torch.zeros_like(batch["mask"])
     batch["mask"][..., :10] = 1
@@ -616,7 +616,7 @@ def test_a_mask_stays_as_large_as_it_is_at_another_resolution():
     torch.testing.assert_close(half["background/psnr_mask"], expected, rtol=1e-5, atol=0)
 
 
-def test_pasting_and_selecting():
+def test_select_and_paste_follow_the_region():
     mask = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
     assert select("full", mask) is None
     prediction, target = torch.ones(1, 3, 1, 2), torch.zeros(1, 3, 1, 2)
@@ -626,7 +626,7 @@ def test_pasting_and_selecting():
 
 
 def features(count: int, width: int, seed: int) -> Tensor:
-    """Correlated, skewed features of which some are always 0, as after a ReLU."""
+    """Correlated, skewed features with zeros, as after a ReLU."""
     generator = torch.Generator().manual_seed(seed)
     mixed = torch.randn(count, width, generator=generator) @ torch.randn(width, width, generator=generator)
     return (mixed / width**0.5 + 0.3 * seed).clamp(min=0)

@@ -26,7 +26,7 @@ TINY = MMDiTConfig(
 
 Inputs = dict[str, Tensor]
 ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-ONE_EACH = {ATTENTION_ON_CPU: lambda *args, **kwargs: 1}  # for a counter of operations: counts calls
+ONE_EACH = {ATTENTION_ON_CPU: lambda *args, **kwargs: 1}  # makes FlopCounterMode count calls
 
 
 def build(config: MMDiTConfig = TINY) -> MMDiT:
@@ -86,7 +86,7 @@ def test_forward_and_input_gradient_equal_diffusers(
     assert relative_error(grad, expected_grad) < 1e-5
 
 
-def test_ids_may_differ_per_sample() -> None:
+def test_position_ids_may_differ_per_sample() -> None:
     model, x = build(), inputs()
     batched = {**x, "img_ids": x["img_ids"].expand(2, -1, -1), "txt_ids": x["txt_ids"].expand(2, -1, -1)}
     torch.testing.assert_close(model(**batched), model(**x))
@@ -96,7 +96,7 @@ def test_ids_may_differ_per_sample() -> None:
     assert difference[0] < 1e-5 < 1e-3 < difference[1]
 
 
-def test_fused_tokens_are_text_tokens_behind_the_text() -> None:
+def test_fused_tokens_are_appended_text_tokens() -> None:
     model, x = build(), inputs()
     more_text = torch.randn(2, 4, TINY.context_in_dim, generator=torch.Generator().manual_seed(3))
     fused = model.txt_in(more_text)
@@ -116,7 +116,7 @@ def test_bf16_model_and_bf16_autocast_agree_with_float32() -> None:
     assert relative_error(velocity.float(), expected) < 0.1
 
 
-def test_compiles_to_one_graph() -> None:
+def test_model_compiles_to_one_graph() -> None:
     model, x = build(replace(TINY, depth=1, depth_single_blocks=1)), inputs()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     fused = torch.randn(2, 4, TINY.hidden_size, generator=torch.Generator().manual_seed(3))
@@ -145,18 +145,19 @@ def adapted_gradients(model: MMDiT, x: Inputs, wrapped: nn.Module | None = None)
     return [velocity.detach(), img.grad, *gradients]
 
 
-@pytest.mark.parametrize("how", ["plain", "recompute", "keep attention", "ddp"])
-def test_compiled_blocks_equal_eager_ones_at_any_size(fresh_compiler: None, how: str) -> None:
-    """As the compiler traces and differentiates them; `test_blocks` has one block compiled down to machine code."""
+@pytest.mark.parametrize("variant", ["plain", "recompute", "keep attention", "ddp"])
+def test_compiled_blocks_equal_eager_ones_at_any_size(fresh_compiler: None, variant: str) -> None:
+    """Tests tracing and differentiation; `test_blocks` compiles one block to machine code."""
     model = build(replace(TINY, depth=2, depth_single_blocks=2)).requires_grad_(False)
     inject_lora(model, LoRAConfig(rank=2))
     randomize(model)
     sizes = [inputs(height=height, width=width, text=text) for height, width, text in ((3, 5, 7), (4, 6, 5), (2, 7, 3))]
     expected, names = [adapted_gradients(model, x) for x in sizes], list(model.state_dict())
-    model.compile_blocks(backend="aot_eager" if how == "plain" else "eager")  # eager: traced alone, which is quick
-    model.recompute, model.recompute_attention = int(how in ("recompute", "keep attention")), how != "keep attention"
+    model.compile_blocks(backend="aot_eager" if variant == "plain" else "eager")  # eager only traces, which is quick
+    model.recompute = int(variant in ("recompute", "keep attention"))
+    model.recompute_attention = variant != "keep attention"
     wrapped: nn.Module = model
-    if how == "ddp":
+    if variant == "ddp":
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
         wrapped = nn.parallel.DistributedDataParallel(model)
     counts = []
@@ -168,48 +169,48 @@ def test_compiled_blocks_equal_eager_ones_at_any_size(fresh_compiler: None, how:
         with FlopCounterMode(display=False, custom_mapping=ONE_EACH) as runs:
             adapted_gradients(model, sizes[-1], wrapped)
         assert runs.get_flop_counts()["Global"][ATTENTION_ON_CPU] == (8 if model.recompute_attention else 4)
-    assert 0 < counts[0] < counts[1] == counts[2], "code for the first size, then code for all"
-    # One for each kind of block, and one for the first block, whose text needs no gradient.
+    assert 0 < counts[0] < counts[1] == counts[2], "one compilation for the first size, one more for all others"
+    # One graph per kind of block, and one for the first block, whose text needs no gradient.
     assert counts[0] == 3 and list(model.state_dict()) == names
     with torch.no_grad():
         torch.testing.assert_close(merge_lora(model)(**sizes[0]), expected[0][0], atol=1e-4, rtol=1e-4)
 
 
-def test_the_rotary_table_is_made_once_for_the_same_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
+def test_the_rotary_table_is_computed_once_for_the_same_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
 
     def counting(ids: Tensor, *args: Any) -> Tensor:
-        made.append(len(ids))
+        computed.append(len(ids))
         return rope(ids, *args)
 
     monkeypatch.setattr("layerdecomp.models.mmdit.rope", counting)
     model, x = build(), inputs()
     first = model(**x)
-    assert torch.equal(model(**x), first) and len(made) == 1
+    assert torch.equal(model(**x), first) and len(computed) == 1
     fused = torch.zeros(2, 4, TINY.hidden_size)
     model(**x, fused=fused)
-    assert made == [37, 41]
+    assert computed == [37, 41]
     moved = {**x, "img_ids": x["img_ids"] + torch.tensor([0, 0, 1]) * x["img_ids"][:, :1]}
-    assert not torch.equal(model(**moved), first) and len(made) == 3
+    assert not torch.equal(model(**moved), first) and len(computed) == 3
     assert torch.equal(model(**x), first)
 
 
-def test_weights_from_scratch_start_at_zero_velocity_and_can_learn() -> None:
+def test_initial_weights_give_zero_velocity_and_can_learn() -> None:
     model, x = build(), inputs()
     model.init_weights()
     assert not model(**x).any()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(3):  # the zero layers hand gradients on only once they have moved themselves
+    for _ in range(3):  # zero layers pass gradients on only once they are no longer zero
         optimizer.zero_grad()
         model(**x).sub(1).square().mean().backward()
         optimizer.step()
-    moved = {
+    learning = {
         name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.any()
     }
-    assert {"img_in.weight", "txt_in.weight", "time_in.in_layer.weight", "single_blocks.0.linear1.weight"} <= moved
+    assert {"img_in.weight", "txt_in.weight", "time_in.in_layer.weight", "single_blocks.0.linear1.weight"} <= learning
 
 
-def test_missing_guidance_is_told() -> None:
+def test_missing_guidance_is_an_error() -> None:
     x = inputs()
     with pytest.raises(InputError, match="guidance"):
         build()(**{**x, "guidance": None})
@@ -218,32 +219,32 @@ def test_missing_guidance_is_told() -> None:
 @pytest.mark.parametrize(
     "wrong", [{"hidden_size": 66}, {"axes_dim": [4, 6, 8]}, {"axes_dim": [8, 8]}, {"axes_dim": [5, 5, 6]}]
 )
-def test_sizes_that_do_not_fit_are_told(wrong: dict[str, Any]) -> None:
+def test_inconsistent_sizes_are_refused(wrong: dict[str, Any]) -> None:
     (key,) = wrong
     with pytest.raises(InputError, match=key):
         replace(TINY, **wrong)
 
 
 @pytest.mark.parametrize("recompute", [1, 2])
-@pytest.mark.parametrize("again", [True, False])
-def test_attention_is_run_twice_or_kept(recompute: int, again: bool) -> None:
+@pytest.mark.parametrize("recompute_attention", [True, False])
+def test_attention_is_recomputed_or_kept(recompute: int, recompute_attention: bool) -> None:
     model, x = build().requires_grad_(False), inputs()
     inject_lora(model, LoRAConfig(rank=2))
     randomize(model)
     straight = adapted_gradients(model, x)
-    model.recompute, model.recompute_attention = recompute, again
+    model.recompute, model.recompute_attention = recompute, recompute_attention
     with FlopCounterMode(display=False, custom_mapping=ONE_EACH) as runs:
         recomputed = adapted_gradients(model, x)
     counts = runs.get_flop_counts()["Global"]
-    blocks = 5 + (0 if not again else 5 if recompute == 1 else 3)
+    blocks = 5 + (0 if not recompute_attention else 5 if recompute == 1 else 3)
     assert counts[ATTENTION_ON_CPU] == blocks
     assert all(torch.equal(a, b) for a, b in zip(straight, recomputed, strict=True))
 
 
 @pytest.mark.parametrize(("recompute", "share"), [(1, 0.25), (2, 0.75)])
-def test_recomputing_saves_memory_and_changes_nothing(recompute: int, share: float) -> None:
+def test_recomputation_saves_memory_and_keeps_gradients(recompute: int, share: float) -> None:
     def gradients(every: int) -> tuple[list[Tensor], int]:
-        """Of the input and of a LoRA weight, and the bytes that the forward pass keeps for the backward pass."""
+        """Gradients of the input and of a LoRA weight, and the bytes kept for the backward pass."""
         model, x = build().requires_grad_(False), inputs()
         inject_lora(model, LoRAConfig(rank=2))
         randomize(model)
@@ -262,9 +263,9 @@ def test_recomputing_saves_memory_and_changes_nothing(recompute: int, share: flo
         return list(torch.autograd.grad(loss, [x["img"], model.double_blocks[0].img_mlp[0].lora_A.weight])), saved
 
     straight, kept = gradients(0)
-    recomputed, kept_less = gradients(recompute)
+    recomputed, kept_with_recompute = gradients(recompute)
     assert all(a.equal(b) and a.any() for a, b in zip(straight, recomputed, strict=True))
-    assert kept_less < share * kept
+    assert kept_with_recompute < share * kept
 
 
 def test_nothing_is_recomputed_while_sampling(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The texts that are published with weights."""
+"""Texts published with weights: notices and model cards."""
 
 import yaml
 
@@ -13,7 +13,7 @@ METADATA = {
 }
 
 
-def test_notices_say_what_was_modified_and_whose_licence_holds() -> None:
+def test_notices_state_the_modifications_and_the_licence() -> None:
     flux, own = notice(True, METADATA), notice(False, METADATA)
     for text in (flux, own):
         assert "modified: LoRA added" in text and "base_sha256: abc" in text

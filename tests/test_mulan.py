@@ -1,4 +1,4 @@
-"""MULAN: pickles read without running them, layers rebuilt exactly, and readers that refuse what does not fit."""
+"""MULAN: pickles are read without running them, layers rebuilt exactly, and invalid data refused."""
 
 import codecs
 import copy
@@ -36,7 +36,7 @@ ID = "000000581346"
 
 
 def _truth(seed: int = 0) -> list[np.ndarray]:
-    """A background and two objects that overlap, random in colour everywhere, soft at some edges."""
+    """A background and two overlapping objects with random colours and some soft edges."""
     rng = np.random.default_rng(seed)
     layers = [rng.integers(0, 256, (*SIZE, 4), dtype=np.uint8) for _ in range(3)]
     for layer in layers:
@@ -50,21 +50,21 @@ def _truth(seed: int = 0) -> list[np.ndarray]:
 
 
 def _annotation(layers: list[np.ndarray]) -> dict[str, Any]:
-    """What MULAN would say of these layers: the picture where a layer alone is seen, the rest as inpainted content."""
-    seen = np.ones(SIZE, bool)
+    """MULAN's annotation of these layers: the image where a layer alone is visible, inpainted content elsewhere."""
+    uncovered = np.ones(SIZE, bool)
     parts = []
     for layer in layers[::-1]:
-        mask = seen & (layer[..., 3] == 255)
+        mask = uncovered & (layer[..., 3] == 255)
         delta = layer[..., :3].astype(np.int16) * ~mask[..., None]
         alpha = Image.fromarray(layer[..., 3])
         parts.append({"original_image_mask": mask, "inpainted_delta": delta, "instance_alpha": alpha, "blip2": "a cat"})
-        seen &= layer[..., 3] == 0
+        uncovered &= layer[..., 3] == 0
     del parts[-1]["instance_alpha"]
     return {
         "captioning": {"llava": "details", "clip": {"score": np.float32(0.5)}},
         "background": parts[-1],
         "image": {"llava": "a picture", "blip2": "N/A"},
-        "instances": {7 - number: part for number, part in enumerate(parts[-2::-1])},  # not in the order of the names
+        "instances": {7 - number: part for number, part in enumerate(parts[-2::-1])},  # not sorted by key
     }
 
 
@@ -86,7 +86,7 @@ def _assert_truth(layers: list[np.ndarray]) -> None:
 
 
 def _png(picture: Image.Image) -> Image.Image:
-    """As it is when it was read from a file: another class, whose state has a file name more."""
+    """The image as read from a file: another class, whose state also has a file name."""
     file = io.BytesIO()
     picture.save(file, "png")
     return Image.open(io.BytesIO(file.getvalue()))
@@ -101,11 +101,11 @@ def test_layers_are_rebuilt_exactly(tmp_path: Path, protocol: int) -> None:
     layers = _rebuilt(path)
     _assert_truth(layers)
     assert misfit(layers, recompose(_truth())) == 0
-    assert misfit([layers[0], layers[2], layers[1]], recompose(_truth())) > 1  # the order matters, and is seen
+    assert misfit([layers[0], layers[2], layers[1]], recompose(_truth())) > 1  # a wrong order is detected
 
 
 def _grey_palette(picture: Image.Image) -> Image.Image:
-    """Colour indices that are not the grey levels they stand for."""
+    """Palette indices that differ from the grey levels they stand for."""
     indexed = Image.fromarray(255 - np.asarray(picture), mode="P")
     indexed.putpalette([level for index in range(256) for level in [255 - index] * 3])
     return indexed
@@ -128,7 +128,7 @@ ALPHAS: dict[str, Callable[[Image.Image], Any]] = {
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("form", ALPHAS)
-def test_every_form_of_alpha(tmp_path: Path, form: str, protocol: int) -> None:
+def test_every_form_of_alpha_is_read(tmp_path: Path, form: str, protocol: int) -> None:
     annotation = _annotation(_truth())
     for part in annotation["instances"].values():
         part["instance_alpha"] = ALPHAS[form](part["instance_alpha"])
@@ -137,7 +137,7 @@ def test_every_form_of_alpha(tmp_path: Path, form: str, protocol: int) -> None:
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("form", [np.asarray, Image.fromarray, np.float64, np.uint8], ids=["bool", "1", "f8", "u1"])
-def test_binary_alpha(tmp_path: Path, form: Any, protocol: int) -> None:
+def test_every_form_of_binary_alpha_is_read(tmp_path: Path, form: Any, protocol: int) -> None:
     annotation = _annotation(_truth())
     hard = [layer[..., 3] > 128 for layer in _truth()[1:]]
     for part, alpha in zip(annotation["instances"].values(), hard, strict=True):
@@ -160,7 +160,7 @@ def test_binary_alpha(tmp_path: Path, form: Any, protocol: int) -> None:
     ],
     ids=["levels", "three channels", "Fortran", "strided", "PIL 1", "PNG RGB"],
 )
-def test_every_form_of_mask(tmp_path: Path, form: Callable[[Any], Any], protocol: int) -> None:
+def test_every_form_of_mask_is_read(tmp_path: Path, form: Callable[[Any], Any], protocol: int) -> None:
     annotation = _annotation(_truth())
     for part in [annotation["background"], *annotation["instances"].values()]:
         part["original_image_mask"] = form(part["original_image_mask"])
@@ -179,27 +179,27 @@ def test_every_form_of_mask(tmp_path: Path, form: Callable[[Any], Any], protocol
     ],
     ids=["u1", "f8", "Fortran", "planes", "PIL"],
 )
-def test_every_form_of_inpainted_content(tmp_path: Path, form: Callable[[Any], Any], protocol: int) -> None:
+def test_every_form_of_inpainted_content_is_read(tmp_path: Path, form: Callable[[Any], Any], protocol: int) -> None:
     annotation = _annotation(_truth())
     for part in [annotation["background"], *annotation["instances"].values()]:
         part["inpainted_delta"] = form(part["inpainted_delta"])
     _assert_truth(_rebuilt(_write(tmp_path / "1.p.zl", annotation, protocol)))
 
 
-def test_differences_are_added_beyond_eight_bits(tmp_path: Path) -> None:
+def test_differences_are_added_without_overflow(tmp_path: Path) -> None:
     annotation, image = _annotation(_truth()), recompose(_truth()).astype(np.int16)
     parts = [annotation["background"], *annotation["instances"].values()]
     for part, layer in zip(parts, _truth(), strict=True):
         part["original_image_mask"] = np.ones(SIZE, np.uint8)
         part["inpainted_delta"] = layer[..., :3] - image
-    assert parts[0]["inpainted_delta"].min() < -128  # what no byte can hold
+    assert parts[0]["inpainted_delta"].min() < -128  # too small for a signed byte
     _assert_truth(_rebuilt(_write(tmp_path / "1.p.zl", annotation)))
     parts[0]["inpainted_delta"] = np.full((*SIZE, 3), 200)
     background = _rebuilt(_write(tmp_path / "2.p.zl", annotation))[0]
     np.testing.assert_array_equal(background[..., :3], (image + 200).clip(0, 255))
 
 
-def test_the_names_of_older_numpy(tmp_path: Path) -> None:
+def test_module_names_of_older_numpy_are_read(tmp_path: Path) -> None:
     annotation = _annotation(_truth())
     two = pickle.dumps(annotation, 2)
     assert two.count(b"cnumpy._core.multiarray\n_reconstruct") == 1
@@ -209,12 +209,12 @@ def test_the_names_of_older_numpy(tmp_path: Path) -> None:
         long, short = b"numpy._core." + name, b"numpy.core." + name
         assert long in five
         five = five.replace(b"\x8c" + bytes([len(long)]) + long, b"\x8c" + bytes([len(short)]) + short)
-    assert five[2:3] == b"\x95"  # a frame, its length first
+    assert five[2:3] == b"\x95"  # a frame, which starts with its length
     _assert_truth(_rebuilt(_write(tmp_path / "5.p.zl", five[:3] + struct.pack("<Q", len(five) - 11) + five[11:])))
 
 
-class _Asks:
-    """Pickles as a call of anything with anything, and then a state."""
+class _Call:
+    """Pickles as a call of any function with any arguments, followed by an optional state."""
 
     def __init__(self, function: Any, *args: Any, state: Any = None) -> None:
         self.reduced = (function, args) if state is None else (function, args, state)
@@ -223,20 +223,20 @@ class _Asks:
         return self.reduced
 
 
-def test_pictures_of_older_pillow_have_a_state_of_five(tmp_path: Path) -> None:
+def test_images_pickled_by_older_pillow_are_read(tmp_path: Path) -> None:
     annotation = _annotation(_truth())
     for part in annotation["instances"].values():
         state = part["instance_alpha"].__getstate__()
         assert len(state) == 5
-        part["instance_alpha"] = _Asks(type(_png(part["instance_alpha"])), state=state)
+        part["instance_alpha"] = _Call(type(_png(part["instance_alpha"])), state=state)
     _assert_truth(_rebuilt(_write(tmp_path / "1.p.zl", annotation)))
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("place", ["top", "captioning", "instance_alpha", "object array", "state"])
-def test_nothing_is_run(tmp_path: Path, protocol: int, place: str) -> None:
+def test_pickled_calls_are_not_run(tmp_path: Path, protocol: int, place: str) -> None:
     marker = tmp_path / "marker"
-    annotation, trap = _annotation(_truth()), _Asks(os.system, f"touch {marker}")
+    annotation, trap = _annotation(_truth()), _Call(os.system, f"touch {marker}")
     if place == "top":
         annotation = trap  # type: ignore[assignment]
     elif place == "captioning":
@@ -246,14 +246,14 @@ def test_nothing_is_run(tmp_path: Path, protocol: int, place: str) -> None:
     elif place == "object array":
         annotation["background"]["original_image_mask"] = np.array([[trap, 1], [1, 1]], object)
     else:
-        annotation["background"]["original_image_mask"] = _Asks(Image.Image, state=[{"exif": trap}, "L", (1, 1), None])
+        annotation["background"]["original_image_mask"] = _Call(Image.Image, state=[{"exif": trap}, "L", (1, 1), None])
     content = pickle.dumps(annotation, protocol)
     with pytest.raises(InputError, match=r"1\.p\.zl: asks for posix\.system, .*nothing was run"):
         read_annotation(_write(tmp_path / "1.p.zl", content))
     assert not marker.exists()
     if place == "top":
         pickle.loads(content)
-        assert marker.exists()  # so the trap is one
+        assert marker.exists()  # the trap works
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_nothing_is_run(tmp_path: Path, protocol: int, place: str) -> None:
         ("layerdecomp.data.mulan", "_Picture"),
     ],
 )
-def test_other_globals_are_named_and_refused(tmp_path: Path, module: str, name: str) -> None:
+def test_other_globals_are_refused_and_named(tmp_path: Path, module: str, name: str) -> None:
     lines = b"\x80\x02c" + f"{module}\n{name}\n".encode() + b"."
     stacked = b"\x80\x04" + b"".join(bytes([0x8C, len(text)]) + text.encode() for text in (module, name)) + b"\x93."
     for content in (lines, stacked):
@@ -285,19 +285,19 @@ def test_other_globals_are_named_and_refused(tmp_path: Path, module: str, name: 
 @pytest.mark.parametrize("name", [b"numpy\ndtype", b"PIL.Image\nImage", b"_codecs\nencode", b"numpy\nndarray"])
 @pytest.mark.parametrize("state", [b"}X\x04\x00\x00\x00argsK\x01s", b"N}X\x04\x00\x00\x00argsK\x01s\x86"])
 def test_a_pickle_cannot_alter_the_reader(tmp_path: Path, name: bytes, state: bytes) -> None:
-    """`BUILD` on a global sets attributes of what the global stands for, for all files read after it."""
+    """`BUILD` on a global would set attributes of the object it names, for all files read later."""
     with pytest.raises(InputError, match=r"1\.p\.zl: not a pickle, or damaged"):
         read_annotation(_write(tmp_path / "1.p.zl", b"\x80\x02c" + name + b"\n" + state + b"b."))
     _assert_truth(_rebuilt(_write(tmp_path / "2.p.zl", _annotation(_truth()), 2)))
 
 
-def _reconstructed(shape: Any, dtype: Any, data: Any) -> _Asks:
+def _reconstructed(shape: Any, dtype: Any, data: Any) -> _Call:
     reconstruct = np.zeros((1, 1)).__reduce__()[0]
-    return _Asks(reconstruct, np.ndarray, (0,), b"b", state=(1, shape, dtype, False, data))
+    return _Call(reconstruct, np.ndarray, (0,), b"b", state=(1, shape, dtype, False, data))
 
 
-def _picture(mode: Any, size: Any, data: Any, palette: Any = None) -> _Asks:
-    return _Asks(Image.Image, state=[{}, mode, size, palette, data])
+def _picture(mode: Any, size: Any, data: Any, palette: Any = None) -> _Call:
+    return _Call(Image.Image, state=[{}, mode, size, palette, data])
 
 
 @pytest.mark.parametrize(
@@ -317,8 +317,8 @@ def _picture(mode: Any, size: Any, data: Any, palette: Any = None) -> _Asks:
         (_reconstructed((2, 2), np.dtype("u1"), b"ab"), "reshape"),
         (_reconstructed((1, 2), np.dtype("u1"), [1, 2]), "list for bytes"),
         (_reconstructed((1, 2), "u1", b"ab"), "u1 for a dtype"),
-        (_reconstructed((1, 2), _Asks(np.dtype, "u1", state=(3, "2", None, None, None, -1, -1, 0)), b"ab"), "order 2"),
-        (_reconstructed((1, 2), np.dtype("u1"), _Asks(codecs.encode, "ab", "utf8")), "bytes in the encoding utf8"),
+        (_reconstructed((1, 2), _Call(np.dtype, "u1", state=(3, "2", None, None, None, -1, -1, 0)), b"ab"), "order 2"),
+        (_reconstructed((1, 2), np.dtype("u1"), _Call(codecs.encode, "ab", "utf8")), "bytes in the encoding utf8"),
         (_picture("1", (10**6, 10**6), b"ab"), "more than 100,000,000 pixels"),
         (_picture("L", (3, 2), b"ab"), "not enough image data"),
         (_picture("L", (2, 2), 4), "int for bytes"),
@@ -330,7 +330,7 @@ def _picture(mode: Any, size: Any, data: Any, palette: Any = None) -> _Asks:
         (None, "NoneType"),
     ],
 )
-def test_what_is_no_picture_of_numbers(tmp_path: Path, value: Any, message: str) -> None:
+def test_invalid_arrays_and_images_are_refused(tmp_path: Path, value: Any, message: str) -> None:
     annotation = _annotation(_truth())
     annotation["instances"][6]["original_image_mask"] = value
     for protocol in PROTOCOLS:
@@ -342,7 +342,7 @@ def test_what_is_no_picture_of_numbers(tmp_path: Path, value: Any, message: str)
         assert len(str(error.value)) < 400
 
 
-def test_a_bomb_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
+def test_a_decompression_bomb_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
     path = _write(tmp_path / "1.p.zl", bytes(100 << 20))
     assert path.stat().st_size < 200_000
     tracemalloc.start()
@@ -353,7 +353,7 @@ def test_a_bomb_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
     assert peak < 8 << 20
 
 
-def test_the_limit_is_exact(tmp_path: Path) -> None:
+def test_the_size_limit_is_exact(tmp_path: Path) -> None:
     content = pickle.dumps(_annotation(_truth()))
     path = _write(tmp_path / "1.p.zl", content)
     read_annotation(path, limit_bytes=len(content))
@@ -362,7 +362,7 @@ def test_the_limit_is_exact(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])
-def test_content_of_several_chunks(tmp_path: Path, extra: int) -> None:
+def test_content_of_several_chunks_is_read(tmp_path: Path, extra: int) -> None:
     annotation = _annotation(_truth())
     annotation["captioning"]["llava"] = ""
     short = len(pickle.dumps(annotation, 2))
@@ -374,14 +374,14 @@ def test_content_of_several_chunks(tmp_path: Path, extra: int) -> None:
         _assert_truth(_rebuilt(path))
 
 
-def test_ten_bytes_cannot_reserve_gigabytes(tmp_path: Path) -> None:
+def test_a_large_memo_index_does_not_allocate_memory(tmp_path: Path) -> None:
     content = b"\x80\x02Nr" + struct.pack("<I", 1 << 24) + b"."
     with pytest.raises(InputError, match=r"1\.p\.zl: not a pickle, or damaged \(entry 16777216 of its memo"):
         read_annotation(_write(tmp_path / "1.p.zl", content))
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_damage_is_one_error(tmp_path: Path, protocol: int) -> None:
+def test_missing_and_damaged_files_are_refused(tmp_path: Path, protocol: int) -> None:
     path = tmp_path / "1.p.zl"
     with pytest.raises(InputError, match=r"1\.p\.zl cannot be read .*expected a MULAN annotation"):
         read_annotation(path)
@@ -398,7 +398,7 @@ def test_damage_is_one_error(tmp_path: Path, protocol: int) -> None:
             read_annotation(_write(path, content[:length]))
 
 
-def test_a_changed_byte_is_an_input_error_or_none(tmp_path: Path) -> None:
+def test_a_changed_byte_raises_an_input_error_or_nothing(tmp_path: Path) -> None:
     content = pickle.dumps(_annotation(_truth()), 4)
     rng = np.random.default_rng(0)
     refused = 0
@@ -423,7 +423,7 @@ def test_a_changed_byte_is_an_input_error_or_none(tmp_path: Path) -> None:
         (["instances", 7, "original_image_mask"], "instance 1: no original_image_mask"),
     ],
 )
-def test_missing_keys(tmp_path: Path, keys: list[Any], message: str) -> None:
+def test_missing_keys_are_named(tmp_path: Path, keys: list[Any], message: str) -> None:
     annotation = _annotation(_truth())
     part = annotation
     for key in keys[:-1]:
@@ -434,13 +434,13 @@ def test_missing_keys(tmp_path: Path, keys: list[Any], message: str) -> None:
 
 
 @pytest.mark.parametrize("content", [[], "text", {}, {"background": 1, "instances": {1: 2}}])
-def test_other_content(tmp_path: Path, content: Any) -> None:
+def test_other_content_is_refused(tmp_path: Path, content: Any) -> None:
     with pytest.raises(InputError, match=r"1\.p\.zl: (background: )?no "):
         read_annotation(_write(tmp_path / "1.p.zl", content))
 
 
 @pytest.mark.parametrize("instances", [{}, [], [1], None])
-def test_a_picture_without_objects(tmp_path: Path, instances: Any) -> None:
+def test_an_annotation_without_objects_is_refused(tmp_path: Path, instances: Any) -> None:
     annotation = {**_annotation(_truth()), "instances": instances}
     with pytest.raises(InputError, match=r"1\.p\.zl: no instances; expected a dict"):
         read_annotation(_write(tmp_path / "1.p.zl", annotation))
@@ -464,14 +464,16 @@ def test_a_picture_without_objects(tmp_path: Path, instances: Any) -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-def test_arrays_that_do_not_fit(tmp_path: Path, name: str, form: Callable[[Any], Any], message: str) -> None:
+def test_arrays_that_do_not_fit_are_refused(
+    tmp_path: Path, name: str, form: Callable[[Any], Any], message: str
+) -> None:
     annotation = _annotation(_truth())
     annotation["instances"][6][name] = form(annotation["instances"][6][name])
     with pytest.raises(InputError, match=rf"1\.p\.zl: layer 2: {name}:? ?{message}"):
         _rebuilt(_write(tmp_path / "1.p.zl", annotation))
 
 
-def test_recomposing_is_what_the_package_composites() -> None:
+def test_recompose_equals_compositing_with_over() -> None:
     layers = _truth(1)
     for layer in layers[1:]:
         layer[..., 3] = np.random.default_rng(2).integers(0, 256, SIZE)
@@ -487,7 +489,7 @@ def test_recomposing_is_what_the_package_composites() -> None:
 
 
 def _data_set(folder: Path) -> MulanAnnotations:
-    """Two annotations, the pictures of both in folders, and one more that is nobody's; colour profiles do not count."""
+    """Two annotations, their pictures in subfolders, and an unrelated picture; colour profiles are ignored."""
     for seed, id in enumerate([ID, "000635517"]):
         layers = _truth(seed)
         _write(folder / "mulan" / f"part{seed}" / f"{id}.p.zl", _annotation(layers))
@@ -523,12 +525,12 @@ def test_annotations_become_items(tmp_path: Path) -> None:
 def test_finished_layers_are_kept(tmp_path: Path) -> None:
     reader = _data_set(tmp_path)
     candidate, folder = f"part0/{ID}.p.zl", tmp_path / "layers" / "images" / ID
-    left = folder.with_name(f".{ID}.partial")
-    left.mkdir(parents=True)
-    (left / "layer_9.png").write_text("of a run that was stopped")
+    leftover = folder.with_name(f".{ID}.partial")
+    leftover.mkdir(parents=True)
+    (leftover / "layer_9.png").write_text("of an interrupted run")
     item = reader.read(candidate)
     assert sorted(path.name for path in folder.iterdir()) == ["layer_0.png", "layer_1.png", "layer_2.png"]
-    assert not left.exists()
+    assert not leftover.exists()
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     (tmp_path / "mulan" / candidate).write_text("no longer readable")
     assert reader.read(candidate) == item
@@ -538,7 +540,7 @@ def test_finished_layers_are_kept(tmp_path: Path) -> None:
         reader.read(candidate)
 
 
-def test_a_full_disk_leaves_no_half_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_partial_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader, save, calls = _data_set(tmp_path), Image.Image.save, []
 
     def full_disk(self: Image.Image, path: Path, *args: Any, **options: Any) -> None:
@@ -554,14 +556,14 @@ def test_a_full_disk_leaves_no_half_picture(tmp_path: Path, monkeypatch: pytest.
     assert len(calls) == 2 and list((tmp_path / "layers" / "images").iterdir()) == []
 
 
-def test_the_wrong_picture_is_noticed(tmp_path: Path) -> None:
+def test_a_picture_that_does_not_match_its_annotation_is_refused(tmp_path: Path) -> None:
     reader, candidate = _data_set(tmp_path), f"part0/{ID}.p.zl"
     path = tmp_path / "pictures" / "of 0" / f"{ID}.webp"
     image = recompose(_truth())
     changed = np.where(image < 128, image + 9, image - 9).astype(np.uint8)
     Image.fromarray(changed).save(path, lossless=True)
     layers = rebuild_layers(read_annotation(tmp_path / "mulan" / candidate), changed)
-    found = misfit(layers, changed)  # at soft edges alone, since what is seen is the picture itself
+    found = misfit(layers, changed)  # at soft edges only, since the visible pixels are the picture's own
     assert 0 < found < 8
     with pytest.raises(InputError, match=rf"{ID}\.p\.zl: its layers, recomposed, are .* of 255 away .*max_misfit"):
         MulanAnnotations(reader.annotations, reader.images, reader.root, max_misfit=found * 0.99).read(candidate)
@@ -572,7 +574,7 @@ def test_the_wrong_picture_is_noticed(tmp_path: Path) -> None:
         reader.read(candidate)
 
 
-def test_missing_pictures_and_folders(tmp_path: Path) -> None:
+def test_missing_and_duplicate_pictures_and_missing_folders_are_refused(tmp_path: Path) -> None:
     reader, candidate = _data_set(tmp_path), f"part0/{ID}.p.zl"
     (tmp_path / "pictures" / "of 0" / f"{ID}.webp").rename(tmp_path / "pictures" / "other.webp")
     with pytest.raises(InputError, match=rf"its picture {ID} is not found below {tmp_path}/pictures .*COCO"):
@@ -597,7 +599,7 @@ def _save_layers(root: Path, candidate: str, layers: list[np.ndarray]) -> None:
         Image.fromarray(layer).save(path)
 
 
-def test_both_layouts_are_found(tmp_path: Path) -> None:
+def test_flat_and_nested_layouts_are_found(tmp_path: Path) -> None:
     places = [FLAT, NESTED, "coco/7-layer_{layer}.png", "8/layer_{layer}.png"]
     for seed, candidate in enumerate(places):
         _save_layers(tmp_path, candidate, _truth(seed))
@@ -619,7 +621,7 @@ def test_a_background_without_alpha_is_opaque(tmp_path: Path) -> None:
     assert MulanLayers(tmp_path).read(FLAT).layers == 3
 
 
-def _without(number: int) -> Callable[[Path, str], None]:
+def _delete(number: int) -> Callable[[Path, str], None]:
     return lambda root, candidate: (root / candidate.format(layer=number)).unlink()
 
 
@@ -631,43 +633,43 @@ def _change(number: int, change: Callable[[np.ndarray], np.ndarray]) -> Callable
     return apply
 
 
-def _one_pixel(layer: np.ndarray) -> np.ndarray:
+def _with_a_translucent_pixel(layer: np.ndarray) -> np.ndarray:
     layer = layer.copy()
     layer[-1, -1, 3] = 254
     return layer
 
 
-def _cut(root: Path, candidate: str) -> None:
+def _truncate(root: Path, candidate: str) -> None:
     path = root / candidate.format(layer=2)
     path.write_bytes(path.read_bytes()[:200])
 
 
-def _alone(root: Path, candidate: str) -> None:
-    _without(1)(root, candidate)
-    _without(2)(root, candidate)
+def _delete_all_objects(root: Path, candidate: str) -> None:
+    _delete(1)(root, candidate)
+    _delete(2)(root, candidate)
 
 
 @pytest.mark.parametrize("candidate", [FLAT, NESTED])
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
-        (_without(0), "layer 1, 2 found; expected at least two, numbered from 0 without a gap"),
-        (_without(1), "layer 0, 2 found"),
-        (_alone, "layer 0 found"),
+        (_delete(0), "layer 1, 2 found; expected at least two, numbered from 0 without a gap"),
+        (_delete(1), "layer 0, 2 found"),
+        (_delete_all_objects, "layer 0 found"),
         (_change(1, lambda layer: layer[:-1]), "layer_1.png is 17 x 11 pixels, layer 0 17 x 12"),
         (_change(2, lambda layer: np.ascontiguousarray(layer[..., :3])), "layer_2.png has no alpha channel"),
-        (_change(0, _one_pixel), "layer_0.png is transparent in places; expected an opaque"),
+        (_change(0, _with_a_translucent_pixel), "layer_0.png is transparent in places; expected an opaque"),
         (_change(0, lambda layer: layer[..., 0] * np.uint16(257)), "layer_0.png is greyscale with more than 8 bits"),
-        (_cut, "layer_2.png cannot be read as a picture"),
+        (_truncate, "layer_2.png cannot be read as a picture"),
     ],
     ids=["no background", "gap", "background alone", "size", "no alpha", "not opaque", "16 bits", "cut off"],
 )
-def test_layers_that_do_not_fit(
-    tmp_path: Path, candidate: str, spoil: Callable[[Path, str], None], message: str
+def test_layers_that_do_not_fit_are_refused(
+    tmp_path: Path, candidate: str, damage: Callable[[Path, str], None], message: str
 ) -> None:
     _save_layers(tmp_path, candidate, _truth())
     MulanLayers(tmp_path).read(candidate)
-    spoil(tmp_path, candidate)
+    damage(tmp_path, candidate)
     reader = MulanLayers(tmp_path)
     assert reader.candidates() == [candidate]
     with pytest.raises(InputError, match=message):
@@ -680,7 +682,7 @@ def test_rebuilt_layers_are_compared_with_the_picture(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (3, 3)).save(tmp_path / "pictures" / "124.png")
     reader = MulanLayers(tmp_path / "layers", tmp_path / "pictures", max_misfit=0)
-    assert reader.read(FLAT).layers == 3  # the picture is not there
+    assert reader.read(FLAT).layers == 3  # the picture is missing
     Image.fromarray(recompose(layers)).save(tmp_path / "pictures" / "123.png")
     assert MulanLayers(tmp_path / "layers", tmp_path / "pictures", max_misfit=0).read(FLAT).layers == 3
     swapped = copy.copy(layers)

@@ -1,4 +1,4 @@
-"""Muon: orthogonal steps, Adam's for the rest, and nothing lost over a restart."""
+"""Muon: orthogonalised steps for matrices, Adam's for the rest, and exact restarts."""
 
 import copy
 
@@ -26,7 +26,7 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> N
 
 
 @pytest.mark.parametrize("shape", [(24, 64), (64, 24), (24, 24)])
-def test_singular_vectors_stay_and_values_become_about_1(shape: tuple[int, int]) -> None:
+def test_orthogonalization_keeps_singular_vectors_and_brings_values_close_to_one(shape: tuple[int, int]) -> None:
     matrix = normal(*shape)
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     result = left.T @ orthogonalized(matrix) @ right.T
@@ -35,12 +35,12 @@ def test_singular_vectors_stay_and_values_become_about_1(shape: tuple[int, int])
     torch.testing.assert_close(result, result.diag().diag(), atol=1e-4, rtol=0)
 
 
-def test_the_size_of_a_gradient_does_not_matter() -> None:
+def test_orthogonalization_is_independent_of_scale() -> None:
     torch.testing.assert_close(orthogonalized(1e-4 * normal(8, 32)), orthogonalized(normal(8, 32)), atol=1e-3, rtol=0)
     assert not orthogonalized(torch.zeros(4, 5)).any()
 
 
-def test_matrices_of_one_shape_are_stepped_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stacked_matrices_get_the_same_steps_as_single_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     def stepped(stacked: int) -> list[Tensor]:
         monkeypatch.setattr(muon, "STACKED", stacked)
         weights = [nn.Parameter(normal(*shape, seed=i)) for i, shape in enumerate([(8, 24), (24, 8), (8, 24), (8, 24)])]
@@ -55,7 +55,7 @@ def test_matrices_of_one_shape_are_stepped_as_each_alone(monkeypatch: pytest.Mon
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
 
 
-def test_a_convolution_is_stepped_as_a_matrix_of_its_outputs() -> None:
+def test_a_convolution_is_stepped_like_its_flattened_matrix() -> None:
     kernel = nn.Parameter(normal(8, 3, 5, 5).contiguous(memory_format=torch.channels_last))
     matrix = nn.Parameter(normal(8, 3, 5, 5).flatten(1))
     optimizer = Muon([kernel, matrix], [], RATE)
@@ -79,7 +79,7 @@ def test_first_and_last_layers_are_not_hidden() -> None:
     assert not is_hidden("img_in.weight", normal(4, 4)) and is_hidden("double_blocks.0.img_mlp.0.weight", normal(4, 4))
 
 
-def test_a_step_of_a_matrix_is_as_large_as_adams() -> None:
+def test_the_step_of_a_matrix_is_as_large_as_adams() -> None:
     model = nn.Linear(512, 128, bias=False)
     before = model.weight.detach().clone()
     model.weight.grad = normal(128, 512)
@@ -89,7 +89,7 @@ def test_a_step_of_a_matrix_is_as_large_as_adams() -> None:
     assert ((before - model.weight) * model.weight.grad).sum() > 0  # downhill
 
 
-def test_others_are_stepped_as_by_torchs_adam() -> None:
+def test_other_parameters_are_stepped_like_torch_adam() -> None:
     ours = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
     theirs = copy.deepcopy(ours)
     steps(ours, Muon([], ours.parameters(), RATE, betas=(0.9, 0.99)), range(20))
@@ -99,23 +99,23 @@ def test_others_are_stepped_as_by_torchs_adam() -> None:
 
 
 def test_a_restart_from_a_saved_state_is_exact() -> None:
-    def made() -> tuple[nn.Module, Muon]:
+    def build() -> tuple[nn.Module, Muon]:
         torch.manual_seed(0)
         model = nn.Linear(6, 4)
         return model, Muon([model.weight], [model.bias], RATE)
 
-    straight, optimizer = made()
+    straight, optimizer = build()
     steps(straight, optimizer, range(8))
-    first, optimizer = made()
+    first, optimizer = build()
     steps(first, optimizer, range(5))
-    second, resumed = made()
+    second, resumed = build()
     second.load_state_dict(first.state_dict())
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     steps(second, resumed, range(5, 8))
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), second.parameters(), strict=True))
 
 
-def test_the_loss_falls_below_that_of_the_mean() -> None:
+def test_training_reduces_the_loss_well_below_the_variance() -> None:
     torch.manual_seed(0)
     model, teacher = (nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 4)) for _ in range(2))
     optimizer = Muon([model[0].weight, model[2].weight], [model[0].bias, model[2].bias], 0.02)

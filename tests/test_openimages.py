@@ -1,4 +1,4 @@
-"""OpenImages: which pictures pass for backgrounds, how they are turned, and what its tables may look like."""
+"""OpenImages: which pictures are backgrounds, how they are rotated, and the supported forms of its tables."""
 
 import csv
 import logging
@@ -52,7 +52,7 @@ def _box(number: int, name: str, *corners: float) -> list[Any]:
 
 LABELS = [
     _label(1, "Tree"),
-    _label(1, "Person", 0),  # somebody looked, and there is none
+    _label(1, "Person", 0),  # verified to be absent
     _label(2, "Tree"),
     _label(2, "Dog", "1.0"),
     _label(3, "Window"),
@@ -80,10 +80,10 @@ NAMES = {
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Pictures 1 to 7 of the validation split, with tables.
+    """Pictures 1 to 7 of the validation split, with their tables.
 
-    1 is empty but for a small tree, 2 shows a dog, 3 has boxes over half of it, 4 the same small box twice, 5 no boxes,
-    6 a box of a tire, and at 7 nobody has looked.
+    1 has only a small tree, 2 shows a dog, 3 has boxes over half of it, 4 the same small box twice, 5 no boxes,
+    6 a box of a tire, and 7 has no verified labels.
     """
     for number in range(1, 8):
         _save(tmp_path / "validation" / f"{_id(number)}.jpg", number)
@@ -124,14 +124,14 @@ FIFTYONE |= {"classes": "metadata/classes.csv", "rotations": "metadata/image_ids
 
 
 @pytest.mark.parametrize("folder", ["metadata", "labels", "validation", "validation/labels"])
-def test_tables_are_found_where_people_put_them(root: Path, folder: str) -> None:
+def test_tables_are_found_in_every_usual_folder(root: Path, folder: str) -> None:
     (root / folder).mkdir(exist_ok=True)
     for path in root.glob("*.csv"):
         path.rename(root / folder / path.name)
     assert _numbers(_validation(root)) == [1, 4, 5]
 
 
-def test_the_layout_of_fiftyone(root: Path) -> None:
+def test_the_layout_of_fiftyone_is_read(root: Path) -> None:
     for path in root.glob("*.csv"):
         path.unlink()
     (root / "validation").rename(root / "data")
@@ -145,7 +145,7 @@ def test_the_layout_of_fiftyone(root: Path) -> None:
     assert reader.read(f"validation/data/{_id(1)}.jpg") == Item(_id(1), f"validation/data/{_id(1)}.jpg", WIDTH, HEIGHT)
 
 
-def test_the_names_of_the_training_split(root: Path) -> None:
+def test_the_file_names_of_the_training_split_are_read(root: Path) -> None:
     _save(root / "train" / f"{_id(9)}.jpg")
     names = ["train-annotations-human-imagelabels-boxable.csv", "oidv6-train-annotations-bbox.csv"]
     _table(root / names[0], LABEL_COLUMNS, [_label(8, "Tree"), _label(9, "Tree")])
@@ -154,7 +154,7 @@ def test_the_names_of_the_training_split(root: Path) -> None:
     assert OpenImages(root).candidates() == [f"train/{_id(9)}.jpg@90"]
 
 
-def test_a_header_over_the_class_names_and_a_byte_order_mark(root: Path) -> None:
+def test_a_header_of_class_names_and_a_byte_order_mark_are_accepted(root: Path) -> None:
     path = root / "class-descriptions-boxable.csv"
     path.write_text("\ufeffLabelName,DisplayName\n" + path.read_text())
     labels = root / "validation-annotations-human-imagelabels-boxable.csv"
@@ -163,7 +163,7 @@ def test_a_header_over_the_class_names_and_a_byte_order_mark(root: Path) -> None
 
 
 @pytest.mark.parametrize("turn", [0, 90, 180, 270])
-def test_rotation_is_counter_clockwise_and_yet_to_be_applied(root: Path, turn: int) -> None:
+def test_rotation_is_stored_counter_clockwise_and_not_yet_applied(root: Path, turn: int) -> None:
     _table(root / "validation-images-with-rotation.csv", ["ImageID", "Rotation"], [[_id(5), turn], [_id(1), 90]])
     reader: Reader = _validation(root, max_box_area=0)
     (candidate,) = reader.candidates()
@@ -173,7 +173,7 @@ def test_rotation_is_counter_clockwise_and_yet_to_be_applied(root: Path, turn: i
         assert picture.rotate(item.rotation, expand=True).size == (item.width, item.height)
 
 
-def test_a_picture_that_kept_its_exif_is_not_turned_twice(root: Path) -> None:
+def test_a_picture_with_exif_orientation_is_not_rotated_twice(root: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     _save(root / "validation" / f"{_id(3)}.jpg", exif=exif)
@@ -181,28 +181,28 @@ def test_a_picture_that_kept_its_exif_is_not_turned_twice(root: Path) -> None:
     assert (item.width, item.height, item.rotation) == (HEIGHT, WIDTH, 0)
 
 
-def test_without_a_table_of_rotations(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_table_of_rotations_logs_a_warning(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     (root / "validation-images-with-rotation.csv").unlink()
     with caplog.at_level(logging.WARNING):
         assert "@" not in "".join(_validation(root, max_box_area=1).candidates())
     assert "no validation-images-boxable-with-rotation.csv, so all pictures are assumed to be upright" in caplog.text
 
 
-def _list(root: Path, *lines: str) -> Path:
+def _id_list(root: Path, *lines: str) -> Path:
     path = root / "ids.txt"
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
 def test_a_list_of_ids_overrides_the_filter(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    ids = _list(root, _id(7), "", f"  validation/{_id(2)} ", f"train/{_id(1)}", f"validation/{_id(3)}", _id(7))
+    ids = _id_list(root, _id(7), "", f"  validation/{_id(2)} ", f"train/{_id(1)}", f"validation/{_id(3)}", _id(7))
     for path in root.glob("*annotations*.csv"):
         path.unlink()
     with caplog.at_level(logging.WARNING):
         assert _numbers(_validation(root, ids=ids)) == [2, 3, 7]
         assert _validation(root, ids=ids).candidates()[1].endswith("@270")
         assert not caplog.messages
-        assert _numbers(_validation(root, ids=_list(root, _id(7), _id(98), _id(99)))) == [7]
+        assert _numbers(_validation(root, ids=_id_list(root, _id(7), _id(98), _id(99)))) == [7]
     assert "ids.txt: 2 of 3 ids have no picture" in caplog.text
 
 
@@ -215,12 +215,12 @@ def test_a_list_of_ids_overrides_the_filter(root: Path, caplog: pytest.LogCaptur
         (_id(99), "none of its 1 ids of validation has a picture in"),
     ],
 )
-def test_lists_that_cannot_be_used(root: Path, line: str, message: str) -> None:
+def test_invalid_id_lists_are_refused(root: Path, line: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        _validation(root, ids=_list(root, f"train/{_id(8)}", line)).candidates()
+        _validation(root, ids=_id_list(root, f"train/{_id(8)}", line)).candidates()
 
 
-def test_a_list_that_is_not_there(root: Path) -> None:
+def test_a_missing_id_list_is_refused(root: Path) -> None:
     with pytest.raises(InputError, match=r"none\.txt cannot be read .*one id per line"):
         _validation(root, ids=root / "none.txt").candidates()
 
@@ -233,7 +233,7 @@ def test_a_missing_table_is_named(root: Path, table: str) -> None:
         _validation(root).candidates()
 
 
-def test_without_any_table(root: Path) -> None:
+def test_all_missing_tables_are_named(root: Path) -> None:
     for path in root.glob("*.csv"):
         path.unlink()
     expected = "lacks validation-annotations-human-imagelabels-boxable.csv, .*bbox.csv, class-descriptions-boxable.csv;"
@@ -241,11 +241,11 @@ def test_without_any_table(root: Path) -> None:
         _validation(root).candidates()
 
 
-Spoil = Callable[[str], str]
+Damage = Callable[[str], str]
 
 
 @pytest.mark.parametrize(
-    ("table", "spoil", "message"),
+    ("table", "damage", "message"),
     [
         ("labels", lambda text: text.replace("LabelName", "Label"), "has no column LabelName"),
         ("labels", lambda text: text.replace("1.0", "yes"), "holds yes; expected numbers"),
@@ -259,16 +259,16 @@ Spoil = Callable[[str], str]
         ("rotations", lambda text: text.replace("180", "45"), "holds the rotation 45; expected 0, 90, 180 or 270"),
     ],
 )
-def test_damaged_tables(root: Path, table: str, spoil: Spoil, message: str) -> None:
+def test_damaged_tables_are_refused(root: Path, table: str, damage: Damage, message: str) -> None:
     path = root / NAMES[table].format(split="validation")
     text = path.read_text()
-    assert spoil(text) != text
-    path.write_text(spoil(text))
+    assert damage(text) != text
+    path.write_text(damage(text))
     with pytest.raises(InputError, match=rf"{path.name}.* {message}"):
         _validation(root).candidates()
 
 
-def test_tables_that_are_no_text(root: Path) -> None:
+def test_binary_tables_are_refused(root: Path) -> None:
     for table in ("boxes", "labels", "classes"):
         path = root / NAMES[table].format(split="validation")
         path.write_bytes(b"\x1f\x8b\x08\xff\xfe" * 9)
@@ -276,20 +276,20 @@ def test_tables_that_are_no_text(root: Path) -> None:
             _validation(root).candidates()
 
 
-def test_one_picture_in_both_layouts(root: Path) -> None:
+def test_a_picture_in_both_layouts_is_refused(root: Path) -> None:
     _save(root / "validation" / "data" / f"{_id(3)}.jpg")
     expected = f"validation/{_id(3)}.jpg and validation/data/{_id(3)}.jpg are the same picture"
     with pytest.raises(InputError, match=expected):
         _validation(root).candidates()
 
 
-def test_other_files_are_passed_over(root: Path) -> None:
+def test_other_files_are_ignored(root: Path) -> None:
     for name in (f".{_id(5)}.jpg", f"{_id(0xFE)}.jpg.part", f"{_id(0xFE)}.png", f"{_id(0xFE)[1:]}.jpg", "cover.jpg"):
         (root / "validation" / name).write_bytes(b"never opened")
     assert _numbers(_validation(root, max_box_area=1)) == [1, 3, 4, 5]
 
 
-def test_a_picture_that_is_cut_off(root: Path) -> None:
+def test_a_truncated_picture_is_refused(root: Path) -> None:
     path = root / "validation" / f"{_id(5)}.jpg"
     path.write_bytes(path.read_bytes()[:-60])
     (candidate,) = _validation(root, max_box_area=0).candidates()
@@ -305,12 +305,12 @@ def test_a_picture_that_is_cut_off(root: Path) -> None:
         ({"split": "test"}, r"holds no pictures of OpenImages; expected test/<16 hex digits>\.jpg"),
     ],
 )
-def test_settings_that_cannot_be_used(root: Path, settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(root: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         OpenImages(root, **settings).candidates()
 
 
-def test_worker_processes_can_be_given_it(root: Path) -> None:
+def test_a_reader_can_be_pickled_for_workers(root: Path) -> None:
     reader = _validation(root, max_box_area=0.5)
     candidates = reader.candidates()
     assert pickle.loads(pickle.dumps(reader)) == reader
@@ -320,14 +320,14 @@ def test_worker_processes_can_be_given_it(root: Path) -> None:
     assert (reader.source, reader.kind) == ("openimages", "backgrounds") and "CC BY 2.0" in reader.licence
 
 
-def test_what_is_unwanted() -> None:
+def test_unwanted_classes_are_people_animals_and_vehicles() -> None:
     assert len(UNWANTED) == 19 + 110 + 36  # people, animals and vehicles in the published hierarchy
     assert {"Person", "Human hand", "Bee", "Sea turtle", "Rays and skates", "Bicycle wheel", "Seat belt"} <= UNWANTED
     assert not {"Tree", "Teddy bear", "House", "Clothing", ""} & UNWANTED
 
 
 def _raster_area(boxes: np.ndarray, cells: int) -> float:
-    """The union of boxes whose corners lie on a grid of `cells`, by painting it."""
+    """Area of a union of boxes with corners on a grid of `cells`, by rasterising it."""
     grid = np.zeros((cells, cells), bool)
     for left, right, top, bottom in (boxes * cells).round().astype(int).clip(0, cells):
         grid[top:bottom, left:right] = True
@@ -335,7 +335,7 @@ def _raster_area(boxes: np.ndarray, cells: int) -> float:
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 40, 300])
-def test_the_area_of_a_union(count: int) -> None:
+def test_covered_area_equals_the_rasterised_union(count: int) -> None:
     rng = np.random.default_rng(count)
     for cells in (4, 16, 64):
         low = rng.integers(0, cells, (2, count))
@@ -345,7 +345,7 @@ def test_the_area_of_a_union(count: int) -> None:
         assert covered_area(boxes) == pytest.approx(_raster_area(boxes, cells), abs=1e-9)
 
 
-def test_areas_off_any_grid() -> None:
+def test_covered_area_is_exact_off_the_grid() -> None:
     thirds = np.array([[0.1, 0.1 + 1 / 3, 0.2, 0.2 + 1 / 7], [0.1 + 1 / 6, 0.6, 0.2, 0.9], [-1, 0.05, -1, 2]])
     expected = 1 / 21 + (0.5 - 1 / 6) * 0.7 - 1 / 6 / 7 + 0.05
     assert covered_area(thirds) == pytest.approx(expected, abs=1e-12)

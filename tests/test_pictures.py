@@ -1,4 +1,4 @@
-"""Grids of layers side by side, and maps of errors."""
+"""Comparison grids of layers, and error maps."""
 
 import numpy as np
 import torch
@@ -35,12 +35,12 @@ def test_comparison_grid_shows_input_mask_predictions_and_truth_in_order():
         height = 12 + (1, 3)[row]
         assert magenta.sum() == 2 * (height + 2) + 2 * 16
         assert np.array_equal(outlined[inside], tile(picture, row, 0)[inside])
-        for column in (3, 5, 7):  # the object over a board of grey and white
+        for column in (3, 5, 7):  # the object over a grey and white checkerboard
             foreground = tile(picture, row, column)
             assert np.array_equal(foreground[inside], to_levels(batch["foreground"][row, :3])[inside])
             assert len(np.unique(foreground[~inside])) == 2
     header, gutter = picture[:HEADER], picture[HEADER:, :GUTTER]
-    for column in range(8):  # every column has a name, every line a label
+    for column in range(8):  # every column has a name, every row a label
         assert (header[:, GUTTER + column * step :][:, :SIZE] < 128).sum() > 10
     assert (gutter[:SIZE] < 128).any()
     assert (gutter[step:] < 128).any()
@@ -58,7 +58,7 @@ def test_comparison_grid_reduces_large_samples():
     assert np.array_equal(reduced[::8, ::8], to_levels(collate(1)["image"][0]))
 
 
-def test_comparison_grid_leaves_out_layers_that_are_not_there():
+def test_comparison_grid_leaves_out_missing_layers():
     batch = {key: value for key, value in collate(1, 3).items() if key != "foreground"}
     matte = {"matting": (None, do_nothing(collate(1, 3))[1])}
     assert comparison_grid(batch, matte).shape[1] == GAP + 4 * (SIZE + GAP)  # input, mask, one layer, true background

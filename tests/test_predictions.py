@@ -1,4 +1,4 @@
-"""Folders of predicted layers: matched by name, checked, brought to size."""
+"""Folders of predicted layers: matching by name, validation, and resizing."""
 
 from pathlib import Path
 
@@ -15,13 +15,13 @@ NAMES = ["a", "b", "deep/c"]
 
 
 def layers(count: int, height: int = 16, width: int = 24) -> tuple[Tensor, Tensor]:
-    """Backgrounds and foregrounds that 8 bits hold exactly."""
+    """Backgrounds and foregrounds that are exact in 8 bits."""
     generator = torch.Generator().manual_seed(0)
     levels = torch.randint(0, 256, (count, 7, height, width), generator=generator).float()
     return levels[:, :3] / 127.5 - 1, torch.cat([levels[:, 3:6] / 127.5 - 1, levels[:, 6:] / 255], dim=1)
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+def test_written_predictions_are_read_back(tmp_path: Path) -> None:
     background, foreground = layers(3)
     write_prediction(tmp_path, NAMES, (background, foreground))
     folder = PredictionFolder(tmp_path, NAMES)
@@ -33,7 +33,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert describe(folder) == {} and (tmp_path / "background" / "deep" / "c.png").is_file()
 
 
-def test_a_method_may_give_one_kind_of_layer(tmp_path: Path) -> None:
+def test_a_method_may_predict_one_kind_of_layer(tmp_path: Path) -> None:
     background, foreground = layers(3)
     write_prediction(tmp_path / "remover", NAMES, (background, None))
     write_prediction(tmp_path / "matting", NAMES, (None, foreground))
@@ -55,7 +55,7 @@ def test_missing_and_extra_files_are_listed(tmp_path: Path) -> None:
     assert folder.read("b", background[:1])[0] is None and folder.read("b", background[:1])[1] is not None
 
 
-def test_names_that_never_match_are_an_error(tmp_path: Path) -> None:
+def test_a_folder_without_any_matching_name_is_an_error(tmp_path: Path) -> None:
     write_prediction(tmp_path, ["a_result"], (layers(1)[0], None))
     with pytest.raises(InputError, match=r"no file is named like a sample; found a_result.png, expected a.png"):
         PredictionFolder(tmp_path, NAMES)
@@ -64,7 +64,7 @@ def test_names_that_never_match_are_an_error(tmp_path: Path) -> None:
         PredictionFolder(tmp_path / "empty", NAMES)
 
 
-def test_another_size_is_brought_to_the_images_and_told(tmp_path: Path) -> None:
+def test_predictions_of_another_size_are_resized_and_reported(tmp_path: Path) -> None:
     background, foreground = layers(1, 32, 48)
     foreground[:, 3:] = 0
     foreground[:, 3, :16] = 1
@@ -82,7 +82,7 @@ def test_another_size_is_brought_to_the_images_and_told(tmp_path: Path) -> None:
         folder.read("a", torch.zeros(1, 3, 24, 24))
 
 
-def test_a_grey_matte_has_the_images_colours(tmp_path: Path) -> None:
+def test_a_grey_matte_gets_the_colours_of_its_image(tmp_path: Path) -> None:
     image, alpha = layers(1)
     (tmp_path / "foreground").mkdir()
     matte = (alpha[0, 3].numpy() * 255).round().astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Making indexes: parallel equals serial, an interrupted run goes on, and faults are told without stopping the rest."""
+"""Building indexes: parallel equals serial, interrupted runs resume, and faults are reported without stopping."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from layerdecomp.errors import InputError, RunError
 
 @dataclass(frozen=True)
 class Numbers:
-    """Text files that hold a width; every read leaves a mark beside the file."""
+    """Text files that contain a width; every read appends a mark to a file next to it."""
 
     root: Path
     smallest: int = 0
@@ -59,7 +59,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_sound_items_are_indexed_and_the_others_told(
+def test_valid_items_are_indexed_and_faulty_ones_reported(
     folder: Path, workers: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "3.txt").write_text("three")
@@ -72,14 +72,14 @@ def test_sound_items_are_indexed_and_the_others_told(
     assert sorted(path.name for path in out.parent.iterdir()) == ["index.faults.txt", "index.safetensors"]
 
 
-def test_an_interrupted_run_goes_on_where_it_was(folder: Path) -> None:
+def test_an_interrupted_run_resumes_where_it_stopped(folder: Path) -> None:
     (folder / "5.txt").write_text("stop")
     out = folder / "index.safetensors"
     with pytest.raises(KeyboardInterrupt):
         prepare(Numbers(folder), out)
     assert not out.exists()
     journal = folder / ".index.safetensors.journal"
-    journal.write_text(journal.read_text() + '{"candidate": "5.t')  # the machine stopped while it wrote
+    journal.write_text(journal.read_text() + '{"candidate": "5.t')  # as after a power cut in the middle of a write
     (folder / "5.txt").write_text("51")
     prepare(Numbers(folder), out)
     assert reads(folder) == {str(number): 2 if number == 5 else 1 for number in range(8)}
@@ -87,7 +87,7 @@ def test_an_interrupted_run_goes_on_where_it_was(folder: Path) -> None:
     assert not journal.exists()
 
 
-def test_a_killed_run_leaves_no_workers_and_goes_on(tmp_path: Path) -> None:
+def test_a_killed_run_leaves_no_workers_and_can_resume(tmp_path: Path) -> None:
     Image.effect_noise((600, 600), 50).save(tmp_path / "0.png")
     for i in range(1, 200):
         (tmp_path / f"{i}.png").write_bytes((tmp_path / "0.png").read_bytes())
@@ -99,7 +99,7 @@ def test_a_killed_run_leaves_no_workers_and_goes_on(tmp_path: Path) -> None:
         wait_until(lambda: journal.is_file() and len(journal.read_text().splitlines()) > 1)
         run.kill()
         assert run.stdout is not None
-        run.stdout.read()  # to the end: nobody holds the pipe any more
+        run.stdout.read()  # returns once no process holds the pipe
     assert not out.exists()
     prepare(BackgroundFolder(tmp_path), out)
     assert len(Index(out)) == 200
@@ -108,11 +108,11 @@ def test_a_killed_run_leaves_no_workers_and_goes_on(tmp_path: Path) -> None:
 def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it never happened"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.05)
 
 
-def test_other_settings_start_over(folder: Path) -> None:
+def test_other_settings_restart_from_the_beginning(folder: Path) -> None:
     (folder / "5.txt").write_text("stop")
     with pytest.raises(KeyboardInterrupt):
         prepare(Numbers(folder), folder / "index.safetensors")
@@ -144,7 +144,7 @@ def test_a_damaged_journal_is_set_aside(folder: Path, damage: bytes) -> None:
     assert len(Index(out)) == 8 and journal.with_suffix(".old").read_bytes() == damaged
 
 
-def test_a_killed_worker_is_told_and_what_is_done_is_kept(folder: Path) -> None:
+def test_a_killed_worker_is_an_error_and_a_later_run_succeeds(folder: Path) -> None:
     (folder / "7.txt").write_text("die")
     with pytest.raises(RunError, match=r"one of 2 workers died, .* fewer workers="):
         prepare(Numbers(folder), folder / "index.safetensors", workers=2)
@@ -154,7 +154,7 @@ def test_a_killed_worker_is_told_and_what_is_done_is_kept(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "told"),
+    ("share", "summary"),
     [
         (0.5, "8 items, 3 for training and 5 held out; 0 left out"),
         (1e-6, r"8 for training and 0 held out \(nothing to validate or evaluate on: .* a larger test_share=\); 0"),
@@ -162,14 +162,14 @@ def test_a_killed_worker_is_told_and_what_is_done_is_kept(folder: Path) -> None:
         (0.0, "8 for training and 0 held out; 0"),
     ],
 )
-def test_the_last_line_tells_the_split(
-    folder: Path, share: float, told: str, capsys: pytest.CaptureFixture[str]
+def test_the_summary_gives_the_sizes_of_the_split(
+    folder: Path, share: float, summary: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare(Numbers(folder), folder / "index.safetensors", test_share=share)
-    assert re.search(told, capsys.readouterr().out)
+    assert re.search(summary, capsys.readouterr().out)
 
 
-def test_faults_that_are_mended_are_no_longer_listed(folder: Path) -> None:
+def test_repaired_faults_are_no_longer_listed(folder: Path) -> None:
     out = folder / "out" / "index.safetensors"
     (folder / "0.txt").write_text("?")
     prepare(Numbers(folder), out)
@@ -179,7 +179,7 @@ def test_faults_that_are_mended_are_no_longer_listed(folder: Path) -> None:
     assert not out.with_suffix(".faults.txt").exists() and len(Index(out)) == 8
 
 
-def test_a_run_that_is_stopped_before_its_first_item_goes_on(folder: Path) -> None:
+def test_a_run_interrupted_before_its_first_item_resumes(folder: Path) -> None:
     for number in (0, 1):
         before = (folder / f"{number}.txt").read_text()
         (folder / f"{number}.txt").write_text("stop")
@@ -190,7 +190,7 @@ def test_a_run_that_is_stopped_before_its_first_item_goes_on(folder: Path) -> No
     assert len(Index(folder / "index.safetensors")) == 8
 
 
-def test_what_was_faulty_is_read_again(folder: Path) -> None:
+def test_faulty_items_are_read_again(folder: Path) -> None:
     for number in range(8):
         (folder / f"{number}.txt").write_text("?")
     with pytest.raises(InputError, match="none of 8 candidates can be used"):
@@ -209,13 +209,13 @@ def test_nothing_to_index_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "index.safetensors").exists()
 
 
-def test_a_disk_that_cannot_be_written(folder: Path) -> None:
+def test_an_output_that_cannot_be_written_is_an_error(folder: Path) -> None:
     (folder / "file").write_text("")
     with pytest.raises(InputError, match="could not be written"):
         prepare(Numbers(folder), folder / "file" / "index.safetensors")
 
 
-def test_the_journal_is_one_json_object_a_line(folder: Path) -> None:
+def test_the_journal_has_one_json_object_per_line(folder: Path) -> None:
     (folder / "2.txt").write_text("stop")
     with pytest.raises(KeyboardInterrupt):
         prepare(Numbers(folder), folder / "index.safetensors")

@@ -1,4 +1,4 @@
-"""The best linear autoencoder: against NumPy's singular values, and its units."""
+"""The optimal linear autoencoder: against NumPy's singular values, and its units."""
 
 import numpy as np
 import torch
@@ -10,8 +10,8 @@ from layerdecomp.training.projection import BlockProjection
 FACTOR, CHANNELS = 4, 5
 
 
-def pictures(seed: int = 0) -> Tensor:
-    """Smooth ones and rough ones, whose blocks have unequal variances in every direction; (6, 3, 16, 24)."""
+def images(seed: int = 0) -> Tensor:
+    """Images (6, 3, 16, 24) whose blocks have a different variance in every direction."""
     generator = torch.Generator().manual_seed(seed)
     rough = torch.randn(6, 3, 16, 24, generator=generator)
     return torch.nn.functional.avg_pool2d(rough, 3, 1, 1) + 0.1 * rough + torch.tensor([0.3, -0.2, 0.1]).view(3, 1, 1)
@@ -25,25 +25,25 @@ def blocks(x: Tensor) -> np.ndarray:
 
 
 def decoded(projection: BlockProjection, z: Tensor) -> np.ndarray:
-    """Blocks from latents: with orthogonal rows, the transpose of the projection undoes its scale."""
+    """Blocks from latents, by the transpose of the projection, whose rows are orthogonal, divided by its scale."""
     weight = projection.weight.flatten(1).double().numpy()
     rows = (z - projection.bias.view(-1, 1, 1)).permute(0, 2, 3, 1).flatten(0, 2).double().numpy()
     return rows @ (weight / np.square(weight).sum(axis=1, keepdims=True))
 
 
-def test_what_is_lost_is_what_the_smallest_singular_values_hold() -> None:
-    x = pictures()
+def test_the_reconstruction_error_is_that_of_the_smallest_singular_values() -> None:
+    x = images()
     projection = BlockProjection.fit(x, CHANNELS, FACTOR)
     mean = blocks(x).mean(axis=0)
     singular = np.linalg.svd(blocks(x) - mean, compute_uv=False)
     kept = decoded(projection, projection(x))
-    # the mean's part outside the basis is not in the latents; it is the same for every block
-    lost = ((blocks(x) - kept) - (blocks(x) - kept).mean(axis=0)).__pow__(2).sum()
+    # latents lack the part of the mean outside the basis, which is the same for every block
+    lost = np.square((blocks(x) - kept) - (blocks(x) - kept).mean(axis=0)).sum()
     np.testing.assert_allclose(lost, (singular[CHANNELS:] ** 2).sum(), rtol=1e-4)
 
 
 def test_latents_have_mean_zero_mean_variance_one_and_are_uncorrelated() -> None:
-    x = pictures()
+    x = images()
     z = BlockProjection.fit(x, CHANNELS, FACTOR)(x).permute(1, 0, 2, 3).flatten(1)
     covariance = torch.cov(z, correction=0)
     torch.testing.assert_close(z.mean(dim=1), torch.zeros(CHANNELS), atol=1e-5, rtol=0)
@@ -52,51 +52,51 @@ def test_latents_have_mean_zero_mean_variance_one_and_are_uncorrelated() -> None
     assert (covariance.diag().diff() < 0).all()
 
 
-def test_error_is_in_pixels() -> None:
-    x = pictures()
+def test_error_is_measured_in_pixels() -> None:
+    x = images()
     fitted = BlockProjection.fit(x, CHANNELS, FACTOR)
     scales = torch.arange(1.0, CHANNELS + 1)
     projection = BlockProjection(fitted.weight * scales.view(-1, 1, 1, 1), fitted.bias * scales)
     z = projection(x)
-    moved = z + 0.3 * torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
-    expected = np.square(decoded(projection, moved) - decoded(projection, z)).mean()
-    np.testing.assert_allclose(projection.error(moved, x).item(), expected, rtol=1e-4)
+    noisy = z + 0.3 * torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
+    expected = np.square(decoded(projection, noisy) - decoded(projection, z)).mean()
+    np.testing.assert_allclose(projection.error(noisy, x).item(), expected, rtol=1e-4)
     assert projection.error(z, x) == 0
 
 
 def with_alpha(rgb: Tensor, seed: int = 4) -> Tensor:
-    """Pictures in autoencoder space: colours times alpha, and an alpha that varies slowly; (6, 4, 16, 24)."""
+    """RGBA images in autoencoder space (6, 4, 16, 24): premultiplied colours, and a slowly varying alpha."""
     coarse = torch.rand(6, 1, 4, 6, generator=torch.Generator().manual_seed(seed))
     alpha = torch.nn.functional.interpolate(coarse, scale_factor=4, mode="bilinear")
     return torch.cat([rgb * alpha, 2 * alpha - 1], dim=1)
 
 
-def test_opaque_pictures_have_the_latents_of_their_colours() -> None:
-    x = with_alpha(pictures())
+def test_opaque_images_have_the_latents_of_their_colours() -> None:
+    x = with_alpha(images())
     colours = BlockProjection.fit(x[:, :3], CHANNELS, FACTOR)
     projection = BlockProjection.fit_alpha(x, colours(x[:, :3]))
     opaque = torch.cat([x[:, :3], torch.ones_like(x[:, 3:])], dim=1)
-    taken = projection.weight[:, :3].flatten(1).any(dim=1)
-    assert 0 < taken.sum() < CHANNELS and not projection.weight[taken, 3].any()
-    torch.testing.assert_close(projection(opaque)[:, taken], colours(x[:, :3])[:, taken], atol=1e-3, rtol=0)
-    others = projection(opaque)[:, ~taken]
+    kept = projection.weight[:, :3].flatten(1).any(dim=1)
+    assert 0 < kept.sum() < CHANNELS and not projection.weight[kept, 3].any()
+    torch.testing.assert_close(projection(opaque)[:, kept], colours(x[:, :3])[:, kept], atol=1e-3, rtol=0)
+    others = projection(opaque)[:, ~kept]
     torch.testing.assert_close(others, others[:1, :, :1, :1].expand_as(others), atol=1e-4, rtol=0)
 
 
-def test_alpha_gets_as_many_channels_as_lose_the_fewest_squares() -> None:
-    x = with_alpha(pictures())
+def test_the_number_of_alpha_channels_minimises_the_squared_error() -> None:
+    x = with_alpha(images())
     colours = BlockProjection.fit(x[:, :3], CHANNELS, FACTOR)
-    given = int((~BlockProjection.fit_alpha(x, colours(x[:, :3])).weight[:, :3].flatten(1).any(dim=1)).sum())
+    count = int((~BlockProjection.fit_alpha(x, colours(x[:, :3])).weight[:, :3].flatten(1).any(dim=1)).sum())
 
     rows = blocks(x[:, :3]), blocks(x[:, 3:])
     colour, alpha = (np.linalg.svd(r - r.mean(axis=0), compute_uv=False) ** 2 for r in rows)
     lost = [colour[CHANNELS - n : CHANNELS].sum() + alpha[n:].sum() for n in range(CHANNELS)]
-    assert given == int(np.argmin(lost))
+    assert count == int(np.argmin(lost))
 
 
 def test_alpha_has_the_spectrum_of_the_colours() -> None:
-    """A channel twice as strong in pixels has sqrt(2) the deviation, whether it holds colour or alpha."""
-    x = with_alpha(pictures())
+    """A channel twice as strong in pixels has sqrt(2) times the deviation, for colour and alpha alike."""
+    x = with_alpha(images())
     plain = BlockProjection.fit(x[:, :3], CHANNELS, FACTOR)
     deviations = plain(x[:, :3]).std(dim=(0, 2, 3)).view(-1, 1, 1, 1)
     equalised = BlockProjection(plain.weight * deviations**-0.5, plain.bias * deviations.flatten() ** -0.5)

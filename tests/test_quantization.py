@@ -1,4 +1,4 @@
-"""The quantised base: how near it is, what it takes, that training through it is right, and what users get wrong."""
+"""The quantised base: precision, memory, gradients through it, and invalid settings."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.quantization import BITS, block_matrices, quantize_blocks, quantized, stored_bytes
 from layerdecomp.weights import load_mmdit, save_model
 
-# Relative errors of normal numbers: uniform steps of the largest of 256, a mantissa of 3 bits, 16 levels.
+# Relative errors of normal values: uniform steps relative to the largest of 256, a mantissa of 3 bits, 16 levels.
 ERRORS = {"int8": 0.01, "fp8": 0.03, "nf4": 0.1}
 FORMATS = pytest.mark.parametrize("name", BITS)
 
@@ -28,7 +28,7 @@ def matrix(rows: int = 128, columns: int = 256) -> Tensor:
 
 @FORMATS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_numbers_stay_near_and_take_few_bits(name: str, dtype: torch.dtype) -> None:
+def test_quantised_weights_are_close_and_small(name: str, dtype: torch.dtype) -> None:
     weight = matrix().to(dtype)
     found = quantized(weight, name)
     assert is_quantized(found) and not is_quantized(weight) and found.shape == weight.shape and found.dtype == dtype
@@ -40,7 +40,7 @@ def test_numbers_stay_near_and_take_few_bits(name: str, dtype: torch.dtype) -> N
 
 
 @FORMATS
-def test_a_row_of_zeros_stays_one(name: str) -> None:
+def test_a_row_of_zeros_stays_zero(name: str) -> None:
     weight = matrix()
     weight[3] = 0
     found = dense(quantized(weight, name))
@@ -48,7 +48,7 @@ def test_a_row_of_zeros_stays_one(name: str) -> None:
 
 
 @FORMATS
-def test_training_through_a_quantised_layer_has_the_gradients_of_its_dense_numbers(name: str) -> None:
+def test_gradients_through_a_quantised_layer_equal_those_of_its_dense_weight(name: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 128))
     plain = nn.Sequential(nn.Linear(256, 128))
@@ -107,11 +107,11 @@ def inputs() -> dict[str, Tensor]:
 
 @FORMATS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_keeps_its_names_and_nearly_its_velocity(weights: Path, name: str, dtype: torch.dtype) -> None:
+def test_quantising_keeps_names_and_nearly_the_velocity(weights: Path, name: str, dtype: torch.dtype) -> None:
     model, plain = load_mmdit(weights, dtype=dtype, quantize=name), load_mmdit(weights)
     assert list(model.state_dict()) == list(plain.state_dict())
-    few = {key for key, tensor in model.named_parameters() if is_quantized(tensor)}
-    assert few == {k for k, p in plain.named_parameters() if "_blocks." in k and p.dim() == 2}
+    found_quantised = {key for key, tensor in model.named_parameters() if is_quantized(tensor)}
+    assert found_quantised == {k for k, p in plain.named_parameters() if "_blocks." in k and p.dim() == 2}
     assert not any(parameter.requires_grad for parameter in model.parameters())
     inject_lora(model, LoRAConfig(rank=2))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -121,8 +121,8 @@ def test_a_model_keeps_its_names_and_nearly_its_velocity(weights: Path, name: st
 
 
 @FORMATS
-def test_a_model_keeps_no_dense_weight_of_layers_that_are_not_adapted(weights: Path, name: str) -> None:
-    """Trained as it is: frozen parts in bf16, a trained input layer before all blocks, LoRA on few of their layers."""
+def test_autograd_keeps_no_dense_weight_of_layers_without_lora(weights: Path, name: str) -> None:
+    """As in training: frozen parts in bf16, a trained input layer before all blocks, LoRA on some of their layers."""
     plain = load_mmdit(weights, dtype=torch.bfloat16)
     inject_lora(plain, LoRAConfig(rank=2, targets=["*_attn.qkv"]))
     quantize_blocks(plain, name)
@@ -133,7 +133,7 @@ def test_a_model_keeps_no_dense_weight_of_layers_that_are_not_adapted(weights: P
         own, kept = {parameter.data_ptr() for parameter in model.parameters() if not is_quantized(parameter)}, []
 
         def keep(tensor: Tensor, own: set[int] = own, kept: list[Tensor] = kept) -> Tensor:
-            matrix = tensor.dim() == 2 and min(tensor.shape) >= MODEL.hidden_size  # there are fewer tokens than that
+            matrix = tensor.dim() == 2 and min(tensor.shape) >= MODEL.hidden_size  # there are fewer tokens
             if matrix and not is_quantized(tensor) and tensor.data_ptr() not in own:
                 kept.append(tensor)
             return tensor
@@ -146,7 +146,7 @@ def test_a_model_keeps_no_dense_weight_of_layers_that_are_not_adapted(weights: P
 
 
 @FORMATS
-def test_merging_leaves_what_is_quantised(weights: Path, name: str) -> None:
+def test_merging_leaves_quantised_layers_unmerged(weights: Path, name: str) -> None:
     model = load_mmdit(weights, quantize=name)
     adapted = inject_lora(model, LoRAConfig(rank=2, alpha=3.0))
     for seed, layer in enumerate(module for module in model.modules() if isinstance(module, LoRALinear)):
@@ -159,14 +159,14 @@ def test_merging_leaves_what_is_quantised(weights: Path, name: str) -> None:
     assert sum(isinstance(module, LoRALinear) for module in model.modules()) == len(adapted)
 
 
-def test_one_matrix_at_a_time_is_dense() -> None:
+def test_block_matrices_quantises_matrices_of_blocks_only() -> None:
     convert, alive = block_matrices("int8"), []
     for number in range(3):
         alive.append(stored_bytes(convert(f"single_blocks.{number}.linear1.weight", matrix())))
     assert sum(alive) < 4 * matrix().numel() and not is_quantized(convert("txt_in.weight", matrix()))
 
 
-def test_adapters_are_the_same_files(tiny_weights: Path, tmp_path: Path) -> None:
+def test_adapters_are_saved_unchanged_with_a_quantised_base(tiny_weights: Path, tmp_path: Path) -> None:
     path = tiny_weights / "adapter.safetensors"
     decomposer = Decomposer.from_pretrained(path, quantize="int8")
     assert any(is_quantized(parameter) for parameter in decomposer.parameters())
@@ -177,7 +177,7 @@ def test_adapters_are_the_same_files(tiny_weights: Path, tmp_path: Path) -> None
     assert again.keys() == before.keys() and all(torch.equal(again[name], before[name]) for name in before)
 
 
-def test_unknown_formats_and_a_missing_library_are_told(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_formats_and_a_missing_library_are_errors(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"quantize is 'int3'; expected null, int8, fp8, nf4"):
         load_mmdit(weights, quantize="int3")
     with pytest.raises(InputError, match=r"quantize=nf4: found a matrix of 30 numbers, expected a multiple of 64"):
@@ -187,7 +187,7 @@ def test_unknown_formats_and_a_missing_library_are_told(weights: Path, monkeypat
         load_mmdit(weights, quantize="int8")
 
 
-def test_modulations_are_quantised_as_torchao_does(weights: Path) -> None:
+def test_a_quantised_modulation_computes_with_its_dense_weight(weights: Path) -> None:
     model = load_mmdit(weights, quantize="fp8")
     linear = model.single_blocks[0].modulation.lin
     x = torch.randn(2, 64)

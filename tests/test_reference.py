@@ -1,4 +1,4 @@
-"""The comparison with diffusers and peft: the same work on both sides, or none at all."""
+"""The benchmark against diffusers and peft: both sides do the same work, or an error is raised."""
 
 import re
 
@@ -27,21 +27,21 @@ def test_both_sides_train_the_same_weights_and_compute_the_same(dtype: torch.dty
     assert all(".lora_" in name or name.startswith("x_embedder.") for name in trained)
     adapted = [name for name in trained if ".lora_A." in name]
     layers = [name for name, layer in ours.named_modules() if isinstance(layer, LoRALinear)]
-    split = sum(2 if "qkv" in name else 3 if "linear1" in name else 0 for name in layers)  # q, k, v of their own there
+    split = sum(2 if "qkv" in name else 3 if "linear1" in name else 0 for name in layers)  # q, k and v are split there
     assert len(adapted) == len(layers) + split
     assert {parameter.dtype for parameter in theirs.parameters() if parameter.requires_grad} == {torch.float32}
 
 
-def test_the_table_has_both_and_their_ratio() -> None:
-    told = compare(SMALL, "cpu", torch.float32)
-    rows = [line.split("|") for line in told.splitlines() if line.startswith("|")][2:]
+def test_the_table_has_both_sides_and_their_ratio() -> None:
+    printed = compare(SMALL, "cpu", torch.float32)
+    rows = [line.split("|") for line in printed.splitlines() if line.startswith("|")][2:]
     assert [row[1].strip() for row in rows] == ["forward + backward, eager", "one sampling step, eager"]
     for row in rows:
         ours, theirs, ratio = (float(cell) for cell in row[4:7])
         assert ours > 0 and ratio == pytest.approx(ours / theirs, abs=2e-3)
     counted = [float(cell) for cell in rows[1][2:4]]
-    assert counted[0] == counted[1] > 0, "merged, both are the base"
-    assert re.search(r"diffusers [0-9.]+, peft [0-9.]+", told)
+    assert counted[0] == counted[1] > 0, "with LoRA merged, both run the plain base"
+    assert re.search(r"diffusers [0-9.]+, peft [0-9.]+", printed)
 
 
 @pytest.mark.parametrize(
@@ -57,20 +57,20 @@ def test_the_table_has_both_and_their_ratio() -> None:
         ("sync_debug=warn", "default"),
     ],
 )
-def test_what_only_ours_would_do_is_refused(setting: str, neutral: str) -> None:
+def test_settings_that_the_reference_lacks_are_refused(setting: str, neutral: str) -> None:
     merge_config(BenchmarkConfig(), [], [setting])
     with pytest.raises(InputError, match=f"{setting.split('=')[0]} is .*; expected {neutral} with reference=diff"):
         merge_config(BenchmarkConfig(), [], ["reference=diffusers", setting])
 
 
 @pytest.mark.parametrize("gain", [2.0, float("nan")])
-def test_what_differs_is_not_compared(gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoilt(*args: object) -> object:
+def test_models_that_compute_different_results_are_not_compared(gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def differing(*args: object) -> object:
         ours, theirs = pair(*args)  # type: ignore[arg-type]
         with torch.no_grad():
             theirs.transformer_blocks[0].attn.norm_q.weight = torch.nn.Parameter(gain * torch.ones(128))
         return ours, theirs
 
-    monkeypatch.setattr("layerdecomp.reference.pair", spoilt)
+    monkeypatch.setattr("layerdecomp.reference.pair", differing)
     with pytest.raises(InputError, match="the two results differ by"):
         compare(SMALL, "cpu", torch.float32)

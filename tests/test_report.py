@@ -1,4 +1,4 @@
-"""The HTML report: whole, self-contained, sortable."""
+"""The HTML report: complete, self-contained, sortable."""
 
 import math
 import re
@@ -15,8 +15,8 @@ from layerdecomp.predictions import PredictionFolder
 from layerdecomp.report import _joined, extremes, format_report
 
 
-def test_colours_that_nobody_sees_stay_out_of_a_resized_foreground() -> None:
-    """Red where it is visible, white where it is not."""
+def test_invisible_colours_do_not_bleed_into_a_resized_foreground() -> None:
+    """Visible pixels are red, invisible ones white."""
     visible = torch.zeros(1, 1, 16, 16)
     visible[..., :7] = 1
     foreground = torch.cat([torch.ones_like(visible), *[1 - 2 * visible] * 2, visible], dim=1)
@@ -30,7 +30,7 @@ def test_colours_that_nobody_sees_stay_out_of_a_resized_foreground() -> None:
 
 
 class Reader(HTMLParser):
-    """What is in a page: cells of every table, sources of pictures, open elements."""
+    """Parsed contents of a page: cells of every table, sources of images, open elements."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Reader(HTMLParser):
             self.tables[-1][-1][-1] += data
 
 
-def made(folder: Path, methods: dict[str, Method]) -> tuple[Evaluation, dict[str, PredictionFolder]]:
+def evaluated(folder: Path, methods: dict[str, Method]) -> tuple[Evaluation, dict[str, PredictionFolder]]:
     draw_layers(methods, Squares(), NAMES, folder)
     folders = {row: PredictionFolder(folder / row, NAMES) for row in methods}
     evaluation = score(folders, Squares(), NAMES)
@@ -69,10 +69,10 @@ def made(folder: Path, methods: dict[str, Method]) -> tuple[Evaluation, dict[str
     return evaluation, folders
 
 
-def test_the_report_holds_everything_and_needs_nothing(tmp_path: Path) -> None:
+def test_the_report_is_complete_and_self_contained(tmp_path: Path) -> None:
     matting = Method(lambda batch: (None, METHODS["base"].draw(batch)[1]), ("foreground",))
     rows = {"noisy<": METHODS["noisy"], "base": METHODS["base"], "matting": matting}
-    evaluation, folders = made(tmp_path, rows)
+    evaluation, folders = evaluated(tmp_path, rows)
     page = format_report(evaluation, folders, Squares(), {"count": 5, "note": "<&>"})
     read = Reader(page)
     assert read.open == [] and read.links and all(link.startswith("data:image/jpeg;base64,") for link in read.links)
@@ -83,17 +83,17 @@ def test_the_report_holds_everything_and_needs_nothing(tmp_path: Path) -> None:
     assert len(cases) == 1 + 5 and len({*map(len, cases)}) == 1  # every image is among the ten best
     assert "best 1 by background/psnr" in "".join(line[0] for line in cases)
     assert len(images) == 1 + 5 * 3 and len(images[0]) == 2 + len(PER_IMAGE)
-    # input, mask, true layers; layers and errors of noisy and base; foreground and its error of matting
+    # input, mask, true layers; layers and errors of noisy and base; matting's foreground and its error
     assert len(read.links) == 5 * (2 + 2 + 4 + 4 + 2)
     assert "&lt;&amp;&gt;" in page and "noisy<," not in page
 
 
-def test_cells_are_sorted_by_their_numbers(tmp_path: Path) -> None:
-    evaluation, folders = made(tmp_path, dict(METHODS))
+def test_cells_have_their_values_as_sort_keys(tmp_path: Path) -> None:
+    evaluation, folders = evaluated(tmp_path, dict(METHODS))
     read = Reader(format_report(evaluation, folders, Squares(), {}))
     values = evaluation.per_image["noisy"]["background/psnr"]
     assert {str(value) for value in values} <= set(read.keys)
-    assert "" in read.keys and "nan" not in read.keys  # what is undefined comes last
+    assert "" in read.keys and "nan" not in read.keys  # undefined values, which are sorted last
 
 
 def test_extremes_are_the_best_and_worst_of_the_first_row() -> None:

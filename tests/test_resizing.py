@@ -1,4 +1,4 @@
-"""Pictures of any size: what a model gets of them, and what comes back of its layers."""
+"""Images of any size: resizing to the model's size and back, and keeping pixels."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from layerdecomp.sampling import SampleConfig
 @pytest.mark.parametrize(
     ("size", "shrunk", "padded"), [((30, 50), (30, 50), (32, 64)), ((200, 100), (64, 32), (64, 32))]
 )
-def test_a_model_gets_multiples_of_sixteen(
+def test_a_model_gets_sides_that_are_multiples_of_sixteen(
     size: tuple[int, int], shrunk: tuple[int, int], padded: tuple[int, int]
 ) -> None:
     sample = SampleConfig(max_side=64)
@@ -20,10 +20,10 @@ def test_a_model_gets_multiples_of_sixteen(
         "mask": torch.ones(2, 1, *size),
         "cues": torch.rand(2, len(CUES), 3, *size),
     }
-    seen = to_model_size(batch, sample)
-    assert {name: tuple(value.shape[-2:]) for name, value in seen.items()} == dict.fromkeys(batch, padded)
+    resized = to_model_size(batch, sample)
+    assert {name: tuple(value.shape[-2:]) for name, value in resized.items()} == dict.fromkeys(batch, padded)
     background, foreground = torch.zeros(2, 3, *padded), torch.zeros(2, 4, *padded)
-    background[..., : shrunk[0], : shrunk[1]] = 1  # what was drawn of the padding must not come back
+    background[..., : shrunk[0], : shrunk[1]] = 1  # the padding must not come back
     back, front = to_original_size(background, foreground, batch, sample)
     assert back.shape == (2, 3, *size) and front.shape == (2, 4, *size)
     assert back.min() > 0.999
@@ -40,7 +40,7 @@ def test_a_model_gets_cues_as_if_computed_at_its_size() -> None:
     assert all(values[0, ..., :20].eq(-1).all() for values in seen.values())
 
 
-def test_nothing_but_rounding_is_lost_at_the_own_size() -> None:
+def test_layers_are_unchanged_if_the_image_needs_no_resizing() -> None:
     image, mask = torch.rand(1, 3, 48, 32) * 2 - 1, torch.zeros(1, 1, 48, 32)
     mask[..., 8:20, 8:20] = 1
     layers = torch.rand(1, 3, 48, 32), torch.rand(1, 4, 48, 32)
@@ -51,8 +51,8 @@ def test_nothing_but_rounding_is_lost_at_the_own_size() -> None:
     torch.testing.assert_close(foreground, layers[1])
 
 
-def test_the_colour_under_alpha_zero_does_not_bleed_into_edges() -> None:
-    foreground = torch.zeros(1, 4, 32, 32)  # mid-grey, as the decoder leaves what is not there
+def test_colours_under_alpha_zero_do_not_bleed_into_edges() -> None:
+    foreground = torch.zeros(1, 4, 32, 32)  # mid-grey, as the decoder leaves invisible pixels
     foreground[:, :3, :, 16:], foreground[:, 3, :, 16:] = 1.0, 1.0
     batch = {"image": torch.zeros(1, 3, 128, 128), "mask": torch.ones(1, 1, 128, 128)}
     _, large = to_original_size(torch.zeros(1, 3, 32, 32), foreground, batch, SampleConfig(max_side=32))
@@ -60,21 +60,21 @@ def test_the_colour_under_alpha_zero_does_not_bleed_into_edges() -> None:
     assert edge.any() and large[:, :3][edge.expand(-1, 3, -1, -1)].min() > 0.95
 
 
-def test_what_the_mask_has_missed_is_painted_and_what_stands_in_front_is_kept() -> None:
+def test_parts_that_the_mask_misses_are_painted_and_occluders_are_kept() -> None:
     image, mask = torch.zeros(1, 3, 64, 96), torch.zeros(1, 1, 64, 96)
-    image[..., 8:56, 8:40] = 1  # the object, half of which is marked
+    image[..., 8:56, 8:40] = 1  # the object, half of which the mask covers
     mask[..., 8:56, 8:24] = 1
-    image[..., 8:56, 60:90] = -1  # stands in front of the rest of it, which the foreground has whole
+    image[..., 8:56, 60:90] = -1  # an occluder; the foreground completes the object behind it
     foreground = torch.cat([torch.ones(1, 3, 64, 96), torch.zeros(1, 1, 64, 96)], dim=1)
     foreground[:, 3, 8:56, 8:90] = 1
     painted = torch.where(image == 1, 0.25, image)
     assert missed_object_mask(image, painted, foreground)[0, 0].nonzero().amax(0).tolist() == [55, 39]
     background, _ = to_original_size(painted, foreground, {"image": image, "mask": mask}, SampleConfig())
-    assert (background[..., 8:56, 8:40] == 0.25).all(), "a rim of the object is left"
+    assert (background[..., 8:56, 8:40] == 0.25).all(), "part of the object is left"
     assert background[..., 60:].equal(image[..., 60:])
 
 
-def test_pixels_are_painted_in_the_grown_mask_only() -> None:
+def test_pixels_are_painted_only_in_the_grown_mask() -> None:
     image, painted, mask = torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64), torch.zeros(1, 1, 64, 64)
     mask[..., 20:30, 20:30] = 1
     result = keep_pixels(image, mask, painted, SampleConfig())

@@ -1,4 +1,4 @@
-"""Schedule against diffusers' scheduler with FLUX's settings; Euler against known solutions; impossible settings."""
+"""Schedule against diffusers' scheduler with FLUX's settings; Euler against known solutions; invalid settings."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,9 @@ from layerdecomp.flow import FlowConfig
 from layerdecomp.sampling import SampleConfig, euler, schedule
 
 
-@pytest.mark.parametrize("tokens", [2, 64, 256, 1536, 4096, 16384])  # the last of 2048 x 2048, beyond the line's end
+@pytest.mark.parametrize(
+    "tokens", [2, 64, 256, 1536, 4096, 16384]
+)  # the last: 2048 x 2048, where the shift is extrapolated
 @pytest.mark.parametrize("steps", [1, 4, 28, 50])
 def test_schedule_equals_diffusers(steps: int, tokens: int) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)  # FLUX.1's scheduler_config.json
@@ -25,7 +27,7 @@ def test_schedule_equals_diffusers(steps: int, tokens: int) -> None:
     torch.testing.assert_close(times, scheduler.sigmas, atol=1e-6, rtol=0)
 
 
-def test_schedule_falls_and_follows_its_config() -> None:
+def test_schedule_decreases_and_follows_its_config() -> None:
     times = schedule(10, 1024)
     assert (times.diff() < 0).all()
     torch.testing.assert_close(schedule(10, 1024, FlowConfig(base_shift=0.0, max_shift=0.0)), torch.linspace(1, 0, 11))
@@ -36,7 +38,7 @@ def test_euler_is_exact_on_straight_paths() -> None:
     torch.testing.assert_close(euler(lambda x, t: noise - z, noise, schedule(7, 256)), z)
 
 
-def test_euler_approaches_a_curved_solution_at_first_order() -> None:
+def test_euler_converges_to_a_curved_solution_at_first_order() -> None:
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         assert t.shape == (2,)
         return x * t[:, None]  # x(0) = x(1) * exp(-1 / 2)
@@ -50,7 +52,7 @@ def test_euler_approaches_a_curved_solution_at_first_order() -> None:
     assert errors[0] / errors[1] == pytest.approx(2, abs=0.1)
 
 
-def test_euler_keeps_no_graph_and_leaves_its_input_alone() -> None:
+def test_euler_keeps_no_graph_and_does_not_modify_its_input() -> None:
     scale = torch.ones((), requires_grad=True)
     x = torch.ones(1, 2)
     result = euler(lambda x, t: scale * x, x, schedule(2, 256))
@@ -59,7 +61,7 @@ def test_euler_keeps_no_graph_and_leaves_its_input_alone() -> None:
     assert not torch.equal(result, x)
 
 
-def test_progress_goes_through_the_steps() -> None:
+def test_progress_iterates_over_the_steps() -> None:
     seen: list[int] = []
 
     def progress(steps: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -73,7 +75,7 @@ def test_progress_goes_through_the_steps() -> None:
     assert seen == [5] * 5
 
 
-def test_less_than_one_step_is_told() -> None:
+def test_less_than_one_step_is_refused() -> None:
     with pytest.raises(InputError, match="steps"):
         schedule(0, 256)
 
@@ -86,6 +88,6 @@ def test_less_than_one_step_is_told() -> None:
         ({"tile_overlap": -8}, "sample.tile_overlap is -8; expected at least 0"),
     ],
 )
-def test_tiles_that_cannot_be(change: dict[str, int], message: str) -> None:
+def test_invalid_tiles_are_refused(change: dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
         SampleConfig(**change)

@@ -1,4 +1,4 @@
-"""Scenes: pure in (seed, split, index), exact composites, hidden parts, and splits that share nothing."""
+"""Scenes: determined by (seed, split, index), exact composites, hidden parts, and disjoint splits."""
 
 import random
 from dataclasses import fields
@@ -64,7 +64,7 @@ def test_values_are_in_range(split: str) -> None:
     assert _stacked(split, "image").std(dim=(1, 2, 3)).median() > 0.2
 
 
-def test_a_sample_depends_on_seed_split_and_index_alone() -> None:
+def test_a_sample_depends_only_on_seed_split_and_index() -> None:
     scenes = Scenes(SceneConfig(), "train", seed=5, length=10)
     first = scenes[4]
     random.seed(1)
@@ -118,7 +118,7 @@ def test_objects_cover_4_to_45_percent(split: str) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_a_good_share_of_the_objects_is_partly_hidden(split: str) -> None:
+def test_many_objects_are_partly_hidden(split: str) -> None:
     alpha, occluder, mask = (_stacked(split, key)[:, -1] for key in ("foreground", "occluder", "mask"))
     occluded = (alpha * occluder).sum(dim=(1, 2)) / alpha.sum(dim=(1, 2))
     assert 0.2 < (occluded > 0).float().mean() < 0.5
@@ -149,9 +149,9 @@ def _many_coloured(split: str) -> list[Sample]:
     return [Scenes(SceneConfig(many_coloured_probability=1.0), split, 3, COUNT, with_cues=False)[i] for i in range(8)]
 
 
-def test_things_of_many_colours_come_in_training_alone() -> None:
+def test_many_coloured_objects_appear_only_in_training() -> None:
     def colours(samples: list[Sample]) -> float:
-        """Mean spread of hues inside the objects: of the difference of channels, which shades of a colour share."""
+        """Mean spread of hues in objects: of red minus green, which shades of one colour share."""
         spreads = []
         for sample in samples:
             inside = sample["foreground"][:3, sample["foreground"][3] > 0.9]
@@ -178,14 +178,14 @@ def test_masks_do_not_change_the_scene() -> None:
     assert any(not torch.equal(usual[index]["mask"], exact[index]["mask"]) for index in range(8))
 
 
-def test_cues_are_those_of_the_image() -> None:
+def test_cues_are_computed_from_the_image() -> None:
     sample = Scenes(SceneConfig(size=64), "test", seed=0, length=2)[1]
     image = ((sample["image"] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     cues, present = compute_cues(image)
     assert np.array_equal(sample["cues"].numpy(), cues) and np.array_equal(sample["cues_present"].numpy(), present)
 
 
-def test_cue_dropout_clears_cues_in_training_only() -> None:
+def test_cue_dropout_clears_cues_only_in_training() -> None:
     config = SceneConfig(size=32, cue_dropout=0.5)
     train, test = (Scenes(config, split, seed=0, length=40) for split in ("train", "test"))
     present = torch.stack([train[index]["cues_present"] for index in range(40)])
@@ -201,7 +201,7 @@ def test_without_cues_all_are_absent() -> None:
     assert not sample["cues"].any() and not sample["cues_present"].any()
 
 
-def test_the_index_is_bounded() -> None:
+def test_an_index_out_of_range_is_an_error() -> None:
     scenes = Scenes(SceneConfig(size=32), "train", seed=0, length=3)
     assert len(scenes) == 3
     for index in (3, -1):
@@ -212,6 +212,6 @@ def test_the_index_is_bounded() -> None:
 @pytest.mark.parametrize(
     ("split", "size", "seed"), [("val", 64, 0), ("train", 60, 0), ("train", 0, 0), ("test", 64, -1)]
 )
-def test_bad_arguments_are_named(split: str, size: int, seed: int) -> None:
+def test_invalid_arguments_are_named(split: str, size: int, seed: int) -> None:
     with pytest.raises(InputError, match=f"found '?{'val' if split == 'val' else size if seed == 0 else seed}"):
         Scenes(SceneConfig(size=size), split, seed, 10)

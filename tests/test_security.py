@@ -1,4 +1,4 @@
-"""What nobody may get done by a file, a name or a config: run code, or reach beyond the folders that were given."""
+"""No file, name or config may run code or reach outside the given folders."""
 
 import ast
 import json
@@ -25,7 +25,7 @@ from layerdecomp.weights import config_from
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [*sorted((ROOT / "layerdecomp").rglob("*.py")), *sorted((ROOT / "tools").glob("*.py"))]
-# Calls that run code which is found in data, or programs; a dotted name ends in one of these.
+# Calls that run programs, or code found in data; a dotted name matches if it ends in one of these.
 FORBIDDEN = {
     *("eval", "exec", "compile", "__import__", "execfile", "input", "breakpoint"),
     *("pickle.load", "pickle.loads", "pickle.Unpickler", "cPickle.load", "dill.load", "dill.loads", "cloudpickle.load"),
@@ -35,24 +35,24 @@ FORBIDDEN = {
     *("importlib.import_module", "hydra.utils.instantiate", "runpy.run_path", "shutil.unpack_archive"),
     *("tarfile.extractall", "extractall", "tempfile.mktemp", "torch.jit.load", "numpy.fromfile"),
 }
-# Where one of these is needed, and why it is safe there.
+# Exceptions, and why they are safe.
 ALLOWED = {
-    "layerdecomp/data/mulan.py": {"pickle.Unpickler"},  # its base class; it builds nothing that a file names
+    "layerdecomp/data/mulan.py": {"pickle.Unpickler"},  # a base class; the subclass builds nothing that a file names
 }
 
 
 def calls(path: Path) -> Iterator[tuple[str, ast.AST]]:
-    """Everything that a file calls or derives from, by its dotted name."""
+    """Dotted names of everything that a file calls, derives from or imports by name."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func), node
         elif isinstance(node, ast.ClassDef):
             yield from ((ast.unparse(base), node) for base in node.bases)
-        elif isinstance(node, ast.ImportFrom):  # under another name
+        elif isinstance(node, ast.ImportFrom):  # may be called by another name
             yield from ((f"{node.module}.{alias.name}", node) for alias in node.names)
 
 
-def faults(path: Path) -> list[str]:
+def dangerous_calls(path: Path) -> list[str]:
     found, allowed = [], ALLOWED.get(str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else "", set())
     for name, node in calls(path):
         options = {word.arg: ast.unparse(word.value) for word in getattr(node, "keywords", [])}
@@ -71,7 +71,7 @@ def faults(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_nothing_dangerous_is_called(path: Path) -> None:
-    assert faults(path) == []
+    assert dangerous_calls(path) == []
 
 
 @pytest.mark.parametrize(
@@ -91,15 +91,15 @@ def test_nothing_dangerous_is_called(path: Path) -> None:
         "importlib.import_module(name)",
     ],
 )
-def test_dangerous_calls_are_seen(tmp_path: Path, line: str) -> None:
+def test_dangerous_calls_are_detected(tmp_path: Path, line: str) -> None:
     (tmp_path / "a.py").write_text(f"def f(path, text, name):\n    {line}\n")
-    assert len(faults(tmp_path / "a.py")) == 1
+    assert len(dangerous_calls(tmp_path / "a.py")) == 1
 
 
 @pytest.mark.parametrize("text", ["torch.load(p, weights_only=True)", "model.eval()", "re.compile(p)", "np.load(p)"])
-def test_harmless_calls_pass(tmp_path: Path, text: str) -> None:
+def test_harmless_calls_are_not_reported(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.py").write_text(text)
-    assert faults(tmp_path / "a.py") == []
+    assert dangerous_calls(tmp_path / "a.py") == []
 
 
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir", "!!python/name:os.system", "!!python/module:os"])
@@ -110,14 +110,14 @@ def test_a_config_runs_nothing(tmp_path: Path, tag: str) -> None:
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_downloaded_file_does_not_read_the_environment() -> None:
+def test_a_downloaded_file_cannot_read_the_environment() -> None:
     from layerdecomp.data.datamodule import DataConfig
 
     with pytest.raises(InputError, match="interpolation"):
         config_from(DataConfig, '{"source": "${oc.env:HOME}"}', "a.safetensors")
 
 
-def test_a_picture_starts_no_program(tmp_path: Path) -> None:
+def test_reading_an_image_starts_no_program(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.new("RGB", (8, 8)).save(path, "EPS")  # Pillow would hand it to Ghostscript
     with pytest.raises(InputError, match="cannot be read as an image"):
@@ -146,7 +146,7 @@ def index(tmp_path: Path) -> Path:
 
 
 def forge(index: Path, column: str, text: str) -> Index:
-    """The same index with another string in one of its columns' first row."""
+    """The same index with other text in the first row of a column."""
     columns = load_file(index)
     rest = columns[f"{column}.text"][columns[f"{column}.ends"][0] :]
     added = len(text.encode()) - columns[f"{column}.ends"][0]
@@ -157,7 +157,7 @@ def forge(index: Path, column: str, text: str) -> Index:
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_an_index_names_nothing_outside_its_folder(index: Path, tmp_path: Path, name: str) -> None:
+def test_an_index_cannot_name_files_outside_its_folder(index: Path, tmp_path: Path, name: str) -> None:
     forged = forge(index, "id", name)
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(InputError, match=r"a\.safetensors: row 0: .* is not a path below a folder"):
@@ -172,7 +172,7 @@ def test_an_index_names_nothing_outside_its_folder(index: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"image": 3}', "\udcff", "null"])
-def test_an_index_of_nonsense_is_one_error(index: Path, text: str) -> None:
+def test_an_index_with_invalid_paths_is_one_error(index: Path, text: str) -> None:
     columns = load_file(index)
     raw = text.encode("utf-8", "surrogateescape")
     columns["path.text"] = np.frombuffer(raw * 3, np.uint8)
@@ -182,7 +182,7 @@ def test_an_index_of_nonsense_is_one_error(index: Path, text: str) -> None:
         Index(index)[0]
 
 
-def test_a_template_of_layers_is_no_format(tmp_path: Path) -> None:
+def test_a_layer_template_is_not_evaluated_as_a_format_string(tmp_path: Path) -> None:
     item = Item("a", "{layer.__class__}-{layer}.png", 8, 8, layers=2)
     assert [path.name for path in layer_paths(tmp_path, item)] == ["{layer.__class__}-0.png", "{layer.__class__}-1.png"]
 
@@ -205,7 +205,7 @@ def test_annotations_cannot_name_a_folder_above(tmp_path: Path) -> None:
         reader.candidates()
 
 
-def test_names_that_only_look_odd_are_fine(tmp_path: Path) -> None:
+def test_unusual_but_valid_names_are_accepted(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for name in ("a..b.png", "ünï.png", "x y.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / "data" / name)
@@ -220,7 +220,7 @@ def test_a_part_is_looked_up_by_its_name(tmp_path: Path) -> None:
         part_path(tmp_path, item, "mask")
 
 
-def test_a_weight_file_is_no_pickle(tmp_path: Path) -> None:
+def test_a_pickled_weight_file_is_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "a.safetensors")
     with pytest.raises(InputError, match="a pickled checkpoint or archive, not safetensors"):
         read_metadata(tmp_path / "a.safetensors")

@@ -1,4 +1,4 @@
-"""Shapes: areas, places, anti-aliasing, and what the test split has that training has not."""
+"""Shapes: areas, placement, anti-aliasing, and families that only the test split has."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from layerdecomp.data.shapes import SHAPES, draw_shape, inpainting_mask, placed,
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_whole_shapes_have_about_their_area_and_anti_aliased_edges(split: str) -> None:
+def test_whole_shapes_have_about_the_requested_area_and_anti_aliased_edges(split: str) -> None:
     for seed in range(40):
         rng = np.random.default_rng(seed)
         goal = rng.uniform(0.05, 0.25)

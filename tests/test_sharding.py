@@ -1,6 +1,6 @@
-"""A frozen base that is shared out among two processes: the same numbers, half of the bytes, and nobody waits for ever.
+"""A frozen base sharded over two processes: identical results, half of the memory, and no deadlock.
 
-In every run rank 0 has more samples to validate and to evaluate than rank 1, and fewer to look at when a loss is NaN.
+In every run rank 0 has more samples to validate and to evaluate than rank 1, and fewer to check when a loss is NaN.
 """
 
 import json
@@ -30,25 +30,28 @@ SETTINGS = [
     *("train.steps=4", "train.checkpoint_every=2", "train.validate_every=2", "optim.lr=1e-2", "optim.warmup=0"),
     *("data.validation=3", "evaluate.samples=3", "evaluate.batch_size=1", "evaluate.rows=[adapted,base]"),
 ]
-BAD = 8  # a position that the first rank sees in the third step
+BAD = 8  # a position of the first rank in the third step
 losses, finish = DecomposerJob.flow_losses, DecomposerJob.finish
 
 
-def spoilt(self: DecomposerJob, latents: dict[str, Tensor], positions: list[int]) -> dict[str, Tensor]:
-    """The losses, which are NaN at one position."""
+def nan_losses(self: DecomposerJob, latents: dict[str, Tensor], positions: list[int]) -> dict[str, Tensor]:
+    """The losses, which are NaN at position `BAD`."""
     found = losses(self, latents, positions)
     return {name: loss * torch.nan for name, loss in found.items()} if BAD in positions else found
 
 
 def _train_as(rank: int, port: int, settings: list[str], folder: Path, names: list[str]) -> None:
-    """Runs of some names as one of two ranks; "sharded" ones tell what the rank held."""
+    """Trains the named runs as one of two ranks, sharded if the name says so; writes the bytes that the rank holds."""
     become_rank(rank, port)
 
-    def told(self: DecomposerJob, run_dir: Path, share: Share) -> None:
+    def record(self: DecomposerJob, run_dir: Path, share: Share) -> None:
         (folder / f"{run_dir.name}.{rank}.json").write_text(json.dumps(_held(self)))
         finish(self, run_dir, share)
 
-    with mock.patch.object(DecomposerJob, "flow_losses", spoilt), mock.patch.object(DecomposerJob, "finish", told):
+    with (
+        mock.patch.object(DecomposerJob, "flow_losses", nan_losses),
+        mock.patch.object(DecomposerJob, "finish", record),
+    ):
         for name in names:
             sharded = f"shard_base={str('sharded' in name).lower()}"
             train(load_config(ROOT / "configs" / "tiny.yaml", [*settings, sharded, f"run_dir={folder / name}"]))
@@ -56,7 +59,7 @@ def _train_as(rank: int, port: int, settings: list[str], folder: Path, names: li
 
 
 def _held(job: DecomposerJob) -> dict[str, int]:
-    """Bytes of the transformer's tensors that this rank has, and those of the trained ones among them."""
+    """Bytes of the transformer's parameters that this rank holds, and of the trained ones."""
     transformer = job.decomposer.transformer
     trained = sum(p.nbytes for p in transformer.parameters() if p.requires_grad)
     held = [p.to_local() if isinstance(p, DTensor) else p for p in transformer.parameters()]
@@ -73,27 +76,27 @@ def same(one: Path, other: Path) -> bool:
     return all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
 
 
-def test_a_shared_out_base_trains_to_the_same_bits_in_half_of_the_memory(
+def test_training_with_a_sharded_base_is_bitwise_identical_in_half_of_the_memory(
     tmp_path: Path, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("MASTER_PORT", raising=False)  # of a training before in this process, and perhaps taken since
+    monkeypatch.delenv("MASTER_PORT", raising=False)  # left by an earlier training here; may be in use by now
     settings = [*tiny_overrides, *SETTINGS]
     assert as_ranks(_train_as, settings, tmp_path, ["whole", "sharded"]) == [0, 0]
     whole, sharded = tmp_path / "whole", tmp_path / "sharded"
     assert same(whole, sharded) and results(whole) == results(sharded)
     for tag in ("train/loss", "validation/background/psnr"):
         torch.testing.assert_close(curve(sharded, tag), curve(whole, tag), rtol=0, atol=0, equal_nan=True)
-    assert curve(sharded, "train/skipped")[3] == 1, "of the step with NaN"
-    told = {
+    assert curve(sharded, "train/skipped")[3] == 1, "the step with NaN"
+    held = {
         name: [json.loads((tmp_path / f"{name}.{rank}.json").read_text()) for rank in (0, 1)]
         for name in ("whole", "sharded")
     }
-    (everything, trained), halves = told["whole"][0].values(), [held["all"] for held in told["sharded"]]
-    assert all(held["trained"] == trained for held in told["sharded"])
+    (everything, trained), halves = held["whole"][0].values(), [rank["all"] for rank in held["sharded"]]
+    assert all(rank["trained"] == trained for rank in held["sharded"])
     frozen = everything - trained
     assert [half - trained for half in halves] == pytest.approx([frozen / 2, frozen / 2], rel=0.05)
 
-    # A run goes on with the base kept the other way, and by itself; a finished one is evaluated, with no step before.
+    # Resumes with the base stored the other way, and on one device; a finished run is evaluated without a step.
     for name, before in (("then-sharded", whole), ("then-alone", sharded)):
         (tmp_path / name).mkdir()
         shutil.copy(before / PREVIOUS, tmp_path / name / LAST)
@@ -104,12 +107,12 @@ def test_a_shared_out_base_trains_to_the_same_bits_in_half_of_the_memory(
     assert results(sharded) == results(whole)
     assert same(whole, tmp_path / "then-sharded") and sorted(curve(tmp_path / "then-sharded")) == [2, 3]
     one = ["train.devices=1", "train.batch_size=4", "train.accumulate=1", f"run_dir={tmp_path}/then-alone"]
-    with mock.patch.object(DecomposerJob, "flow_losses", spoilt):
+    with mock.patch.object(DecomposerJob, "flow_losses", nan_losses):
         train(load_config(ROOT / "configs" / "tiny.yaml", [*settings, *one]))
     assert curve(tmp_path / "then-alone")[3] == pytest.approx(curve(sharded)[3], rel=1e-4)
 
 
-def test_the_frozen_base_is_the_one_of_its_file_and_leaves_the_adapted_one_as_it_is(
+def test_frozen_base_equals_its_file_and_leaves_the_adapted_model_unchanged(
     tiny_decomposer: Decomposer, tiny_weights: Path
 ) -> None:
     path = tiny_weights / "transformer.safetensors"

@@ -1,4 +1,4 @@
-"""The floors of the package: imports go down only, and what a floor may know of the world."""
+"""The order of the package's modules: which of them, and which libraries, each may import."""
 
 import ast
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# From the ground up; a file imports files that stand before it, and no others.
+# A module may only import modules listed before it.
 ORDER = [
-    # floor 0: tensors and pictures
+    # level 0: tensors and images
     *("__init__", "errors", "files", "cli"),
     *("models.__init__", "models.attention", "models.blocks", "models.mmdit", "models.lora"),
     *("models.context_fusion", "models.autoencoder", "models.depth"),
@@ -25,7 +25,7 @@ ORDER = [
     "resizing",
     *("metrics.__init__", "metrics.region", "metrics.background", "metrics.foreground", "metrics.perceptual"),
     *("metrics.distribution", "metrics.recomposition", "metrics.layers"),
-    # floor 1: the parts composed, their files, their data, their figures
+    # level 1: the assembled model, files, data and metrics
     *("quantization", "layouts", "tensor_files", "weights", "manifest", "decomposer", "sharding"),
     *("adapters", "incoming", "modelcard", "export", "text"),
     *("data.__init__", "data.index", "data.prepare"),
@@ -46,9 +46,9 @@ ORDER = [
         "reference",
         "memory",
     ),
-    # floor 2: everything that can be set
+    # level 2: configuration
     *("config", "dry_run"),
-    # floor 3: training
+    # level 3: training
     *(
         "training.__init__",
         "training.muon",
@@ -74,7 +74,7 @@ MODELS = [name for name in FILES if name.startswith("models.")]
 
 
 def imported(path: Path) -> set[str]:
-    """Dotted names of the modules (and of what is taken from them) that a file imports."""
+    """Dotted names of the modules, and of the names in them, that a file imports."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -86,7 +86,7 @@ def imported(path: Path) -> set[str]:
 
 
 def own(path: Path) -> set[str]:
-    """The package's files that a file imports."""
+    """The package's modules that a file imports."""
     inside = {name.removeprefix("layerdecomp").lstrip(".") or "__init__" for name in imported(path) if _ours(name)}
     return {found for name in inside for found in (name, f"{name}.__init__") if found in FILES}
 
@@ -95,23 +95,23 @@ def _ours(name: str) -> bool:
     return name.split(".")[0] == "layerdecomp"
 
 
-def test_every_file_has_its_place() -> None:
+def test_every_module_is_listed() -> None:
     assert sorted(ORDER) == sorted(FILES)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_imports_go_down(name: str) -> None:
-    above = own(FILES[name]) - set(ORDER[: ORDER.index(name)])
-    assert not above, f"{name} imports what stands above it: {sorted(above)}"
+def test_modules_import_only_modules_listed_before_them(name: str) -> None:
+    later = own(FILES[name]) - set(ORDER[: ORDER.index(name)])
+    assert not later, f"{name} imports modules listed after it: {sorted(later)}"
 
 
-def test_imports_are_seen() -> None:
+def test_imports_are_detected() -> None:
     assert {"models.mmdit", "weights", "imaging.layers"} <= own(FILES["decomposer"])
     assert {"metrics.background", "metrics.__init__"} <= own(FILES["metrics.layers"])
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models_are_plain_torch(name: str) -> None:
+def test_models_import_no_framework(name: str) -> None:
     allowed = {"torch", "einops", "timm", "layerdecomp"}
     allowed |= {
         "collections",
@@ -129,7 +129,7 @@ def test_models_are_plain_torch(name: str) -> None:
 
 @pytest.mark.parametrize("path", [*FILES.values(), *TOOLS], ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_no_reference_implementation_is_imported(path: Path) -> None:
-    # Extras: a tool that runs once, and what is measured beside our transformer.
+    # Optional extras: the prompt embedding, and the benchmark against diffusers.
     needed = {FILES["text"]: {"transformers"}, FILES["reference"]: {"diffusers", "peft"}}.get(path, set())
     foreign = {"diffusers", "transformers", "accelerate", "peft", "tests"}
     assert {name.split(".")[0] for name in imported(path)} & foreign == needed

@@ -1,4 +1,4 @@
-"""Safetensors files: every way in which one can be broken, and writing that leaves no half of one."""
+"""Safetensors files: every kind of damage, and writes that leave no partial file."""
 
 import os
 import re
@@ -23,13 +23,13 @@ def _with_header(header: bytes) -> bytes:
 
 
 def _spans(part: str, address: int) -> bool:
-    """Whether the last part of memory that a piece of smaps describes holds an address."""
+    """Whether the last mapping described in a part of smaps contains an address."""
     (*_, (start, end)) = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) ", part, re.MULTILINE)
     return int(start, 16) <= address < int(end, 16)
 
 
 @pytest.mark.parametrize("length", [0, 7, 8, 9, 1000, 5000, 0.5, -1])
-def test_truncated_files(tiny_weights: Path, tmp_path: Path, length: float) -> None:
+def test_truncated_files_are_refused(tiny_weights: Path, tmp_path: Path, length: float) -> None:
     content = (tiny_weights / "transformer.safetensors").read_bytes()
     length = int(length * len(content)) if 0 < length < 1 else int(length) % len(content)
     path = tmp_path / "cut.safetensors"
@@ -55,7 +55,7 @@ def test_truncated_files(tiny_weights: Path, tmp_path: Path, length: float) -> N
     ],
     ids=["bytes", "pickle", "ff", "list", "number", "no entry", "offsets", "dtype"],
 )
-def test_files_of_another_kind(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_no_safetensors_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
     with pytest.raises(
@@ -64,7 +64,7 @@ def test_files_of_another_kind(tmp_path: Path, content: bytes) -> None:
         read_metadata(path)
 
 
-def test_missing_files_and_folders(tmp_path: Path) -> None:
+def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent.safetensors does not exist; put the file there"):
         load_mmdit(tmp_path / "absent.safetensors")
     with pytest.raises(InputError, match="is a folder; expected one .safetensors file"):
@@ -73,14 +73,14 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
         load_autoencoder(tmp_path)
 
 
-@pytest.mark.parametrize(("content", "what"), [(b"GGUF" + bytes(99), "a GGUF file"), (b"PK\x03\x04" * 99, "a pickled")])
-def test_other_kinds_of_weights(tmp_path: Path, content: bytes, what: str) -> None:
+@pytest.mark.parametrize(("content", "kind"), [(b"GGUF" + bytes(99), "a GGUF file"), (b"PK\x03\x04" * 99, "a pickled")])
+def test_other_weight_formats_are_recognised(tmp_path: Path, content: bytes, kind: str) -> None:
     (tmp_path / "a.safetensors").write_bytes(content)
-    with pytest.raises(InputError, match=f"a.safetensors: {what}"):
+    with pytest.raises(InputError, match=f"a.safetensors: {kind}"):
         load_mmdit(tmp_path / "a.safetensors")
 
 
-def test_a_file_that_is_cut_off_while_it_is_read(tmp_path: Path) -> None:
+def test_a_file_truncated_after_opening_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_tensors(path, {"x": torch.ones(9)}, {})
     file = TensorFile(path)
@@ -89,21 +89,21 @@ def test_a_file_that_is_cut_off_while_it_is_read(tmp_path: Path) -> None:
         file.read("x")
 
 
-def test_types_that_torch_does_not_have(tmp_path: Path) -> None:
+def test_dtypes_that_torch_lacks_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(_with_header(b'{"x": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}') + bytes(3))
     with pytest.raises(InputError, match=r"a\.safetensors: tensors of F6_E2M3 are not supported; expected F64, F32"):
         TensorFile(path).read("x")
 
 
-def test_large_tensors_are_in_huge_pages() -> None:
-    """As far as the system has been asked for them: the flag hg of their part of memory."""
+def test_large_tensors_request_huge_pages() -> None:
+    """Tests only that they are requested: the mapping has the flag hg."""
     tensor = empty((1 << 23, 2), torch.uint8).fill_(1)
     assert tensor.shape == (1 << 23, 2) and tensor.sum() == 1 << 24
     parts = Path("/proc/self/smaps").read_text().split("VmFlags:")
     (flags,) = [flags.splitlines()[0] for part, flags in pairwise(parts) if _spans(part, tensor.data_ptr())]
     assert " hg" in flags
-    with mock.patch("layerdecomp.tensor_files.mmap.mmap", side_effect=AssertionError):  # a small one has none
+    with mock.patch("layerdecomp.tensor_files.mmap.mmap", side_effect=AssertionError):  # not for a small tensor
         small = empty((1 << 16, 2), torch.uint8).fill_(1)
     assert small.shape == (1 << 16, 2) and small.sum() == 1 << 17
 
@@ -124,7 +124,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path] and read == ["x", "y"]
 
 
-def test_what_is_written_is_what_the_library_reads(tmp_path: Path) -> None:
+def test_written_files_are_read_by_safetensors_and_do_not_depend_on_order(tmp_path: Path) -> None:
     drawn = torch.randint(0, 2, (3, 5), generator=torch.Generator().manual_seed(0))
     tensors = {f"{dtype}": drawn.to(dtype) for dtype in DTYPES}
     tensors |= {"number": torch.tensor(2.5), "nothing": torch.zeros(0, 4), "z\u00fcg": torch.ones(7).half()}
@@ -137,7 +137,7 @@ def test_what_is_written_is_what_the_library_reads(tmp_path: Path) -> None:
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
-def test_places_where_no_file_can_be(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "taken" / "a.safetensors", tmp_path / "taken" / "b" / "a.safetensors", tmp_path / "folder"):
@@ -146,7 +146,7 @@ def test_places_where_no_file_can_be(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "taken"]
 
 
-def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+def test_file_permissions_follow_the_umask(tmp_path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(3)}, {})

@@ -1,4 +1,4 @@
-"""Test sets: written, read back, made of the objects of layered pictures."""
+"""Test sets: export, reading back, and samples from the objects of layered images."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ SCENES = Scenes(SceneConfig(size=32), "test", 0, 3)
 EXACT = MaskConfig(**{kind: float(kind == "exact") for kind in vars(MaskConfig())})
 
 
-def test_scenes_come_back_as_they_were_exported(tmp_path: Path) -> None:
+def test_exported_scenes_are_read_back(tmp_path: Path) -> None:
     assert export_samples(drawn_samples(SCENES), tmp_path) == 3
     data = TestFolder(tmp_path)
     assert len(data) == 3 and data.names == ["00000", "00001", "00002"]
@@ -41,7 +41,7 @@ def test_scenes_come_back_as_they_were_exported(tmp_path: Path) -> None:
     assert not TestFolder(tmp_path, with_cues=False)[0]["cues"].any()
 
 
-def test_an_export_that_was_cut_off_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_export_resumes(tmp_path: Path) -> None:
     export_samples(drawn_samples(SCENES), tmp_path)
     kept, lost = tmp_path / "image" / "00000.png", tmp_path / "mask" / "00001.png"
     before, content = kept.stat().st_mtime_ns, lost.read_bytes()
@@ -60,7 +60,7 @@ def test_an_export_does_not_mix_test_sets(tmp_path: Path) -> None:
         export(data, replace(config, samples=1), tmp_path)
 
 
-def test_a_digest_tells_test_sets_apart(tmp_path: Path) -> None:
+def test_digests_distinguish_test_sets(tmp_path: Path) -> None:
     export_samples(drawn_samples(SCENES), tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "copy")
     digest = TestFolder(tmp_path / "one").digest()
@@ -69,7 +69,7 @@ def test_a_digest_tells_test_sets_apart(tmp_path: Path) -> None:
     assert TestFolder(tmp_path / "copy").digest() != digest
 
 
-def test_seeds_depend_on_the_name_alone() -> None:
+def test_seeds_depend_only_on_the_name() -> None:
     assert seed_of("00012") == 12 and seed_of("cat") == seed_of("cat") != seed_of("dog")
     assert 0 <= seed_of("a/b") < 2**32 and 0 <= seed_of("1" * 30) < 2**32
 
@@ -114,7 +114,7 @@ def test_maps_of_the_folder_are_the_cues(tmp_path: Path) -> None:
     )  # as in training
 
 
-def test_rorems_layout(tmp_path: Path) -> None:
+def test_the_layout_of_rorem_is_read(tmp_path: Path) -> None:
     export_samples(drawn_samples(SCENES), tmp_path)
     for ours, theirs in (("image", "source"), ("background", "GT")):
         (tmp_path / ours).rename(tmp_path / theirs)
@@ -132,7 +132,7 @@ def test_rorems_layout(tmp_path: Path) -> None:
 
 @pytest.fixture
 def mulan(tmp_path: Path) -> Path:
-    """An index of three pictures of three layers, all in the test split; the second object of the last is tiny."""
+    """An index of three images with three layers, all in the test split; the second object of the last is tiny."""
     root = tmp_path / "mulan"
     root.mkdir()
     rng = np.random.default_rng(0)
@@ -153,7 +153,7 @@ def mulan(tmp_path: Path) -> Path:
     return tmp_path / "index.safetensors"
 
 
-def test_all_objects_of_the_right_area_or_one_of_each_picture(mulan: Path) -> None:
+def test_objects_of_the_right_area_are_used_all_or_one_per_image(mulan: Path) -> None:
     config = TripletConfig(layered=[str(mulan)], size=32, min_area=0.01, max_area=0.8, masks=EXACT)
     every = dict(test_objects(config, "all", stretch=True))
     assert sorted(every) == ["a-1", "a-2", "b-1", "b-2", "c-1"]
@@ -165,14 +165,14 @@ def test_all_objects_of_the_right_area_or_one_of_each_picture(mulan: Path) -> No
     assert {name[2] for name, _ in test_objects(large, "all", stretch=True)} == {"1"}
 
 
-def test_every_picture_is_cropped_in_a_place_of_its_own(mulan: Path) -> None:
+def test_every_image_has_its_own_crop(mulan: Path) -> None:
     config = TripletConfig(layered=[str(mulan)], size=32, masks=EXACT)
     found = dict(test_objects(config, "all", stretch=False))
-    for layer in (1, 2):  # a and b differ in their colours alone
+    for layer in (1, 2):  # a and b differ only in their colours
         assert not found[f"a-{layer}"]["foreground"][3].equal(found[f"b-{layer}"]["foreground"][3])
 
 
-def test_an_object_is_taken_out_of_its_picture(mulan: Path) -> None:
+def test_a_sample_separates_an_object_from_its_image(mulan: Path) -> None:
     config = TripletConfig(layered=[str(mulan)], size=32, masks=EXACT)
     for stretch in (True, False):
         sample = dict(test_objects(config, "all", stretch))["a-1"]
@@ -180,14 +180,14 @@ def test_an_object_is_taken_out_of_its_picture(mulan: Path) -> None:
         visible = sample["foreground"][3:] * (1 - sample["occluder"])
         assert torch.equal(sample["mask"] > 0, visible > 0.5 * visible.max())
         assert sample["occluder"].any() and sample["foreground"][3].mean() > visible.mean()
-        alone = sample["occluder"] == 0
+        unoccluded = sample["occluder"] == 0
         whole = over(sample["foreground"], sample["background"])
-        torch.testing.assert_close((whole * alone), (sample["image"] * alone), rtol=0, atol=1e-5)
+        torch.testing.assert_close((whole * unoccluded), (sample["image"] * unoccluded), rtol=0, atol=1e-5)
     cropped, stretched = (dict(test_objects(config, "all", stretch))["a-1"] for stretch in (False, True))
     assert not cropped["image"].equal(stretched["image"])
 
 
-def test_indexes_that_do_not_fit(mulan: Path) -> None:
+def test_missing_indexes_are_refused(mulan: Path) -> None:
     with pytest.raises(InputError, match="data.triplets.layered names no index"):
         next(test_objects(TripletConfig(), "one", stretch=False))
     with pytest.raises(InputError, match="does not exist"):

@@ -1,4 +1,4 @@
-"""The prompt's embedding against FluxFillPipeline.encode_prompt, with small random text encoders."""
+"""Prompt embeddings against FluxFillPipeline.encode_prompt, with small random text encoders."""
 
 import sys
 from dataclasses import replace
@@ -23,7 +23,7 @@ LETTERS = [chr(letter) for letter in range(ord("a"), ord("z") + 1)]
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the published repository has it, with encoders of width 8 that know the letters."""
+    """A folder with the layout of the published repository, and encoders of width 8 whose vocabulary is the letters."""
     root = tmp_path_factory.mktemp("flux")
     words = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
     CLIPTokenizer({word: i for i, word in enumerate(words)}, [], model_max_length=77).save_pretrained(
@@ -62,29 +62,29 @@ def _pipeline(root: Path) -> FluxFillPipeline:
 
 
 @pytest.mark.parametrize(("prompt", "tokens"), [("", 512), ("a cup on a table", 512), ("a long story", 5)])
-def test_the_embedding_is_the_pipelines(root: Path, prompt: str, tokens: int) -> None:
+def test_embeddings_equal_those_of_the_pipeline(root: Path, prompt: str, tokens: int) -> None:
     with torch.no_grad():
         txt, vec, _ = _pipeline(root).encode_prompt(prompt, None, max_sequence_length=tokens)
-    made = embed_prompt(root, prompt, tokens, torch.float32)
-    assert made["txt"].shape == (tokens, 8) and made["vec"].shape == (8,)
-    assert torch.equal(made["txt"], txt[0]) and torch.equal(made["vec"], vec[0])
+    found = embed_prompt(root, prompt, tokens, torch.float32)
+    assert found["txt"].shape == (tokens, 8) and found["vec"].shape == (8,)
+    assert torch.equal(found["txt"], txt[0]) and torch.equal(found["vec"], vec[0])
     other = embed_prompt(root, prompt + "x", 512, torch.float32)
-    assert not torch.allclose(other["txt"][:5], made["txt"][:5]) and not torch.allclose(other["vec"], made["vec"])
+    assert not torch.allclose(other["txt"][:5], found["txt"][:5]) and not torch.allclose(other["vec"], found["vec"])
 
 
-def test_the_models_take_the_file(root: Path, tiny_config: DecomposerConfig, tmp_path: Path) -> None:
-    path, made = tmp_path / "prompt.safetensors", embed_prompt(root, "a cup", 7)
-    save_prompt(path, made, "a cup", root)
+def test_a_saved_prompt_is_loaded_by_the_model(root: Path, tiny_config: DecomposerConfig, tmp_path: Path) -> None:
+    path, found = tmp_path / "prompt.safetensors", embed_prompt(root, "a cup", 7)
+    save_prompt(path, found, "a cup", root)
     metadata = read_metadata(path)
     assert metadata["prompt"] == "a cup" and metadata["text_encoder_2_sha256"] == file_sha256(root / "text_encoder_2")
     prompt = Prompt.load(str(path), load_mmdit(tiny_config.weights.transformer))
-    assert prompt.txt.equal(made["txt"]) and prompt.vec.equal(made["vec"])
+    assert prompt.txt.equal(found["txt"]) and prompt.vec.equal(found["vec"])
     config = replace(tiny_config, weights=replace(tiny_config.weights, prompt=str(path)))
     decomposer = build_decomposer(config)
     assert decomposer.prompt.inputs(2, torch.float32)["txt"].shape == (2, 7, 8)
 
 
-def test_what_is_missing_is_named(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_folders_and_libraries_are_named(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="has no folder text_encoder, text_encoder_2, tokenizer, tokenizer_2"):
         embed_prompt(tmp_path)
     for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
@@ -96,7 +96,7 @@ def test_what_is_missing_is_named(root: Path, tmp_path: Path, monkeypatch: pytes
         embed_prompt(root)
 
 
-def test_fill_leaves_no_parameter_alone(root: Path) -> None:
-    """The comparison above would prove little if the encoders were as they start."""
+def test_fill_randomises_every_parameter(root: Path) -> None:
+    """The comparison above would prove little with freshly initialised encoders."""
     model: nn.Module = T5EncoderModel.from_pretrained(root / "text_encoder_2")
     assert all(parameter.std() > 0.01 for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""Photographs come from the wheel and not from the network; textures are varied and in range."""
+"""Photographs are bundled with scikit-image, not downloaded; textures are varied and in range."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_a_missing_photograph_is_named() -> None:
 
 @pytest.mark.parametrize("size", [16, 128, 512])
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_crops(size: int, split: str) -> None:
+def test_crops_are_varied_and_in_range(size: int, split: str) -> None:
     crops = np.stack([photograph_crop(np.random.default_rng(seed), size, split) for seed in range(12)])
     assert crops.shape == (12, size, size, 3) and crops.dtype == np.float32
     assert crops.min() >= 0 and crops.max() <= 1
@@ -41,15 +41,15 @@ def test_crops(size: int, split: str) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_procedural_textures(split: str) -> None:
+def test_procedural_textures_are_varied_and_in_range(split: str) -> None:
     textures = np.stack([procedural(np.random.default_rng(seed), 64, split) for seed in range(60)])
     assert textures.shape == (60, 64, 64, 3) and textures.dtype == np.float32
     assert textures.min() >= 0 and textures.max() <= 1
-    assert textures.std(axis=(1, 2)).max(axis=1).min() > 0.02  # none is plain
+    assert textures.std(axis=(1, 2)).max(axis=1).min() > 0.02  # none is uniform
     assert (procedural(np.random.default_rng(7), 64, split) == textures[7]).all()
 
 
-def test_half_of_the_test_textures_are_of_families_that_training_never_draws() -> None:
+def test_half_of_the_test_textures_are_of_unseen_families() -> None:
     seen, drawn = set(_FIELDS["train"]), _FIELDS["test"]
     assert seen < set(drawn)
     assert 2 * sum(make not in seen for make in drawn) == len(drawn)

@@ -1,4 +1,4 @@
-"""The commands: what they write, and one plain error with status 2 for everything a user can get wrong."""
+"""The commands: what they write, and one plain error with status 2 for every invalid input."""
 
 import importlib.util
 import json
@@ -53,7 +53,7 @@ def _files(folder: Path) -> dict[str, int]:
 
 @pytest.fixture
 def fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fails:
-    """Runs a tool in a folder of its own that must fail plainly, and gives its message."""
+    """Returns a function that runs a tool in a temporary folder, expects a plain failure and returns its message."""
     monkeypatch.chdir(tmp_path)
 
     def run(tool: str, *arguments: str) -> str:
@@ -71,7 +71,7 @@ def fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> list[str]:
-    """A picture and its mask, as arguments."""
+    """An image and its mask, as arguments."""
     pixels = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     mask = np.zeros((40, 56), np.uint8)
@@ -82,7 +82,7 @@ def pictures(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def own_weights(tmp_path: Path, tiny_weights: Path) -> Path:
-    """A copy of `tiny_weights` that a test may spoil; its adapter finds the other files beside itself."""
+    """A copy of `tiny_weights` that a test may damage; its adapter finds the other files in its own folder."""
     folder = shutil.copytree(tiny_weights, tmp_path / "weights")
     adapter = Adapter.load(folder / "adapter.safetensors")
     names = {name: f"gone/{name}.safetensors" for name in ("transformer", "autoencoder", "rgba_autoencoder")}
@@ -90,7 +90,7 @@ def own_weights(tmp_path: Path, tiny_weights: Path) -> Path:
     return folder
 
 
-# What they write
+# Output
 
 
 def test_decompose_writes_layers(
@@ -118,7 +118,7 @@ def test_decompose_quantises_the_base(tiny_weights: Path, tmp_path: Path, pictur
     assert (layers.foreground != whole.foreground).any()
 
 
-def test_decompose_takes_folders(
+def test_decompose_processes_folders(
     tiny_weights: Path, tmp_path: Path, pictures: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter, out = f"adapter={tiny_weights / 'adapter.safetensors'}", tmp_path / "out"
@@ -131,8 +131,8 @@ def test_decompose_takes_folders(
     run = partial(run_command, TOOLS["decompose"].main, [*where, "steps=1", "sample.max_side=32", "format=png,ora"])
     with pytest.raises(SystemExit) as stopped:
         run()
-    said = capsys.readouterr()
-    assert stopped.value.code == 1 and said.out == "" and said.err.endswith("1 of 2 pictures have no layers: two\n")
+    output = capsys.readouterr()
+    assert stopped.value.code == 1 and output.out == "" and output.err.endswith("1 of 2 pictures have no layers: two\n")
     shutil.copy(tmp_path / "a.png", tmp_path / "images" / "two.png")
     run()
     assert capsys.readouterr().out == f"2 pictures split into {out}\n"
@@ -141,7 +141,7 @@ def test_decompose_takes_folders(
     assert settings["max_side"] == 32 and settings["steps"] == 1 and len(settings["adapter"]) == 64
 
 
-def test_decompose_takes_a_published_folder_and_writes_layered_files(
+def test_decompose_loads_a_published_folder_and_writes_layered_files(
     tiny_weights: Path, tmp_path: Path, pictures: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, folder, out = tiny_weights / "adapter.safetensors", tmp_path / "published", tmp_path / "layers"
@@ -154,7 +154,7 @@ def test_decompose_takes_a_published_folder_and_writes_layered_files(
     assert "wrote layers.ora, layers.psd into" in capsys.readouterr().out
 
 
-def test_evaluate_writes_figures_and_pictures(
+def test_evaluate_writes_metrics_and_images(
     tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = ["data.scenes.size=32", "evaluate.samples=3", "evaluate.batch_size=2", "sample.steps=2"]
@@ -167,7 +167,7 @@ def test_evaluate_writes_figures_and_pictures(
     assert document["protocol"]["count"] == 3 and document["protocol"]["steps"] == 2
     assert document["protocol"]["versions"]["pymatting"] and len(document["protocol"]["weights"]) == 4
     sad = {row: values["foreground/alpha_sad"] for row, values in document["results"].items()}
-    assert sad["matting"] != sad["base"] == sad["classical"]  # which have the mask's
+    assert sad["matting"] != sad["base"] == sad["classical"]  # both have the alpha of the mask
     assert Image.open(tmp_path / "new" / "samples" / "comparison.png").size[0] > 32
     assert "adapted" in capsys.readouterr().out
     assert {path.name for path in tiny_weights.iterdir()} == {
@@ -175,7 +175,7 @@ def test_evaluate_writes_figures_and_pictures(
     }
 
 
-def test_evaluate_exports_inputs_and_scores_what_another_method_made_of_them(
+def test_evaluate_exports_inputs_and_scores_predictions_of_another_method(
     tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter, inputs = f"adapter={tiny_weights / 'adapter.safetensors'}", tmp_path / "inputs"
@@ -184,15 +184,15 @@ def test_evaluate_exports_inputs_and_scores_what_another_method_made_of_them(
     assert capsys.readouterr().out == f"3 samples in {inputs}\n"
     parts = ("image", "mask", "foreground", "background", "occluder")
     assert {path.name for path in inputs.iterdir()} == {*parts, "settings.json"}
-    for name in ("00000", "00002"):  # a method that leaves everything as it is, and fails once
+    for name in ("00000", "00002"):  # a method that returns its input, and fails once
         for part in ("background", "foreground"):
             (tmp_path / "other" / part).mkdir(parents=True, exist_ok=True)
         shutil.copy(inputs / "image" / f"{name}.png", tmp_path / "other" / "background")
         shutil.copy(inputs / "mask" / f"{name}.png", tmp_path / "other" / "foreground")
     others = [f"predictions={tmp_path / 'other'}", f"data={inputs}", f"out={tmp_path / 'out'}"]
     run_command(TOOLS["evaluate"].main, others)
-    said = capsys.readouterr().out
-    assert "other: 1 missing backgrounds: 00001" in said
+    output = capsys.readouterr().out
+    assert "other: 1 missing backgrounds: 00001" in output
     assert list(json.loads((tmp_path / "out" / "metrics.json").read_text())["results"]) == ["classical", "other"]
     (tmp_path / "protocol.yaml").write_text("sample: {steps: 2}\nevaluate: {rows: [adapted], measure: {region: mask}}")
     both = [adapter, f"config={tmp_path / 'protocol.yaml'}", *others]
@@ -202,10 +202,10 @@ def test_evaluate_exports_inputs_and_scores_what_another_method_made_of_them(
     assert document["protocol"]["steps"] == 2 and document["protocol"]["data"] == str(inputs)
 
 
-def test_the_mulan_protocol_makes_a_test_set_and_fills_the_table(
+def test_the_mulan_protocol_exports_a_test_set_and_fills_the_table(
     tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Both commands of docs/evaluation.md, on layers of our own, at a smaller size."""
+    """Both commands of docs/evaluation.md, on generated layers, at a smaller size."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "docs" / "results.md", "results.md")
     (tmp_path / "layers").mkdir()
@@ -227,11 +227,11 @@ def test_the_mulan_protocol_makes_a_test_set_and_fills_the_table(
     table = Path("results.md").read_text().partition("<!-- published -->")[2].partition("<!-- /published -->")[0]
     assert table.strip() == (tmp_path / "out" / "published.md").read_text().strip()
     assert len(re.findall(r"\d ± \d", table)) == 4 and table.count("35.96 |") == 1  # PSNR and SSIM of two rows
-    told = json.loads((tmp_path / "out" / "metrics.json").read_text())["protocol"]
-    assert told["count"] == 3 and told["data"] == "data/mulan-test" and told["guidance"] == 30.0
+    protocol = json.loads((tmp_path / "out" / "metrics.json").read_text())["protocol"]
+    assert protocol["count"] == 3 and protocol["data"] == "data/mulan-test" and protocol["guidance"] == 30.0
 
 
-def test_the_published_table_of_the_docs_is_that_of_the_protocol() -> None:
+def test_the_published_table_of_the_docs_matches_the_protocol() -> None:
     config = merge_config(EvaluateConfig(), [("", read_yaml(CONFIGS / "mulan.yaml").evaluate)], [])
     table = (ROOT / "docs" / "results.md").read_text().partition("<!-- published -->")[2].strip()
     ours = [line.split("|")[1:4] for line in format_published({}, config.published).splitlines()]
@@ -239,7 +239,7 @@ def test_the_published_table_of_the_docs_is_that_of_the_protocol() -> None:
     assert theirs == ours
 
 
-def test_prepare_data_makes_indexes_and_checks_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_data_writes_and_checks_indexes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "pictures").mkdir()
     rng = np.random.default_rng(0)
     for name in ("a.jpg", "b.png"):
@@ -257,7 +257,7 @@ def test_prepare_data_makes_indexes_and_checks_them(tmp_path: Path, capsys: pyte
     assert stopped.value.code == 1 and "a.jpg cannot be read" in capsys.readouterr().out
 
 
-def test_prepare_data_makes_maps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_data_writes_maps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(0)
     (tmp_path / "layers").mkdir()
     for layer, alpha in enumerate((np.full((20, 30), 255), 255 * (rng.random((20, 30)) < 0.5))):
@@ -282,7 +282,7 @@ def test_prepare_data_makes_maps(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert stopped.value.code == 1 and "a-layer_0.png cannot be read" in capsys.readouterr().out
 
 
-def test_benchmark_data_tells_where_the_time_goes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_benchmark_data_prints_the_share_of_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
     run_command(TOOLS["benchmark_data"].main, ["count=2", "size=64"])
     rate, *stages = capsys.readouterr().out.splitlines()[3:]
     assert "triplets/s per worker at 64 x 64" in rate
@@ -293,23 +293,25 @@ def test_benchmark_data_tells_where_the_time_goes(capsys: pytest.CaptureFixture[
     assert 95 <= sum(shares.values()) <= 105 and shares["cue segments"] > 0 and shares["resize"] > 0
 
 
-def test_export_names_what_it_wrote(tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_names_the_files_it_wrote(
+    tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source, out = tiny_weights / "adapter.safetensors", tmp_path / "merged.safetensors"
     run_command(TOOLS["export"].main, [f"adapter={source}", "format=merged", f"out={out}"])
-    said = capsys.readouterr().out
-    assert f"wrote {out}" in said and "merged.extras.safetensors" in said and "merged.NOTICE.txt" in said
+    output = capsys.readouterr().out
+    assert f"wrote {out}" in output and "merged.extras.safetensors" in output and "merged.NOTICE.txt" in output
     assert load_file(out).keys() == load_file(tiny_weights / "transformer.safetensors").keys()
 
 
-def test_benchmark_load_tells_rate_and_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_benchmark_load_prints_rate_and_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["hidden_size=64", "num_heads=4", "axes_dim=[4,6,6]", "depth=1"]
     run_command(TOOLS["benchmark_load"].main, [f"folder={tmp_path}", "dtype=float32", *small])
-    said = capsys.readouterr().out
-    assert "GB/s, the disk alone" in said and "above the model's" in said
-    assert not list(tmp_path.iterdir())  # the generated file is gone
+    output = capsys.readouterr().out
+    assert "GB/s, the disk alone" in output and "above the model's" in output
+    assert not list(tmp_path.iterdir())  # the generated file is removed
 
 
-# What users get wrong
+# Invalid input
 
 
 @pytest.mark.parametrize(
@@ -340,7 +342,7 @@ def test_benchmark_load_tells_rate_and_memory(tmp_path: Path, capsys: pytest.Cap
         ("out=text.png/below", "text.png is a file; expected a folder: choose another out="),
     ],
 )
-def test_decompose(
+def test_decompose_reports_invalid_input(
     fails: Fails, tiny_weights: Path, tmp_path: Path, pictures: list[str], change: str, message: str
 ) -> None:
     (tmp_path / "text.png").write_text("no picture")
@@ -353,34 +355,34 @@ def test_decompose(
     assert message in fails("decompose", adapter, *pictures, "steps=1", "out=layers", change)
 
 
-def test_decompose_tries_its_folder_before_it_reads_weights(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decompose_checks_its_folder_before_loading_weights(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
     given = ["adapter=absent.safetensors", "image=a.png", "mask=m.png"]
     assert "absent.safetensors does not exist" in fails("decompose", *given, "out=new/layers")
-    monkeypatch.setattr(os, "access", lambda place, mode: not mode & os.W_OK)  # the superuser may write anywhere
-    said = fails("decompose", *given, "out=new/layers")
-    assert f"out=new/layers: {Path.cwd()} cannot be written to; make it writable" in said
+    monkeypatch.setattr(os, "access", lambda place, mode: not mode & os.W_OK)  # mocked, because root may write anywhere
+    output = fails("decompose", *given, "out=new/layers")
+    assert f"out=new/layers: {Path.cwd()} cannot be written to; make it writable" in output
 
 
-def test_the_default_adapter_lies_beside_the_package(fails: Fails, pictures: list[str]) -> None:
+def test_the_default_adapter_is_found_from_any_folder(fails: Fails, pictures: list[str]) -> None:
     assert "absent.png does not exist" in fails("decompose", *pictures, "image=absent.png")
 
 
-def test_decompose_needs_a_picture(fails: Fails) -> None:
+def test_decompose_needs_an_image(fails: Fails) -> None:
     assert "image= is missing; expected image=... mask=..." in fails("decompose", "steps=1")
 
 
-@pytest.mark.parametrize("spoilt", ["adapter", "transformer", "autoencoder", "rgba_autoencoder"])
+@pytest.mark.parametrize("name", ["adapter", "transformer", "autoencoder", "rgba_autoencoder"])
 @pytest.mark.parametrize("missing", [True, False])
 @pytest.mark.parametrize("tool", ["decompose", "evaluate", "export"])
-def test_missing_and_truncated_weights(
-    fails: Fails, own_weights: Path, pictures: list[str], tool: str, spoilt: str, missing: bool
+def test_missing_and_truncated_weights_are_named(
+    fails: Fails, own_weights: Path, pictures: list[str], tool: str, name: str, missing: bool
 ) -> None:
-    path = own_weights / f"{spoilt}.safetensors"
+    path = own_weights / f"{name}.safetensors"
     path.unlink() if missing else path.write_bytes(path.read_bytes()[:-100])
     arguments = {"decompose": pictures, "evaluate": [], "export": ["format=merged", "out=merged.safetensors"]}[tool]
-    said = fails(tool, f"adapter={own_weights / 'adapter.safetensors'}", *arguments)
-    assert (f"{path.name} does not exist" if missing else f"{path}: truncated: ") in said
-    assert ("checkpoints/README.md" if missing else "download or export it again") in said
+    output = fails(tool, f"adapter={own_weights / 'adapter.safetensors'}", *arguments)
+    assert (f"{path.name} does not exist" if missing else f"{path}: truncated: ") in output
+    assert ("checkpoints/README.md" if missing else "download or export it again") in output
 
 
 @pytest.mark.parametrize(
@@ -404,18 +406,20 @@ def test_missing_and_truncated_weights(
         (["fill=results.md"], "expected config= with evaluate.published"),
     ],
 )
-def test_evaluate(fails: Fails, tiny_weights: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_evaluate_reports_invalid_input(
+    fails: Fails, tiny_weights: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
     (tmp_path / "taken").write_text("a file")
     assert message in fails("evaluate", f"adapter={tiny_weights / 'adapter.safetensors'}", *arguments)
 
 
-def test_evaluate_without_the_matting_library(
+def test_evaluate_names_a_missing_matting_library(
     fails: Fails, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pymatting", None)
     small = ["evaluate.samples=1", "data.scenes.size=32", "sample.steps=1", "evaluate.rows=[matting]"]
-    said = fails("evaluate", f"adapter={tiny_weights / 'adapter.safetensors'}", *small)
-    assert "evaluate.rows" in said and "pip install 'layerdecomp[matting]'" in said
+    output = fails("evaluate", f"adapter={tiny_weights / 'adapter.safetensors'}", *small)
+    assert "evaluate.rows" in output and "pip install 'layerdecomp[matting]'" in output
 
 
 @pytest.mark.parametrize(
@@ -435,7 +439,9 @@ def test_evaluate_without_the_matting_library(
         ),
     ],
 )
-def test_export(fails: Fails, tiny_weights: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_export_reports_invalid_input(
+    fails: Fails, tiny_weights: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
     (tmp_path / "taken").write_text("a file")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "last.ckpt").write_bytes(b"PK\x03\x04")
@@ -466,7 +472,7 @@ def test_export(fails: Fails, tiny_weights: Path, tmp_path: Path, arguments: lis
         ("data.source=triplets", "data.triplets names no index with a weight above 0"),
     ],
 )
-def test_train(
+def test_train_reports_invalid_input(
     fails: Fails, tiny_weights: Path, tiny_overrides: list[str], tmp_path: Path, change: str, message: str
 ) -> None:
     (tmp_path / "taken").write_text("a file")
@@ -476,10 +482,10 @@ def test_train(
     assert message in fails("train", f"config={CONFIGS / 'tiny.yaml'}", *tiny_overrides, "train.steps=1", change)
 
 
-def test_gated_weights_are_not_there(fails: Fails) -> None:
-    said = fails("train", f"config={CONFIGS / 'flux_fill.yaml'}", "train.devices=1")
-    assert "checkpoints/flux1-fill-dev/flux1-fill-dev.safetensors does not exist" in said
-    assert "checkpoints/README.md" in said
+def test_missing_gated_weights_are_named_with_instructions(fails: Fails) -> None:
+    output = fails("train", f"config={CONFIGS / 'flux_fill.yaml'}", "train.devices=1")
+    assert "checkpoints/flux1-fill-dev/flux1-fill-dev.safetensors does not exist" in output
+    assert "checkpoints/README.md" in output
 
 
 @pytest.mark.parametrize(
@@ -499,7 +505,7 @@ def test_gated_weights_are_not_there(fails: Fails) -> None:
         (["maps=absent.safetensors", "out=maps", "cue=depth"], "unknown argument cue=depth; expected check= or maps="),
     ],
 )
-def test_prepare_data(fails: Fails, arguments: list[str], message: str) -> None:
+def test_prepare_data_reports_invalid_input(fails: Fails, arguments: list[str], message: str) -> None:
     assert message in fails("prepare_data", *arguments)
 
 
@@ -512,7 +518,7 @@ def test_prepare_data(fails: Fails, arguments: list[str], message: str) -> None:
         (["promt=x"], "unknown argument promt=x; expected root= out= prompt="),
     ],
 )
-def test_embed_prompt(fails: Fails, arguments: list[str], message: str) -> None:
+def test_embed_prompt_reports_invalid_input(fails: Fails, arguments: list[str], message: str) -> None:
     assert message in fails("embed_prompt", *arguments)
 
 
@@ -526,16 +532,16 @@ def test_take_splits_arguments() -> None:
         take([], a=None, b="1", c=None)
 
 
-@pytest.mark.parametrize("asked", [["-h"], ["--help"], ["help"], ["image=absent.png", "--help"]])
-def test_help_is_what_a_tools_file_says(capsys: pytest.CaptureFixture[str], asked: list[str]) -> None:
-    run_command(TOOLS["decompose"].main, asked)
-    said = capsys.readouterr()
-    assert said.out.startswith("Splits an image, or a folder of images") and "format=png,ora,psd" in said.out
-    assert said.err == ""
+@pytest.mark.parametrize("arguments", [["-h"], ["--help"], ["help"], ["image=absent.png", "--help"]])
+def test_help_prints_the_module_docstring(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    run_command(TOOLS["decompose"].main, arguments)
+    output = capsys.readouterr()
+    assert output.out.startswith("Splits an image, or a folder of images") and "format=png,ora,psd" in output.out
+    assert output.err == ""
 
 
 def test_make_help_lists_every_target() -> None:
-    # A make inside of `make test` would tell its folder too.
+    # Within `make test`, the inner make would also print its folder.
     command = ["make", "--no-print-directory", "help"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -543,7 +549,7 @@ def test_make_help_lists_every_target() -> None:
     assert {line.split()[0] for line in listed.splitlines()} == {*targets[1].split()}
 
 
-def test_a_run_that_cannot_go_on_has_a_status_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_error_exits_with_status_1(capsys: pytest.CaptureFixture[str]) -> None:
     def full(arguments: list[str]) -> None:
         raise RunError("the disk is full")
 
@@ -552,17 +558,17 @@ def test_a_run_that_cannot_go_on_has_a_status_of_its_own(capsys: pytest.CaptureF
     assert stopped.value.code == 1 and capsys.readouterr().err == "error: the disk is full\n"
 
 
-def test_a_device_that_is_full_is_told_what_needs_less(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_out_of_memory_error_suggests_settings_that_need_less(capsys: pytest.CaptureFixture[str]) -> None:
     def full(arguments: list[str]) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
 
     with pytest.raises(SystemExit) as stopped:
         run_command(full, [])
-    said = capsys.readouterr().err
-    assert stopped.value.code == 1 and said.startswith("error: CUDA out of memory") and "sample.max_side" in said
+    output = capsys.readouterr().err
+    assert stopped.value.code == 1 and output.startswith("error: CUDA out of memory") and "sample.max_side" in output
 
 
-def test_bugs_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bugs_keep_their_traceback_and_interrupts_exit_with_status_130(capsys: pytest.CaptureFixture[str]) -> None:
     def bug(arguments: list[str]) -> None:
         raise ValueError("a bug")
 
@@ -576,7 +582,7 @@ def test_bugs_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert stopped.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
-def test_a_real_process(tmp_path: Path, tiny_weights: Path) -> None:
+def test_a_tool_run_as_a_process_prints_a_plain_error(tmp_path: Path, tiny_weights: Path) -> None:
     command = [sys.executable, str(ROOT / "tools" / "decompose.py"), "image=absent.png", "mask=m.png"]
     adapter = f"adapter={tiny_weights / 'adapter.safetensors'}"
     done = subprocess.run([*command, adapter], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""The training jobs end to end, at toy size: files, what a checkpoint holds, resuming, two processes."""
+"""The training jobs end to end, at toy size: files, checkpoint contents, resuming, several processes."""
 
 import json
 import math
@@ -59,7 +59,7 @@ SMALL = [
 
 
 def run(name: str, *overrides: str) -> Path:
-    """Trains what configs/<name>.yaml describes and returns the run's directory."""
+    """Trains with configs/<name>.yaml and returns the run's directory."""
     config = load_config(REPOSITORY / "configs" / f"{name}.yaml", overrides)
     train(config)
     return Path(config.run_dir)
@@ -74,7 +74,7 @@ def overrides(tiny_overrides: list[str]) -> list[str]:
     return [*tiny_overrides, "train.precision=32-true", "train.validate_every=2", "train.checkpoint_every=2"]
 
 
-def test_a_run_leaves_what_the_design_promises(tmp_path: Path, overrides: list[str]) -> None:
+def test_a_run_writes_its_checkpoint_adapter_metrics_and_samples(tmp_path: Path, overrides: list[str]) -> None:
     run_dir = run("tiny", *overrides, f"run_dir={tmp_path}/run", "train.steps=3")
     assert {"config.yaml", "last.ckpt", "adapter.safetensors", "metrics.json"} <= {p.name for p in run_dir.iterdir()}
     assert (run_dir / "samples" / "comparison.png").is_file()
@@ -83,10 +83,10 @@ def test_a_run_leaves_what_the_design_promises(tmp_path: Path, overrides: list[s
     assert set(METRICS) <= set(metrics["results"]["adapted"])
     assert metrics["protocol"]["count"] == 3
     assert len(losses(run_dir)) == 3
-    told = read_metadata(run_dir / "adapter.safetensors")
-    assert (told["steps"], told["seed"], json.loads(told["data"])["source"]) == ("3", "0", "scenes")
-    assert re.fullmatch("[0-9a-f]{40}(-dirty)?|unknown", told["commit"])
-    figures = json.loads(told["figures"])
+    metadata = read_metadata(run_dir / "adapter.safetensors")
+    assert (metadata["steps"], metadata["seed"], json.loads(metadata["data"])["source"]) == ("3", "0", "scenes")
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?|unknown", metadata["commit"])
+    figures = json.loads(metadata["figures"])
     assert figures["background/psnr"] == metrics["results"]["adapted"]["background/psnr"]
     layers = Decomposer.from_pretrained(run_dir / "adapter.safetensors").decompose(*scene(40, 56), steps=2)
     assert layers.background.shape == (40, 56, 3)
@@ -100,7 +100,7 @@ def scene(height: int, width: int) -> tuple:
     return image, mask.numpy()
 
 
-def test_checkpoints_hold_trained_tensors_only(tmp_path: Path, overrides: list[str]) -> None:
+def test_checkpoints_contain_only_trained_tensors(tmp_path: Path, overrides: list[str]) -> None:
     run_dir = run("tiny", *overrides, f"run_dir={tmp_path}/run", "train.steps=2")
     state = torch.load(run_dir / "last.ckpt", weights_only=True)["state_dict"]
     kinds = ("lora_A.weight", "lora_B.weight", "img_in.weight", "img_in.bias")
@@ -111,7 +111,7 @@ def test_checkpoints_hold_trained_tensors_only(tmp_path: Path, overrides: list[s
         assert torch.equal(tensor, adapter[name.removeprefix("decomposer.").removeprefix("transformer.")])
 
 
-def test_only_trained_tensors_change(tmp_path: Path, overrides: list[str]) -> None:
+def test_frozen_parts_are_not_among_the_trained_tensors(tmp_path: Path, overrides: list[str]) -> None:
     job = DecomposerJob(load_config(REPOSITORY / "configs" / "tiny.yaml", [*overrides, f"run_dir={tmp_path}/run"]))
     trained = {name for name, _ in job.trained()}
     assert not any("autoencoder" in name or "modulation" in name or "txt_in" in name for name in trained)
@@ -133,7 +133,7 @@ def test_validation_starts_from_the_base_and_logs_every_metric_with_its_networks
         load_mmdit(tiny_weights / "transformer.safetensors"),
     )
     measures = open_networks(config.evaluate.measure).measures
-    for step, row in ((0, "base"), (1, "adapted")):  # the last step is the second, counted from 0
+    for step, row in ((0, "base"), (1, "adapted")):  # steps are counted from 0: 1 is the last
         metric = LayerMetrics(measures)
         metric.update(*methods(models, EvaluateConfig(rows=[row]))[row].draw(batch), batch)
         for name, value in metric.compute().items():
@@ -148,7 +148,7 @@ def test_validation_starts_from_the_base_and_logs_every_metric_with_its_networks
     assert len(state["optimizer_states"][0]["state"]) <= len(state["state_dict"])
 
 
-def test_a_resumed_run_equals_a_straight_one_bit_for_bit(
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     tmp_path: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = [*overrides, "train.steps=5", "optim.lr=1e-2"]
@@ -158,7 +158,7 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(
         run("tiny", *settings, f"run_dir={tmp_path}/resumed")
     capsys.readouterr()
     resumed = run("tiny", *settings, f"run_dir={tmp_path}/resumed")
-    assert re.search(r" 5/5 \[", capsys.readouterr().out)  # the progress bar knows where it starts and ends
+    assert re.search(r" 5/5 \[", capsys.readouterr().out)  # the progress bar ends at the right step
 
     one, other = (load_file(path / "adapter.safetensors") for path in (straight, resumed))
     assert one.keys() == other.keys()
@@ -166,7 +166,7 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(
     assert any(name.endswith("lora_B.weight") and tensor.any() for name, tensor in one.items())
 
 
-def test_a_directory_with_other_settings_is_refused_or_put_aside(tmp_path: Path, overrides: list[str]) -> None:
+def test_a_directory_with_other_settings_is_refused_or_renamed(tmp_path: Path, overrides: list[str]) -> None:
     settings = [*overrides, f"run_dir={tmp_path}/run", "train.steps=1"]
     run_dir = run("tiny", *settings)
     first = (run_dir / "adapter.safetensors").read_bytes()
@@ -180,7 +180,7 @@ def test_a_directory_with_other_settings_is_refused_or_put_aside(tmp_path: Path,
 
 
 @pytest.mark.parametrize("muon", ["true", "false"])
-def test_a_checkpoint_is_gone_on_from_at_the_rate_that_is_asked_for(
+def test_resuming_a_checkpoint_uses_the_new_learning_rate_and_betas(
     tmp_path: Path, overrides: list[str], muon: str
 ) -> None:
     settings = [*overrides, f"optim.muon={muon}", "optim.warmup=0", "optim.decay=false", "evaluate.rows=[]"]
@@ -198,29 +198,29 @@ def test_a_checkpoint_is_gone_on_from_at_the_rate_that_is_asked_for(
         run("tiny", *settings, f"optim.muon={'false' if muon == 'true' else 'true'}")
 
 
-def test_a_branch_from_an_earlier_checkpoint_gives_up_the_later_ones(tmp_path: Path, overrides: list[str]) -> None:
+def test_resuming_an_earlier_checkpoint_abandons_the_later_ones(tmp_path: Path, overrides: list[str]) -> None:
     settings = [*overrides, "evaluate.rows=[]", f"run_dir={tmp_path}/run"]
     run_dir = run("tiny", *settings, "train.steps=4")
     later, earlier = ((run_dir / name).read_bytes() for name in ("last.ckpt", "previous.ckpt"))
     config = load_config(REPOSITORY / "configs" / "tiny.yaml", [*settings, f"resume={run_dir / 'previous.ckpt'}"])
     assert open_run(run_dir, config) == run_dir / "previous.ckpt"
-    assert newest_checkpoint(run_dir) == run_dir / "previous.ckpt"  # also for whoever is killed before the next one
+    assert newest_checkpoint(run_dir) == run_dir / "previous.ckpt"  # even if killed before the next checkpoint
     assert (run_dir / "previous.ckpt").read_bytes() == earlier
     assert (run_dir / "abandoned-last.ckpt").read_bytes() == later
     (run_dir / "abandoned-last.ckpt").rename(run_dir / "last.ckpt")
-    config.resume = str(run_dir / "last.ckpt")  # of which the one before is no branch
+    config.resume = str(run_dir / "last.ckpt")  # the newest one: nothing is abandoned
     assert open_run(run_dir, config) == run_dir / "last.ckpt" and (run_dir / "previous.ckpt").is_file()
 
 
-def put(checkpoint: Path, step: int) -> bytes:
-    """Writes the smallest checkpoint of a step, and returns its bytes."""
+def save_step(checkpoint: Path, step: int) -> bytes:
+    """Writes a minimal checkpoint of a step and returns its bytes."""
     checkpoint.parent.mkdir(exist_ok=True)
     torch.save({"global_step": step, "state_dict": {}}, checkpoint)
     return checkpoint.read_bytes()
 
 
 @pytest.mark.parametrize("by_link", [False, True])
-def test_no_checkpoint_is_lost_however_often_another_branch_is_taken_up(
+def test_resuming_an_abandoned_checkpoint_repeatedly_loses_no_checkpoint(
     tmp_path: Path, overrides: list[str], by_link: bool
 ) -> None:
     run_dir = tmp_path / "run"
@@ -228,56 +228,60 @@ def test_no_checkpoint_is_lost_however_often_another_branch_is_taken_up(
     link.symlink_to(chosen)
     settings = [*overrides, f"run_dir={run_dir}", f"resume={link if by_link else chosen}"]
     config = load_config(REPOSITORY / "configs" / "tiny.yaml", settings)
-    files = {put(chosen, 9)}
+    files = {save_step(chosen, 9)}
     for steps in ((4, 5), (6, 7)):
-        files |= {put(run_dir / f"{name}.ckpt", step) for name, step in zip(("previous", "last"), steps, strict=True)}
+        files |= {
+            save_step(run_dir / f"{name}.ckpt", step) for name, step in zip(("previous", "last"), steps, strict=True)
+        }
         assert open_run(run_dir, config) == chosen and torch.load(chosen)["global_step"] == 9
         assert newest_checkpoint(run_dir) is None
         assert {path.read_bytes() for path in run_dir.glob("*.ckpt")} == files
 
 
-def test_a_checkpoint_in_a_folder_of_the_run_stays_where_it_is(tmp_path: Path, overrides: list[str]) -> None:
+def test_a_checkpoint_in_a_subfolder_of_the_run_is_not_moved(tmp_path: Path, overrides: list[str]) -> None:
     run_dir = tmp_path / "run"
     last, inner = run_dir / "last.ckpt", run_dir / "kept" / "last.ckpt"
-    put(last, 5)
-    put(inner, 3)
+    save_step(last, 5)
+    save_step(inner, 3)
     settings = [*overrides, f"run_dir={run_dir}", f"resume={inner}"]
     assert open_run(run_dir, load_config(REPOSITORY / "configs" / "tiny.yaml", settings)) == inner
     assert inner.is_file() and not last.exists() and [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_frozen_files_may_move(tmp_path: Path, overrides: list[str], tiny_weights: Path) -> None:
+def test_frozen_files_may_move_but_not_change(tmp_path: Path, overrides: list[str], tiny_weights: Path) -> None:
     settings = [*overrides, "evaluate.rows=[]", "train.steps=2"]
     first = run("tiny", *settings, f"run_dir={tmp_path}/first")
     moved = shutil.copy(tiny_weights / "transformer.safetensors", tmp_path / "moved.safetensors")
     settings += [f"resume={first / 'last.ckpt'}", f"run_dir={tmp_path}/second"]
     run("tiny", *settings, f"weights.transformer={moved}")
     other = tiny_weights / "autoencoder.safetensors"
-    told = rf"frozen files: {other} \(sha256 \w{{8}}\) then, {tmp_path}/autoencoder.safetensors \(sha256 \w{{8}}\) now;"
-    with pytest.raises(InputError, match=told):
+    error = (
+        rf"frozen files: {other} \(sha256 \w{{8}}\) then, {tmp_path}/autoencoder.safetensors \(sha256 \w{{8}}\) now;"
+    )
+    with pytest.raises(InputError, match=error):
         save_file(
             load_file(other), tmp_path / "autoencoder.safetensors", safe_open(other, "pt").metadata() | {"a": "b"}
         )
         run("tiny", *settings, f"weights.autoencoder={tmp_path}/autoencoder.safetensors")
 
 
-def test_layers_of_other_weights_are_not_taken_for_ones_own(tmp_path: Path, overrides: list[str]) -> None:
+def test_layers_of_an_earlier_adapter_are_not_reused(tmp_path: Path, overrides: list[str]) -> None:
     settings = [*overrides, "evaluate.samples=1", "evaluate.rows=[adapted]", "optim.warmup=0"]
-    told = []
+    checksums = []
     for steps in ("1", "2", "2"):
         run_dir = run("tiny", *settings, f"train.steps={steps}", "resume=never", f"run_dir={tmp_path}/run")
-        told.append(json.loads((run_dir / "metrics.json").read_text())["protocol"]["weights"]["adapter"])
-    assert told[0] != told[1] == told[2]
+        checksums.append(json.loads((run_dir / "metrics.json").read_text())["protocol"]["weights"]["adapter"])
+    assert checksums[0] != checksums[1] == checksums[2]
 
 
-def test_a_run_does_not_go_on_with_another_base(tmp_path: Path, overrides: list[str], tiny_weights: Path) -> None:
+def test_a_run_does_not_resume_with_another_base(tmp_path: Path, overrides: list[str], tiny_weights: Path) -> None:
     base = tmp_path / "transformer.safetensors"
     base.write_bytes((tiny_weights / "transformer.safetensors").read_bytes())
     settings = [*overrides, f"weights.transformer={base}", f"run_dir={tmp_path}/run", "train.steps=2"]
     run_dir = run("tiny", *settings)
     checkpoint = torch.load(run_dir / "last.ckpt", weights_only=True)
     sha256 = file_sha256(base)
-    for then, told in (
+    for saved, message in (
         (checkpoint["frozen_sha256"] | {str(base): "0123456789"}, rf"{base} \(sha256 01234567\) then, {base} .* now"),
         (checkpoint["frozen_sha256"] | {"/a/prompt": sha256}, rf": /a/prompt \(sha256 {sha256[:8]}\) then, none now;"),
         (
@@ -285,12 +289,14 @@ def test_a_run_does_not_go_on_with_another_base(tmp_path: Path, overrides: list[
             r": none then, \S*/autoencoder\.\S* \(.*\) now; none then, \S*/rgba_autoencoder\.\S* .* now;",
         ),
     ):
-        torch.save({**checkpoint, "frozen_sha256": then}, run_dir / "last.ckpt")
-        with pytest.raises(InputError, match=f"started with other frozen files.*{told}.*resume=never"):
+        torch.save({**checkpoint, "frozen_sha256": saved}, run_dir / "last.ckpt")
+        with pytest.raises(InputError, match=f"started with other frozen files.*{message}.*resume=never"):
             run("tiny", *settings)
 
 
-def test_no_save_reads_the_frozen_files(tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_a_checkpoint_does_not_read_the_frozen_files(
+    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     read: list[int] = []
     original = DecomposerJob.on_save_checkpoint
 
@@ -305,7 +311,7 @@ def test_no_save_reads_the_frozen_files(tmp_path: Path, overrides: list[str], mo
     assert read == [0]
 
 
-def test_settings_that_cannot_work_leave_nothing_behind(tmp_path: Path, overrides: list[str]) -> None:
+def test_invalid_settings_leave_no_run_directory(tmp_path: Path, overrides: list[str]) -> None:
     for setting in (
         "train.precision=bf61",
         "weights.transformer=nowhere.safetensors",
@@ -328,7 +334,7 @@ def test_training_fits_one_scene(tmp_path: Path, overrides: list[str]) -> None:
 
 
 @pytest.mark.parametrize("job", ["tiny", "tiny_inpainter"])
-def test_a_latent_cache_changes_rounding_and_nothing_else(
+def test_a_latent_cache_only_changes_rounding(
     job: str, tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if job == "tiny_inpainter":
@@ -348,11 +354,11 @@ def test_a_latent_cache_changes_rounding_and_nothing_else(
     first = losses(run(job, *settings, f"run_dir={tmp_path}/first"))
     assert encoded == [0, 1, 2, 3]
     again = losses(run(job, *settings, f"run_dir={tmp_path}/again"))
-    assert encoded == [0, 1, 2, 3], "a second run finds all of them there"
+    assert encoded == [0, 1, 2, 3], "a second run finds all of them in the cache"
     assert first == again
     torch.testing.assert_close(first, without, rtol=2e-3, atol=0)
     other = run(job, *settings, "seed=1", f"run_dir={tmp_path}/other")
-    assert encoded[4:] == [0, 1, 2, 3] and losses(other) != first, "other scenes have other latents"
+    assert encoded[4:] == [0, 1, 2, 3] and losses(other) != first, "another seed has other latents"
 
 
 @pytest.mark.parametrize(
@@ -366,12 +372,12 @@ def test_a_latent_cache_changes_rounding_and_nothing_else(
         ("train.batch_size=1", False),
     ],
 )
-def test_latents_are_those_of_what_they_depend_on(
+def test_only_settings_that_affect_latents_change_the_cache_folder(
     tmp_path: Path, overrides: list[str], override: str, same: bool
 ) -> None:
-    index, described = tmp_path / "index.safetensors", {"source": "a", "kind": "triplets", "licence": "b"}
-    described |= {"index_version": VERSION, "root": str(tmp_path)}
-    save_file({"ends": torch.zeros(1)}, index, described)
+    index, metadata = tmp_path / "index.safetensors", {"source": "a", "kind": "triplets", "licence": "b"}
+    metadata |= {"index_version": VERSION, "root": str(tmp_path)}
+    save_file({"ends": torch.zeros(1)}, index, metadata)
     settings = [*overrides, f"latent_cache={tmp_path}/latents", "data.source=triplets"]
     settings.append(f"data.triplets.folders=[{index}]")
 
@@ -382,34 +388,34 @@ def test_latents_are_those_of_what_they_depend_on(
 
     before = folder()
     assert (folder(*override.split()) == before) is same
-    save_file({"ends": torch.ones(1)}, index, described)  # made anew, of other pictures
+    save_file({"ends": torch.ones(1)}, index, metadata)  # as if rebuilt from other images
     file_sha256.cache_clear()
     assert folder() != before
 
 
 @pytest.mark.parametrize("muon", ["true", "false"])
-def test_rate_and_gradient_norm_are_logged_as_each_step_has_them(
+def test_learning_rate_and_gradient_norm_are_logged_for_each_step(
     tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch, muon: str
 ) -> None:
     found: list[tuple[float, float]] = []
     original = DecomposerJob.configure_gradient_clipping
 
-    def watched(self: DecomposerJob, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+    def recording(self: DecomposerJob, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
         gradients = [parameter.grad for _, parameter in self.trained() if parameter.grad is not None]
         squares = sum(gradient.double().square().sum().item() for gradient in gradients)
         found.append((optimizer.param_groups[0]["lr"], squares**0.5))
         original(self, optimizer, *args, **kwargs)
 
-    monkeypatch.setattr(DecomposerJob, "configure_gradient_clipping", watched)
+    monkeypatch.setattr(DecomposerJob, "configure_gradient_clipping", recording)
     settings = [*overrides, "evaluate.rows=[]", "train.steps=5", "train.accumulate=2", f"optim.muon={muon}"]
     run_dir = run("tiny", *settings, "optim.warmup=3", "optim.clip=1e-3", f"run_dir={tmp_path}/run")
     rates, norms = (dict(enumerate(values)) for values in zip(*found, strict=True))
     assert curve(run_dir, "train/lr") == pytest.approx(rates) and len(set(rates.values())) == 5
     assert curve(run_dir, "train/grad_norm") == pytest.approx(norms, rel=1e-5)
-    assert min(norms.values()) > 1e-3  # before it is clipped
+    assert min(norms.values()) > 1e-3  # before clipping
 
 
-def test_several_processes_share_gradients_in_buckets() -> None:
+def test_several_processes_use_ddp_with_gradients_as_bucket_views() -> None:
     alone, several = TrainConfig(), TrainConfig(devices=2)
     assert build_strategy(alone) == "auto"
     for found in (several, TrainConfig(nodes=2), TrainConfig(devices=2, strategy="ddp")):
@@ -417,7 +423,7 @@ def test_several_processes_share_gradients_in_buckets() -> None:
         assert isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs["gradient_as_bucket_view"]
 
 
-def test_autoencoder_chain(tmp_path: Path) -> None:
+def test_an_autoencoder_is_trained_then_extended_by_alpha(tmp_path: Path) -> None:
     rgb = run("tiny_autoencoder", *SMALL, *AUTOENCODER, f"run_dir={tmp_path}/rgb", "train.steps=60")
     found = losses(rgb)
     assert sum(found[-10:]) < 0.8 * sum(found[:10])
@@ -430,7 +436,7 @@ def test_autoencoder_chain(tmp_path: Path) -> None:
     assert "alpha_l1" in json.loads((rgba / "metrics.json").read_text())["results"]["autoencoder"]
 
 
-def test_an_autoencoder_is_measured_in_batches_that_fit(
+def test_an_autoencoder_is_evaluated_in_batches_of_the_set_size(
     tmp_path: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode, sizes = Autoencoder.encode, list[int]()
@@ -442,7 +448,7 @@ def test_an_autoencoder_is_measured_in_batches_that_fit(
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "rgba_autoencoder"])
-def test_a_refined_autoencoder_has_the_latents_that_it_had(tmp_path: Path, tiny_weights: Path, name: str) -> None:
+def test_refining_an_autoencoder_keeps_its_latents(tmp_path: Path, tiny_weights: Path, name: str) -> None:
     weights = tiny_weights / f"{name}.safetensors"
     settings = [f"refine={weights}", "extend=null", "train.steps=4", "optim.warmup=0", f"run_dir={tmp_path}/refined"]
     file = run(f"tiny_{name}", *SMALL, *settings) / "autoencoder.safetensors"
@@ -451,24 +457,24 @@ def test_a_refined_autoencoder_has_the_latents_that_it_had(tmp_path: Path, tiny_
     assert changed == {"decoder"}
     settings = [f"refine={file}", "extend=null", "train.steps=1", f"run_dir={tmp_path}/again"]
     again = run(f"tiny_{name}", *SMALL, *settings) / "autoencoder.safetensors"
-    # a file in float32 stays one, so that its encoder does not change by rounding
+    # a float32 file stays float32, so that its encoder is not rounded
     encoder = load_file(weights)
     exact = {key: tensor.float() + 1e-6 * torch.rand(tensor.shape) for key, tensor in encoder.items()}
     save_file(exact, tmp_path / "exact.safetensors", read_metadata(weights))
     settings = [f"refine={tmp_path}/exact.safetensors", "extend=null", "train.steps=1", f"run_dir={tmp_path}/exact"]
     kept = load_file(run(f"tiny_{name}", *SMALL, *settings) / "autoencoder.safetensors")
     assert all(kept[key].equal(tensor) for key, tensor in exact.items() if key.startswith("encoder."))
-    for path in (file, again):  # an adapter goes on with either
+    for path in (file, again):  # the adapter accepts either
         _, config = describe_adapter(tiny_weights / "adapter.safetensors", **{name: str(path)})
         assert getattr(config.weights, name) == str(path)
 
 
-def test_one_autoencoder_cannot_be_extended_and_refined(tmp_path: Path) -> None:
+def test_an_autoencoder_cannot_be_both_extended_and_refined(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected one of them"):
         run("tiny_rgba_autoencoder", "refine=other.safetensors", f"run_dir={tmp_path}/none")
 
 
-def test_the_decoder_learns_from_draws_of_the_posterior() -> None:
+def test_the_decoder_is_trained_on_samples_of_the_posterior() -> None:
     settings = [*SMALL, *AUTOENCODER, "projection=0", "noise=0"]
     job = AutoencoderJob(load_config(REPOSITORY / "configs" / "tiny_autoencoder.yaml", settings))
     mean, log_variance = torch.zeros(2, 16, 4, 4), torch.full((2, 16, 4, 4), -3.0)
@@ -484,12 +490,12 @@ def test_composite_error_is_the_mean_over_backgrounds() -> None:
     def over(layer: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
         return layer[:, :3] + (1 - (layer[:, 3:] + 1) / 2) * background
 
-    # two equally likely backgrounds with the same mean and mean square as natural pictures
+    # two equally likely backgrounds with the mean and mean square of natural images
     errors = [(over(decoded, b) - over(target, b)).square().mean() for b in (mean - spread, mean + spread)]
     torch.testing.assert_close(composite_error(decoded, target), sum(errors) / 2)
 
 
-def test_inpainter(tmp_path: Path, tiny_weights: Path) -> None:
+def test_an_inpainter_is_trained_and_saved(tmp_path: Path, tiny_weights: Path) -> None:
     weights = f"weights.autoencoder={tiny_weights}/autoencoder.safetensors"
     settings = [*SMALL, *INPAINTER, weights, "sample.steps=2", "latent_cache=null", f"run_dir={tmp_path}/base"]
     settings += ["evaluate.samples=3", "evaluate.batch_size=2"]
@@ -513,7 +519,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path: Path, override
     validated = [curve(path, "validation/background/psnr") for path in (one, tmp_path / "two")]
     assert sorted(validated[0]) == sorted(validated[1]) == [0, 3]
     assert validated[1][0] == pytest.approx(validated[0][0], rel=1e-6)
-    assert re.search(r"draw: 100%.* 2/2 ", done.stderr), "the first rank draws two of the three scenes"
+    assert re.search(r"draw: 100%.* 2/2 ", done.stderr), "the first rank evaluates two of the three scenes"
     found = [json.loads((path / "metrics.json").read_text()) for path in (one, tmp_path / "two")]
     assert [document["protocol"]["count"] for document in found] == [3, 3]
     for row, figures in found[0]["results"].items():
@@ -531,7 +537,7 @@ def free_port() -> int:
 
 
 def run_ranks(folder: Path, overrides: list[str], nodes: int, devices: int) -> None:
-    """Starts every rank as torchrun and srun do, by the environment, and ends whatever is left of them."""
+    """Starts every rank through the environment, as torchrun and srun do, and kills any that remain."""
     command = [sys.executable, "tools/train.py", "config=configs/tiny.yaml", *overrides]
     command += [f"train.nodes={nodes}", f"train.devices={devices}", f"run_dir={folder}"]
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(nodes * devices)}
@@ -543,8 +549,8 @@ def run_ranks(folder: Path, overrides: list[str], nodes: int, devices: int) -> N
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
             ranks.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True, **pipes))
         for process in ranks:
-            said, _ = process.communicate(timeout=900)
-            assert process.returncode == 0, said[-3000:]
+            output, _ = process.communicate(timeout=900)
+            assert process.returncode == 0, output[-3000:]
     finally:
         for process in ranks:
             if process.poll() is None:
@@ -552,7 +558,7 @@ def run_ranks(folder: Path, overrides: list[str], nodes: int, devices: int) -> N
                 process.communicate()
 
 
-def test_one_node_of_four_equals_two_of_two(tmp_path: Path, overrides: list[str]) -> None:
+def test_one_node_of_four_devices_equals_two_nodes_of_two(tmp_path: Path, overrides: list[str]) -> None:
     settings = [*overrides, "train.strategy=ddp", "train.batch_size=1", "train.accumulate=2", "train.steps=2"]
     settings += ["optim.lr=1e-2", "train.validate_every=2", "data.validation=4", "evaluate.samples=1"]
     settings += ["evaluate.rows=[adapted]"]
@@ -563,35 +569,35 @@ def test_one_node_of_four_equals_two_of_two(tmp_path: Path, overrides: list[str]
     assert curve(one, "validation/background/psnr") == curve(two, "validation/background/psnr")
     adapters = [load_file(path / "adapter.safetensors") for path in (one, two)]
     assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
-    alone_too = run("tiny", *settings, "train.strategy=auto", "train.batch_size=4", f"run_dir={tmp_path}/alone")
-    torch.testing.assert_close(losses(alone_too), losses(one), rtol=1e-4, atol=0)
+    single = run("tiny", *settings, "train.strategy=auto", "train.batch_size=4", f"run_dir={tmp_path}/alone")
+    torch.testing.assert_close(losses(single), losses(one), rtol=1e-4, atol=0)
 
 
-def test_gradients_are_shared_once_a_step_while_accumulating(
+def test_gradients_are_all_reduced_once_per_step_while_accumulating(
     tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    shared: list[bool] = []
+    synced: list[bool] = []
     original = torch.nn.parallel.DistributedDataParallel.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():  # else it validates
-            shared.append(self.require_backward_grad_sync)
+        if torch.is_grad_enabled():  # otherwise it is a validation
+            synced.append(self.require_backward_grad_sync)
         assert not self.broadcast_buffers and self.gradient_as_bucket_view
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.nn.parallel.DistributedDataParallel, "forward", forward)
     settings = ["train.strategy=ddp", "train.accumulate=3", "train.steps=2", "evaluate.samples=1"]
-    settings += ["quantize=int8"]  # whose tensors cannot be sent, as DDP does with all at the start unless told not to
+    settings += ["quantize=int8"]  # its tensors cannot be broadcast, which DDP does at the start by default
     try:
         run("tiny", *overrides, *settings, "evaluate.rows=[adapted]", f"run_dir={tmp_path}/run")
     finally:
         torch.distributed.destroy_process_group()
-    assert shared == [False, False, True] * 2
+    assert synced == [False, False, True] * 2
 
 
-def test_eight_bit_averages_train_and_resume(tmp_path: Path, overrides: list[str]) -> None:
+def test_training_with_8_bit_moments_resumes_exactly(tmp_path: Path, overrides: list[str]) -> None:
     """Without torchao's compilation, which takes minutes on a CPU."""
     settings = [*overrides, "train.steps=4", "optim.lr=1e-2", "optim.muon=false", "evaluate.samples=1", "lora.rank=256"]
     settings += ["optim.warmup=0", "evaluate.rows=[adapted]"]
@@ -612,7 +618,7 @@ def test_eight_bit_averages_train_and_resume(tmp_path: Path, overrides: list[str
 
 
 @pytest.mark.parametrize("format", ["int8", "nf4"])
-def test_an_adapter_of_a_quantised_base_is_trained_and_fits_the_whole_one(
+def test_an_adapter_trained_on_a_quantised_base_loads_with_the_full_one(
     tmp_path: Path, overrides: list[str], format: str
 ) -> None:
     settings = [*overrides, f"quantize={format}", "recompute=1", "encode_batch_size=1", "train.steps=2"]
@@ -622,7 +628,9 @@ def test_an_adapter_of_a_quantised_base_is_trained_and_fits_the_whole_one(
     Decomposer.from_pretrained(run_dir / "adapter.safetensors")
 
 
-def test_a_run_goes_on_from_another_ones_adapter(tmp_path: Path, overrides: list[str], tiny_weights: Path) -> None:
+def test_a_run_continues_training_another_runs_adapter(
+    tmp_path: Path, overrides: list[str], tiny_weights: Path
+) -> None:
     settings = [*overrides, "optim.warmup=0", "optim.decay=false"]
     first = run("tiny", *settings, "train.steps=2", f"run_dir={tmp_path}/first") / "adapter.safetensors"
     settings += [f"adapter={first}", "train.steps=2"]
@@ -632,7 +640,7 @@ def test_a_run_goes_on_from_another_ones_adapter(tmp_path: Path, overrides: list
     for name, tensor in load_file(first).items():
         torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-7)
     assert read_metadata(second / "adapter.safetensors")["continues"] == file_sha256(first)
-    # its first validation is that of the adapter, not of the base
+    # its first validation uses the adapter, not the base
     config = load_config(second / "config.yaml")
     data = open_samples(config.data, "test", config.seed + 1, 2)
     batch, metric = default_collate([data[index] for index in range(2)]), LayerMetrics()
@@ -644,7 +652,7 @@ def test_a_run_goes_on_from_another_ones_adapter(tmp_path: Path, overrides: list
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ("lora.rank=4", "was trained with lora.rank=2; found 4, set lora.rank=2"),
         ("lora.alpha=6", "lora.alpha=3.0; found 6.0"),
@@ -658,8 +666,8 @@ def test_a_run_goes_on_from_another_ones_adapter(tmp_path: Path, overrides: list
         ),
     ],
 )
-def test_an_adapter_that_does_not_fit_is_not_gone_on_from(
-    tmp_path: Path, overrides: list[str], tiny_weights: Path, change: str, told: str
+def test_an_adapter_that_does_not_fit_the_run_is_refused(
+    tmp_path: Path, overrides: list[str], tiny_weights: Path, change: str, message: str
 ) -> None:
     file = tiny_weights / "adapter.safetensors"
     fitting = [f"{key}={value}" for key, value in fixed_settings(describe_adapter(file)[1]).items()]
@@ -667,12 +675,12 @@ def test_an_adapter_that_does_not_fit_is_not_gone_on_from(
     DecomposerJob(load_config(REPOSITORY / "configs" / "tiny.yaml", settings))
     zeros = {"txt": torch.zeros(1, 8), "vec": torch.zeros(8)}
     save_file(zeros, tmp_path / "prompt.safetensors")
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         run("tiny", *settings, change.format(tmp_path=tmp_path))
     assert not (tmp_path / "run" / "adapter.safetensors").exists()
 
 
-def test_what_else_a_model_draws_is_not_the_noise(overrides: list[str]) -> None:
+def test_global_random_numbers_depend_on_the_position_and_differ_from_the_noise(overrides: list[str]) -> None:
     job = DecomposerJob(load_config(REPOSITORY / "configs" / "tiny.yaml", [*overrides, "seed=3"]))
     drawn = []
     for position in (5, 5, 6):
@@ -682,23 +690,23 @@ def test_what_else_a_model_draws_is_not_the_noise(overrides: list[str]) -> None:
     assert not any(drawn[0].equal(seeded_normal(3, [5], (4,), stream)[0]) for stream in (0, 1))
 
 
-def test_a_job_stays_where_it_is(overrides: list[str]) -> None:
+def test_cpu_does_not_move_a_job(overrides: list[str]) -> None:
     job = DecomposerJob(load_config(REPOSITORY / "configs" / "tiny.yaml", overrides)).to("meta")
-    job.cpu()  # as Lightning calls it after validating
+    job.cpu()  # Lightning calls it after a validation
     assert job.device.type == "meta" and all(parameter.is_meta for parameter in job.parameters())
 
 
-def test_a_dry_run_tells_and_leaves_nothing(
+def test_a_dry_run_prints_its_estimate_and_writes_nothing(
     tmp_path: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = [*overrides, f"run_dir={tmp_path}/run", "train.dry_run=true", "data.scenes.size=32", "recompute=1"]
     small += ["train.precision=auto"]
     run("tiny", *small)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     model = load_mmdit(overrides[0].partition("=")[2])
     frozen = sum(p.numel() for name, p in model.named_parameters() if "img_in" not in name)
-    assert re.search(rf"transformer, frozen \| +{frozen:,} ", said) and "1 + 1 blocks of width 32" in said
-    assert "all weight files are there" in said and re.search(r"together +\| +\d", said)
+    assert re.search(rf"transformer, frozen \| +{frozen:,} ", output) and "1 + 1 blocks of width 32" in output
+    assert "all weight files are there" in output and re.search(r"together +\| +\d", output)
     with pytest.raises(InputError, match="train.dry_run counts a decomposer job; found job=autoencoder"):
         run("tiny_autoencoder", *SMALL, "train.dry_run=true", f"run_dir={tmp_path}/run")
     assert not (tmp_path / "run").exists()

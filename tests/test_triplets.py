@@ -1,4 +1,4 @@
-"""Triplets made of small data sets on disk: layered pictures, cut-outs over backgrounds, ready triplets."""
+"""Triplets from small data sets on disk: layered pictures, cut-outs over backgrounds, ready triplets."""
 
 import json
 import pickle
@@ -54,7 +54,7 @@ def rgba(rgb: np.ndarray, alpha: np.ndarray) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Indexes of a data set of every kind, one in three items for testing."""
+    """Indexes of one data set per kind, with one third of the items in the test split."""
     root, rng = tmp_path_factory.mktemp("sets"), np.random.default_rng(0)
     for name in ("layered", "cutouts", "backgrounds", *(f"triplets/{part}" for part in ("image", "mask"))):
         (root / name).mkdir(parents=True)
@@ -103,14 +103,14 @@ def samples(settings: TripletConfig, count: int = 8, split: str = "train", **opt
 
 @pytest.mark.parametrize("kind", ["layered", "pasted", "folders"])
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_the_parts_make_the_image(sets: Path, kind: str, split: str) -> None:
+def test_the_layers_composite_to_the_image(sets: Path, kind: str, split: str) -> None:
     for sample in samples(config(sets, kind), split=split):
         image, foreground, background = (sample[name] for name in ("image", "foreground", "background"))
         assert image.shape == background.shape == (3, 64, 64) and foreground.shape == (4, 64, 64)
         free = (sample["occluder"] == 0).expand_as(image)
         composite = over(foreground, background)
         difference = (image - composite)[free].abs()
-        if kind == "folders":  # its image is a file, in 8 bits and resized by itself
+        if kind == "folders":  # its image is an 8-bit file that is resized separately
             assert difference.mean() < 0.005 and difference.max() < 0.2
         else:
             assert difference.max() < 1e-5
@@ -118,11 +118,11 @@ def test_the_parts_make_the_image(sets: Path, kind: str, split: str) -> None:
         visible = foreground[3:] * (1 - sample["occluder"])
         differ = sample["mask"].bool() != (visible > 0.5 * visible.max())
         assert differ.float().mean() < (0.01 if kind == "folders" else 1e-9)
-        assert pad_colours(foreground).equal(foreground), "colours under alpha 0 are those of the visible ones"
+        assert pad_colours(foreground).equal(foreground), "colours under alpha 0 are padded from visible ones"
 
 
 def test_ready_triplets_keep_their_image_and_mask(tmp_path: Path) -> None:
-    """The image shows a shadow that no layer has, and the mask leaves out what something covers."""
+    """The image has a shadow that no layer has, and the mask omits a hidden part."""
     for part in PARTS:
         (tmp_path / part).mkdir()
     rng = np.random.default_rng(0)
@@ -145,8 +145,8 @@ def test_ready_triplets_keep_their_image_and_mask(tmp_path: Path) -> None:
     assert grainy["mask"].flip(-1).equal(plain["mask"])
 
 
-def test_an_object_that_is_faint_everywhere_is_passed_over(tmp_path: Path) -> None:
-    """Its exact mask would be the whole picture, although its alpha covers less than `max_area`."""
+def test_an_object_that_is_faint_everywhere_is_skipped(tmp_path: Path) -> None:
+    """Its exact mask would be the whole image, although its alpha covers less than `max_area`."""
     rng = np.random.default_rng(0)
     for k, alpha in enumerate((np.full((64, 64), 255, np.uint8), rng.integers(100, 160, (64, 64), dtype=np.uint8))):
         rgba(noise(rng, 64, 64), alpha).save(tmp_path / f"a-layer_{k}.png")
@@ -156,7 +156,7 @@ def test_an_object_that_is_faint_everywhere_is_passed_over(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", ["layered", "folders"])
-def test_cue_maps_in_folders_are_cropped_and_turned_like_the_picture(sets: Path, kind: str, tmp_path: Path) -> None:
+def test_cue_maps_in_folders_are_cropped_and_flipped_like_the_image(sets: Path, kind: str, tmp_path: Path) -> None:
     shutil.copytree(sets, tmp_path, dirs_exist_ok=True)
     folder = tmp_path / ("layered" if kind == "layered" else "triplets")
     reader = MulanLayers(folder) if kind == "layered" else TripletFolder(folder)
@@ -165,7 +165,7 @@ def test_cue_maps_in_folders_are_cropped_and_turned_like_the_picture(sets: Path,
     before = [Triplets(settings, "train", 3, 4)[i] for i in range(4)]
     assert not any(sample["cues_present"][2] or sample["cues"][2].any() for sample in before)
     index = Index(tmp_path / f"{kind}.safetensors")
-    for item in index:  # the background as its own map: the crops must agree
+    for item in index:  # the background as cue map, so that the crops can be compared
         part = item.path.format(layer=0) if kind == "layered" else json.loads(item.path)["background"]
         for cue in ("depth", "segmentation"):
             (folder / cue).mkdir(exist_ok=True)
@@ -174,14 +174,14 @@ def test_cue_maps_in_folders_are_cropped_and_turned_like_the_picture(sets: Path,
     for i in range(4):
         sample = data[i]
         assert sample["cues_present"].all()
-        for cue, most in ((1, 0.03), (2, 0.01)):  # other layers cover some of it, segments are of the nearest pixel
-            assert (sample["cues"][cue] - sample["background"]).abs().median() < most
+        for cue, limit in ((1, 0.03), (2, 0.01)):  # layers occlude some of it; segments use the nearest pixel
+            assert (sample["cues"][cue] - sample["background"]).abs().median() < limit
             assert (sample["cues"][cue].flip(-1) - sample["background"]).abs().median() > 0.05
         assert sample["cues"][0].equal(before[i]["cues"][0]), "edges are computed"
         assert sample["image"].equal(before[i]["image"])
 
 
-def test_a_map_of_sixteen_bits_and_one_that_does_not_fit(sets: Path, tmp_path: Path) -> None:
+def test_a_16_bit_map_is_read_and_an_invalid_one_is_refused(sets: Path, tmp_path: Path) -> None:
     shutil.copytree(sets / "triplets", tmp_path / "triplets")
     prepare(TripletFolder(tmp_path / "triplets"), tmp_path / "folders.safetensors", test_share=0)
     index = Index(tmp_path / "folders.safetensors")
@@ -202,7 +202,7 @@ def test_a_map_of_sixteen_bits_and_one_that_does_not_fit(sets: Path, tmp_path: P
         load_maps(index, index[0], place)
 
 
-def test_cues_are_dropped_in_training_alone(sets: Path) -> None:
+def test_cues_are_dropped_only_in_training(sets: Path) -> None:
     settings = config(sets, "pasted", cue_dropout=0.5)
     present = torch.stack([Triplets(settings, "train", 3, 32)[i]["cues_present"] for i in range(32)])
     assert 8 < present[:, 0].sum() < 24 and 8 < present[:, 1].sum() < 24 and not present[:, 2].any()
@@ -216,10 +216,10 @@ def test_layers_above_the_chosen_one_cover_it_and_stay_in_the_background(sets: P
         front = (sample["occluder"] == 1).expand_as(sample["image"])
         assert front.any() and (sample["image"] - sample["background"])[front].abs().max() < 1e-5
         hidden = sample["foreground"][3:] * sample["occluder"]
-        assert hidden.sum() > 0, "the foreground is whole"
+        assert hidden.sum() > 0, "the foreground is complete"
 
 
-def test_cut_outs_are_whole_and_vary_in_place_and_size(sets: Path) -> None:
+def test_cut_outs_are_complete_and_vary_in_place_and_size(sets: Path) -> None:
     mattes = torch.stack([sample["foreground"][3] for sample in samples(config(sets, "pasted"), 16)])
     assert (mattes.sum((1, 2)) > 0).all() and mattes.mean((1, 2)).std() > 0.02
     ring = torch.cat([mattes[:, 0], mattes[:, -1], mattes[:, :, 0], mattes[:, :, -1]], dim=1)
@@ -227,12 +227,12 @@ def test_cut_outs_are_whole_and_vary_in_place_and_size(sets: Path) -> None:
     assert len({tuple(matte.flatten().argmax().reshape(1).tolist()) for matte in mattes}) > 8
 
 
-def test_a_second_cut_out_sometimes_stands_in_front(sets: Path) -> None:
+def test_a_second_cut_out_sometimes_occludes_the_first(sets: Path) -> None:
     never, always = (config(sets, "pasted", occluder_probability=share) for share in (0.0, 1.0))
     assert not any(sample["occluder"].any() for sample in samples(never))
     covered = [sample for sample in samples(always, 16) if sample["occluder"].any()]
     assert covered
-    for sample in covered:  # partly, so that there is something to be guessed and something to guess it by
+    for sample in covered:  # partly hidden: some of it has to be completed, from the rest
         alpha = sample["foreground"][3]
         assert 0.05 <= (alpha * sample["occluder"][0]).sum() / alpha.sum() <= 0.5
 
@@ -245,7 +245,7 @@ def test_kinds_are_mixed_by_weight(sets: Path) -> None:
     assert 3 < layered < 18  # about half of the layered ones
 
 
-def test_a_sample_depends_on_seed_split_and_index_alone(sets: Path) -> None:
+def test_a_sample_depends_only_on_seed_split_and_index(sets: Path) -> None:
     settings = config(sets, "layered", "pasted", blending=BlendingConfig(1, 1, 1, 1))
     data = Triplets(settings, "train", 5, 10, with_cues=True)
     again = pickle.loads(pickle.dumps(data))[4]
@@ -254,7 +254,7 @@ def test_a_sample_depends_on_seed_split_and_index_alone(sets: Path) -> None:
         assert not other["image"].equal(data[4]["image"])
 
 
-def test_workers_and_ranks_change_nothing(sets: Path) -> None:
+def test_samples_do_not_depend_on_workers_or_resuming(sets: Path) -> None:
     settings = config(sets, "layered", "pasted", "folders", aspects=[1.0, 1.5], blending=BlendingConfig(1, 1, 1, 1))
     positions = RepeatedSamples(Triplets(settings, "train", 5, 1000, group=2))
 
@@ -270,14 +270,14 @@ def test_workers_and_ranks_change_nothing(sets: Path) -> None:
                 assert values.equal(other[name]) if isinstance(values, torch.Tensor) else values == other[name]
 
 
-def test_the_splits_share_no_file(sets: Path) -> None:
+def test_every_index_has_items_in_both_splits(sets: Path) -> None:
     for name in ("layered", "foregrounds", "backgrounds", "folders"):
         index = Index(sets / f"{name}.safetensors")
         assert len(index.rows("test")) > 0 and len(index.rows("train")) > 0
 
 
 @pytest.mark.parametrize(("kind", "name"), [("layered", "layered"), ("pasted", "backgrounds"), ("folders", "folders")])
-def test_held_out_pictures_come_in_turn(sets: Path, kind: str, name: str) -> None:
+def test_held_out_pictures_are_used_in_order(sets: Path, kind: str, name: str) -> None:
     index = Index(sets / f"{name}.safetensors")
     held_out = [index[row].id for row in index.rows("test")]
     data = Triplets(config(sets, kind, min_area=0.0), "test", seed=3, length=2 * len(held_out))
@@ -288,7 +288,7 @@ def test_held_out_pictures_come_in_turn(sets: Path, kind: str, name: str) -> Non
 
 
 @pytest.mark.parametrize("kind", ["layered", "pasted"])
-def test_a_group_is_of_one_bucket_which_varies(sets: Path, kind: str) -> None:
+def test_the_samples_of_a_group_share_a_bucket_that_varies_between_groups(sets: Path, kind: str) -> None:
     settings = config(sets, kind, aspects=[1.5, 0.6667])
     assert settings.buckets() == [(48, 80), (80, 48)]
     shapes = [tuple(sample["image"].shape[1:]) for sample in samples(settings, 24, group=4)]
@@ -309,7 +309,7 @@ def test_loaders_give_batches_of_one_size(sets: Path) -> None:
         SampleData(replace(data, samples=9), seed=0, steps=4, batch_size=4, with_cues=False)
 
 
-def test_all_samples_of_a_step_are_of_one_size(sets: Path) -> None:
+def test_all_samples_of_a_step_have_one_size(sets: Path) -> None:
     data = DataConfig(source="triplets", samples=64, workers=0, triplets=config(sets, "pasted", aspects=[1.5, 0.6667]))
     module = SampleData(data, seed=0, steps=8, batch_size=2, with_cues=False, global_batch=8)
     sizes = [module.training[index]["image"].shape for index in range(64)]
@@ -324,14 +324,14 @@ def test_a_log_names_the_items_of_a_sample(sets: Path, kinds: list[str]) -> None
     assert all((" + " in name) is (kinds == ["pasted"]) for name in names)
 
 
-def test_a_sample_with_broken_files_is_replaced_and_named(sets: Path, tmp_path: Path) -> None:
+def test_a_sample_with_unreadable_files_is_replaced_and_named(sets: Path, tmp_path: Path) -> None:
     settings = config(sets, "layered", size=32)
     whole = RepeatedSamples(Triplets(settings, "train", seed=0, length=12))
     before = [whole[position] for position in range(12)]
     assert not any(sample["faults"] for sample in before)
     rows = whole.samples.layered.indexes[0]
-    broken = whole.samples.name(3)
-    item = next(item for item in rows if item.id == broken)
+    damaged = whole.samples.name(3)
+    item = next(item for item in rows if item.id == damaged)
     path = rows.root / item.path.format(layer=0)
     kept = path.read_bytes()
     try:
@@ -342,14 +342,14 @@ def test_a_sample_with_broken_files_is_replaced_and_named(sets: Path, tmp_path: 
     finally:
         path.write_bytes(kept)
     for one, other in zip(before, after, strict=True):
-        replaced = whole.samples.name(one["index"]) == broken
+        replaced = whole.samples.name(one["index"]) == damaged
         assert bool(other["faults"]) is replaced and all(str(path) in fault for fault in other["faults"])
         assert one["image"].equal(other["image"]) is not replaced
         assert one["image"].shape == other["image"].shape
 
 
 @pytest.mark.parametrize("switch", ["light", "blur", "grain", "jpeg"])
-def test_every_switch_changes_something(sets: Path, switch: str) -> None:
+def test_every_blending_step_changes_the_expected_parts(sets: Path, switch: str) -> None:
     plain = samples(config(sets, "pasted", occluder_probability=0))
     blended = samples(config(sets, "pasted", occluder_probability=0, blending=replace(NO_BLENDING, **{switch: 1.0})))
     for before, after in zip(plain, blended, strict=True):
@@ -359,14 +359,14 @@ def test_every_switch_changes_something(sets: Path, switch: str) -> None:
         assert 0.001 < (after["image"] - before["image"]).abs().mean() < 0.3
 
 
-def test_flipping_turns_everything(sets: Path) -> None:
+def test_flipping_mirrors_image_layers_and_occluder(sets: Path) -> None:
     plain, flipped = (samples(config(sets, "layered", flip=share)) for share in (0.0, 1.0))
     for before, after in zip(plain, flipped, strict=True):
         for name in ("image", "foreground", "background", "occluder"):
             assert after[name].equal(before[name].flip(-1))
 
 
-def test_what_config_cannot_be() -> None:
+def test_invalid_configs_are_refused() -> None:
     for wrong, message in (
         ({"aspects": []}, "aspects"),
         ({"aspects": [1, -2]}, "aspects"),
@@ -385,7 +385,7 @@ def test_what_config_cannot_be() -> None:
         Triplets(TripletConfig(), "train", 0, 1)
 
 
-def test_indexes_of_the_wrong_kind_or_without_a_partner(sets: Path) -> None:
+def test_indexes_that_are_of_the_wrong_kind_unpaired_or_missing_are_refused(sets: Path) -> None:
     layered, cut_outs = str(sets / "layered.safetensors"), str(sets / "foregrounds.safetensors")
     with pytest.raises(InputError, match="is an index of layered; expected an index of backgrounds"):
         Triplets(TripletConfig(foregrounds=[cut_outs], backgrounds=[layered]), "train", 0, 1)
@@ -396,13 +396,13 @@ def test_indexes_of_the_wrong_kind_or_without_a_partner(sets: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [{"min_area": 0.7}, {"max_area": 0.02}])
-def test_objects_that_are_too_small_or_too_large_are_passed_over(sets: Path, limit: dict[str, float]) -> None:
+def test_objects_that_are_too_small_or_too_large_are_skipped(sets: Path, limit: dict[str, float]) -> None:
     with pytest.raises(InputError, match="16 pictures in a row have no object"):
         samples(config(sets, "layered", **limit))
 
 
 @pytest.mark.parametrize("kind", ["layered", "folders"])
-def test_an_object_at_the_end_of_a_wide_picture_is_whole_in_the_crop(tmp_path: Path, kind: str) -> None:
+def test_an_object_at_the_edge_of_a_wide_picture_is_complete_in_the_crop(tmp_path: Path, kind: str) -> None:
     rng, (height, width) = np.random.default_rng(0), (40, 160)
     clean, alpha = noise(rng, height, width), disc(height, width, (20, 145), 10)
     thing = rgba(noise(rng, height, width), alpha)
@@ -420,7 +420,7 @@ def test_an_object_at_the_end_of_a_wide_picture_is_whole_in_the_crop(tmp_path: P
         assert sample["foreground"][3].sum() == pytest.approx(alpha.sum() / 255 * (32 / height) ** 2, rel=0.02)
 
 
-def test_every_row_of_several_indexes_is_as_likely_as_the_others(sets: Path, tmp_path: Path) -> None:
+def test_rows_of_several_indexes_are_drawn_uniformly(sets: Path, tmp_path: Path) -> None:
     prepare(BackgroundFolder(sets / "triplets" / "image"), tmp_path / "few.safetensors", test_share=0.6)
     paths = [str(sets / "backgrounds.safetensors"), str(tmp_path / "few.safetensors")]
     rows, rng = Rows(paths, "backgrounds", "train"), np.random.default_rng(0)
@@ -431,7 +431,7 @@ def test_every_row_of_several_indexes_is_as_likely_as_the_others(sets: Path, tmp
     assert min(shares) > 0.7 and max(shares) < 1.3
 
 
-def test_layers_in_front_are_joined_as_if_each_were_laid_over_the_others() -> None:
+def test_layers_in_front_are_merged_into_one_occluder_exactly() -> None:
     back, thing, middle, front = torch.rand(4, 4, 6, 8, generator=torch.Generator().manual_seed(0))
     back[3] = 1
     scene = scene_around([back, thing, middle, front], 1)
@@ -439,7 +439,7 @@ def test_layers_in_front_are_joined_as_if_each_were_laid_over_the_others() -> No
     torch.testing.assert_close(scene.image, expected)
 
 
-def test_a_split_without_items_says_so(sets: Path, tmp_path: Path) -> None:
+def test_a_split_without_items_is_an_error(sets: Path, tmp_path: Path) -> None:
     prepare(BackgroundFolder(sets / "backgrounds"), tmp_path / "all.safetensors", test_share=0)
     settings = replace(config(sets, "pasted"), backgrounds=[str(tmp_path / "all.safetensors")])
     assert len(samples(settings, 2)) == 2
@@ -447,7 +447,7 @@ def test_a_split_without_items_says_so(sets: Path, tmp_path: Path) -> None:
         Triplets(settings, "test", 0, 1)
 
 
-def test_a_picture_that_has_changed_since_it_was_indexed(sets: Path, tmp_path: Path) -> None:
+def test_a_picture_changed_after_indexing_is_an_error(sets: Path, tmp_path: Path) -> None:
     (tmp_path / "backgrounds").mkdir()
     Image.fromarray(noise(np.random.default_rng(0), 80, 120)).save(tmp_path / "backgrounds" / "a.jpg")
     prepare(BackgroundFolder(tmp_path / "backgrounds"), tmp_path / "index.safetensors", test_share=0)

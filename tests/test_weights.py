@@ -1,4 +1,4 @@
-"""Weight files: round trips, strictness, and files that are damaged, foreign or cannot be written."""
+"""Weight files: round trips, strict loading, other formats, and damaged or unsuitable files."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ from layerdecomp.weights import (
 @pytest.mark.parametrize(
     "model", [MMDiT(TRANSFORMER), Autoencoder(RGB), Autoencoder(RGBA)], ids=["mmdit", "rgb", "rgba"]
 )
-def test_models_come_back(tmp_path: Path, model: MMDiT | Autoencoder) -> None:
+def test_models_survive_a_round_trip(tmp_path: Path, model: MMDiT | Autoencoder) -> None:
     fill(model, seed=7)
     path, load = tmp_path / "new" / "a.safetensors", load_mmdit if isinstance(model, MMDiT) else load_autoencoder
     save_model(path, model, {"steps": "5"}, dtype=torch.float32)
@@ -54,14 +54,14 @@ def test_models_come_back(tmp_path: Path, model: MMDiT | Autoencoder) -> None:
     assert {tensor.dtype for tensor in load(path, dtype=torch.bfloat16).state_dict().values()} == {torch.bfloat16}
 
 
-def test_a_given_config_comes_before_the_files(tmp_path: Path) -> None:
+def test_a_given_config_overrides_that_of_the_file(tmp_path: Path) -> None:
     path, model = tmp_path / "a.safetensors", MMDiT(TRANSFORMER)
     save_file(model.state_dict(), path)  # as published: no metadata
     assert same(load_mmdit(path, TRANSFORMER).state_dict(), model.state_dict())
     assert load_mmdit(path, replace(TRANSFORMER, theta=100)).config.theta == 100
 
 
-def test_a_file_without_metadata_is_taken_for_the_published_one(tmp_path: Path) -> None:
+def test_a_file_without_metadata_is_loaded_as_the_published_model(tmp_path: Path) -> None:
     path = tmp_path / "flux1-fill-dev.safetensors"
     save_file(MMDiT(TRANSFORMER).state_dict(), path)
     with pytest.raises(InputError, match=r"does not fit this MMDiT: 48 tensors found, 780 expected") as error:
@@ -69,7 +69,7 @@ def test_a_file_without_metadata_is_taken_for_the_published_one(tmp_path: Path) 
     assert "img_in.weight [32, 384] for [3072, 384]" in str(error.value)
 
 
-def test_every_misfit_is_in_one_error(tmp_path: Path) -> None:
+def test_one_error_lists_every_misfit(tmp_path: Path) -> None:
     path, state = tmp_path / "a.safetensors", Autoencoder(RGB).state_dict()
     state["encoder.conv_in.bias"] = torch.zeros(9)
     state["surplus"] = state.pop("decoder.conv_out.bias")
@@ -85,17 +85,17 @@ def test_every_misfit_is_in_one_error(tmp_path: Path) -> None:
     ]
 
 
-def test_rgb_weights_are_no_rgba_weights(tiny_weights: Path) -> None:
+def test_rgb_weights_are_not_loaded_as_rgba_weights(tiny_weights: Path) -> None:
     with pytest.raises(InputError, match=r"encoder.conv_in.weight \[8, 3, 3, 3\] for \[8, 4, 3, 3\]"):
         load_autoencoder(tiny_weights / "autoencoder.safetensors", RGBA)
 
 
-# The folders of diffusers
+# diffusers folders
 
 
 @pytest.fixture
 def diffusers_folder(tmp_path: Path) -> tuple[Path, MMDiT, Autoencoder]:
-    """A pipeline's folder as diffusers writes it, the transformer in shards, and the models whose weights it holds."""
+    """A pipeline folder written by diffusers, with a sharded transformer, and the models whose weights it has."""
     mmdit, autoencoder = MMDiT(replace(TRANSFORMER, guidance_embed=True, depth=2)), Autoencoder(RGB)
     fill(mmdit, seed=1)
     fill(autoencoder, seed=2)
@@ -118,7 +118,7 @@ def test_diffusers_folders_are_read(diffusers_folder: tuple[Path, MMDiT, Autoenc
         assert read.config == RGB and same(read.state_dict(), autoencoder.state_dict())
 
 
-def test_an_adapter_on_a_diffusers_folder(
+def test_an_adapter_loads_its_base_from_a_diffusers_folder(
     diffusers_folder: tuple[Path, MMDiT, Autoencoder], tiny_config: DecomposerConfig
 ) -> None:
     folder, mmdit, _ = diffusers_folder
@@ -136,14 +136,14 @@ def test_an_adapter_on_a_diffusers_folder(
         Decomposer.from_pretrained(folder / "adapter.safetensors")
 
 
-def test_folders_of_another_flux(tiny_config: DecomposerConfig, tmp_path: Path) -> None:
+def test_folders_of_other_flux_models_are_refused(tiny_config: DecomposerConfig, tmp_path: Path) -> None:
     build_reference_transformer(MMDiT(replace(TRANSFORMER, in_channels=64))).save_pretrained(tmp_path)
     weights = replace(tiny_config.weights, transformer=str(tmp_path))
     with pytest.raises(InputError, match="takes 64 input channels; this is FLUX.1-dev .* not Fill; expected 384"):
         build_decomposer(replace(tiny_config, weights=weights))
 
 
-def test_folders_that_are_not_whole(diffusers_folder: tuple[Path, MMDiT, Autoencoder]) -> None:
+def test_incomplete_or_inconsistent_folders_are_refused(diffusers_folder: tuple[Path, MMDiT, Autoencoder]) -> None:
     folder = diffusers_folder[0] / "transformer"
     shard = max(folder.glob("*.safetensors"))
     content = shard.read_bytes()
@@ -158,7 +158,7 @@ def test_folders_that_are_not_whole(diffusers_folder: tuple[Path, MMDiT, Autoenc
     (folder / "config.json").write_text(json.dumps({**description, "num_layers": 1}))
     with pytest.raises(InputError, match=r"unexpected: transformer_blocks.1.attn") as error:
         load_mmdit(folder)
-    assert str(error.value).count("transformer_blocks.1") == 10  # the first ten, and how many
+    assert str(error.value).count("transformer_blocks.1") == 10  # the first ten names, and the number of all
     names = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())["weight_map"]
     surplus = sum(name.startswith("transformer_blocks.1.") for name in names)
     assert f"  {surplus} unexpected: transformer_blocks.1." in str(error.value) and surplus > 10
@@ -177,16 +177,16 @@ def test_fp8_files_are_read_with_their_scales(tmp_path: Path) -> None:
     small = {name: (state[name] / scales[name]).to(torch.float8_e4m3fn) for name in matrices}
     expected = {**state, **{name: small[name].float() * scales[name] for name in matrices}}
 
-    beside = {name.replace(".weight", ".scale_weight"): scale for name, scale in scales.items()}
-    save_file({**state, **small, **beside, "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}, path)
+    stored = {name.replace(".weight", ".scale_weight"): scale for name, scale in scales.items()}
+    save_file({**state, **small, **stored, "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}, path)
     assert same(load_mmdit(path, TRANSFORMER).state_dict(), expected)
 
-    rows = {name: torch.full((len(state[name]), 1), float(scales[name])) for name in matrices}  # one for each
+    rows = {name: torch.full((len(state[name]), 1), float(scales[name])) for name in matrices}  # one scale per row
     rows["img_in.weight"][0] *= 2
     expected["img_in.weight"] = expected["img_in.weight"].clone()
     expected["img_in.weight"][0] *= 2
-    beside = {name.replace(".weight", ".weight_scale"): scale for name, scale in rows.items()}
-    save_file({**state, **small, **beside}, path)
+    stored = {name.replace(".weight", ".weight_scale"): scale for name, scale in rows.items()}
+    save_file({**state, **small, **stored}, path)
     assert same(load_mmdit(path, TRANSFORMER).state_dict(), expected)
 
     plain = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in state.items()}
@@ -200,7 +200,7 @@ def test_fp8_files_are_read_with_their_scales(tmp_path: Path) -> None:
         load_mmdit(path, TRANSFORMER)
 
 
-def test_scales_of_blocks_are_not_taken_for_scales_of_rows(tmp_path: Path) -> None:
+def test_blockwise_scales_are_refused(tmp_path: Path) -> None:
     model, path = MMDiT(TRANSFORMER), tmp_path / "fp8.safetensors"
     scales = torch.ones(len(model.txt_in.weight), 2)
     save_file({**model.to(torch.float8_e4m3fn).state_dict(), "txt_in.weight_scale": scales}, path)
@@ -208,7 +208,9 @@ def test_scales_of_blocks_are_not_taken_for_scales_of_rows(tmp_path: Path) -> No
         load_mmdit(path, TRANSFORMER)
 
 
-def test_tensors_are_read_as_they_lie(diffusers_folder: tuple[Path, MMDiT, Autoencoder], tmp_path: Path) -> None:
+def test_tensors_are_read_in_the_order_of_their_files(
+    diffusers_folder: tuple[Path, MMDiT, Autoencoder], tmp_path: Path
+) -> None:
     folder, mmdit, _ = diffusers_folder
     save_model(tmp_path / "a.safetensors", mmdit, {})
     for path, layout in (
@@ -221,8 +223,8 @@ def test_tensors_are_read_as_they_lie(diffusers_folder: tuple[Path, MMDiT, Autoe
         assert all((a.path, a.start) < (b.path, b.start) for a, b in pairwise(first))
 
 
-def test_loading_takes_little_memory_beside_the_model(tmp_path: Path) -> None:
-    """In a process of its own: 192 MB in bf16 become 384 MB in float32; at most a tensor (8 MB) is there twice."""
+def test_loading_needs_little_memory_besides_the_model(tmp_path: Path) -> None:
+    """In a separate process: 192 MB in bf16 become 384 MB in float32; at most one tensor (8 MB) exists twice."""
     code = f"""
 import torch
 from pathlib import Path
@@ -260,12 +262,12 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     "text", ["{", "[]", '{"hidden": 1}', '{"depth": "many"}', '{"num_heads": 5}', '{"depth": "${x}"}']
 )
-def test_metadata_that_describe_no_model(text: str) -> None:
+def test_metadata_that_describe_no_model_are_refused(text: str) -> None:
     with pytest.raises(InputError, match="^a.safetensors: its metadata [^\n]* MMDiTConfig[^\n]*$"):
         config_from(MMDiTConfig, text, "a.safetensors")
 
 
-def test_checksums_of_a_missing_file(tmp_path: Path) -> None:
+def test_checksums_of_a_missing_file_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="absent.safetensors does not exist; put the file there"):
         checksums(tmp_path / "absent.safetensors")
 
@@ -275,10 +277,7 @@ def test_configs_come_from_metadata() -> None:
     assert config_from(AutoencoderConfig, None, "a") == AutoencoderConfig()
 
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool)
-
-
-def test_the_adapter_comes_back(tiny_weights: Path, tiny_decomposer: Decomposer, tmp_path: Path) -> None:
+def test_an_adapter_survives_a_round_trip(tiny_weights: Path, tiny_decomposer: Decomposer, tmp_path: Path) -> None:
     adapter = Adapter.load(tiny_weights / "adapter.safetensors")
     adapter.save(tmp_path / "copy.safetensors")
     copy = Adapter.load(tmp_path / "copy.safetensors")
@@ -291,7 +290,7 @@ def test_the_adapter_comes_back(tiny_weights: Path, tiny_decomposer: Decomposer,
     assert json.loads(adapter.metadata["lora"])["rank"] == 2
 
 
-def test_adapters_of_another_format_and_other_files(tiny_weights: Path, tmp_path: Path) -> None:
+def test_adapters_of_another_format_and_other_files_are_refused(tiny_weights: Path, tmp_path: Path) -> None:
     adapter, path = Adapter.load(tiny_weights / "adapter.safetensors"), tmp_path / "a.safetensors"
     Adapter(adapter.tensors, {**adapter.metadata, "format_version": "99"}).save(path)
     with pytest.raises(InputError, match="adapter format 99, expected 1; update layerdecomp"):
@@ -300,7 +299,7 @@ def test_adapters_of_another_format_and_other_files(tiny_weights: Path, tmp_path
         Adapter.load(tiny_weights / "transformer.safetensors")
 
 
-def test_adapters_that_do_not_fit(tiny_weights: Path, tmp_path: Path) -> None:
+def test_adapters_that_do_not_fit_are_refused(tiny_weights: Path, tmp_path: Path) -> None:
     adapter, path = Adapter.load(tiny_weights / "adapter.safetensors"), tmp_path / "a.safetensors"
     tensors = dict(adapter.tensors)
     del tensors["img_in.bias"]
@@ -310,10 +309,10 @@ def test_adapters_that_do_not_fit(tiny_weights: Path, tmp_path: Path) -> None:
         Decomposer.from_pretrained(path)
     assert "1 missing: img_in.bias" in str(error.value)
     assert "single_blocks.0.linear2.lora_A.weight [3, 160] for [2, 160]" in str(error.value)
-    assert "this is a LoRA" not in str(error.value)  # which is what it ought to be
+    assert "this is a LoRA" not in str(error.value)  # it is meant to be one
 
 
-def test_another_base_is_noticed(tiny_weights: Path, tmp_path: Path) -> None:
+def test_another_base_is_refused(tiny_weights: Path, tmp_path: Path) -> None:
     other = MMDiT(TRANSFORMER)
     save_model(tmp_path / "other.safetensors", other, {})
     with pytest.raises(InputError, match=r"other.safetensors is not the transformer that .*sha256 .*expected") as error:
@@ -321,7 +320,7 @@ def test_another_base_is_noticed(tiny_weights: Path, tmp_path: Path) -> None:
     assert "transformer=" in str(error.value)
 
 
-def test_frozen_parts_are_found_beside_the_adapter(tiny_weights: Path, tmp_path: Path) -> None:
+def test_frozen_parts_are_found_in_the_folder_of_the_adapter(tiny_weights: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_weights, tmp_path, dirs_exist_ok=True)
     adapter = Adapter.load(tiny_weights / "adapter.safetensors")
     files = {name: Path(path).name for name, path in json.loads(adapter.metadata["weights"]).items() if path}
@@ -335,7 +334,7 @@ def test_frozen_parts_are_found_beside_the_adapter(tiny_weights: Path, tmp_path:
         Decomposer.from_pretrained(path)
 
 
-def test_find_weights_looks_where_it_is_told(tmp_path: Path) -> None:
+def test_find_weights_searches_the_given_folders(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     for name in ("a", "deep/b"):
         (tmp_path / name).write_text("")
@@ -344,14 +343,14 @@ def test_find_weights_looks_where_it_is_told(tmp_path: Path) -> None:
     assert find_weights(str(tmp_path / "a"), []) == tmp_path / "a"
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="there is no list of a process's pages")
-def test_mapped_weights_are_the_pages_of_their_file_and_writing_to_them_does_not_change_it(tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")
+def test_mapped_weights_share_pages_with_their_file_and_writes_do_not_reach_it(tmp_path: Path) -> None:
     path = tmp_path / "transformer.safetensors"
     model = MMDiT(TRANSFORMER)
     fill(model, 0)
     save_file({name: tensor.bfloat16() for name, tensor in model.state_dict().items()}, path)
     before = path.read_bytes()
-    read, mapped = (load_mmdit(path, TRANSFORMER, torch.bfloat16, mapped=how) for how in (False, True))
+    read, mapped = (load_mmdit(path, TRANSFORMER, torch.bfloat16, mapped=mapped) for mapped in (False, True))
     assert same(read.state_dict(), mapped.state_dict())
     lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
     pages = [range(*(int(end, 16) for end in line.split()[0].split("-"))) for line in lines]
