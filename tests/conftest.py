@@ -1,4 +1,4 @@
-"""Weights of the smallest models that have every part, all parameters random, for tests that need files."""
+"""Shared helpers and fixtures: tiny models with random weights, runs on two ranks, simulated power cuts."""
 
 import io
 import multiprocessing
@@ -32,16 +32,16 @@ from layerdecomp.weights import save_model
 
 
 def alone() -> dict[str, str]:
-    """The environment without what Lightning leaves there when a test of this process had ranks: port, rank, size."""
-    left = ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK")
-    return {name: value for name, value in os.environ.items() if name not in left}
+    """The environment without the port, rank and size that Lightning leaves behind after a test with ranks."""
+    leftover = ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK")
+    return {name: value for name, value in os.environ.items() if name not in leftover}
 
 
 @pytest.fixture(autouse=True, scope="module")
-def nothing_left_behind() -> Iterator[None]:
-    """Fails where a module leaves a thread or a process behind that would keep the interpreter from ending.
+def no_leaked_threads_or_processes() -> Iterator[None]:
+    """Fails if a test module leaks a thread or a process that would keep the interpreter from exiting.
 
-    Threads of pools are told to end by the interpreter itself: torch's compiler keeps a pool once it has compiled.
+    Pool threads are exempt, since the interpreter ends them: torch's compiler keeps a pool once it has compiled.
     """
     yield
     children = [child for child in multiprocessing.active_children() if not child.daemon]
@@ -53,14 +53,14 @@ def nothing_left_behind() -> Iterator[None]:
 
 
 def become_rank(rank: int, port: int) -> None:
-    """Makes this process one of two ranks, in the environment that torchrun gives one; on one thread."""
+    """Makes this process one of two ranks, with the environment variables that torchrun sets, and one thread."""
     torch.set_num_threads(1)
-    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
-    os.environ.update(here | {"WORLD_SIZE": "2"})
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+    os.environ.update(variables | {"WORLD_SIZE": "2"})
 
 
 def as_ranks(target: Callable[..., None], *arguments: Any) -> list[int | None]:
-    """The exit codes of a function as the two ranks of a run, in processes that have imported everything already."""
+    """Runs a function as the two ranks of a run, in processes with preloaded imports, and returns the exit codes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["layerdecomp.training.runs"])
     with socket.socket() as free:
@@ -81,7 +81,7 @@ def as_ranks(target: Callable[..., None], *arguments: Any) -> list[int | None]:
 
 
 def curve(run_dir: Path, tag: str = "train/loss") -> dict[int, float]:
-    """What TensorBoard shows of a run: the values of a curve by step; where a step was made twice, they must agree."""
+    """The values of a TensorBoard curve by step; the values of a step that was logged twice must agree."""
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
     values: dict[int, float] = {}
@@ -92,12 +92,12 @@ def curve(run_dir: Path, tag: str = "train/loss") -> dict[int, float]:
 
 
 class PowerCutError(Exception):
-    """What ends a run in a test, where a machine would just be off."""
+    """Ends a run at an arbitrary point, as a power cut would."""
 
 
 @contextmanager
 def power_cut_at(step: int) -> Iterator[None]:
-    """The loss of an adapter's training raises `PowerCutError` once so many steps are done, which is expected."""
+    """Makes the loss raise `PowerCutError` after so many steps of an adapter training, and expects the error."""
     original = DecomposerJob.loss
 
     def failing(self: DecomposerJob, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -124,13 +124,13 @@ RGBA = AutoencoderConfig(**{**vars(RGB), "in_channels": 4})
 
 
 def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
-    """Whether two sets of tensors are equal, names and all."""
+    """Whether two dicts have the same names and equal tensors."""
     return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
 
 
 @torch.no_grad()
 def fill(module: nn.Module, seed: int) -> None:
-    """Draws every parameter at random, at a size that keeps activations near one: no gain is 1, no bias is 0."""
+    """Draws every parameter at random, scaled to keep activations near one: no gain is 1, no bias is 0."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -140,7 +140,7 @@ def fill(module: nn.Module, seed: int) -> None:
 
 
 def write_tiny_models(folder: Path) -> WeightFiles:
-    """Writes the three frozen parts into a folder; the foregrounds they give are transparent in most places."""
+    """Writes the three frozen models into a folder; the foregrounds that they decode are mostly transparent."""
     files = WeightFiles(*(str(folder / f"{name}.safetensors") for name in ("transformer", "autoencoder")))
     files.rgba_autoencoder = str(folder / "rgba_autoencoder.safetensors")
     models = {
@@ -158,7 +158,7 @@ def write_tiny_models(folder: Path) -> WeightFiles:
 
 @pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> DecomposerConfig:
-    """A decomposer whose frozen parts are files in a temporary folder."""
+    """A decomposer config whose frozen models are files in a temporary folder."""
     return DecomposerConfig(
         weights=write_tiny_models(tmp_path_factory.mktemp("tiny")),
         lora=LoRAConfig(rank=2, alpha=3.0),
@@ -168,7 +168,7 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> DecomposerConfig:
 
 @pytest.fixture(scope="session")
 def tiny_weights(tiny_config: DecomposerConfig) -> Path:
-    """A folder with transformer, autoencoder, rgba_autoencoder and adapter.safetensors; nobody may change it."""
+    """A folder with transformer, autoencoder, rgba_autoencoder and adapter.safetensors; do not modify it."""
     folder = Path(tiny_config.weights.transformer).parent
     decomposer = build_decomposer(tiny_config)
     trained = nn.ParameterDict({name.replace(".", "/"): p for name, p in decomposer.adapter({}).tensors.items()})
@@ -179,13 +179,13 @@ def tiny_weights(tiny_config: DecomposerConfig) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_decomposer(tiny_weights: Path) -> Decomposer:
-    """The decomposer of `tiny_weights`; nobody may change it."""
+    """The decomposer of `tiny_weights`; do not modify it."""
     return Decomposer.from_pretrained(tiny_weights / "adapter.safetensors")
 
 
 @pytest.fixture
 def tiny_overrides(tiny_weights: Path) -> list[str]:
-    """Overrides that turn configs/tiny.yaml into the smallest run of the adapter's training."""
+    """Overrides that reduce configs/tiny.yaml to the smallest adapter training."""
     names = ("transformer", "autoencoder", "rgba_autoencoder")
     return [f"weights.{name}={tiny_weights / name}.safetensors" for name in names] + [
         "lora.rank=2",
@@ -210,7 +210,7 @@ EVERYTHING = ["txt_in", "*_blocks.*", "final_layer.*", "time_in.*", "vector_in.*
 def adapter_file(
     request: pytest.FixtureRequest, tiny_config: DecomposerConfig, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """An adapter with every parameter random: of the default targets, and of all linear layers."""
+    """An adapter with random parameters: of the default targets, and of all linear layers."""
     lora = tiny_config.lora if request.param == "default" else LoRAConfig(3, 1.5, EVERYTHING)
     config = replace(tiny_config, lora=lora)
     decomposer = build_decomposer(config)
@@ -233,24 +233,24 @@ def ours(adapter_file: Path) -> MMDiT:
 
 @pytest.fixture(scope="session")
 def metric_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the files of the metrics' networks, in the published layouts and under their names, all random."""
+    """A folder with the files of the metric networks, with published names and layouts and random weights."""
     folder = tmp_path_factory.mktemp("metrics")
     generator = torch.Generator().manual_seed(0)
 
-    def drawn(name: str, tensor: Tensor) -> Tensor:
-        if name.startswith("classifier."):  # not used, and most of a file
+    def random_tensor(name: str, tensor: Tensor) -> Tensor:
+        if name.startswith("classifier."):  # unused, and most of the file
             return torch.zeros(1).expand(tensor.shape)
         return torch.randn(tensor.shape, generator=generator) / max(1, tensor[0].numel()) ** 0.5
 
     for net, trunk in TRUNKS.items():
         with torch.device("meta"):
-            described = trunk.build().state_dict()
-        torch.save({name: drawn(name, tensor) for name, tensor in described.items()}, folder / FILES[net])
-    nothing = io.BytesIO()
-    torch.save({}, nothing)
-    nothing.seek(0)
+            tensors = trunk.build().state_dict()
+        torch.save({name: random_tensor(name, tensor) for name, tensor in tensors.items()}, folder / FILES[net])
+    empty = io.BytesIO()
+    torch.save({}, empty)
+    empty.seek(0)
     with mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"):
-        inception = FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path=nothing)
+        inception = FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path=empty)
     state = inception.state_dict()
-    torch.save({n: 1.4 * drawn(n, x) if x.dim() == 4 else x for n, x in state.items()}, folder / INCEPTION)
+    torch.save({n: 1.4 * random_tensor(n, x) if x.dim() == 4 else x for n, x in state.items()}, folder / INCEPTION)
     return folder

@@ -1,4 +1,4 @@
-"""The ablation: its switches, that it stops and goes on, what it refuses before it trains, and its table."""
+"""The ablation: its switches, resuming, checks before training, and its table."""
 
 import json
 from dataclasses import replace
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import PowerCutError
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
@@ -45,11 +46,7 @@ def overrides(tiny_overrides: list[str]) -> list[str]:
     return [*tiny_overrides, *settings, "optim.lr=3e-2"]
 
 
-class PowerCutError(Exception):
-    pass
-
-
-def test_an_interrupted_ablation_goes_on_and_repeats_nothing(
+def test_an_interrupted_ablation_resumes_without_repeating_finished_runs(
     tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, out = write(tmp_path, curves={"lora.rank": ["rank-1", "full"]}), tmp_path / "out"
@@ -78,13 +75,13 @@ def test_an_interrupted_ablation_goes_on_and_repeats_nothing(
     assert trained == ["full-1", "rank-1-1"]
     assert before == {row: (out / f"{row}-0" / "adapter.safetensors").stat().st_mtime_ns for row in ROWS}
     captured = capsys.readouterr().out
-    # the bar of the run that was cut off may be drawn once more, whenever it is collected
-    said = "\n".join(line for line in captured.split("\n") if not line.startswith("\r"))
-    assert "2 of 4 runs finished; now full-1\nresuming from" in said and "3 of 4 runs finished, about 0:00:" in said
+    # the interrupted run's progress bar may be redrawn when it is garbage-collected
+    output = "\n".join(line for line in captured.split("\n") if not line.startswith("\r"))
+    assert "2 of 4 runs finished; now full-1\nresuming from" in output and "3 of 4 runs finished, about 0:00:" in output
     assert (out / "table.md").read_text() in captured
     check_results(out)
-    alone = [*overrides, "lora.rank=1", "seed=1", f"run_dir={tmp_path}/alone"]
-    train(load_config(TINY, alone))
+    standalone = [*overrides, "lora.rank=1", "seed=1", f"run_dir={tmp_path}/alone"]
+    train(load_config(TINY, standalone))
     assert figures(tmp_path / "alone", "metrics")["results"]["adapted"] == figures(out)["results"]["rank-1"]["1"]
 
 
@@ -93,7 +90,7 @@ def figures(folder: Path, name: str = "results") -> dict:
 
 
 def check_results(out: Path) -> None:
-    """What a finished ablation leaves: figures per row and seed, their summary, a table with every row, a picture."""
+    """Checks the output of a finished ablation: metrics per row and seed, summary, table of all rows, figure."""
     found = figures(out)
     for row in ROWS:
         seeds = found["results"][row]
@@ -101,13 +98,13 @@ def check_results(out: Path) -> None:
             assert seeds[seed] == figures(out / f"{row}-{seed}", "metrics")["results"]["adapted"]
         assert seeds["0"]["background/psnr"] != seeds["1"]["background/psnr"]
         for name, numbers in [(name, [seeds[seed][name] for seed in ("0", "1")]) for name in METRICS]:
-            if None in numbers:  # undefined in so few scenes, or without its network
+            if None in numbers:  # undefined for so few scenes, or without its network
                 continue
             np.testing.assert_allclose(found["summary"][row][name], [np.mean(numbers), np.std(numbers, ddof=1)])
     assert found["protocol"]["ablation"]["rows"] == ROWS and found["protocol"]["evaluation"]["count"] == 3
     protocols = [figures(out / f"{row}-{seed}", "metrics")["protocol"] for row in ROWS for seed in (0, 1)]
-    for key, told in found["protocol"]["evaluation"].items():
-        assert all(protocol[key] == told for protocol in protocols), f"{key} is not the same for all"
+    for key, value in found["protocol"]["evaluation"].items():
+        assert all(protocol[key] == value for protocol in protocols), f"{key} differs between runs"
     lines = (out / "table.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == list(ROWS)
     with Image.open(out / "out.png") as picture:
@@ -140,7 +137,7 @@ def check_results(out: Path) -> None:
         ({}, "train.devices=2", "trains in one process; leave train.devices"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_trained(
+def test_invalid_settings_are_rejected_before_training(
     tmp_path: Path, overrides: list[str], changes: dict, argument: str, message: str
 ) -> None:
     path = write(tmp_path, **changes)
@@ -149,12 +146,12 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
     assert not (tmp_path / "out").exists()
 
 
-def test_runs_with_other_settings_or_weights_are_not_mixed(
+def test_finished_runs_with_other_settings_or_weights_are_rejected(
     tmp_path: Path, overrides: list[str], tiny_weights: Path
 ) -> None:
     path, out = write(tmp_path, rows={"full": []}, paper={}, seeds=[3]), tmp_path / "out"
     ablate(path, out, overrides)
-    (out / "full-3" / "last.ckpt").unlink()  # the run is finished without it
+    (out / "full-3" / "last.ckpt").unlink()  # a finished run does not need it
     ablate(path, out, overrides)
     with pytest.raises(InputError, match=r"full-3 holds a run with other settings or weights \(optim.lr\)"):
         ablate(path, out, [*overrides, "optim.lr=1"])
@@ -171,9 +168,9 @@ def test_runs_with_other_settings_or_weights_are_not_mixed(
 
 
 @pytest.mark.parametrize("name", ["ablation", "curves"])
-def test_rows_differ_in_their_switches_alone(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_differ_only_in_their_switches(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
-    monkeypatch.setattr(ablation, "build_job", lambda config: None)  # one of the bases does not ship
+    monkeypatch.setattr(ablation, "build_job", lambda config: None)  # one base checkpoint is not in the repository
     path = REPOSITORY / "configs" / f"{name}.yaml"
     config = merge_config(
         AblationConfig(), [(str(path), read_yaml(path))], ["seeds=[0,5]", "overrides=[train.steps=7]"]
@@ -187,7 +184,7 @@ def test_rows_differ_in_their_switches_alone(name: str, tmp_path: Path, monkeypa
     assert {run.config.evaluate.seed for run in runs} == {1234}
 
 
-def test_differences_are_taken_seed_by_seed() -> None:
+def test_differences_are_paired_by_seed() -> None:
     config = AblationConfig(rows={**ROWS, "blind": []}, paper={"full": 27.3, "blind": 27.0})
 
     def results(*psnr: float) -> dict:
@@ -201,7 +198,7 @@ def test_differences_are_taken_seed_by_seed() -> None:
     assert [same_order(x, -0.3) for x in ([-1, -2], [1, 2], [-1, 2], [])] == ["yes", "no", "seeds disagree", ""]
 
 
-def test_the_time_left_goes_by_steps(
+def test_the_estimated_time_left_is_proportional_to_steps(
     tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = {"short": ["train.steps=10"], "long": ["train.steps=40"], "last": ["train.steps=100"]}
@@ -211,8 +208,8 @@ def test_the_time_left_goes_by_steps(
     runs = plan(config, tmp_path)
     monkeypatch.setattr(ablation.time, "monotonic", lambda: next(clock))
     assert [run.row for run in with_progress(runs)] == list(rows)
-    said = capsys.readouterr().out.splitlines()
-    assert said == [
+    output = capsys.readouterr().out.splitlines()
+    assert output == [
         "0 of 3 runs finished; now short-0",
         "1 of 3 runs finished, about 0:01:10 left; now long-0",
         "2 of 3 runs finished, about 0:00:50 left; now last-0",
@@ -222,7 +219,7 @@ def test_the_time_left_goes_by_steps(
 # conditioning.mask
 
 
-def test_the_mask_switch_clears_the_masks_channels_and_nothing_else(
+def test_the_mask_switch_zeroes_only_the_mask_channels(
     tiny_config: DecomposerConfig, tiny_decomposer: Decomposer
 ) -> None:
     batch = scenes()
@@ -242,20 +239,20 @@ def scenes() -> dict[str, torch.Tensor]:
     return {"image": image, "mask": mask, "cues": cues, "cues_present": torch.ones(2, len(CUES), dtype=torch.bool)}
 
 
-def test_the_frozen_base_is_evaluated_as_it_is_adapted(tiny_config: DecomposerConfig) -> None:
+def test_the_frozen_base_is_evaluated_with_the_conditioning_of_the_adapter(tiny_config: DecomposerConfig) -> None:
     batch = {**scenes(), "index": torch.arange(2)}
     base = load_mmdit(tiny_config.weights.transformer)
 
-    def painted(mask: bool) -> torch.Tensor:
+    def inpainted(mask: bool) -> torch.Tensor:
         config = replace(tiny_config, conditioning=ConditioningConfig(mask=mask))
         return methods(Models(build_decomposer(config), base), EvaluateConfig())["base"].draw(batch)[0]
 
-    told, maskless = painted(True), painted(False)
+    masked, maskless = inpainted(True), inpainted(False)
     base.img_in.weight[:, MASK_CHANNELS] = 0
-    assert not told.equal(maskless) and painted(True).equal(maskless)
+    assert not masked.equal(maskless) and inpainted(True).equal(maskless)
 
 
-def test_a_maskless_base_is_pre_trained_and_adapted_without_ever_seeing_a_mask(
+def test_a_maskless_base_never_sees_a_mask_in_pre_training_or_adaptation(
     tmp_path: Path, tiny_overrides: list[str], tiny_weights: Path
 ) -> None:
     settings = ["data.scenes.size=32", "data.validation=2", "data.workers=0", "evaluate.samples=2", "sample.steps=1"]

@@ -1,4 +1,4 @@
-"""Adapters as changes: layouts of others and back, full-size names, sums, and ranks."""
+"""Adapters as weight changes: round trips through other layouts, full-size names, sums and ranks."""
 
 import json
 from dataclasses import replace
@@ -31,7 +31,7 @@ from layerdecomp.models.lora import LoRAConfig
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 
 HIDDEN = 8
-LAYERS = {  # output widths of a small model's
+LAYERS = {  # output widths of a small model's layers
     "img_in": 8, "txt_in": 8, "double_blocks.0.img_attn.qkv": 24, "double_blocks.0.txt_attn.qkv": 24,
     "double_blocks.11.img_mlp.0": 32, "single_blocks.3.linear1": 56, "single_blocks.3.linear2": 8,
     "final_layer.adaLN_modulation.1": 16,
@@ -43,7 +43,7 @@ def _draw(*shape: int, seed: int) -> Tensor:
 
 
 def _changes(rank: int = 3, scale: float = 1.0, seed: int = 0) -> Changes:
-    """Every layer changed, and the input projection's bias too."""
+    """Changes of every layer, and of the input projection's bias."""
     return {
         name: Change(_draw(rank, 6, seed=seed + 2 * i), _draw(width, rank, seed=seed + 2 * i + 1), scale)
         if name != "img_in"
@@ -71,7 +71,7 @@ def _same(first: Changes, second: Changes) -> bool:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_round_trips_are_exact(layout: str, with_bias: bool) -> None:
+def test_round_trips_through_every_layout_are_exact(layout: str, with_bias: bool) -> None:
     _, write, read = LAYOUTS[layout]
     changes = _changes()
     if not with_bias:
@@ -85,7 +85,7 @@ def test_round_trips_are_exact(layout: str, with_bias: bool) -> None:
     assert again.keys() == before.keys() and all(again[name].equal(before[name]) for name in again)
 
 
-def test_kohya_keeps_alpha_and_diffusers_bakes_it_in() -> None:
+def test_kohya_keeps_alpha_and_diffusers_folds_it_in() -> None:
     changes = _changes(scale=0.5)
     tensors = to_kohya(changes, HIDDEN)
     assert tensors["lora_unet_double_blocks_0_img_attn_qkv.alpha"] == 1.5  # of rank 3
@@ -96,8 +96,8 @@ def test_kohya_keeps_alpha_and_diffusers_bakes_it_in() -> None:
     assert all(back[name].weight.equal(change.weight) for name, change in changes.items())
 
 
-def test_parts_of_their_own_are_stacked_exactly() -> None:
-    """A LoRA that was trained on q, k and v one by one, some left out, of different ranks."""
+def test_separate_loras_of_a_fused_layer_are_stacked_exactly() -> None:
+    """A LoRA may adapt q, k, v and the MLP separately, with different ranks, and leave some out."""
     names = diffusers_modules("single_blocks.3.linear1")
     assert names[-1] == "single_transformer_blocks.3.proj_mlp"
     pairs = {
@@ -113,7 +113,7 @@ def test_parts_of_their_own_are_stacked_exactly() -> None:
     assert change.rank == 6 and torch.allclose(change.weight, expected, atol=1e-6)
 
 
-def test_tensors_and_changes_are_the_same_adapter() -> None:
+def test_an_adapter_round_trips_through_changes() -> None:
     lora, base = LoRAConfig(rank=3, alpha=4.5), _base()
     changes = _changes(scale=1.5)
     given, tensors = adapter_from_changes(changes, base)
@@ -127,7 +127,7 @@ def test_tensors_and_changes_are_the_same_adapter() -> None:
     assert "img_in" not in untrained
 
 
-def test_different_ranks_and_scales_become_one() -> None:
+def test_different_ranks_and_scales_are_unified() -> None:
     changes = {**_changes(rank=3), "txt_in": Change(_draw(2, 6, seed=3), _draw(8, 2, seed=4), 0.25)}
     lora, tensors = adapter_from_changes(changes, _base())
     assert (lora.rank, lora.alpha) == (3, None)
@@ -136,7 +136,7 @@ def test_different_ranks_and_scales_become_one() -> None:
     assert all(torch.allclose(taken[name].weight, changes[name].weight, atol=1e-6) for name in changes)
 
 
-def test_what_no_adapter_can_be() -> None:
+def test_changes_that_no_adapter_can_represent_are_rejected() -> None:
     changes = _changes()
     with pytest.raises(InputError, match="only the input projection is adapted"):
         adapter_from_changes({"img_in": changes["img_in"]}, _base())
@@ -159,7 +159,7 @@ def full_size() -> Changes:
     return changes
 
 
-def test_full_size_names_and_shapes_are_those_of_diffusers(full_size: Changes) -> None:
+def test_full_size_names_and_shapes_match_diffusers(full_size: Changes) -> None:
     with torch.device("meta"):
         reference = FluxTransformer2DModel(in_channels=384, out_channels=64, guidance_embeds=True)
     published = json.loads((Path(__file__).parent / "published_keys.json").read_text())["transformer"]
@@ -174,8 +174,8 @@ def test_full_size_names_and_shapes_are_those_of_diffusers(full_size: Changes) -
     assert len(shapes) == 19 * (8 + 2 * 2) + 38 * 5 + 1
 
 
-def test_diffusers_converts_kohya_to_what_is_exported_for_diffusers(full_size: Changes) -> None:
-    """All but img_in's three tensors, which docs/weights.md says it drops."""
+def test_diffusers_converts_the_kohya_export_to_the_diffusers_export(full_size: Changes) -> None:
+    """Except img_in's three tensors, which diffusers drops (docs/weights.md)."""
     converted = _convert_kohya_flux_lora_to_diffusers(to_kohya(full_size, 3072))
     kept = {name: tensor for name, tensor in converted.items() if name.startswith("transformer.")}
     assert converted.keys() - kept.keys() == {"x_embedder.lora_A.weight", "x_embedder.lora_B.weight"}
@@ -200,7 +200,7 @@ def test_sums_are_exact() -> None:
     assert torch.allclose(total["img_in"].bias, 0.75 * first["img_in"].bias - 0.5 * second["img_in"].bias)
 
 
-def test_sums_of_bf16_are_rounded_when_they_are_written_and_not_before() -> None:
+def test_sums_of_bf16_are_not_rounded_before_they_are_written() -> None:
     half = {
         name: replace(change, a=change.a.bfloat16(), b=change.b.bfloat16(), scale=0.3)
         for name, change in _changes(rank=3).items()
@@ -212,7 +212,7 @@ def test_sums_of_bf16_are_rounded_when_they_are_written_and_not_before() -> None
     assert mean["x"].item() == pytest.approx(1.6, rel=1e-6)
 
 
-def test_means() -> None:
+def test_averages_are_weighted_and_reject_zero_weight_sums_and_mismatched_sizes() -> None:
     first, second = {"x": torch.tensor([1.0, 2.0])}, {"x": torch.tensor([3.0, 6.0])}
     assert average([(first, 3.0), (second, 1.0)])["x"].tolist() == [1.5, 3.0]
     with pytest.raises(InputError, match="sum up to 0"):
@@ -221,7 +221,7 @@ def test_means() -> None:
         average([(first, 1.0), ({"x": torch.ones(3)}, 1.0)])
 
 
-def test_the_reduced_rank_is_the_nearest_and_its_error_is_told() -> None:
+def test_rank_reduction_gives_the_best_approximation_and_reports_its_error() -> None:
     changes = _changes(rank=5, scale=0.7)
     reduced, errors = reduce_rank(changes, 2)
     assert reduced["img_in"] is changes["img_in"] and errors.keys() == (changes.keys() - {"img_in"}) | {"all"}
@@ -239,8 +239,8 @@ def test_the_reduced_rank_is_the_nearest_and_its_error_is_told() -> None:
     assert errors["all"] < 1e-6 and all(torch.allclose(kept[n].weight, changes[n].weight, atol=1e-5) for n in changes)
 
 
-def test_peft_is_told_the_rank_of_every_layer() -> None:
-    """Without it, diffusers 0.36 to 0.39 scale the input projection wrongly (seen: a relative error of 1.2)."""
+def test_peft_settings_give_the_rank_of_every_layer() -> None:
+    """Without them, diffusers 0.36 to 0.39 scale the input projection wrongly (observed relative error: 1.2)."""
     settings = json.loads(peft_settings(to_diffusers(_changes(), HIDDEN))["lora_adapter_metadata"])
     assert settings["transformer.r"] == settings["transformer.lora_alpha"] == 3
     assert settings["transformer.rank_pattern"] == settings["transformer.alpha_pattern"] == {"^x_embedder": 6}

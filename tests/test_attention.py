@@ -1,4 +1,4 @@
-"""Rotary embedding: what it must do by definition."""
+"""Rotary embedding and attention: properties that follow from their definitions."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from layerdecomp.models.attention import apply_rope, attention, rope
 AXES = [2, 4, 4]
 
 
-def test_rotation_turns_neighbouring_channels_by_position_times_frequency() -> None:
+def test_rope_rotates_channel_pairs_by_position_times_frequency() -> None:
     ids = torch.tensor([[0.0, 0.0, 0.0], [2.0, 0.0, 3.0]])
     x = torch.zeros(1, 1, 2, 10)
     x[..., 0::2] = 1.0  # every pair points along its first axis
@@ -20,16 +20,16 @@ def test_rotation_turns_neighbouring_channels_by_position_times_frequency() -> N
     torch.testing.assert_close(apply_rope(x, rope(ids, AXES, theta=100))[0, 0], expected)
 
 
-def test_products_depend_on_relative_position_only() -> None:
+def test_rotated_products_depend_only_on_relative_positions() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 10, generator=generator)
     positions = torch.randint(0, 30, (50, 3), generator=generator).float()
     shifted = positions + torch.tensor([1.0, 7.0, -4.0])
     products = []
     for a, b in ((positions[:25], positions[25:]), (shifted[:25], shifted[25:])):
-        turned_q = apply_rope(q.expand(1, 1, 25, 10), rope(a, AXES, theta=100))
-        turned_k = apply_rope(k.expand(1, 1, 25, 10), rope(b, AXES, theta=100))
-        products.append((turned_q * turned_k).sum(-1))
+        rotated_q = apply_rope(q.expand(1, 1, 25, 10), rope(a, AXES, theta=100))
+        rotated_k = apply_rope(k.expand(1, 1, 25, 10), rope(b, AXES, theta=100))
+        products.append((rotated_q * rotated_k).sum(-1))
     assert products[0].std() > 0.1
     torch.testing.assert_close(products[0], products[1], atol=1e-4, rtol=1e-4)
 
@@ -57,7 +57,7 @@ def test_attention_is_softmax_of_scaled_products_times_values(masked: bool) -> N
         torch.testing.assert_close(found, wanted)
 
 
-def test_attention_with_a_mask_sees_only_what_it_may() -> None:
+def test_masked_attention_equals_attention_over_the_unmasked_keys() -> None:
     q, k, v = torch.randn(3, 2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([True, True, False, True, False, False]).expand(2, 1, 1, 6)
     kept = [0, 1, 3]
@@ -65,18 +65,18 @@ def test_attention_with_a_mask_sees_only_what_it_may() -> None:
     assert attention(q, k, v).shape == (2, 6, 32)
 
 
-def test_what_comes_back_to_attention_has_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_reach_the_attention_kernel_in_one_memory_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = torch.randn(3, 2, 4, 6, 8, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
     seen: list[tuple[int, ...]] = []
-    computed = F.scaled_dot_product_attention
+    original = F.scaled_dot_product_attention
 
     def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
-        out = computed(*args, **kwargs)
+        out = original(*args, **kwargs)
         out.register_hook(lambda gradient: seen.append(gradient.stride()))
         return out
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     out = attention(q, k, v)
-    for whole in (torch.randn(2, 6, 32), torch.randn(2, 6, 100)[..., 10:42], torch.randn(6, 2, 32).transpose(0, 1)):
-        torch.autograd.grad(out, q, whole, retain_graph=True)
+    for incoming in (torch.randn(2, 6, 32), torch.randn(2, 6, 100)[..., 10:42], torch.randn(6, 2, 32).transpose(0, 1)):
+        torch.autograd.grad(out, q, incoming, retain_graph=True)
     assert seen == [(6 * 32, 8, 32, 1)] * 3

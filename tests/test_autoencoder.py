@@ -1,4 +1,4 @@
-"""Autoencoder against the published names and against diffusers' AutoencoderKL."""
+"""The autoencoder against the published tensor names and against diffusers' AutoencoderKL."""
 
 import json
 from collections.abc import Iterator
@@ -61,24 +61,24 @@ def test_encode_and_decode_equal_diffusers(config: AutoencoderConfig, batch: int
 
 
 @torch.no_grad()
-def test_rescaled_latents_decode_to_the_same_picture() -> None:
+def test_rescaled_latents_decode_to_the_same_image() -> None:
     model = build()
     x = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
     factors = torch.linspace(0.3, 3, 16)
     mean, log_variance = model.posterior(x)
-    picture = model.decoder(mean)
+    decoded = model.decoder(mean)
     rescale_latents(model, factors)
     rescaled, rescaled_log_variance = model.posterior(x)
     assert relative_error(rescaled, mean * factors.view(-1, 1, 1)) < 1e-5
     deviation = torch.exp(0.5 * log_variance) * factors.view(-1, 1, 1)
     assert relative_error(torch.exp(0.5 * rescaled_log_variance), deviation) < 1e-5
-    assert relative_error(model.decoder(rescaled), picture) < 1e-5
+    assert relative_error(model.decoder(rescaled), decoded) < 1e-5
 
 
 @pytest.mark.parametrize("size", [(160, 48), (48, 160)])
 @torch.no_grad()
-def test_tiles_equal_diffusers(size: tuple[int, int]) -> None:
-    """But for its last tile, which is as narrow as what is left over, and for corners, which it blends twice."""
+def test_tiled_encoding_and_decoding_equal_diffusers(size: tuple[int, int]) -> None:
+    """Except for diffusers' last tile, which is only as wide as the remainder, and corners, which it blends twice."""
     model, tiling = build(), Tiling(size=64, overlap=16)
     reference = build_reference_autoencoder(model)
     reference.tile_sample_min_size, reference.tile_latent_min_size, reference.tile_overlap_factor = 64, 8, 0.25
@@ -87,17 +87,17 @@ def test_tiles_equal_diffusers(size: tuple[int, int]) -> None:
     moments, expected = torch.cat([mean, log_variance], 1), reference._tiled_encode(x)
     z = (mean - model.config.shift_factor) * model.config.scale_factor
     assert torch.equal(model.encode(x, tiling=tiling), z)
-    painted, expected_painted = model.decode(z, tiling=tiling), reference.tiled_decode(mean).sample
+    tiled, expected_tiled = model.decode(z, tiling=tiling), reference.tiled_decode(mean).sample
     dim = size.index(160) - 2
     assert relative_error(moments.narrow(dim, 0, 18), expected.narrow(dim, 0, 18)) < 2e-5
-    assert relative_error(painted.narrow(dim, 0, 144), expected_painted.narrow(dim, 0, 144)) < 2e-5
-    assert relative_error(painted, model.decode(z)) > 1e-3
+    assert relative_error(tiled.narrow(dim, 0, 144), expected_tiled.narrow(dim, 0, 144)) < 2e-5
+    assert relative_error(tiled, model.decode(z)) > 1e-3
 
 
 @pytest.mark.parametrize("overlap", [0, 8, 24, 32])
 @pytest.mark.parametrize(("height", "width"), [(72, 64), (8, 2048), (200, 136), (64, 64)])
 def test_tiles_cover_every_size(height: int, width: int, overlap: int) -> None:
-    """With coders that look at one latent at a time, tiles change nothing."""
+    """With an encoder and a decoder that process each latent separately, tiling changes nothing."""
     model, tiling = build(), Tiling(64, overlap)
     model.encoder.forward = lambda x: F.avg_pool2d(x, 8).repeat(1, 16, 1, 1)[:, :32]  # type: ignore[method-assign]
     model.decoder.forward = lambda z: F.interpolate(z[:, :3], scale_factor=8)  # type: ignore[method-assign]
@@ -108,7 +108,7 @@ def test_tiles_cover_every_size(height: int, width: int, overlap: int) -> None:
 
 
 @torch.no_grad()
-def test_what_fits_a_tile_does_not_change() -> None:
+def test_tiling_does_not_change_images_that_fit_one_tile() -> None:
     model, x = build(), torch.rand(1, 3, 64, 48, generator=torch.Generator().manual_seed(0))
     for tiling in (Tiling(), Tiling(64, 16)):
         z = model.encode(x, tiling=tiling)
@@ -135,8 +135,8 @@ def in_bf16() -> Iterator[None]:
 
 
 @torch.no_grad()
-def test_2048_in_tiles_takes_the_memory_of_1024(in_bf16: None) -> None:
-    """FLUX's autoencoder, counted without computing anything."""
+def test_decoding_2048_in_tiles_takes_the_memory_of_1024(in_bf16: None) -> None:
+    """FLUX's autoencoder; memory is counted on fake tensors."""
     peaks = {}
     with FakeTensorMode():
         model = Autoencoder(AutoencoderConfig())

@@ -18,7 +18,7 @@ from layerdecomp.training.decomposer import DecomposerJob
 from layerdecomp.training.runs import train
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml"
-DECAY = 0.25  # above 2 / 11, so that the first two steps average less
+DECAY = 0.25  # above 2 / 11, so that the first two steps use a smaller decay
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def _short(name: str) -> str:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensors]]:
-    """Fills with the trained tensors before the first step and after each."""
+    """A list that collects the trained tensors before the first step and after each."""
     seen: list[Tensors] = []
     start, end = RunningAverage.on_train_start, RunningAverage.on_train_batch_end
 
@@ -83,12 +83,12 @@ def test_the_average_is_validated_and_written(
     written = load_file(run_dir / "adapter.safetensors")
     for name, average in averages[-1].items():
         torch.testing.assert_close(written[_short(name)], average, rtol=1e-5, atol=1e-7)
-    assert [step for step, _ in validated] == [0, 2, 4]  # the first is where training starts from
+    assert [step for step, _ in validated] == [0, 2, 4]  # 0: before training
     for step, tensors in validated:
         for name, tensor in tensors.items():
             torch.testing.assert_close(tensor, averages[step][name], rtol=1e-5, atol=1e-7)
     state = torch.load(run_dir / "last.ckpt", weights_only=True)["state_dict"]
-    assert all(state[name].equal(steps[-1][name]) for name in state)  # training itself goes on from these
+    assert all(state[name].equal(steps[-1][name]) for name in state)  # training continues from the last step's values
     assert any(not state[name].equal(written[_short(name)]) for name in state)
     assert read_metadata(run_dir / "adapter.safetensors")["ema"] == str(DECAY)
 
@@ -104,7 +104,7 @@ def test_a_resumed_run_has_the_same_average(tmp_path: Path, settings: list[str])
     assert all(one[name].equal(tensor) for name, tensor in load_file(again / "adapter.safetensors").items())
 
 
-def test_batches_of_one_step_count_once(tiny_overrides: list[str]) -> None:
+def test_accumulated_batches_count_as_one_step(tiny_overrides: list[str]) -> None:
     class Clock:
         global_step = 0
 
@@ -122,7 +122,7 @@ def test_batches_of_one_step_count_once(tiny_overrides: list[str]) -> None:
     assert average.steps == 1 and torch.allclose(average.tensors[name], expected)
 
 
-def test_an_interrupted_validation_leaves_what_was_trained(tiny_overrides: list[str]) -> None:
+def test_an_interrupted_validation_restores_the_trained_tensors(tiny_overrides: list[str]) -> None:
     job = DecomposerJob(load_config(CONFIG, tiny_overrides))
     average, trained = RunningAverage(0.5), _trained(job)
     average.tensors = {name: tensor + 1 for name, tensor in trained.items()}
@@ -136,6 +136,6 @@ def test_an_interrupted_validation_leaves_what_was_trained(tiny_overrides: list[
 @pytest.mark.parametrize(
     ("decay", "message"), [("1.0", "keeps the initial weights"), ("-0.1", "train.ema"), ("2", "train.ema")]
 )
-def test_decays_that_make_no_sense(tiny_overrides: list[str], decay: str, message: str) -> None:
+def test_invalid_decays_are_rejected(tiny_overrides: list[str], decay: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_config(CONFIG, [*tiny_overrides, f"train.ema={decay}"])

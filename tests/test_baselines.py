@@ -15,7 +15,7 @@ SIZE = 32
 
 
 def gradient() -> Tensor:
-    """Two images (2, 3, SIZE, SIZE), linear in both directions, another slope in each channel."""
+    """Two images (2, 3, SIZE, SIZE), linear in both directions, with a different slope in each channel."""
     rows, columns = torch.meshgrid(torch.linspace(-1, 1, SIZE), torch.linspace(-1, 1, SIZE), indexing="ij")
     image = torch.stack([0.5 * rows + 0.4 * columns, 0.9 * rows, -0.3 * columns + 0.2])
     return torch.stack([image, -image])
@@ -36,7 +36,7 @@ def test_classical_fills_a_linear_gradient_almost_exactly():
     assert torch.equal(foreground, base_foreground(image, mask))
 
 
-def test_classical_replaces_the_rim_and_keeps_the_rest():
+def test_classical_replaces_the_rim_and_keeps_the_pixels_beyond_it():
     truth, mask = gradient(), masks()
     rim = torch.nn.functional.max_pool2d(mask, 3, stride=1, padding=1)
     image = torch.where(rim > 0, torch.tensor(1.0), truth)  # the object bleeds one pixel beyond its mask
@@ -56,7 +56,7 @@ def test_classical_returns_the_image_where_nothing_is_masked():
     assert not foreground.any()
 
 
-def test_classical_refuses_a_mask_without_background():
+def test_classical_rejects_a_mask_without_background():
     mask = masks()
     mask[1] = 1
     with pytest.raises(InputError, match="mask 1 of the batch"):
@@ -92,9 +92,9 @@ def test_matting_beats_the_mask_on_a_soft_disc():
 
 
 @pytest.mark.parametrize(("height", "width", "radius"), [(32, 32, 1), (120, 160, 3), (16, 16, 1)])
-def test_trimap_is_unsure_around_the_outline(height: int, width: int, radius: int):
+def test_trimap_is_unknown_around_the_outline(height: int, width: int, radius: int):
     mask = torch.zeros(1, 1, height, width)
-    mask[..., 3 : height - 5, : width // 2] = 1  # reaches the left border, which is no outline
+    mask[..., 3 : height - 5, : width // 2] = 1  # touches the left border, which is not an outline
     mask[..., height // 3, width - 4] = 1
     inside = mask[0, 0].numpy() > 0
     to_other = np.maximum(distance_transform_cdt(inside, "chessboard"), distance_transform_cdt(~inside, "chessboard"))
@@ -102,7 +102,7 @@ def test_trimap_is_unsure_around_the_outline(height: int, width: int, radius: in
     np.testing.assert_array_equal(trimap(mask)[0, 0].numpy(), expected)
 
 
-def test_matting_keeps_the_mask_where_the_trimap_is_sure_of_one_side_only():
+def test_matting_keeps_the_mask_if_the_trimap_lacks_foreground_or_background():
     image = torch.rand(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mask = torch.zeros(5, 1, SIZE, SIZE)
     mask[1] = 1
@@ -113,7 +113,7 @@ def test_matting_keeps_the_mask_where_the_trimap_is_sure_of_one_side_only():
     assert [torch.equal(*pair) for pair in zip(foreground, masked, strict=True)] == [True] * 4 + [False]
 
 
-def test_matting_keeps_the_mask_where_the_solver_fails(monkeypatch: pytest.MonkeyPatch):
+def test_matting_keeps_the_mask_if_the_solver_fails(monkeypatch: pytest.MonkeyPatch):
     def diverges(*args: object, **kwargs: object) -> None:
         raise ValueError("did not converge")
 

@@ -1,4 +1,4 @@
-"""Counted operations against the formulas, and the benchmark on a small model."""
+"""Counted operations against closed formulas, and the benchmark of a small model."""
 
 import re
 from dataclasses import replace
@@ -28,7 +28,7 @@ SMALL = BenchmarkConfig(size=64, scale=0.08, text_tokens=5, lora=LoRAConfig(rank
 
 
 def forward_products(config: BenchmarkConfig, rank: int) -> int:
-    """Multiplications of a forward pass with LoRA of a rank, 0 if it is merged, written out."""
+    """The multiplications of a forward pass with LoRA of a rank, 0 if merged, from a closed formula."""
     model = config.transformer
     D, mlp = model.hidden_size, 4 * model.hidden_size
     image, text = 2 * (config.size // 16) ** 2, config.text_tokens + config.fusion.num_queries
@@ -45,7 +45,7 @@ def forward_products(config: BenchmarkConfig, rank: int) -> int:
     return model.depth * double + model.depth_single_blocks * single + ends + condition
 
 
-def test_counts_are_those_of_the_formulas() -> None:
+def test_counts_equal_the_formulas() -> None:
     counts = count(SMALL)
     assert (SMALL.transformer.depth, SMALL.transformer.depth_single_blocks) == (2, 3)
     assert counts["one sampling step"] == 2 * forward_products(SMALL, rank=0)
@@ -54,15 +54,15 @@ def test_counts_are_those_of_the_formulas() -> None:
     assert 0 < counts[FUSION] < counts[TRAINING]
 
 
-@pytest.mark.parametrize("rank", [2, 400])  # of a width of 256; a large rank is added to the weight itself
-def test_the_part_of_lora_is_what_is_saved_without_it(rank: int) -> None:
+@pytest.mark.parametrize("rank", [2, 400])  # of width 256; a large rank is added to the weight first
+def test_the_count_of_lora_is_what_training_without_it_saves(rank: int) -> None:
     config = replace(SMALL, lora=LoRAConfig(rank=rank))
     none = replace(SMALL, lora=LoRAConfig(rank=rank, targets=[]))
     counts = count(config)
     assert counts["of which LoRA"] == counts[TRAINING] - count(none)[TRAINING] > 0
 
 
-def test_a_cpu_and_the_meta_device_count_the_same() -> None:
+def test_cpu_and_meta_device_counts_are_equal() -> None:
     found = []
     for device in ("meta", "cpu"):
         workload = Workload(SMALL, torch.device(device), torch.float32)
@@ -79,34 +79,36 @@ def test_recomputing_costs_no_more_than_another_forward_pass() -> None:
     assert 0.5 * forward < counts["of which recomputed"] < forward
 
 
-def test_attention_that_is_kept_is_not_counted_again() -> None:
-    again, kept = (
-        count(BenchmarkConfig(**{**vars(SMALL), "recompute": 1, "recompute_attention": again}))
-        for again in (True, False)
+def test_attention_that_is_not_recomputed_is_not_counted_again() -> None:
+    recomputed, kept = (
+        count(BenchmarkConfig(**{**vars(SMALL), "recompute": 1, "recompute_attention": attention}))
+        for attention in (True, False)
     )
     model, tokens = SMALL.transformer, 2 * (SMALL.size // 16) ** 2 + SMALL.text_tokens + SMALL.fusion.num_queries
     forward = 2 * 2 * tokens**2 * model.hidden_size * (model.depth + model.depth_single_blocks)
-    assert again["of which recomputed"] - kept["of which recomputed"] == forward
+    assert recomputed["of which recomputed"] - kept["of which recomputed"] == forward
 
 
-def test_without_fusion() -> None:
+def test_disabled_fusion_costs_nothing() -> None:
     config = BenchmarkConfig(**{**vars(SMALL), "fusion": ContextFusionConfig(enabled=False)})
     counts, full = count(config), count(SMALL)
     assert counts[FUSION] == 0 and counts["encode image, mask, cues"] < full["encode image, mask, cues"]
 
 
 def test_a_small_model_is_measured() -> None:
-    told = benchmark(BenchmarkConfig(size=32, scale=0.04, text_tokens=2, repeats=1), "cpu", torch.float32)
-    assert "measured on" in told and "attention by FLASH_ATTENTION" in told and "1 + 2 blocks of width 128" in told
-    rows = [line.split("|") for line in told.splitlines() if line.startswith("|")][2:]
+    report = benchmark(BenchmarkConfig(size=32, scale=0.04, text_tokens=2, repeats=1), "cpu", torch.float32)
+    assert (
+        "measured on" in report and "attention by FLASH_ATTENTION" in report and "1 + 2 blocks of width 128" in report
+    )
+    rows = [line.split("|") for line in report.splitlines() if line.startswith("|")][2:]
     measured = [row for row in rows if row[3].strip()]
     assert len(rows) == 10 and len(measured) == 7
     assert all(float(row[3]) > 0 and float(row[6]) > 0 for row in measured)
-    assert "a training step, the optimizer included" in told
-    assert re.search(r"a decomposition in 28 steps: [0-9.]+ TFLOP", told)
+    assert "a training step, the optimizer included" in report
+    assert re.search(r"a decomposition in 28 steps: [0-9.]+ TFLOP", report)
 
 
-def test_a_training_step_is_its_pieces_and_trains() -> None:
+def test_a_training_step_counts_its_parts_and_updates_the_weights() -> None:
     counts = count(SMALL)
     assert counts[STEP] == counts[ENCODING] + counts[TRAINING] and counts[ENCODING] > counts["encode image, mask, cues"]
     torch.manual_seed(0)
@@ -119,24 +121,24 @@ def test_a_training_step_is_its_pieces_and_trains() -> None:
     assert quantised == {name for name in frozen if "_blocks." in name and parameters[name].dim() == 2}
     workload.step()
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, parameters[name])}
-    assert changed == {name for name in before if "lora_A" not in name}  # whose gradient B = 0 keeps at zero
+    assert changed == {name for name in before if "lora_A" not in name}  # the gradient of A is zero while B = 0
     assert all(parameter.grad is None for parameter in parameters.values())
 
 
-def test_waiting_for_a_gpu_is_looked_for_on_a_gpu() -> None:
+def test_sync_debug_needs_a_gpu() -> None:
     with pytest.raises(InputError, match="sync_debug=error needs a GPU"):
         benchmark(BenchmarkConfig(size=32, scale=0.04, sync_debug="error"), "cpu", torch.float32)
 
 
-def test_a_stopwatch_waits_for_every_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[object] = []
-    monkeypatch.setattr(torch.accelerator, "synchronize", said.append)
+def test_the_stopwatch_synchronises_every_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", calls.append)
     for name in ("cpu", "mps", "cuda"):
-        stopwatch(lambda: said.append("run"), torch.device(name))
-    assert said == ["run", *(x for name in ("mps", "cuda") for x in (torch.device(name), "run", torch.device(name)))]
+        stopwatch(lambda: calls.append("run"), torch.device(name))
+    assert calls == ["run", *(x for name in ("mps", "cuda") for x in (torch.device(name), "run", torch.device(name)))]
 
 
-def test_fusion_with_three_cues_is_no_more_than_three_hundredths_of_a_step() -> None:
+def test_fusion_of_three_cues_takes_less_than_3_percent_of_a_step() -> None:
     counts = count(BenchmarkConfig())
     assert 0 < counts[FUSION] < 0.03 * counts[TRAINING]
 
@@ -145,6 +147,6 @@ def test_fusion_with_three_cues_is_no_more_than_three_hundredths_of_a_step() -> 
     "setting",
     ["size=40", "scale=0", "scale=2", "batch_size=0", "recompute=-1", "sync_debug=yes", "bits=4", "quantize=no"],
 )
-def test_settings_that_make_no_sense_are_named(setting: str) -> None:
+def test_invalid_settings_are_rejected_by_name(setting: str) -> None:
     with pytest.raises(InputError, match=setting.split("=")[0]):
         merge_config(BenchmarkConfig(), [], [setting])

@@ -1,4 +1,4 @@
-"""Blocks: the conventions that a comparison of whole models in float32 does not show."""
+"""Blocks: conventions that a comparison of whole models in float32 does not cover."""
 
 from collections.abc import Callable
 
@@ -49,7 +49,7 @@ def test_modulation_gives_shift_scale_gate_per_branch() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, chunks, strict=True))
 
 
-def test_blocks_with_closed_gates_are_the_identity() -> None:
+def test_blocks_with_zero_gates_are_the_identity() -> None:
     img, txt = torch.randn(2, 5, 16), torch.randn(2, 3, 16)
     vec, pe = torch.randn(2, 16), torch.randn(1, 8, 4, 2)
     double, single = DoubleStreamBlock(16, 2, 4.0, qkv_bias=True), SingleStreamBlock(16, 2, 4.0)
@@ -61,16 +61,16 @@ def test_blocks_with_closed_gates_are_the_identity() -> None:
     assert torch.equal(single(x, vec, pe), x)
 
 
-def test_a_block_compiled_to_machine_code_equals_the_eager_one() -> None:
+def test_a_block_compiled_by_inductor_equals_the_eager_one() -> None:
     block = adapted(SingleStreamBlock(D, H, 4.0), ["linear*"])
     randomize(block)
-    x, vec, pe = torch.randn(1, IMG, D, generator=torch.Generator().manual_seed(0)), torch.ones(1, D), table(IMG)
+    x, vec, pe = torch.randn(1, IMG, D, generator=torch.Generator().manual_seed(0)), torch.ones(1, D), rope_table(IMG)
 
     def results() -> list[Tensor]:
-        entering = x.clone().requires_grad_()
+        leaf = x.clone().requires_grad_()
         trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
-        output = block(entering, vec, pe)
-        return [output, *torch.autograd.grad(output.square().mean(), [entering, *trained])]
+        output = block(leaf, vec, pe)
+        return [output, *torch.autograd.grad(output.square().mean(), [leaf, *trained])]
 
     eager, names = results(), list(block.state_dict())
     block.compile()
@@ -80,14 +80,14 @@ def test_a_block_compiled_to_machine_code_equals_the_eager_one() -> None:
     torch.compiler.reset()
 
 
-# What the forward pass keeps for the backward pass. Sizes are in numbers of a token, D = width, H = heads, r = rank.
+# What autograd saves for the backward pass, in numbers per token. D = width, H = heads.
 
 D, H, RANK, IMG, TXT = 32, 2, 3, 20, 6
-PER_TOKEN = D // H  # of the rotary table
+PER_TOKEN = D // H  # numbers of the rotary table
 
 
 def saved_numbers(run: Callable[[], Tensor | tuple[Tensor, ...]], module: nn.Module) -> int:
-    """How many float32 numbers autograd keeps, each once, besides the parameters."""
+    """The number of float32 values that autograd saves, excluding duplicates and parameters."""
     kept: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
@@ -95,10 +95,10 @@ def saved_numbers(run: Callable[[], Tensor | tuple[Tensor, ...]], module: nn.Mod
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        output = run()  # which holds what is kept: no place is used twice
+        output = run()  # keeps the saved tensors alive, so that no address is reused
     assert output is not None
     own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
-    return sum(size for place, size in kept.items() if place not in own) // 4
+    return sum(size for address, size in kept.items() if address not in own) // 4
 
 
 def adapted(block: nn.Module, targets: list[str]) -> nn.Module:
@@ -107,37 +107,37 @@ def adapted(block: nn.Module, targets: list[str]) -> nn.Module:
     return block
 
 
-def table(tokens: int) -> Tensor:
+def rope_table(tokens: int) -> Tensor:
     return rope(torch.arange(3.0 * tokens).view(tokens, 3), [4, 6, 6], 100)
 
 
-def test_a_single_stream_block_keeps_what_its_gradients_need() -> None:
+def test_a_single_stream_block_saves_only_what_its_gradients_need() -> None:
     block = adapted(SingleStreamBlock(D, H, 4.0), ["linear*"])
     x, vec = torch.randn(1, IMG, D, requires_grad=True), torch.randn(1, D)
-    norm = D + 2  # its input; mean and deviation
+    norm = D + 2  # its input, mean and deviation
     linears = (D + RANK) + (5 * D + RANK)  # for the gradients of A and B; nothing for the frozen weights
     projected = 7 * D  # queries, keys, values, and the input of GELU
-    attention = 2 * H + 2 * D + D + H  # deviations of q and k; both turned; what comes out, and its log-sum-exp
-    modulation = 3 * D + D  # for all tokens together: the gate, in one piece with shift and scale; 1 + scale
+    attention = 2 * H + 2 * D + D + H  # deviations of q and k; both rotated; the output and its log-sum-exp
+    modulation = 3 * D + D  # once for all tokens: the tensor of gate, shift and scale; 1 + scale
     expected = IMG * (norm + linears + projected + attention + PER_TOKEN) + modulation
-    pe = table(IMG)
+    pe = rope_table(IMG)
     assert saved_numbers(lambda: block(x, vec, pe), block) == expected
 
 
-def test_a_double_stream_block_keeps_what_its_gradients_need() -> None:
+def test_a_double_stream_block_saves_only_what_its_gradients_need() -> None:
     block = adapted(DoubleStreamBlock(D, H, 4.0, qkv_bias=True), ["*attn.*", "*mlp.*"])
     img, txt = (torch.randn(1, tokens, D, requires_grad=True) for tokens in (IMG, TXT))
     norms = 2 * (D + 2)
-    linears = (D + RANK) + RANK + (D + RANK) + (4 * D + RANK)  # proj's input is what attention keeps anyway
-    attention = 3 * D + 2 * H + 3 * D + D + H  # values are kept twice: in one piece with q and k, and behind the text's
+    linears = (D + RANK) + RANK + (D + RANK) + (4 * D + RANK)  # attention saves proj's input anyway
+    attention = 3 * D + 2 * H + 3 * D + D + H  # v is saved twice: within qkv, and concatenated with the text's
     stream = norms + linears + attention + 4 * D + PER_TOKEN  # 4 D: the input of GELU
     modulation = 2 * (6 * D + 2 * D)
     expected = (IMG + TXT) * stream + modulation
-    vec, pe = torch.randn(1, D), table(IMG + TXT)
+    vec, pe = torch.randn(1, D), rope_table(IMG + TXT)
     assert saved_numbers(lambda: block(img, txt, vec, pe), block) == expected
 
 
-def test_autocast_keeps_no_float32_copy_of_what_is_normalised() -> None:
+def test_autocast_saves_no_float32_copy_of_the_normalised_input() -> None:
     x = torch.randn(1, IMG, D).bfloat16().requires_grad_()
     shift, scale = torch.randn(2, 1, 1, D).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Folders of pictures: the same layers as one by one, and nothing lost to a bad picture or an interruption."""
+"""Folders of images: layers equal those of single images, and bad images and interruptions lose no others."""
 
 import json
 import os
@@ -16,12 +16,12 @@ from layerdecomp.errors import InputError, RunError
 from layerdecomp.imaging.layers import Layers
 
 SIZES = {"a": (40, 56), "b": (24, 30), "c": (39, 50), "deep/d": (40, 56), "e": (33, 60)}  # all but b padded to 48 x 64
-TOLD = {"adapter": "a sum"}
+ADAPTER = {"adapter": "a sum"}
 
 
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path, Path]:
-    """Folders of five pictures and their masks, and where to split them."""
+    """Folders of five images and their masks, and the output folder."""
     rng = np.random.default_rng(0)
     images, masks = tmp_path / "images", tmp_path / "masks"
     for stem, (height, width) in SIZES.items():
@@ -36,7 +36,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path, Path]:
 
 @pytest.fixture
 def drawn(tiny_decomposer: Decomposer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many pictures each batch has that is drawn from here on."""
+    """A list that collects the number of images in each batch that is drawn."""
     counts: list[int] = []
     draw = Decomposer.draw
 
@@ -49,13 +49,13 @@ def drawn(tiny_decomposer: Decomposer, monkeypatch: pytest.MonkeyPatch) -> list[
     return counts
 
 
-def test_a_picture_is_the_same_alone_and_in_a_batch(
+def test_an_image_gives_the_same_layers_alone_and_in_a_batch(
     tiny_decomposer: Decomposer, folders: tuple[Path, Path, Path], drawn: list[int]
 ) -> None:
     pairs = pair_up(*folders)
     assert [pair.stem for pair in pairs] == list(SIZES)
-    assert decompose_folder(tiny_decomposer, pairs, folders[2], TOLD, seed=3, batch_size=3) == []
-    assert drawn == [1, 2, 2]  # b, then the others: a chunk does not wait for the next one's
+    assert decompose_folder(tiny_decomposer, pairs, folders[2], ADAPTER, seed=3, batch_size=3) == []
+    assert drawn == [1, 2, 2]  # b, a and c, d and e: no batch extends into the next chunk
     for pair in pairs:
         alone = tiny_decomposer.decompose(pair.image, pair.mask, seed=3)
         for name in ("background", "foreground"):
@@ -64,7 +64,7 @@ def test_a_picture_is_the_same_alone_and_in_a_batch(
             assert difference.max() <= 1 and difference.mean() < 0.01, (pair.stem, name)
 
 
-def test_an_interrupted_run_goes_on(
+def test_an_interrupted_run_resumes_and_other_settings_are_rejected(
     tiny_decomposer: Decomposer, folders: tuple[Path, Path, Path], drawn: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs, out, save = pair_up(*folders), folders[2], Layers.save
@@ -77,35 +77,35 @@ def test_an_interrupted_run_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(Layers, "save", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            decompose_folder(tiny_decomposer, pairs, out, TOLD, batch_size=2)
+            decompose_folder(tiny_decomposer, pairs, out, ADAPTER, batch_size=2)
     assert drawn == [1, 1, 2] and not (out / "c").exists()
     drawn.clear()
-    assert decompose_folder(tiny_decomposer, pairs, out, TOLD, batch_size=2) == []
+    assert decompose_folder(tiny_decomposer, pairs, out, ADAPTER, batch_size=2) == []
     assert drawn == [2, 1]
-    decompose_folder(tiny_decomposer, pairs, out, TOLD)
+    decompose_folder(tiny_decomposer, pairs, out, ADAPTER)
     assert drawn == [2, 1]
     later = (out / "a" / "background.png").stat().st_mtime + 10
-    os.utime(pairs[0].mask, (later, later))  # a mask that was mended
-    decompose_folder(tiny_decomposer, pairs, out, TOLD)
+    os.utime(pairs[0].mask, (later, later))  # the mask was edited
+    decompose_folder(tiny_decomposer, pairs, out, ADAPTER)
     assert drawn == [2, 1, 1]
     with pytest.raises(InputError, match=r"settings\.json: existing files were made with seed=0, now it is 1"):
-        decompose_folder(tiny_decomposer, pairs, out, TOLD, seed=1)
+        decompose_folder(tiny_decomposer, pairs, out, ADAPTER, seed=1)
     with pytest.raises(InputError, match="made with adapter=a sum, now it is another"):
         decompose_folder(tiny_decomposer, pairs, out, {"adapter": "another"})
     assert json.loads((out / SETTINGS).read_text())["steps"] == 2
     for pair in pairs:
         shutil.rmtree((out / pair.stem), ignore_errors=True)
-    decompose_folder(tiny_decomposer, pairs[:1], out, TOLD, seed=1)  # nothing is there that was made with seed 0
+    decompose_folder(tiny_decomposer, pairs[:1], out, ADAPTER, seed=1)  # no layers made with seed 0 are left
     assert json.loads((out / SETTINGS).read_text())["seed"] == 1
 
 
-def test_a_bad_picture_does_not_lose_the_others(
+def test_bad_images_are_skipped_and_the_others_decomposed(
     tiny_decomposer: Decomposer, folders: tuple[Path, Path, Path], drawn: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     images, masks, out = folders
     (images / "a.jpg").write_bytes(b"no picture")
     Image.new("L", (50, 39), 0).save(masks / "c.png")
-    assert sorted(decompose_folder(tiny_decomposer, pair_up(*folders), out, TOLD, batch_size=8)) == ["a", "c"]
+    assert sorted(decompose_folder(tiny_decomposer, pair_up(*folders), out, ADAPTER, batch_size=8)) == ["a", "c"]
     assert drawn == [1, 2]
     assert "a is skipped: " in caplog.text and "a.jpg cannot be read as an image" in caplog.text
     assert "c is skipped: " in caplog.text and "c.png is empty" in caplog.text
@@ -113,7 +113,7 @@ def test_a_bad_picture_does_not_lose_the_others(
     assert split == {"b", "deep/d", "e"}
 
 
-def test_a_batch_that_does_not_fit(
+def test_a_batch_that_does_not_fit_into_memory_suggests_a_smaller_one(
     tiny_decomposer: Decomposer, folders: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: object) -> None:
@@ -121,10 +121,10 @@ def test_a_batch_that_does_not_fit(
 
     monkeypatch.setattr(Decomposer, "draw", full)
     with pytest.raises(RunError, match=r"1 pictures of 32 x 32 pixels do not fit .* smaller batch_size="):
-        decompose_folder(tiny_decomposer, pair_up(*folders), folders[2], TOLD, batch_size=5)
+        decompose_folder(tiny_decomposer, pair_up(*folders), folders[2], ADAPTER, batch_size=5)
 
 
-def test_partners_that_are_missing(folders: tuple[Path, Path, Path]) -> None:
+def test_images_and_masks_without_a_partner_are_reported(folders: tuple[Path, Path, Path]) -> None:
     images, masks, out = folders
     for stem in ("a", "c", "deep/d"):
         (masks / f"{stem}.png").unlink()
@@ -136,7 +136,7 @@ def test_partners_that_are_missing(folders: tuple[Path, Path, Path]) -> None:
     assert not out.exists()
 
 
-def test_folders_that_cannot_work(folders: tuple[Path, Path, Path]) -> None:
+def test_invalid_folders_are_rejected(folders: tuple[Path, Path, Path]) -> None:
     images, masks, out = folders
     with pytest.raises(InputError, match=r"image=.*a\.jpg is not a folder, but .*masks is; expected two folders"):
         pair_up(images / "a.jpg", masks, out)

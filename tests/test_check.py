@@ -1,4 +1,4 @@
-"""Checking indexes: each fault that is put into a data set is found and named, and a sound one has none."""
+"""Checking indexes: every kind of fault is found and named, and sound data sets have none."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
 
 
 def cut_out(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
-    """Opaque in the middle, half transparent around it, nothing beyond."""
+    """Opaque in the middle, half transparent around it, transparent at the border."""
     result = picture(seed, size).convert("RGBA")
     alpha = np.zeros(size[::-1], np.uint8)
     alpha[5:-5, 5:-5], alpha[8:-8, 8:-8] = 100, 255
@@ -68,7 +68,7 @@ def indexed(make: Callable[[Path], Reader], root: Path) -> Path:
 
 @pytest.mark.parametrize("make", [backgrounds, foregrounds, layered, triplets])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_sound_sets_have_no_faults(
+def test_sound_data_sets_have_no_faults(
     make: Callable[[Path], Reader], workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = indexed(make, tmp_path)
@@ -97,22 +97,22 @@ def invert(path: Path) -> None:
 
 
 def pierce(path: Path) -> None:
-    """Transparent in one corner."""
+    """Makes one corner transparent."""
     with Image.open(path) as file:
         rgba = np.asarray(file.convert("RGBA")).copy()
     rgba[:3, :3, 3] = 0
     Image.fromarray(rgba).save(path)
 
 
-def clear(seed: int) -> Image.Image:
-    """Nothing can be seen of it."""
+def transparent(seed: int) -> Image.Image:
+    """A fully transparent image."""
     result = picture(seed).convert("RGBA")
     result.putalpha(0)
     return result
 
 
 def deepen(path: Path) -> None:
-    """Grey, in 16 bits."""
+    """Converts to 16-bit grey."""
     with Image.open(path) as file:
         Image.fromarray(np.asarray(file.convert("L")) * np.uint16(257)).save(path)
 
@@ -133,8 +133,8 @@ FAULTS: list[tuple[Callable[[Path], Reader], str, Callable[[Path], object], str]
     (triplets, "mask/3.png", lambda path: picture(3).save(path), "in colour"),
     (triplets, "depth/3.png", lambda path: path.write_bytes(b"no picture"), "cannot be read"),
     (layered, "depth/3.png", lambda path: picture(3, (41, 30)).save(path), "its picture 40 x 30; expected equal sizes"),
-    (layered, "3-layer_1.png", lambda path: clear(3).save(path), "transparent everywhere"),
-    (foregrounds, "3.png", lambda path: clear(3).save(path), "transparent everywhere"),
+    (layered, "3-layer_1.png", lambda path: transparent(3).save(path), "transparent everywhere"),
+    (foregrounds, "3.png", lambda path: transparent(3).save(path), "transparent everywhere"),
 ]
 
 
@@ -149,7 +149,7 @@ def test_a_fault_is_found_and_named(
     assert message in fault and name in fault
 
 
-def test_the_same_content_twice_and_across_the_splits(tmp_path: Path) -> None:
+def test_duplicate_content_is_found_within_and_across_splits(tmp_path: Path) -> None:
     path = indexed(backgrounds, tmp_path)
     index = Index(path)
     train, test = (index.rows(split).tolist() for split in ("train", "test"))
@@ -169,8 +169,8 @@ def test_contents_are_compared_across_indexes(tmp_path: Path) -> None:
     assert len(check_indexes(paths)) == 6
 
 
-def test_an_id_in_two_indexes_of_a_source(tmp_path: Path) -> None:
-    """A picture that was saved anew has another content, but is the same picture."""
+def test_an_id_in_both_splits_of_a_source_is_a_leak(tmp_path: Path) -> None:
+    """A re-encoded image has different content, but is the same image."""
     paths = []
     for name, share in (("a", 0.0), ("b", 1.0), ("c", 0.0)):
         (tmp_path / name).mkdir()
@@ -182,7 +182,7 @@ def test_an_id_in_two_indexes_of_a_source(tmp_path: Path) -> None:
     assert "b.safetensors: 0 (test) has the same id as a.safetensors: 0 (train): a leak between the splits" in fault
 
 
-def test_maps_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cue_maps_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = indexed(triplets, tmp_path)
     for cue, count in (("depth", 4), ("edge", 1)):
         (tmp_path / "data" / cue).mkdir()
@@ -192,7 +192,7 @@ def test_maps_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "cue maps: 1 edge, 0 segmentation, 4 depth" in capsys.readouterr().out
 
 
-def test_a_mask_without_a_foreground_is_judged_by_what_was_removed(tmp_path: Path) -> None:
+def test_a_mask_without_a_foreground_is_checked_against_the_removed_pixels(tmp_path: Path) -> None:
     for part in ("source", "mask", "GT"):
         (tmp_path / part).mkdir()
     background = picture(0)

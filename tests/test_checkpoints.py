@@ -1,4 +1,4 @@
-"""Checkpoints: exact resume from any step in every job, damaged and half-written files, and being told to stop."""
+"""Checkpoints: exact resume from any step in every job, damaged and half-written files, and signals."""
 
 import io
 import os
@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import as_ranks, become_rank, curve
+from conftest import PowerCutError, as_ranks, become_rank, curve, same
 from safetensors.torch import load_file
 
 from layerdecomp.config import load_config
@@ -49,13 +49,9 @@ INPAINTER = [
 RESULTS = {"tiny": "adapter", "tiny_autoencoder": "autoencoder", "tiny_inpainter": "transformer"}
 
 
-class PowerCutError(Exception):
-    pass
-
-
 @pytest.fixture
 def jobs(tiny_overrides: list[str], tiny_weights: Path, tmp_path: Path) -> dict[str, list[str]]:
-    """The smallest run of every job, one with a cache that repeats its samples: config -> overrides."""
+    """Overrides for the smallest run of every job, by config; one repeats cached samples."""
     cached = [f"weights.autoencoder={tiny_weights}/autoencoder.safetensors", f"latent_cache={tmp_path}/latents"]
     return {
         "tiny": [*tiny_overrides, *SMALL, "sample.steps=1"],
@@ -74,12 +70,8 @@ def result(run_dir: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(run_dir / f"{RESULTS[name]}.safetensors")
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
-def cut_off(monkeypatch: pytest.MonkeyPatch, step: int, batch: int, act: Callable[[], None]) -> None:
-    """Makes something happen as a batch of a step (the one after `step`) has its loss computed."""
+def call_at(monkeypatch: pytest.MonkeyPatch, step: int, batch: int, act: Callable[[], None]) -> None:
+    """Calls `act` before the loss of a batch (the index within its step) is computed, after `step` steps."""
     original = Job.training_step
 
     def failing(self: Job, found: dict[str, Any], index: int) -> torch.Tensor:
@@ -98,14 +90,14 @@ def power_cut() -> None:
     ("name", "step", "batch"),
     [("tiny", 1, 0), ("tiny", 3, 1), ("tiny", 4, 0), ("tiny_autoencoder", 2, 1), ("tiny_inpainter", 3, 1)],
 )
-def test_any_job_goes_on_from_any_step(
+def test_every_job_resumes_exactly_from_any_step(
     tmp_path: Path, jobs: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, name: str, step: int, batch: int
 ) -> None:
     settings = [*jobs[name], "train.accumulate=2", "data.samples=7", "train.checkpoint_every=1"]  # 7: several epochs
     straight = run(name, *settings, f"run_dir={tmp_path}/straight", "train.validate_every=2")
     resumed = [*settings, f"run_dir={tmp_path}/resumed", "train.validate_every=2"]
     with monkeypatch.context() as patch:
-        cut_off(patch, step, batch, power_cut)
+        call_at(patch, step, batch, power_cut)
         with pytest.raises(PowerCutError):
             run(name, *resumed)
     assert read_checkpoint(tmp_path / "resumed" / LAST)["global_step"] == step
@@ -118,7 +110,7 @@ def test_any_job_goes_on_from_any_step(
     assert first["lr_schedulers"] == last["lr_schedulers"] and first["global_step"] == last["global_step"]
 
 
-def test_dropout_is_drawn_again_as_it_was(
+def test_a_resumed_run_repeats_its_random_draws(
     tmp_path: Path, jobs: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = Job.on_train_batch_start
@@ -131,14 +123,14 @@ def test_dropout_is_drawn_again_as_it_was(
     settings = [*jobs["tiny"], "train.checkpoint_every=2", "train.steps=4"]
     straight = run("tiny", *settings, f"run_dir={tmp_path}/straight")
     with monkeypatch.context() as patch:
-        cut_off(patch, 3, 0, power_cut)
+        call_at(patch, 3, 0, power_cut)
         with pytest.raises(PowerCutError):
             run("tiny", *settings, f"run_dir={tmp_path}/resumed")
     torch.rand(7)
     assert same(result(straight, "tiny"), result(run("tiny", *settings, f"run_dir={tmp_path}/resumed"), "tiny"))
 
 
-def test_a_validation_that_was_cut_off_is_made_up_for(
+def test_an_interrupted_validation_is_repeated_on_resume(
     tmp_path: Path, jobs: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = [*jobs["tiny_autoencoder"], "train.steps=4", "train.validate_every=2", "train.checkpoint_every=9"]
@@ -150,18 +142,18 @@ def test_a_validation_that_was_cut_off_is_made_up_for(
     resumed = run("tiny_autoencoder", *settings, f"run_dir={tmp_path}/resumed")
     for tag in ("train/loss", "validation/psnr"):
         assert curve(straight, tag) == curve(resumed, tag)
-    assert list(curve(straight, "validation/psnr")) == [0, 1, 3]  # before the first step, and after every second
+    assert list(curve(straight, "validation/psnr")) == [0, 1, 3]  # before the first step and after every second one
 
 
-@pytest.mark.parametrize("spread", [["train.batch_size=1", "train.accumulate=4"], ["train.batch_size=4"]])
-def test_a_run_goes_on_with_its_batches_spread_otherwise(
-    tmp_path: Path, jobs: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, spread: list[str]
+@pytest.mark.parametrize("split", [["train.batch_size=1", "train.accumulate=4"], ["train.batch_size=4"]])
+def test_a_run_resumes_with_another_split_of_its_global_batch(
+    tmp_path: Path, jobs: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, split: list[str]
 ) -> None:
     settings = [*jobs["tiny"], "train.checkpoint_every=1", "train.validate_every=2"]
     half = ["train.batch_size=2", "train.accumulate=2"]
     straight = run("tiny", *settings, *half, f"run_dir={tmp_path}/straight")
     with monkeypatch.context() as patch:
-        cut_off(patch, 2, 1, power_cut)
+        call_at(patch, 2, 1, power_cut)
         with pytest.raises(PowerCutError):
             run("tiny", *settings, *half, f"run_dir={tmp_path}/resumed")
     seen: list[list[int]] = []
@@ -172,13 +164,13 @@ def test_a_run_goes_on_with_its_batches_spread_otherwise(
         return original(self, batch, index)
 
     monkeypatch.setattr(Job, "training_step", watching)
-    resumed = run("tiny", *settings, *spread, f"run_dir={tmp_path}/resumed")
+    resumed = run("tiny", *settings, *split, f"run_dir={tmp_path}/resumed")
     assert sum(seen, []) == list(range(8, 20))
     for step, loss in curve(straight).items():
         assert curve(resumed)[step] == pytest.approx(loss, rel=1e-4)
 
 
-def test_a_finished_run_is_left_as_it_is(tmp_path: Path, jobs: dict[str, list[str]]) -> None:
+def test_rerunning_a_finished_run_changes_nothing(tmp_path: Path, jobs: dict[str, list[str]]) -> None:
     settings = [*jobs["tiny"], "train.steps=2", "train.checkpoint_every=1", f"run_dir={tmp_path}/run"]
     run_dir = run("tiny", *settings)
     before, trained = {name: (run_dir / name).read_bytes() for name in (LAST, PREVIOUS)}, result(run_dir, "tiny")
@@ -202,7 +194,7 @@ def _save(folder: Path, *steps: int) -> None:
     files.wait()
 
 
-def test_the_checkpoint_before_the_last_is_kept(tmp_path: Path) -> None:
+def test_the_previous_checkpoint_is_kept(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
     _save(tmp_path, 1, 2, 3)
     assert read_checkpoint(tmp_path / LAST)["global_step"] == 3
@@ -210,12 +202,14 @@ def test_the_checkpoint_before_the_last_is_kept(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {LAST, PREVIOUS}
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_resume_loads_the_previous_checkpoint_if_the_last_is_damaged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     _save(tmp_path, 1, 2)
     (tmp_path / LAST).write_bytes((tmp_path / LAST).read_bytes()[:-3000])
     assert newest_checkpoint(tmp_path) == tmp_path / PREVIOUS
     assert re.search(r"last\.ckpt .*is damaged.*resuming from the previous one, .*previous\.ckpt", caplog.text)
-    assert (tmp_path / DAMAGED).is_file()  # so that it does not become the one before the next
+    assert (tmp_path / DAMAGED).is_file()  # moved away, so that it does not become the previous one
     _save(tmp_path, 2)
     assert read_checkpoint(tmp_path / PREVIOUS)["global_step"] == 1
     for name in (LAST, PREVIOUS):
@@ -224,24 +218,24 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, caplog
         newest_checkpoint(tmp_path)
 
 
-def test_no_changed_byte_goes_unnoticed(tmp_path: Path) -> None:
+def test_every_bit_flip_is_detected_or_harmless(tmp_path: Path) -> None:
     _save(tmp_path, 5)
     whole, expected, rng = (tmp_path / LAST).read_bytes(), _state(5), random.Random(0)
-    noticed = 0
+    detected = 0
     for _ in range(300):
         place = rng.randrange(len(whole))
-        spoilt = bytes([*whole[:place], whole[place] ^ (1 << rng.randrange(8)), *whole[place + 1 :]])
-        (tmp_path / "spoilt.ckpt").write_bytes(spoilt)
+        corrupted = bytes([*whole[:place], whole[place] ^ (1 << rng.randrange(8)), *whole[place + 1 :]])
+        (tmp_path / "corrupted.ckpt").write_bytes(corrupted)
         try:
-            found = read_checkpoint(tmp_path / "spoilt.ckpt")
+            found = read_checkpoint(tmp_path / "corrupted.ckpt")
         except InputError:
-            noticed += 1
-        else:  # between the records, where nothing is
+            detected += 1
+        else:  # the byte is padding between records
             assert same(found["state_dict"], expected["state_dict"]) and found["global_step"] == 5
-    assert noticed > 200
+    assert detected > 200
 
 
-def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
+def test_loading_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     class Attack:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, (str(tmp_path / "owned"),)
@@ -252,7 +246,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_existing_checkpoint_intact(tmp_path: Path) -> None:
     _save(tmp_path, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # no file may grow beyond 10 kB
@@ -265,11 +259,11 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path / LAST)["global_step"] == 1
 
 
-# While training goes on
+# Background writes
 
 
 class Gate:
-    """Holds every write before its first byte until it is opened."""
+    """Blocks every write before its first byte until it is opened."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.opened, self.held = threading.Event(), threading.Event()
@@ -299,19 +293,19 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 
 
 def written(checkpoint: dict[str, Any]) -> bytes:
-    """A file that is written here and now."""
+    """The bytes of a file that is written synchronously."""
     file = io.BytesIO()
     torch.save(checkpoint, file)
     return file.getvalue()
 
 
 def values(file: bytes) -> bytes:
-    """What a file holds, whether or not two places in it shared an object."""
+    """The contents of a file, serialised again so that shared objects make no difference."""
     return written(on_host(torch.load(io.BytesIO(file), weights_only=True)))
 
 
 @pytest.mark.parametrize("optimizer", ["optim.muon=true", "optim.muon=false", "optim.bits=8"])
-def test_steps_made_while_a_checkpoint_is_written_are_not_in_it(
+def test_a_checkpoint_excludes_steps_made_while_it_is_written(
     tmp_path: Path, jobs: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, gate: Gate, optimizer: str
 ) -> None:
     expected: list[bytes] = []
@@ -322,8 +316,8 @@ def test_steps_made_while_a_checkpoint_is_written_are_not_in_it(
         original(self, checkpoint, path)
 
     monkeypatch.setattr(CheckpointFiles, "save_checkpoint", save)
-    # The first is held during a validation, for which the averages stand in, and a step.
-    cut_off(monkeypatch, 3, 0, gate.opened.set)
+    # The first write is blocked during a validation, which swaps in the averages, and a step.
+    call_at(monkeypatch, 3, 0, gate.opened.set)
     settings = [*jobs["tiny"], "optim.muon=false", optimizer, "lora.rank=256", "train.ema=0.9", "train.steps=4"]
     with torch.compiler.set_stance("force_eager"):  # torchao compiles its optimizer, which takes minutes
         run_dir = run("tiny", *settings, "train.validate_every=2", f"run_dir={tmp_path}/run")
@@ -332,8 +326,8 @@ def test_steps_made_while_a_checkpoint_is_written_are_not_in_it(
     assert read_checkpoint(run_dir / PREVIOUS)["global_step"] == 2
 
 
-def test_a_copy_is_of_values() -> None:
-    """Of tensors alone, those in containers of any kind; numbers in containers do not change either."""
+def test_on_host_copies_values() -> None:
+    """Tensors in containers of any kind are copied, and numbers in containers do not change either."""
     whole = torch.arange(6.0)
     state = {"part": whole[2:4], "counts": {"step": 1}, "listed": [whole.view(2, 3).T]}
     copied = on_host(state)
@@ -360,7 +354,9 @@ def test_one_checkpoint_is_written_at_a_time(
     assert gate.most_at_once == 1 and caplog.text.count("late") == 1
 
 
-def test_what_is_given_up_leaves_what_was_there(tmp_path: Path, gate: Gate, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_abandoned_write_leaves_the_existing_checkpoints_intact(
+    tmp_path: Path, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
     gate.opened.set()
     _save(tmp_path, 1, 2)
     gate.opened.clear()
@@ -372,14 +368,14 @@ def test_what_is_given_up_leaves_what_was_there(tmp_path: Path, gate: Gate, capl
     assert 0.2 < time.monotonic() - began < 2
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert "the last checkpoint was still being written and is discarded" in caplog.text
-    files.check()  # it has been said
+    files.check()  # already reported
     gate.opened.set()
     files.save_checkpoint(_state(4), tmp_path / LAST)
-    files.give_up(after=10)  # enough
+    files.give_up(after=10)  # long enough
     assert read_checkpoint(tmp_path / LAST)["global_step"] == 4
 
 
-def test_giving_up_does_not_come_between_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_giving_up_does_not_separate_the_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _save(tmp_path, 1)
     renamed: list[float] = []
     original = os.replace
@@ -387,7 +383,7 @@ def test_giving_up_does_not_come_between_two_renames(tmp_path: Path, monkeypatch
     def slow(*names: Path) -> None:
         original(*names)
         renamed.append(time.monotonic())
-        time.sleep(1.5)  # longer than giving up takes
+        time.sleep(1.5)  # longer than give_up takes
 
     monkeypatch.setattr(os, "replace", slow)
     files = CheckpointFiles()
@@ -398,7 +394,7 @@ def test_giving_up_does_not_come_between_two_renames(tmp_path: Path, monkeypatch
     assert [read_checkpoint(tmp_path / name)["global_step"] for name in (LAST, PREVIOUS)] == [2, 1]
 
 
-def test_the_interpreter_ends_when_what_was_saved_is_written(tmp_path: Path) -> None:
+def test_the_interpreter_exits_only_after_a_checkpoint_is_written(tmp_path: Path) -> None:
     program = f"""
 import torch
 from layerdecomp.training.checkpoints import CheckpointFiles
@@ -410,18 +406,18 @@ CheckpointFiles().save_checkpoint(state, {str(tmp_path / LAST)!r})
     assert [path.name for path in tmp_path.iterdir()] == [LAST] and read_checkpoint(tmp_path / LAST)["global_step"] == 1
 
 
-def test_an_error_ends_the_run_when_what_was_saved_is_written(
+def test_an_error_ends_the_run_only_after_a_checkpoint_is_written(
     tmp_path: Path, jobs: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, gate: Gate
 ) -> None:
     gate.open_after(3.0)
-    cut_off(monkeypatch, 2, 0, power_cut)
+    call_at(monkeypatch, 2, 0, power_cut)
     with pytest.raises(PowerCutError):
         run("tiny", *jobs["tiny"], "train.checkpoint_every=2", f"run_dir={tmp_path}/run")
     assert gate.opened.is_set() and read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 2
 
 
 @pytest.mark.parametrize("validating", [False, True])
-def test_a_run_that_is_told_to_stop_waits_for_what_it_has_saved(
+def test_a_run_stopped_by_a_signal_waits_for_its_checkpoint(
     tmp_path: Path,
     jobs: dict[str, list[str]],
     monkeypatch: pytest.MonkeyPatch,
@@ -429,16 +425,16 @@ def test_a_run_that_is_told_to_stop_waits_for_what_it_has_saved(
     gate: Gate,
     validating: bool,
 ) -> None:
-    monkeypatch.setattr(checkpoints, "GRACE", 0.0)  # which is for errors
+    monkeypatch.setattr(checkpoints, "GRACE", 0.0)  # for errors only
 
-    def tell() -> None:
+    def send_sigterm() -> None:
         gate.open_after(1.0)
         os.kill(os.getpid(), signal.SIGTERM)
 
     if validating:
-        monkeypatch.setattr(Job, "on_validation_start", lambda self: tell() if self.global_step else None)
+        monkeypatch.setattr(Job, "on_validation_start", lambda self: send_sigterm() if self.global_step else None)
     else:
-        cut_off(monkeypatch, 1, 0, tell)
+        call_at(monkeypatch, 1, 0, send_sigterm)
     settings = [*jobs["tiny"], "train.checkpoint_every=9", "train.validate_every=2", f"run_dir={tmp_path}/run"]
     with pytest.raises(SystemExit):
         run("tiny", *settings)
@@ -446,15 +442,11 @@ def test_a_run_that_is_told_to_stop_waits_for_what_it_has_saved(
     assert "stopped by SIGTERM after step 2" in capsys.readouterr().err
 
 
-# Being told to stop
-
-
-def command(*overrides: str) -> list[str]:
-    return [sys.executable, "tools/train.py", "config=configs/tiny.yaml", *overrides]
+# Signals
 
 
 @pytest.mark.parametrize("reason", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_says_how_to_go_on(
+def test_a_signal_saves_a_checkpoint_and_prints_how_to_resume(
     tmp_path: Path,
     jobs: dict[str, list[str]],
     monkeypatch: pytest.MonkeyPatch,
@@ -466,41 +458,41 @@ def test_a_signal_saves_and_says_how_to_go_on(
         sys, "argv", ["tools/train.py", "config=configs/tiny.yaml", "resume=never", "optim.betas=[0, 1]"]
     )
     with monkeypatch.context() as patch:
-        cut_off(patch, 2, 0, lambda: os.kill(os.getpid(), reason))
+        call_at(patch, 2, 0, lambda: os.kill(os.getpid(), reason))
         with pytest.raises(SystemExit) as stopped:
             run("tiny", *settings, "resume=never")
     assert stopped.value.code == 128 + reason
-    said = capfd.readouterr().err
-    assert f"stopped by {reason.name} after step 3; resume with" in said
-    assert "python tools/train.py config=configs/tiny.yaml 'optim.betas=[0, 1]' resume=auto" in said
-    assert ("Ctrl-C again stops at once" in said) is (reason == signal.SIGINT)
+    printed = capfd.readouterr().err
+    assert f"stopped by {reason.name} after step 3; resume with" in printed
+    assert "python tools/train.py config=configs/tiny.yaml 'optim.betas=[0, 1]' resume=auto" in printed
+    assert ("Ctrl-C again stops at once" in printed) is (reason == signal.SIGINT)
     assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 3
-    assert signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, None)  # as it was
+    assert signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, None)  # restored
     straight = run("tiny", *settings[:-1], f"run_dir={tmp_path}/straight")
     assert same(result(run("tiny", *settings), "tiny"), result(straight, "tiny"))
 
 
-def test_a_second_interrupt_stops_at_once_and_says_how_to_go_on(
+def test_a_second_interrupt_stops_at_once_and_prints_how_to_resume(
     tmp_path: Path, jobs: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def twice() -> None:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.01)  # in which Python attends to it
+            time.sleep(0.01)  # for Python to handle it
 
     monkeypatch.setattr(sys, "argv", ["tools/train.py", "resume=never"])
     with monkeypatch.context() as patch:
-        cut_off(patch, 3, 0, twice)
+        call_at(patch, 3, 0, twice)
         with pytest.raises(SystemExit) as stopped:
             run("tiny", *jobs["tiny"], "train.checkpoint_every=2", "resume=never", f"run_dir={tmp_path}/run")
     assert stopped.value.code == 128 + signal.SIGINT
-    said = capfd.readouterr().err
-    assert "interrupted; " in said and said.rstrip().endswith("python tools/train.py resume=auto")
-    assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 2, "the step that was being made is lost"
+    printed = capfd.readouterr().err
+    assert "interrupted; " in printed and printed.rstrip().endswith("python tools/train.py resume=auto")
+    assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 2, "expected to lose only the step in progress"
 
 
 @pytest.mark.parametrize(("validation", "saved"), [(0, None), (1, 2)])
-def test_a_signal_during_validation_is_heeded_at_once(
+def test_a_signal_during_validation_stops_at_once(
     tmp_path: Path, jobs: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, validation: int, saved: int | None
 ) -> None:
     settings = [*jobs["tiny"], "train.validate_every=2", "train.checkpoint_every=9", f"run_dir={tmp_path}/run"]
@@ -519,7 +511,7 @@ def test_a_signal_during_validation_is_heeded_at_once(
     assert (newest and read_checkpoint(newest)["global_step"]) == saved
 
 
-def test_a_run_that_has_saved_nothing_goes_on_from_the_file_that_it_was_given(
+def test_a_run_without_checkpoints_is_resumed_from_the_file_it_was_given(
     tmp_path: Path, jobs: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = [*jobs["tiny"], "train.validate_every=2", "train.checkpoint_every=9", "train.steps=4"]
@@ -527,7 +519,7 @@ def test_a_run_that_has_saved_nothing_goes_on_from_the_file_that_it_was_given(
     branch = f"resume={straight / PREVIOUS}"  # of step 2, so that it begins with a validation
     settings.append(f"run_dir={tmp_path}/branch")
 
-    def tell() -> None:
+    def send_sigterm() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     def stopped(*resume: str) -> str:
@@ -537,10 +529,10 @@ def test_a_run_that_has_saved_nothing_goes_on_from_the_file_that_it_was_given(
         return capsys.readouterr().err.splitlines()[-1].strip()
 
     with monkeypatch.context() as patch:
-        patch.setattr(Job, "on_validation_start", lambda self: tell() if self.global_step else None)
+        patch.setattr(Job, "on_validation_start", lambda self: send_sigterm() if self.global_step else None)
         assert stopped(branch).endswith(f"python tools/train.py {branch}")
     with monkeypatch.context() as patch:
-        cut_off(patch, 2, 0, tell)
+        call_at(patch, 2, 0, send_sigterm)
         assert stopped(branch).endswith("python tools/train.py resume=auto")
     resumed = run("tiny", *settings, "resume=auto")
     assert same(result(resumed, "tiny"), result(straight, "tiny"))
@@ -549,28 +541,28 @@ def test_a_run_that_has_saved_nothing_goes_on_from_the_file_that_it_was_given(
 # Two processes
 
 
-def _train_as(rank: int, port: int, settings: list[str], said: Path, kill_at: int | None) -> None:
+def _train_as(rank: int, port: int, settings: list[str], log: Path, kill_at: int | None) -> None:
     become_rank(rank, port)
     if kill_at is not None and rank == 1:
-        cut_off(pytest.MonkeyPatch(), kill_at, 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    with said.open("a") as file, redirect_stdout(file):
+        call_at(pytest.MonkeyPatch(), kill_at, 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    with log.open("a") as file, redirect_stdout(file):
         run("tiny", *settings)
 
 
-def test_two_processes_go_on_bit_for_bit_when_one_was_killed(tmp_path: Path, jobs: dict[str, list[str]]) -> None:
-    spread = ["train.devices=2", "train.strategy=ddp", "train.batch_size=1", "train.accumulate=2"]
-    settings = [*jobs["tiny"], *spread, "train.checkpoint_every=2", "train.validate_every=4"]
+def test_two_processes_resume_bit_for_bit_after_one_is_killed(tmp_path: Path, jobs: dict[str, list[str]]) -> None:
+    split = ["train.devices=2", "train.strategy=ddp", "train.batch_size=1", "train.accumulate=2"]
+    settings = [*jobs["tiny"], *split, "train.checkpoint_every=2", "train.validate_every=4"]
     for name, kill_at in (("straight", None), ("resumed", 3), ("resumed", None)):
-        codes = as_ranks(_train_as, [*settings, f"run_dir={tmp_path}/{name}"], tmp_path / "said", kill_at)
+        codes = as_ranks(_train_as, [*settings, f"run_dir={tmp_path}/{name}"], tmp_path / "log", kill_at)
         assert codes == ([1, -signal.SIGKILL] if kill_at else [0, 0])
-    assert (tmp_path / "said").read_text().count("resuming from") == 1  # by the first rank alone
+    assert (tmp_path / "log").read_text().count("resuming from") == 1  # by rank 0 only
     assert same(result(tmp_path / "straight", "tiny"), result(tmp_path / "resumed", "tiny"))
     one = run("tiny", *jobs["tiny"], "train.batch_size=4", f"run_dir={tmp_path}/one")
     assert list(curve(one).values()) == pytest.approx(list(curve(tmp_path / "straight").values()), rel=1e-4)
-    # and the two-process run is taken up by one
-    curves = shutil.ignore_patterns("events*")  # whose numbers are those of another order of summing
+    # one process resumes the two-process run
+    curves = shutil.ignore_patterns("events*")  # whose values depend on the order of summation
     shutil.copytree(tmp_path / "straight", tmp_path / "moved", ignore=curves)
-    (tmp_path / "moved" / LAST).unlink()  # the one before it is of step 4
+    (tmp_path / "moved" / LAST).unlink()  # the previous one is of step 4
     alone = run(
         "tiny", *settings, "train.devices=1", "train.batch_size=4", "train.accumulate=1", f"run_dir={tmp_path}/moved"
     )
@@ -578,14 +570,14 @@ def test_two_processes_go_on_bit_for_bit_when_one_was_killed(tmp_path: Path, job
 
 
 def _train_on_slurm(rank: int, port: int, settings: list[str], seen_at: int) -> None:
-    """A task of a SLURM job, as far as its environment goes, of which the second alone sees SLURM's signal."""
+    """A task of a SLURM job, according to its environment; only the second task gets SLURM's signal."""
     torch.set_num_threads(1)
     job = {"JOB_ID": "7", "JOB_NAME": "train", "NNODES": "1", "NODEID": "0", "NTASKS": "2", "NTASKS_PER_NODE": "2"}
     task = {**job, "PROCID": str(rank), "LOCALID": str(rank)}
     os.environ.update({f"SLURM_{name}": value for name, value in task.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PATH": ""})  # no scontrol
     if rank == 1:
-        cut_off(pytest.MonkeyPatch(), seen_at, 0, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        call_at(pytest.MonkeyPatch(), seen_at, 0, lambda: os.kill(os.getpid(), signal.SIGUSR1))
     run("tiny", *settings)
 
 
@@ -593,6 +585,6 @@ def test_the_tasks_of_a_slurm_job_stop_after_the_same_step(tmp_path: Path, jobs:
     settings = [*jobs["tiny"], "train.devices=2", "train.strategy=ddp", "train.batch_size=1", f"run_dir={tmp_path}/run"]
     codes = as_ranks(_train_on_slurm, [*settings, "train.checkpoint_every=9"], 2)
     assert codes == [128 + signal.SIGUSR1, 0]
-    assert [path.name for path in tmp_path.rglob("*.ckpt")] == [LAST], "a checkpoint that is not ours"
-    # told to one of them in step 3; the other hears of it a step later, since no step waits for that
+    assert [path.name for path in tmp_path.rglob("*.ckpt")] == [LAST], "expected no checkpoint of Lightning's own"
+    # one task gets the signal in step 3; the other learns of it a step later, since steps do not wait for it
     assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 4

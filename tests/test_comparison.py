@@ -1,4 +1,4 @@
-"""The rows of a comparison, and what it leaves in its folder."""
+"""The rows of a comparison, and the files that it writes."""
 
 import json
 import socket
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import PowerCutError
 from PIL import Image
 from torch.utils.data import default_collate
 
@@ -36,7 +37,7 @@ def config(**changes: object) -> EvaluateConfig:
     return replace(EvaluateConfig(samples=3, batch_size=2, measure=MeasureConfig(weights="absent")), **changes)
 
 
-def test_rows_are_those_that_are_asked_for_in_their_order(models: Models, tiny_weights: Path) -> None:
+def test_rows_are_the_requested_ones_in_the_requested_order(models: Models, tiny_weights: Path) -> None:
     maskless = str(tiny_weights / "transformer.safetensors")
     rows = ["matting", "maskless", "base", "classical", "adapted"]
     found = methods(models, config(rows=rows, maskless=maskless))
@@ -53,7 +54,7 @@ def test_rows_are_those_that_are_asked_for_in_their_order(models: Models, tiny_w
     assert not torch.equal(drawn["base"][0], drawn["adapted"][0])
 
 
-def test_a_maskless_base_of_another_track_is_refused(models: Models, tmp_path: Path) -> None:
+def test_a_maskless_base_of_another_text_width_is_rejected(models: Models, tmp_path: Path) -> None:
     path = tmp_path / "transformer.safetensors"
     save_model(path, MMDiT(replace(models.base.config, context_in_dim=20)), {})
     with pytest.raises(
@@ -62,7 +63,7 @@ def test_a_maskless_base_of_another_track_is_refused(models: Models, tmp_path: P
         methods(models, config(rows=["maskless"], maskless=str(path)))
 
 
-def test_pictures_of_any_size_come_back_at_their_own(models: Models) -> None:
+def test_layers_have_the_size_of_their_image(models: Models) -> None:
     sample = {**SCENES[0], "index": 7}
     odd = {k: v[..., :27, :30] if isinstance(v, torch.Tensor) and v.dim() > 1 else v for k, v in sample.items()}
     batch = default_collate([odd])
@@ -85,7 +86,7 @@ def test_pictures_of_any_size_come_back_at_their_own(models: Models) -> None:
     assert background.abs().max() <= 1 and foreground[:, 3].min() >= 0 and foreground[:, 3].max() <= 1
 
 
-def test_a_comparison_leaves_figures_layers_and_a_report(
+def test_a_comparison_writes_figures_layers_and_a_report_without_network_access(
     models: Models,
     tmp_path: Path,
     metric_weights: Path,
@@ -93,7 +94,7 @@ def test_a_comparison_leaves_figures_layers_and_a_report(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(*_: object) -> None:
-        raise AssertionError("a connection was tried")
+        raise AssertionError("expected no network access")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
@@ -101,27 +102,27 @@ def test_a_comparison_leaves_figures_layers_and_a_report(
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics" / FILES["squeeze"]).symlink_to(metric_weights / FILES["squeeze"])
     evaluation = compare(models, SCENES, config(measure=squeeze), tmp_path / "out")
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert evaluation is not None and list(evaluation.results) == ["adapted", "base", "classical"]
-    assert "background/lpips ↓" in said and "not measured: background/fid, background/kid: " in said
+    assert "background/lpips ↓" in printed and "not measured: background/fid, background/kid: " in printed
     names = {"metrics.json", "per_image.csv", "table.md", "report.html", "samples", "layers"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     assert (tmp_path / "out" / "samples" / "comparison.png").is_file()
-    told = json.loads((tmp_path / "out" / "metrics.json").read_text())["protocol"]
-    assert {"data": "scenes", "split": "test", "count": 3, "resolution": 32, "seed": 1234}.items() <= told.items()
-    assert {"region": "mask", "lpips_net": "squeeze", "steps": 2, "guidance": 30.0}.items() <= told.items()
-    assert told["metric_weights"].keys() == {FILES["squeeze"]} and told["weights"] == {"adapter": "a sum"}
-    assert told["precision"] == "float32"
-    assert told["versions"].keys() >= {"layerdecomp", "torch", "python", "torchmetrics"}
-    assert list(told["seconds_per_image"]) == ["adapted", "base", "classical"]
-    assert 0 < min(told["seconds_per_image"].values()) < 60
-    assert INCEPTION_REASON in told["undefined"]["base"]["background/kid"]
+    protocol = json.loads((tmp_path / "out" / "metrics.json").read_text())["protocol"]
+    assert {"data": "scenes", "split": "test", "count": 3, "resolution": 32, "seed": 1234}.items() <= protocol.items()
+    assert {"region": "mask", "lpips_net": "squeeze", "steps": 2, "guidance": 30.0}.items() <= protocol.items()
+    assert protocol["metric_weights"].keys() == {FILES["squeeze"]} and protocol["weights"] == {"adapter": "a sum"}
+    assert protocol["precision"] == "float32"
+    assert protocol["versions"].keys() >= {"layerdecomp", "torch", "python", "torchmetrics"}
+    assert list(protocol["seconds_per_image"]) == ["adapted", "base", "classical"]
+    assert 0 < min(protocol["seconds_per_image"].values()) < 60
+    assert INCEPTION_REASON in protocol["undefined"]["base"]["background/kid"]
 
 
 INCEPTION_REASON = "weights-inception-2015-12-05-6726825d.pth does not exist; checkpoints/README.md"
 
 
-def test_what_others_predict_is_measured_as_what_is_drawn(models: Models, tmp_path: Path) -> None:
+def test_external_predictions_are_scored_as_drawn_layers_are(models: Models, tmp_path: Path) -> None:
     first = compare(models, SCENES, config(), tmp_path / "first")
     layers = tmp_path / "first" / "layers"
     again = compare(
@@ -129,8 +130,8 @@ def test_what_others_predict_is_measured_as_what_is_drawn(models: Models, tmp_pa
     )
     assert first is not None and again is not None and list(again.results) == ["adapted", "base"]
     assert all(str(again.results[row]) == str(first.results[row]) for row in again.results)
-    told = json.loads((tmp_path / "second" / "metrics.json").read_text())["protocol"]
-    assert "weights" not in told and "steps" not in told
+    protocol = json.loads((tmp_path / "second" / "metrics.json").read_text())["protocol"]
+    assert "weights" not in protocol and "steps" not in protocol
     with pytest.raises(InputError, match="layers/adapted is where this evaluation writes layers"):
         compare(models, SCENES, config(), tmp_path / "first", predictions=[layers / "adapted"])
     assert (layers / "adapted" / "background" / "00000.png").is_file()
@@ -138,27 +139,25 @@ def test_what_others_predict_is_measured_as_what_is_drawn(models: Models, tmp_pa
     assert mixed is not None and list(mixed.results) == ["base", "classical"]
 
 
-def test_missing_and_extra_files_are_told(models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_and_extra_files_are_reported(
+    models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     compare(models, SCENES, config(rows=["classical"]), tmp_path / "first")
     folder = tmp_path / "first" / "layers" / "classical"
     (folder / "background" / "00001.png").rename(folder / "background" / "1.png")
     capsys.readouterr()
     found = compare(None, SCENES, config(rows=[]), tmp_path / "second", predictions=[folder])
-    said = capsys.readouterr().out
-    assert "classical: 1 missing backgrounds: 00001" in said and "classical: 1 extra backgrounds: 1" in said
-    told = json.loads((tmp_path / "second" / "metrics.json").read_text())["protocol"]
-    assert told["predictions"] == {"classical": {"missing_backgrounds": ["00001"], "extra_backgrounds": ["1"]}}
+    printed = capsys.readouterr().out
+    assert "classical: 1 missing backgrounds: 00001" in printed and "classical: 1 extra backgrounds: 1" in printed
+    protocol = json.loads((tmp_path / "second" / "metrics.json").read_text())["protocol"]
+    assert protocol["predictions"] == {"classical": {"missing_backgrounds": ["00001"], "extra_backgrounds": ["1"]}}
     assert found is not None
     values = found.per_image["classical"]
     assert [value != value for value in values["background/psnr"]] == [False, True, False]
     assert not any(value != value for value in values["foreground/alpha_sad"])
 
 
-class PowerCutError(Exception):
-    pass
-
-
-def test_a_cut_off_evaluation_goes_on_and_a_finished_one_is_made_anew(
+def test_an_interrupted_evaluation_resumes_and_a_finished_one_is_redone(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[int] = []
@@ -189,10 +188,10 @@ def test_a_cut_off_evaluation_goes_on_and_a_finished_one_is_made_anew(
     cut[0] = False
     other = replace(models, files={"adapter": "another"})
     compare(other, SCENES, settings, tmp_path / "out")
-    assert drawn == [2, 1, 2, 1], "layers of another adapter were kept"
+    assert drawn == [2, 1, 2, 1], "expected no layers of another adapter to be reused"
 
 
-def test_a_row_of_other_settings_is_not_taken_over(
+def test_layers_of_other_settings_are_not_reused(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cut(*_: object, **__: object) -> None:
@@ -204,13 +203,13 @@ def test_a_row_of_other_settings_is_not_taken_over(
     monkeypatch.setattr("layerdecomp.comparison.draw_layers", cut)
     with pytest.raises(PowerCutError):
         compare(models, other, config(rows=["classical"]), out)
-    assert not [name for name in RESULTS if (out / name).exists()], "results of other layers than those beside them"
+    assert not [name for name in RESULTS if (out / name).exists()], "expected no results that the layers do not match"
     monkeypatch.undo()
     mixed, clean = (compare(models, other, both, folder) for folder in (out, tmp_path / "clean"))
     assert mixed is not None and clean is not None and str(mixed.results) == str(clean.results)
 
 
-def test_scenes_as_a_folder_are_measured_as_they_are_drawn(models: Models, tmp_path: Path) -> None:
+def test_exported_scenes_give_the_same_figures(models: Models, tmp_path: Path) -> None:
     assert export(DATA, config(), tmp_path / "inputs") == 3
     straight = compare(models, SCENES, config(), tmp_path / "straight")
     exported = compare(models, TestFolder(tmp_path / "inputs"), config(), tmp_path / "exported")
@@ -218,11 +217,13 @@ def test_scenes_as_a_folder_are_measured_as_they_are_drawn(models: Models, tmp_p
     for row, figures in straight.results.items():
         for name in ("background/psnr", "background/ssim", "foreground/alpha_iou", "foreground/hidden_iou"):
             assert exported.results[row][name] == pytest.approx(figures[name], rel=2e-2, nan_ok=True), (row, name)
-    told = json.loads((tmp_path / "exported" / "metrics.json").read_text())["protocol"]
-    assert told["data"] == str(tmp_path / "inputs") and told["sha256"] == TestFolder(tmp_path / "inputs").digest()
+    protocol = json.loads((tmp_path / "exported" / "metrics.json").read_text())["protocol"]
+    assert (
+        protocol["data"] == str(tmp_path / "inputs") and protocol["sha256"] == TestFolder(tmp_path / "inputs").digest()
+    )
 
 
-def test_pictures_of_several_sizes_in_one_folder(models: Models, tmp_path: Path) -> None:
+def test_one_folder_may_hold_images_of_several_sizes(models: Models, tmp_path: Path) -> None:
     export(DATA, config(), tmp_path / "inputs")
     for path in (tmp_path / "inputs").glob("*/00001.png"):
         Image.open(path).crop((0, 0, 32, 20)).save(path)
@@ -232,24 +233,24 @@ def test_pictures_of_several_sizes_in_one_folder(models: Models, tmp_path: Path)
     assert (tmp_path / "out" / "samples" / "comparison.png").is_file()
 
 
-def test_samples_of_few_pictures_are_called_so(
+def test_samples_from_fewer_images_are_reported_as_such(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = {"split": "test", "resolution": 32, "data": "triplets", "pictures": 2}
-    monkeypatch.setattr("layerdecomp.comparison.describe_data", lambda _: told)
+    protocol = {"split": "test", "resolution": 32, "data": "triplets", "pictures": 2}
+    monkeypatch.setattr("layerdecomp.comparison.describe_data", lambda _: protocol)
     compare(None, SCENES, config(rows=["classical"]), tmp_path / "out")
     assert "3 samples from 2 pictures; metrics in" in capsys.readouterr().out
 
 
-def test_folders_are_told_apart() -> None:
+def test_row_names_distinguish_folders() -> None:
     folders = [Path("x/layers"), Path("y/layers"), Path("z/base"), Path("z/other/")]
     assert [name for name, _ in row_names(folders, {"base": None})] == ["x/layers", "y/layers", "z/base", "other"]
     with pytest.raises(InputError, match="predictions=base has the name of another row"):
         list(row_names([Path("base")], {"base": None}))
 
 
-def test_settings_that_cannot_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # where no weights are
+def test_invalid_settings_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # which has no weights
     for change, message in {
         ("rows", ("adpated",)): "evaluate.rows has 'adpated'; expected some of adapted, base",
         ("objects", "every"): "evaluate.objects is 'every'; expected one of drawn, one, all",
@@ -259,7 +260,7 @@ def test_settings_that_cannot_work(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             EvaluateConfig(**{change[0]: list(change[1]) if isinstance(change[1], tuple) else change[1]})
     for absent in (None, "absent.safetensors"):
         expected = f"{absent or MASKLESS} does not exist, .*make {MASKLESS}.*conditioning.mask=false"
-        with pytest.raises(InputError, match=expected):  # where there is no model to draw it with as well
+        with pytest.raises(InputError, match=expected):  # also without a model
             methods(None, config(rows=["maskless"], maskless=absent))
     with pytest.raises(InputError, match="there is nothing to compare"):
         compare(None, SCENES, config(rows=[]), tmp_path / "out")

@@ -26,7 +26,7 @@ def _background(*batch: int) -> Tensor:
     return torch.rand(*batch, 3, 12, 20, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def test_over_is_the_definition_pixel_by_pixel() -> None:
+def test_over_equals_its_definition_pixel_by_pixel() -> None:
     foreground, background = _foreground(), _background()
     expected = np.empty((3, 12, 20), dtype=np.float32)
     for row in range(12):
@@ -54,7 +54,7 @@ def test_over_is_exact_for_opaque_and_transparent() -> None:
 
 
 def test_over_is_associative() -> None:
-    # The composite of two foregrounds, in premultiplied form, over a background = one after the other.
+    # Two foregrounds composited first (premultiplied), then over a background = one after the other.
     front, middle, background = _foreground(), _foreground(1)[0].flip(-1), _background()
     alpha = front[3:] + middle[3:] * (1 - front[3:])
     rgb = (front[:3] * front[3:] + middle[:3] * middle[3:] * (1 - front[3:])) / alpha
@@ -71,12 +71,12 @@ def test_autoencoder_space_is_within_range_and_transparent_is_grey() -> None:
     assert torch.equal(encoded[:, 3, 0], -torch.ones(2, 20))
 
 
-def test_round_trip_where_alpha_is_large() -> None:
+def test_the_round_trip_is_accurate_where_alpha_is_large() -> None:
     foreground = _foreground(2, lowest_alpha=0.06)
     torch.testing.assert_close(from_autoencoder(to_autoencoder(foreground)), foreground, atol=1e-5, rtol=0)
 
 
-def test_opaque_images_survive_exactly() -> None:
+def test_opaque_images_round_trip_exactly() -> None:
     foreground = torch.cat([_background(), torch.ones(1, 12, 20)])
     encoded = to_autoencoder(foreground)
     assert torch.equal(encoded, foreground)
@@ -84,7 +84,7 @@ def test_opaque_images_survive_exactly() -> None:
 
 
 def test_decoder_errors_are_clamped_and_not_magnified_where_alpha_is_small() -> None:
-    decoded = torch.tensor([1.7, -0.02, 0.002, -0.998]).reshape(4, 1, 1)  # alpha 0.001: nothing to see
+    decoded = torch.tensor([1.7, -0.02, 0.002, -0.998]).reshape(4, 1, 1)  # alpha 0.001: invisible
     torch.testing.assert_close(from_autoencoder(decoded).flatten(), torch.tensor([0.0, 0.0, 0.0, 0.001]))
     decoded[3] = -0.98  # alpha 0.01, below the threshold: an error of 0.02 becomes 0.4 and not 2
     rgb = from_autoencoder(decoded, threshold=0.05)[:3].flatten()
@@ -102,15 +102,15 @@ def test_eight_bit_files_lose_less_than_a_level() -> None:
 
 
 @pytest.mark.parametrize("size", [(96, 96), (20, 20), (45, 64)])
-def test_an_object_of_one_colour_keeps_it_at_another_size(size: tuple[int, int]) -> None:
+def test_resizing_keeps_the_colour_of_a_plain_object(size: tuple[int, int]) -> None:
     rows, columns = torch.meshgrid(torch.arange(48), torch.arange(48), indexing="ij")
     alpha = (18 - ((rows - 24) ** 2 + (columns - 24) ** 2).sqrt()).clamp(0, 1)  # a disc with a soft edge
     colour = torch.tensor([0.9, -0.8, 0.3]).view(3, 1, 1)
     foreground = torch.cat([torch.where(alpha > 0, colour, -colour), alpha[None]])[None]
     resized = resize_straight(foreground, size)
-    shown = resized[:, 3:] > 0
-    assert resized.shape[-2:] == size and 0.2 < shown.float().mean() < 0.6
-    assert (resized[:, :3] - colour)[shown.expand(-1, 3, -1, -1)].abs().max() < 1e-4
+    visible = resized[:, 3:] > 0
+    assert resized.shape[-2:] == size and 0.2 < visible.float().mean() < 0.6
+    assert (resized[:, :3] - colour)[visible.expand(-1, 3, -1, -1)].abs().max() < 1e-4
     assert resized[:, 3].min() == 0 and resized[:, 3].max() == pytest.approx(1)
 
 
@@ -132,10 +132,10 @@ def test_checkerboard_alternates_and_shows_behind_transparency() -> None:
     assert torch.equal(on_checkerboard(clear), torch.zeros(2, 3, 20, 12))
 
 
-def test_a_margin_makes_nearly_transparent_and_nearly_opaque_what_they_nearly_are() -> None:
+def test_a_margin_snaps_nearly_transparent_and_nearly_opaque_alpha() -> None:
     alpha = torch.tensor([0.0, 0.05, 0.1, 0.3, 0.5, 0.9, 0.97])
     decoded = torch.cat([torch.full((3, 1, 7), 0.2), (2 * alpha - 1).view(1, 1, 7)])
     straight, plain = from_autoencoder(decoded, margin=0.1), from_autoencoder(decoded)
     torch.testing.assert_close(straight[3, 0], torch.tensor([0, 0, 0, 0.25, 0.5, 1, 1]))
-    torch.testing.assert_close(straight[:3, 0, 3:], plain[:3, 0, 3:])  # colours stay as they were
+    torch.testing.assert_close(straight[:3, 0, 3:], plain[:3, 0, 3:])  # colours do not change
     assert not straight[:3, 0, :3].any()

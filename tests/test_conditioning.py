@@ -61,7 +61,7 @@ def test_position_ids_equal_diffusers_but_for_the_layer(height: int, width: int)
     assert torch.equal(position_ids(height, width, layer=1), expected)
 
 
-def test_a_token_its_position_and_its_pixels_belong_together() -> None:
+def test_a_token_and_its_position_match_its_pixels() -> None:
     mask = torch.zeros(1, 1, 64, 48)
     mask[..., 32:48, 16:32] = 1
     token = int(pack_mask(mask).sum(-1).argmax())
@@ -69,7 +69,7 @@ def test_a_token_its_position_and_its_pixels_belong_together() -> None:
     assert pack_mask(mask).sum() == pack_mask(mask)[0, token].sum() == 256
 
 
-def test_masked_images_share_the_image_out() -> None:
+def test_masked_images_partition_the_image() -> None:
     image, mask = draw(2, 3, 16, 32), draw_mask(2, 16, 32)
     background, foreground = masked_images(image, mask)
     assert torch.equal(background + foreground, image)
@@ -77,7 +77,7 @@ def test_masked_images_share_the_image_out() -> None:
     assert not foreground[mask.expand_as(image) == 0].any()
 
 
-def test_contexts_tell_each_layer_what_to_generate() -> None:
+def test_each_layer_is_conditioned_on_its_masked_image_and_mask() -> None:
     background, foreground, mask = draw(2, 16, 4, 6), 1 + draw(2, 16, 4, 6), draw_mask(2, 32, 48)
     both = bidirectional_context(background, foreground, mask, ConditioningConfig())
     assert both.shape == (2, 2 * 6, 64 + 256)
@@ -85,7 +85,7 @@ def test_contexts_tell_each_layer_what_to_generate() -> None:
     assert torch.equal(both[:, 6:], inpainting_context(foreground, 1 - mask))
 
 
-def test_without_foreground_context_the_foreground_is_told_nothing() -> None:
+def test_without_foreground_context_its_latents_are_zero_and_its_mask_is_one() -> None:
     background, foreground, mask = draw(2, 16, 4, 6), 1 + draw(2, 16, 4, 6), draw_mask(2, 32, 48)
     blind = bidirectional_context(background, foreground, mask, ConditioningConfig(foreground=False))
     assert torch.equal(blind[:, :6], inpainting_context(background, mask))
@@ -93,7 +93,7 @@ def test_without_foreground_context_the_foreground_is_told_nothing() -> None:
     assert (blind[:, 6:, 64:] == 1).all()
 
 
-def test_without_mask_its_channels_are_zero_and_nothing_else_changes() -> None:
+def test_without_a_mask_only_the_mask_channels_are_zeroed() -> None:
     background, foreground, mask = draw(2, 16, 4, 6), 1 + draw(2, 16, 4, 6), draw_mask(2, 32, 48)
     for foreground_context in (True, False):
         usual = bidirectional_context(background, foreground, mask, ConditioningConfig(foreground=foreground_context))

@@ -1,4 +1,4 @@
-"""Context fusion: absent cues, linear cost, and that it learns from what is there."""
+"""Context fusion: absent cues, linear cost, gradients and precision."""
 
 from dataclasses import replace
 from itertools import product
@@ -36,13 +36,13 @@ def test_absent_cues_have_exactly_no_influence(present: tuple[bool, ...]) -> Non
     for garbage in (0.0, 1e4, float("nan"), float("inf")):
         other = torch.where(mask[:, :, None, None], cues, garbage)
         assert torch.equal(model(other, mask, ids), expected)
-    for cue in torch.nonzero(mask[0]).flatten():  # while each present one has some
+    for cue in torch.nonzero(mask[0]).flatten():  # but each present cue has some
         other = cues.clone()
         other[:, cue] += 1
         assert (model(other, mask, ids) - expected).abs().max() > 1e-3
 
 
-def test_each_sample_has_its_own_subset() -> None:
+def test_each_sample_may_have_another_subset_of_cues() -> None:
     model, cues, ids = build(), draw_cues(batch=4), position_ids(3, 4)
     present = torch.tensor([[True, True, True], [False, True, False], [False, False, False], [True, False, True]])
     one_by_one = [model(cues[i : i + 1], present[i : i + 1], ids) for i in range(4)]
@@ -72,7 +72,7 @@ def test_position_and_kind_of_a_cue_matter() -> None:
 
 
 def cost(size: int) -> tuple[int, int]:
-    """FLOPs of forward and backward, and bytes kept for the backward pass, with K = 3 * size * size cue tokens."""
+    """FLOPs of forward and backward, and bytes saved for the backward pass, with K = 3 * size * size cue tokens."""
     model, ids = build(), position_ids(size, size)
     cues, present = draw_cues(1, size, size), torch.tensor([[True, False, True]])
     kept: dict[int, int] = {}
@@ -91,7 +91,7 @@ def cost(size: int) -> tuple[int, int]:
 def test_flops_and_memory_grow_linearly_with_the_cue_tokens() -> None:
     (flops, memory), (flops_4, memory_4), (flops_16, memory_16) = (cost(size) for size in (8, 16, 32))
     assert flops > 0 and memory > 0
-    # Four times the tokens cost four times what they cost before, beyond a part that does not depend on them.
+    # Four times the tokens cost four times as much; differences cancel the part that does not depend on them.
     assert flops_16 - flops_4 == pytest.approx(4 * (flops_4 - flops), rel=0.01)
     assert memory_16 - memory_4 == pytest.approx(4 * (memory_4 - memory), rel=0.05)
     tokens = 3 * 32 * 32
@@ -117,7 +117,7 @@ def test_bf16_autocast_is_near_float32() -> None:
 @pytest.mark.parametrize(
     "wrong", [{"num_heads": 5}, {"num_queries": 0}, {"depth": 0}, {"cues": []}], ids=lambda wrong: next(iter(wrong))
 )
-def test_sizes_that_do_not_fit_are_told(wrong: dict[str, Any]) -> None:
+def test_invalid_sizes_are_rejected_by_name(wrong: dict[str, Any]) -> None:
     (key,) = wrong
     with pytest.raises(InputError, match=key):
         build(replace(TINY, **wrong))

@@ -1,6 +1,6 @@
-"""On a GPU: the same numbers as on the CPU and as diffusers', by every kernel, compiled or not; no step waits for it.
+"""On a GPU: results equal the CPU's and diffusers', with every kernel, compiled or not; no step waits for the GPU.
 
-All of it is left out where there is no GPU: `make test ARGS=tests/test_cuda.py` on a machine that has one.
+Skipped without a GPU: run `make test ARGS=tests/test_cuda.py` on a machine that has one.
 """
 
 import os
@@ -38,18 +38,18 @@ CUDA = torch.device("cuda")
 WORK = BenchmarkConfig(size=256, scale=0.1, text_tokens=64, repeats=1)
 WORK.lora.rank, WORK.fusion.num_queries = 16, 32
 WIDE = TrainingWork(size=768, model=replace(MMDiTConfig(), depth=1, depth_single_blocks=2))
-# Of the largest value: rounding in each precision, several times over.
+# Tolerances relative to the largest value: several times the rounding error of each precision.
 ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
 PRECISIONS = pytest.mark.parametrize("dtype", list(ROUNDING))
 
 
-def apart(a: Tensor, b: Tensor) -> float:
-    """The largest difference, as a share of the largest value."""
+def max_error(a: Tensor, b: Tensor) -> float:
+    """The largest difference, relative to the largest value."""
     return ((a.double().cpu() - b.double().cpu()).abs().max() / b.double().abs().max().cpu()).item()
 
 
 def gradients(workload: Workload) -> list[Tensor]:
-    """Of everything that a training step trains."""
+    """The gradients of all trained parameters."""
     workload.train()
     trained = workload.trained
     found = [parameter.grad.clone() for parameter in trained if parameter.grad is not None]
@@ -59,7 +59,7 @@ def gradients(workload: Workload) -> list[Tensor]:
 
 
 @PRECISIONS
-def test_the_transformer_is_diffusers(dtype: torch.dtype) -> None:
+def test_the_transformer_equals_diffusers(dtype: torch.dtype) -> None:
     ours, theirs = pair(WORK, CUDA, dtype)
     inputs = random_inputs(WORK, ours)
     with without_cudnn_attention():
@@ -71,7 +71,7 @@ def test_the_transformer_is_diffusers(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("size", [256, 768])
 @pytest.mark.parametrize("backend", ["FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"])
-def test_the_transformer_is_diffusers_at_the_full_width(backend: str, size: int) -> None:
+def test_the_transformer_equals_diffusers_at_full_width(backend: str, size: int) -> None:
     work = replace(WIDE, size=size)
     ours, theirs = pair(work, CUDA, torch.bfloat16)
     inputs = random_inputs(work, ours)
@@ -84,10 +84,10 @@ def test_the_transformer_is_diffusers_at_the_full_width(backend: str, size: int)
 
 
 @pytest.mark.parametrize("backend", ["FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"])
-def test_gradients_of_attention_do_not_go_by_the_layout_of_what_comes_back(backend: str) -> None:
-    """The second of two layouts is what cuDNN's had wrong."""
+def test_attention_gradients_do_not_depend_on_the_layout_of_the_incoming_gradient(backend: str) -> None:
+    """For the second of the two layouts, cuDNN's gradients were wrong."""
     q, k, v, wide = torch.randn(4, 1, 4, 200, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
-    wide = torch.cat([wide.transpose(1, 2).flatten(2)] * 2, dim=-1)  # of which one half comes back, with holes
+    wide = torch.cat([wide.transpose(1, 2).flatten(2)] * 2, dim=-1)  # one half is the incoming gradient, non-contiguous
     expected, found = [], []
     for device, kept in (("cuda", found), ("cpu", expected)):
         with sdpa_kernel(SDPBackend.__members__[backend]) if device == "cuda" else nullcontext():
@@ -95,25 +95,25 @@ def test_gradients_of_attention_do_not_go_by_the_layout_of_what_comes_back(backe
                 inputs = [x.to(device).requires_grad_(True) for x in (q, k, v)]
                 gradient = layout(wide.to(device)[..., : wide.shape[-1] // 2])
                 kept += torch.autograd.grad(attention(*inputs), inputs, gradient)
-    assert max(apart(a, b) for a, b in zip(found, expected, strict=True)) < ROUNDING[torch.bfloat16]
+    assert max(max_error(a, b) for a, b in zip(found, expected, strict=True)) < ROUNDING[torch.bfloat16]
 
 
 @pytest.mark.parametrize(
     ("backend", "dtype"),
     [
-        *((backend, torch.bfloat16) for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION")),  # of half precision alone
+        *((backend, torch.bfloat16) for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION")),  # half precision only
         *((backend, dtype) for backend in ("EFFICIENT_ATTENTION", "MATH") for dtype in ROUNDING),
     ],
 )
-def test_every_attention_is_the_same(backend: str, dtype: torch.dtype) -> None:
+def test_every_attention_backend_equals_float64(backend: str, dtype: torch.dtype) -> None:
     q, k, v = torch.randn(3, 2, 4, 200, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
     with sdpa_kernel(SDPBackend.__members__[backend]):
         found = attention(q.cuda(), k.cuda(), v.cuda())
-    assert apart(found, attention(q.double(), k.double(), v.double())) < ROUNDING[dtype]
+    assert max_error(found, attention(q.double(), k.double(), v.double())) < ROUNDING[dtype]
 
 
 @PRECISIONS
-def test_the_autoencoder_is_that_of_the_cpu(dtype: torch.dtype) -> None:
+def test_the_autoencoder_equals_the_cpu(dtype: torch.dtype) -> None:
     model = Autoencoder(RGB)
     fill(model, 0)
     x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -123,35 +123,35 @@ def test_the_autoencoder_is_that_of_the_cpu(dtype: torch.dtype) -> None:
         model = model.cuda().to(dtype)
         found = model.encode(x.cuda().to(dtype)), model.decode(z.cuda().to(dtype))
     for a, b in zip(found, expected, strict=True):
-        assert apart(a, b) < ROUNDING[dtype]
+        assert max_error(a, b) < ROUNDING[dtype]
 
 
 @pytest.mark.parametrize("change", ["compiled", "recomputed", "both"])
-def test_gradients_do_not_go_by_how_they_are_computed(change: str) -> None:
+def test_compiling_and_recomputing_do_not_change_gradients(change: str) -> None:
     torch.manual_seed(0)
     workload = Workload(WORK, CUDA, torch.bfloat16)
     for name, parameter in workload.decomposer.named_parameters():
-        if name.endswith("lora_B.weight"):  # else the gradients of A are zero
+        if name.endswith("lora_B.weight"):  # otherwise the gradients of A are zero
             torch.nn.init.normal_(parameter, std=0.02)
     expected = gradients(workload)
     if change != "recomputed":
         workload.decomposer.transformer.compile_blocks()
     workload.decomposer.transformer.recompute = int(change != "compiled")
     found = gradients(workload)
-    assert max(apart(a, b) for a, b in zip(found, expected, strict=True)) < ROUNDING[torch.bfloat16]
+    assert max(max_error(a, b) for a, b in zip(found, expected, strict=True)) < ROUNDING[torch.bfloat16]
 
 
 @pytest.mark.parametrize("name", BITS)
-def test_a_quantised_layer_is_that_of_the_cpu(name: str) -> None:
+def test_a_quantised_layer_equals_the_cpu(name: str) -> None:
     weight = torch.randn(128, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     x = torch.randn(32, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
     found = F.linear(x.cuda(), quantized(weight.cuda(), name))
     expected = F.linear(x, quantized(weight, name))
-    assert apart(found, expected) < ROUNDING[torch.bfloat16]
+    assert max_error(found, expected) < ROUNDING[torch.bfloat16]
 
 
 @pytest.mark.parametrize("recompute", [0, 1])
-def test_counted_memory_is_what_the_allocator_gives(recompute: int) -> None:
+def test_counted_memory_is_slightly_above_the_measured_peak(recompute: int) -> None:
     work = TrainingWork(
         size=512, scale=1.0, recompute=recompute, model=replace(WORK.transformer, hidden_size=1536, num_heads=12)
     )
@@ -168,23 +168,23 @@ def test_counted_memory_is_what_the_allocator_gives(recompute: int) -> None:
 
 
 def settings(overrides: list[str], run_dir: Path, *more: str) -> list[str]:
-    few = ["data.validation=1", "evaluate.samples=1", "sample.steps=1", "evaluate.rows=[adapted]"]
-    return [*overrides, *few, "train.steps=6", "train.validate_every=6", f"run_dir={run_dir}", *more]
+    short = ["data.validation=1", "evaluate.samples=1", "sample.steps=1", "evaluate.rows=[adapted]"]
+    return [*overrides, *short, "train.steps=6", "train.validate_every=6", f"run_dir={run_dir}", *more]
 
 
-def test_training_has_the_losses_of_the_cpu(
+def test_training_losses_equal_the_cpu(
     tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("layerdecomp.training.decomposer.local_device", lambda: "cpu")  # else first weights differ
+    monkeypatch.setattr("layerdecomp.training.decomposer.local_device", lambda: "cpu")  # for equal initial weights
     exact = ("train.precision=32-true", "optim.muon=false")
     train(load_config(ROOT / "configs" / "tiny.yaml", settings(tiny_overrides, tmp_path / "cuda", *exact)))
-    told = [f"config={ROOT}/configs/tiny.yaml", *settings(tiny_overrides, tmp_path / "cpu", *exact)]
-    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # a process of its own: this one has begun with the GPU
-    subprocess.run([sys.executable, ROOT / "tools" / "train.py", *told], env=hidden, cwd=ROOT, check=True)
+    arguments = [f"config={ROOT}/configs/tiny.yaml", *settings(tiny_overrides, tmp_path / "cpu", *exact)]
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # for a new process: this one has initialised CUDA
+    subprocess.run([sys.executable, ROOT / "tools" / "train.py", *arguments], env=hidden, cwd=ROOT, check=True)
     assert curve(tmp_path / "cuda") == pytest.approx(curve(tmp_path / "cpu"), rel=2e-4)
 
 
-def test_a_continued_run_is_the_straight_one(tiny_overrides: list[str], tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny_overrides: list[str], tmp_path: Path) -> None:
     def run(name: str, *more: str) -> dict[str, Tensor]:
         chosen = settings(
             tiny_overrides, tmp_path / name, "train.deterministic=true", "train.checkpoint_every=3", *more
@@ -206,7 +206,7 @@ def test_no_step_waits_for_the_device(
     starts, ends, waits = Job.on_train_batch_start, Job.on_train_batch_end, list[str]()
 
     def start(self: Job, batch: dict[str, Any], index: int) -> None:
-        if 1 <= self.global_step <= 4:  # neither the first, which makes tables, nor the last, which is saved
+        if 1 <= self.global_step <= 4:  # not the first, which builds tables, nor the last, which is saved
             torch.cuda.set_sync_debug_mode("warn")
         starts(self, batch, index)
 
@@ -217,10 +217,10 @@ def test_no_step_waits_for_the_device(
     monkeypatch.setattr(Job, "on_train_batch_start", start)
     monkeypatch.setattr(Job, "on_train_batch_end", end)
     chosen = settings(tiny_overrides, tmp_path / "run", "optim.muon=false", "train.checkpoint_every=6")
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         train(load_config(ROOT / "configs" / "tiny.yaml", chosen))
-    waits += [f"{w.filename}:{w.lineno}" for w in told if "synchronizing CUDA operation" in str(w.message)]
+    waits += [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing CUDA operation" in str(w.message)]
     assert not waits, waits
 
 
@@ -232,4 +232,4 @@ def test_sampling_in_bf16_is_near_float32() -> None:
         workload.decomposer.autoencoder.to(dtype)
         with torch.no_grad(), mixed_precision(workload.decomposer.autoencoder):
             found.append(workload.decomposer.velocity(workload.z, workload.context, workload.t))
-    assert 0 < apart(found[1], found[0]) < ROUNDING[torch.bfloat16]
+    assert 0 < max_error(found[1], found[0]) < ROUNDING[torch.bfloat16]

@@ -1,4 +1,4 @@
-"""Cue maps of pictures whose edges and segments are known."""
+"""Cue maps of images with known edges and segments."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def _two_halves() -> NDArray[np.uint8]:
     return image + np.random.default_rng(0).integers(0, 4, image.shape, dtype=np.uint8)
 
 
-def test_order_shapes_ranges_and_the_absent_depth() -> None:
+def test_cues_have_fixed_order_shape_and_range_and_depth_is_absent() -> None:
     cues, present = compute_cues(_two_halves())
     assert CUES[:3] == ("edge", "segmentation", "depth")  # `decompose(cues=...)` relies on it
     assert cues.shape == (len(CUES), 3, 64, 96) and cues.dtype == np.float32 and np.abs(cues).max() <= 1
@@ -34,7 +34,7 @@ def test_edge_cue_has_three_equal_channels() -> None:
     assert (edge == edge[:1]).all() and (edge == 1).any()
 
 
-def test_segments_have_the_mean_colour_of_what_they_cover() -> None:
+def test_segments_have_the_mean_colour_of_their_pixels() -> None:
     image = _two_halves()
     segments = segmentation_map(image)
     for part in (np.s_[:, :48], np.s_[:, 48:]):
@@ -45,7 +45,7 @@ def test_segments_have_the_mean_colour_of_what_they_cover() -> None:
 
 
 @pytest.mark.parametrize("given", [("depth",), ("edge", "depth"), ("segmentation",), CUES])
-def test_maps_that_are_there_are_taken_and_the_others_computed(given: tuple[str, ...]) -> None:
+def test_given_maps_are_used_and_the_others_computed(given: tuple[str, ...]) -> None:
     image, rng = _two_halves(), np.random.default_rng(1)
     maps = {cue: rng.uniform(-1, 1, (1 if cue == "depth" else 3, 64, 96)).astype(np.float32) for cue in given}
     computed = compute_cues(image)[0]

@@ -1,4 +1,4 @@
-"""The benchmark of the data, whose figures tests/test_tools.py looks at."""
+"""The data benchmark; tests/test_tools.py checks its figures."""
 
 import pytest
 
@@ -8,6 +8,6 @@ from layerdecomp.errors import InputError
 
 
 @pytest.mark.parametrize("count", [0, -3])
-def test_a_count_of_none_is_refused_before_anything_is_made(count: int) -> None:
+def test_a_count_below_one_is_rejected(count: int) -> None:
     with pytest.raises(InputError, match=f"count is {count}; expected at least 1"):
         benchmark(TripletConfig(), count)

@@ -1,4 +1,4 @@
-"""Which samples a step sees: the same ones however they are spread over ranks and restarts."""
+"""The samples of a step: the same ones however they are distributed over ranks and restarts."""
 
 import os
 import signal
@@ -22,20 +22,20 @@ def _batches(first: int = 0, batch_size: int = 4, rank: int = 0, world_size: int
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_share_the_batch_of_one_process(world_size: int) -> None:
+def test_ranks_split_the_batch_of_one_process(world_size: int) -> None:
     shares = [_batches(batch_size=8 // world_size, rank=rank, world_size=world_size) for rank in range(world_size)]
     joined = [sum(step, []) for step in zip(*shares, strict=True)]
     assert joined == _batches(batch_size=8)
     assert sum(joined, []) == list(range(48))
 
 
-def test_a_restart_goes_on_with_the_next_step() -> None:
+def test_a_restart_continues_with_the_next_step() -> None:
     assert _batches(first=4) == _batches()[4:] and len(_batches(first=4)) == 2
     assert _batches(first=4, rank=1, world_size=2) == _batches(rank=1, world_size=2)[4:]
     assert len(StepSampler(first=4, steps=6, batch_size=2, rank=0, world_size=1)) == 6
 
 
-def test_positions_go_round_and_round() -> None:
+def test_repeated_samples_wrap_around() -> None:
     samples = open_samples(CONFIG, "train", seed=0, length=5)
     positions = RepeatedSamples(samples)
     for position in (3, 8, 103):
@@ -62,38 +62,38 @@ def test_loaders_follow_the_trainer() -> None:
     batches = list(_module(global_step=2, global_rank=1, world_size=2, accumulate_grad_batches=1).train_dataloader())
     assert [batch["position"] for batch in batches] == [[10, 11], [14, 15]]
     assert [batch["index"] for batch in batches] == [[0, 1], [4, 0]]
-    assert batches[0]["image"][0].equal(batches[1]["image"][1]), "sample 0 comes again"
+    assert batches[0]["image"][0].equal(batches[1]["image"][1]), "expected sample 0 again"
     validation = list(_module(global_rank=0, world_size=1).val_dataloader())
     assert [batch["index"] for batch in validation] == [[0, 1], [2]]
     assert not validation[0]["image"].equal(batches[0]["image"])
 
 
-def test_validation_looks_at_other_samples_than_an_evaluation_of_the_same_seed() -> None:
+def test_validation_and_evaluation_with_the_same_seed_use_different_samples() -> None:
     found = next(iter(_module(global_rank=0, world_size=1).val_dataloader()))["image"][0]
     evaluated, expected = (open_samples(CONFIG, "test", seed, 3)[0]["image"] for seed in (3, 4))
     assert found.equal(expected) and not found.equal(evaluated)
 
 
-def test_validation_is_shared_out_without_repeating_a_sample() -> None:
+def test_validation_is_split_over_ranks_without_repeating_a_sample() -> None:
     shares = [list(_module(global_rank=rank, world_size=2).val_dataloader()) for rank in (0, 1)]
     assert [[batch["index"] for batch in share] for share in shares] == [[[0, 2]], [[1]]]
     with pytest.raises(InputError, match="data.validation is 3, but 4 processes share them"):
         _module(global_rank=0, world_size=4).val_dataloader()
 
 
-def test_cues_are_made_only_where_they_are_needed() -> None:
+def test_cues_are_computed_only_if_needed() -> None:
     assert open_samples(CONFIG, "test", 0, 1)[0]["cues"].any()
     assert not open_samples(CONFIG, "test", 0, 1, with_cues=False)[0]["cues"].any()
 
 
-def test_accumulation_takes_the_batches_of_a_step_one_after_the_other() -> None:
+def test_accumulated_batches_split_the_samples_of_a_step_in_order() -> None:
     trainer = {"global_step": 1, "global_rank": 1, "world_size": 2, "accumulate_grad_batches": 2}
     positions = [batch["position"] for batch in _module(**trainer).train_dataloader()]
     assert positions[:2] == [[10, 11], [14, 15]]  # step 1 has 8 to 15
     assert len(positions) == 6
 
 
-def test_workers_do_not_hear_what_stops_a_training() -> None:
+def test_workers_ignore_the_signals_that_stop_training() -> None:
     trainer = {"global_step": 0, "global_rank": 0, "world_size": 1, "accumulate_grad_batches": 1}
     module = _module(**trainer)
     module.workers = 1
@@ -105,7 +105,7 @@ def test_workers_do_not_hear_what_stops_a_training() -> None:
     assert positions + [batch["position"] for batch in batches] == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
-LEFT_BEHIND = """
+LEFTOVER_WORKER = """
 from types import SimpleNamespace
 from layerdecomp.data.datamodule import DataConfig, SampleData
 from layerdecomp.data.scenes import SceneConfig
@@ -117,8 +117,8 @@ print(batches._workers[0].pid)
 """
 
 
-def test_a_worker_that_is_left_behind_does_not_keep_the_process_from_its_end() -> None:
-    ended = subprocess.run([sys.executable, "-c", LEFT_BEHIND], capture_output=True, text=True, timeout=120)
+def test_a_leftover_worker_does_not_keep_the_process_from_exiting() -> None:
+    ended = subprocess.run([sys.executable, "-c", LEFTOVER_WORKER], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
     with pytest.raises(ProcessLookupError):
         os.kill(int(ended.stdout), 0)

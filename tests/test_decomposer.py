@@ -1,4 +1,4 @@
-"""The parts composed: layers of any size, reproducible, that depend on everything they should and on nothing else."""
+"""The whole decomposer: layers of any size, reproducible, that depend on exactly the inputs they should."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -43,14 +43,14 @@ def picture(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
 
 
 def box(height: int, width: int) -> NDArray[np.bool_]:
-    """An object in the middle, an eighth of each side."""
+    """The mask of an object near the centre, an eighth of each side."""
     mask = np.zeros((height, width), bool)
     mask[height // 2 : height // 2 + max(1, height // 8), width // 2 : width // 2 + max(1, width // 8)] = True
     return mask
 
 
 def changed(decomposer: Decomposer, **sample: object) -> Decomposer:
-    """The same parts with another way of sampling."""
+    """The same models with other sampling settings."""
     other = copy.copy(decomposer)
     other.sample = replace(decomposer.sample, **sample)  # type: ignore[arg-type]
     return other
@@ -77,7 +77,7 @@ def differ(first: Layers, second: Layers) -> bool:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_layers_have_the_size_of_the_picture(tiny_decomposer: Decomposer, size: tuple[int, int]) -> None:
+def test_layers_have_the_size_of_the_image(tiny_decomposer: Decomposer, size: tuple[int, int]) -> None:
     image, mask = picture(*size), box(*size)
     layers = changed(tiny_decomposer, max_side=64).decompose(image, mask, steps=STEPS)
     assert layers.background.shape == (*size, 3) and layers.background.dtype == np.uint8
@@ -89,8 +89,8 @@ def test_layers_have_the_size_of_the_picture(tiny_decomposer: Decomposer, size: 
 
 
 @pytest.mark.parametrize("size", [(48, 2048), (601, 19), (5, 17), (17, 5), (1, 2)])
-def test_layers_of_extreme_sizes(tiny_decomposer: Decomposer, size: tuple[int, int]) -> None:
-    """Unshrunk up to 2048, and larger than a tile along one side."""
+def test_extreme_sizes_give_layers_of_the_same_size(tiny_decomposer: Decomposer, size: tuple[int, int]) -> None:
+    """Up to 2048 without shrinking, and larger than a tile along one side."""
     image, mask = picture(*size), box(*size)
     drawn = changed(tiny_decomposer, max_side=2048, tile=512, tile_overlap=128)
     layers = drawn.decompose(image, mask, steps=1)
@@ -99,10 +99,10 @@ def test_layers_of_extreme_sizes(tiny_decomposer: Decomposer, size: tuple[int, i
         assert layers.foreground[..., 3].std() > 0
     if 512 < max(size) < 2048:
         whole = changed(tiny_decomposer, max_side=2048, tile=2048).decompose(image, mask, steps=1)
-        assert (whole.foreground != layers.foreground).any()  # the norms see other pixels
+        assert (whole.foreground != layers.foreground).any()  # the norms see different pixels
 
 
-def test_pictures_of_two_sizes_are_no_batch(tiny_decomposer: Decomposer) -> None:
+def test_a_batch_rejects_images_of_different_sizes(tiny_decomposer: Decomposer) -> None:
     prepared = [tiny_decomposer.prepare(picture(*size), box(*size)) for size in ((32, 48), (37, 53), (30, 40))]
     assert [one.size for one in prepared] == [(32, 48), (48, 64), (32, 48)]
     first, third = tiny_decomposer.decompose_batch([prepared[0], prepared[2]], steps=1)
@@ -111,7 +111,7 @@ def test_pictures_of_two_sizes_are_no_batch(tiny_decomposer: Decomposer) -> None
         tiny_decomposer.decompose_batch(prepared[:2], steps=1)
 
 
-def test_the_seed_decides(tiny_decomposer: Decomposer) -> None:
+def test_the_seed_and_steps_determine_the_layers(tiny_decomposer: Decomposer) -> None:
     image, mask = picture(32, 48), box(32, 48)
     first, again, other = (tiny_decomposer.decompose(image, mask, steps=STEPS, seed=seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first.background, again.background)
@@ -121,11 +121,11 @@ def test_the_seed_decides(tiny_decomposer: Decomposer) -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 96), (160, 240)])
-def test_the_background_keeps_the_pixels_elsewhere(tiny_decomposer: Decomposer, size: tuple[int, int]) -> None:
+def test_the_background_keeps_the_pixels_beyond_the_object(tiny_decomposer: Decomposer, size: tuple[int, int]) -> None:
     decomposer = changed(tiny_decomposer, max_side=96)
     image, mask = picture(*size), box(*size)
     kept = decomposer.decompose(image, mask, steps=STEPS)
-    found = mask | (kept.foreground[..., 3] >= 127)  # of which the mask may have missed what lies beyond it
+    found = mask | (kept.foreground[..., 3] >= 127)  # the mask, and any part of the object that it missed
     inside, near = (
         grow_and_feather(
             torch.from_numpy(place).float()[None, None], decomposer.sample.grow, decomposer.sample.feather
@@ -135,10 +135,10 @@ def test_the_background_keeps_the_pixels_elsewhere(tiny_decomposer: Decomposer, 
     inside, elsewhere = inside == 1, near == 0
     assert elsewhere.mean() > 0.5 and inside[mask].all()
     np.testing.assert_array_equal(kept.background[elsewhere], image[elsewhere])
-    painted = changed(decomposer, keep_pixels=False).decompose(image, mask, steps=STEPS)
-    np.testing.assert_array_equal(painted.foreground, kept.foreground)
-    np.testing.assert_array_equal(painted.background[inside], kept.background[inside])
-    assert (painted.background[elsewhere] != image[elsewhere]).mean() > 0.5
+    generated = changed(decomposer, keep_pixels=False).decompose(image, mask, steps=STEPS)
+    np.testing.assert_array_equal(generated.foreground, kept.foreground)
+    np.testing.assert_array_equal(generated.background[inside], kept.background[inside])
+    assert (generated.background[elsewhere] != image[elsewhere]).mean() > 0.5
 
 
 @pytest.mark.parametrize("line", [lambda m: m[:, 70:71], lambda m: m[30:31], lambda m: m[50:51, 60:61]])
@@ -176,13 +176,13 @@ def test_given_cues_replace_the_computed_ones(tiny_decomposer: Decomposer) -> No
     )
 
 
-def test_an_estimator_adds_the_depth_cue(tiny_decomposer: Decomposer) -> None:
+def test_a_depth_estimator_adds_the_depth_cue(tiny_decomposer: Decomposer) -> None:
     config = DepthConfig(
         image_size=28, embed_dim=24, depth=6, num_heads=3, feature_blocks=[0, 2, 3, 4], neck_widths=[6, 8, 10, 12]
     )
     estimator = DepthEstimator(config).eval()
     fill(estimator, seed=0)
-    estimator.head.conv3.bias.data.fill_(5.0)  # a depth is never negative
+    estimator.head.conv3.bias.data.fill_(5.0)  # the final ReLU clips negative depths
     image, mask = picture(64, 96), box(64, 96)
     with_depth = tiny_decomposer.decompose(image, mask, steps=STEPS, depth=estimator)
     assert differ(with_depth, tiny_decomposer.decompose(image, mask, steps=STEPS))
@@ -192,18 +192,18 @@ def test_an_estimator_adds_the_depth_cue(tiny_decomposer: Decomposer) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 48), (len(CUES) - 1, 3, 32, 48), (len(CUES), 1, 32, 48)])
-def test_cues_of_another_shape(tiny_decomposer: Decomposer, shape: tuple[int, ...]) -> None:
+def test_cues_of_a_wrong_shape_are_rejected(tiny_decomposer: Decomposer, shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match=rf"cues of shape .*; expected \({len(CUES)}, 3, H, W\), the maps edge, seg"):
         tiny_decomposer.decompose(picture(32, 48), box(32, 48), cues=np.zeros(shape, np.float32))
 
 
 @pytest.mark.parametrize("steps", [0, -3])
-def test_no_steps(tiny_decomposer: Decomposer, steps: int) -> None:
+def test_less_than_one_step_is_rejected(tiny_decomposer: Decomposer, steps: int) -> None:
     with pytest.raises(InputError, match=f"steps is {steps}; expected at least 1"):
         tiny_decomposer.decompose(picture(32, 48), box(32, 48), steps=steps)
 
 
-def test_fusion_can_be_left_out(tiny_config: DecomposerConfig, tiny_weights: Path) -> None:
+def test_fusion_can_be_disabled(tiny_config: DecomposerConfig, tiny_weights: Path) -> None:
     config = replace(tiny_config, fusion=ContextFusionConfig(enabled=False))
     decomposer = build_decomposer(config).requires_grad_(False).eval()
     assert decomposer.context_fusion is None and not any("fusion" in name for name in decomposer.state_dict())
@@ -213,7 +213,7 @@ def test_fusion_can_be_left_out(tiny_config: DecomposerConfig, tiny_weights: Pat
     assert decomposer.decompose(picture(32, 48), box(32, 48), steps=1).foreground.shape == (32, 48, 4)
 
 
-def test_shapes_of_the_parts(tiny_decomposer: Decomposer) -> None:
+def test_context_latents_velocity_and_layers_have_the_expected_shapes(tiny_decomposer: Decomposer) -> None:
     batch = batch_of(3)
     context = tiny_decomposer.encode(*batch.values())
     assert context.img_cond.shape == (3, 8, 320) and context.ids.shape == (8, 3)
@@ -228,19 +228,19 @@ def test_shapes_of_the_parts(tiny_decomposer: Decomposer) -> None:
     assert background.abs().max() <= 1 and foreground[:, 3].min() >= 0 and foreground[:, 3].max() <= 1
 
 
-def test_a_sample_is_encoded_as_its_parts_are(tiny_decomposer: Decomposer) -> None:
+def test_encoding_a_sample_equals_encoding_its_parts(tiny_decomposer: Decomposer) -> None:
     batch = batch_of(3)
     background, foreground = batch["image"].flip(-1), torch.cat([batch["image"], batch["mask"]], 1)
-    told, z = tiny_decomposer.encode_sample(batch["image"], batch["mask"], batch["cues"], background, foreground)
+    encoded, z = tiny_decomposer.encode_sample(batch["image"], batch["mask"], batch["cues"], background, foreground)
     alone = tiny_decomposer.encode_images(batch["image"], batch["mask"], batch["cues"])
-    torch.testing.assert_close(told, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(encoded, alone, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         z_b = tiny_decomposer.autoencoder.encode(background)
         z_f = tiny_decomposer.rgba_autoencoder.encode(to_autoencoder(foreground))
     torch.testing.assert_close(z, torch.cat([pack(z_b), pack(z_f)], dim=1), rtol=1e-4, atol=1e-5)
 
 
-def test_compiled_encoders_encode_the_same_under_the_same_names(tiny_config: DecomposerConfig) -> None:
+def test_compiled_encoders_give_the_same_latents_and_parameter_names(tiny_config: DecomposerConfig) -> None:
     decomposer = build_decomposer(tiny_config).requires_grad_(False).eval()
     names, batch = [*decomposer.state_dict()], batch_of(3)
     sample = batch["image"], batch["mask"], batch["cues"], batch["image"], torch.cat([batch["image"], batch["mask"]], 1)
@@ -253,12 +253,12 @@ def test_compiled_encoders_encode_the_same_under_the_same_names(tiny_config: Dec
         found = decomposer.encode_sample(*(tensor[:rows] for tensor in sample))
         for ours, whole in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, whole[:rows], rtol=1e-4, atol=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one of each encoder, whatever the batch
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one per encoder, whatever the batch size
     assert [*decomposer.state_dict()] == names
 
 
-def test_what_each_layer_is_told(tiny_decomposer: Decomposer) -> None:
-    """The background never sees the object, the foreground nothing but the object."""
+def test_each_layer_is_conditioned_only_on_its_own_pixels(tiny_decomposer: Decomposer) -> None:
+    """The background never sees the object; the foreground sees only the object."""
     batch = batch_of(2)
     img_cond = tiny_decomposer.encode(*batch.values()).img_cond
     for inside, same in ((True, slice(0, 4)), (False, slice(4, 8))):
@@ -276,7 +276,7 @@ def test_absent_cues_have_no_influence(tiny_decomposer: Decomposer) -> None:
     assert first[0].equal(second[0]) and first[1].equal(second[1])
 
 
-def test_a_sample_does_not_depend_on_its_neighbours(tiny_decomposer: Decomposer) -> None:
+def test_a_sample_does_not_depend_on_the_rest_of_its_batch(tiny_decomposer: Decomposer) -> None:
     batch, noise = batch_of(3), noise_of(3)
     together = tiny_decomposer.draw(batch, noise, steps=STEPS)
     for index in range(3):
@@ -310,7 +310,7 @@ def test_every_trained_part_matters(tiny_decomposer: Decomposer) -> None:
             assert (layer - altered).abs().mean() > 1e-3
 
 
-def test_only_what_is_trained_is_an_adapter(tiny_config: DecomposerConfig) -> None:
+def test_an_adapter_holds_only_trained_tensors(tiny_config: DecomposerConfig) -> None:
     decomposer = build_decomposer(tiny_config)
     base = load_mmdit(tiny_config.weights.transformer).state_dict()
     names = decomposer.adapter({}).tensors.keys()
@@ -318,9 +318,9 @@ def test_only_what_is_trained_is_an_adapter(tiny_config: DecomposerConfig) -> No
     assert all(p.dtype == torch.float32 for p in decomposer.adapter({}).tensors.values())
 
 
-def test_a_loaded_adapter_is_the_one_of_its_file(tiny_weights: Path, tmp_path: Path) -> None:
+def test_a_loaded_adapter_equals_its_file_and_determines_the_digest(tiny_weights: Path) -> None:
     path = tiny_weights / "adapter.safetensors"
-    decomposer = Decomposer.from_pretrained(path)  # nothing in it is trained any more
+    decomposer = Decomposer.from_pretrained(path)  # all its parameters are frozen
     found, expected = decomposer.adapter({}).tensors, load_file(path)
     assert found.keys() == expected.keys() and all(found[name].equal(expected[name]) for name in expected)
     before = decomposer.digest()
@@ -336,30 +336,30 @@ def test_a_loaded_adapter_is_the_one_of_its_file(tiny_weights: Path, tmp_path: P
         ({"fusion": ContextFusionConfig(num_queries=4, num_heads=2, cues=["edges"])}, "fusion.cues names 'edges'"),
     ],
 )
-def test_settings_that_do_not_fit_the_frozen_parts(
+def test_settings_that_do_not_fit_the_frozen_models_are_rejected(
     tiny_config: DecomposerConfig, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
         build_decomposer(replace(tiny_config, **changes))
 
 
-def test_a_file_that_is_missing_is_told_before_the_large_one_is_read(
+def test_missing_files_are_reported_before_the_transformer_is_loaded(
     tiny_config: DecomposerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("layerdecomp.decomposer.load_mmdit", lambda *_: pytest.fail("24 GB"))
     for names in (["rgba_autoencoder"], ["prompt"], ["autoencoder", "prompt"]):
         weights = replace(tiny_config.weights, **{name: f"{name}.gone" for name in names})
-        told = "; ".join(f"{name}.gone does not exist" for name in names)
-        with pytest.raises(InputError, match=f"^{told}; put the file there"):
+        expected = "; ".join(f"{name}.gone does not exist" for name in names)
+        with pytest.raises(InputError, match=f"^{expected}; put the file there"):
             build_decomposer(replace(tiny_config, weights=weights))
 
 
-def test_another_number_format_than_that_of_training(tiny_weights: Path) -> None:
+def test_float16_is_rejected(tiny_weights: Path) -> None:
     with pytest.raises(InputError, match="dtype is torch.float16; expected torch.float32 or torch.bfloat16"):
         Decomposer.from_pretrained(tiny_weights / "adapter.safetensors", dtype=torch.float16)
 
 
-def test_frozen_parts_in_bf16(tiny_weights: Path, tiny_decomposer: Decomposer) -> None:
+def test_frozen_models_in_bf16_give_nearly_the_same_layers(tiny_weights: Path, tiny_decomposer: Decomposer) -> None:
     decomposer = Decomposer.from_pretrained(tiny_weights / "adapter.safetensors", dtype=torch.bfloat16)
     assert decomposer.transformer.final_layer.linear.weight.dtype == torch.bfloat16
     image, mask = picture(32, 48), box(32, 48)
@@ -368,7 +368,7 @@ def test_frozen_parts_in_bf16(tiny_weights: Path, tiny_decomposer: Decomposer) -
     assert 0 < error.mean() < 8
 
 
-def test_the_base_inpaints(tiny_config: DecomposerConfig, tiny_decomposer: Decomposer) -> None:
+def test_the_base_inpaints_with_and_without_a_mask(tiny_config: DecomposerConfig, tiny_decomposer: Decomposer) -> None:
     base, batch = load_mmdit(tiny_config.weights.transformer), batch_of(2)
     parts = (base, tiny_decomposer.autoencoder, tiny_decomposer.prompt, batch["image"], batch["mask"])
     settings = (tiny_decomposer.flow, replace(tiny_decomposer.sample, steps=STEPS))
@@ -382,7 +382,7 @@ def test_the_base_inpaints(tiny_config: DecomposerConfig, tiny_decomposer: Decom
     assert maskless.equal(inpaint(*parts, noise_of(2)[:, 0], ConditioningConfig(), *settings))
 
 
-def test_a_prompt_comes_from_its_file(tiny_config: DecomposerConfig, tmp_path: Path) -> None:
+def test_a_prompt_is_loaded_from_its_file(tiny_config: DecomposerConfig, tmp_path: Path) -> None:
     path = str(tmp_path / "prompt.safetensors")
     config = replace(tiny_config, weights=replace(tiny_config.weights, prompt=path))
     save_file({"txt": torch.ones(5, 8), "vec": torch.ones(8)}, path)
@@ -399,7 +399,7 @@ def test_a_prompt_comes_from_its_file(tiny_config: DecomposerConfig, tmp_path: P
     assert "1 missing: vec" in str(error.value) and "txt [5, 9] for [5, 8]" in str(error.value)
 
 
-def test_an_adapter_knows_its_prompt(tiny_config: DecomposerConfig, tmp_path: Path) -> None:
+def test_an_adapter_rejects_another_prompt(tiny_config: DecomposerConfig, tmp_path: Path) -> None:
     files = [tmp_path / "prompt.safetensors", tmp_path / "other.safetensors"]
     for value, file in enumerate(files):
         save_file({"txt": torch.full((5, 8), float(value)), "vec": torch.ones(8)}, file)
@@ -410,7 +410,7 @@ def test_an_adapter_knows_its_prompt(tiny_config: DecomposerConfig, tmp_path: Pa
         Decomposer.from_pretrained(tmp_path / "adapter.safetensors", prompt=str(files[1]))
 
 
-def test_the_weights_that_ship_belong_together_and_find_the_objects() -> None:
+def test_the_shipped_weights_fit_together_and_find_the_objects() -> None:
     decomposer = Decomposer.from_pretrained("checkpoints/tiny/adapter.safetensors")
     data = Scenes(SceneConfig(), "test", seed=99, length=8)
     batch = collate([data[index] for index in range(8)])
@@ -423,7 +423,7 @@ def test_the_weights_that_ship_belong_together_and_find_the_objects() -> None:
     assert alpha_iou(everything, batch["foreground"]).mean() < 0.3
 
 
-def test_merging_changes_rounding_alone(tiny_weights: Path) -> None:
+def test_merging_changes_only_rounding(tiny_weights: Path) -> None:
     decomposer, merged = (Decomposer.from_pretrained(tiny_weights / "adapter.safetensors") for _ in range(2))
     assert any(isinstance(module, LoRALinear) for module in decomposer.transformer.modules())
     assert not any(isinstance(module, LoRALinear) for module in merged.merge().transformer.modules())
@@ -436,7 +436,7 @@ def test_merging_changes_rounding_alone(tiny_weights: Path) -> None:
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
-def test_the_shift_of_the_times_is_that_of_one_layers_tokens(tiny_decomposer: Decomposer) -> None:
+def test_the_timestep_shift_depends_on_the_tokens_of_one_layer(tiny_decomposer: Decomposer) -> None:
     times = []
 
     def velocity(self: Decomposer, x: Tensor, context: object, t: Tensor) -> Tensor:
@@ -448,7 +448,7 @@ def test_the_shift_of_the_times_is_that_of_one_layers_tokens(tiny_decomposer: De
     assert times == schedule(5, (64 // 16) ** 2, tiny_decomposer.flow)[:-1].tolist()
 
 
-@pytest.mark.parametrize("shifts", [(0.0, 0.3, -0.3), (0.0, 0.3)])  # of an even number it is the lower one
+@pytest.mark.parametrize("shifts", [(0.0, 0.3, -0.3), (0.0, 0.3)])  # the lower median of an even number
 def test_the_foreground_is_the_median_of_several_draws(tiny_decomposer: Decomposer, shifts: Sequence[float]) -> None:
     batch, noises = batch_of(2), [noise_of(2) + shift for shift in shifts]
     drawn = [tiny_decomposer.draw(batch, noise, steps=STEPS) for noise in noises]

@@ -23,7 +23,7 @@ WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_s
 
 
 class Waits(TorchDispatchMode):
-    """Records where an operation needs the value of a tensor, for which a GPU would have to finish first."""
+    """Records the operations that need the value of a tensor, for which the host would wait for a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_recorder_sees_what_waits() -> None:
+def test_the_recorder_finds_operations_that_wait() -> None:
     x = torch.arange(3.0)
     for waiting in (lambda: x.sum().item(), lambda: x[x > 1], lambda: bool((x > 0).all()), lambda: x.nonzero()):
         with Waits() as waits:
@@ -62,11 +62,11 @@ def test_no_step_waits(
         ends(self, *args)
         waits.__exit__(None, None, None)
         steps.append(self.global_step)
-        if self.global_step == 4:  # is saved, which may wait
+        if self.global_step == 4:  # the next step is the last one; it is saved, which may wait
             assert bool(waits.found) is careless, waits.found[0]
             waits.found.clear()
 
-    def looking(self: DecomposerJob, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def reading(self: DecomposerJob, batch: dict[str, Any]) -> dict[str, Tensor]:
         losses = loss(self, batch)
         assert losses["loss"].item() > 0
         return losses
@@ -74,21 +74,21 @@ def test_no_step_waits(
     monkeypatch.setattr(Job, "on_train_batch_start", start)
     monkeypatch.setattr(Job, "on_train_batch_end", end)
     if careless:
-        monkeypatch.setattr(DecomposerJob, "loss", looking)
+        monkeypatch.setattr(DecomposerJob, "loss", reading)
     settings = ["optim.muon=false", "train.steps=5", "train.validate_every=5", "train.checkpoint_every=5"]
-    few = ["data.validation=1", "evaluate.samples=1", "sample.steps=1", "evaluate.rows=[adapted]"]
-    train(load_config(ROOT / "configs" / "tiny.yaml", [*tiny_overrides, *settings, *few, f"run_dir={tmp_path}/run"]))
+    short = ["data.validation=1", "evaluate.samples=1", "sample.steps=1", "evaluate.rows=[adapted]"]
+    train(load_config(ROOT / "configs" / "tiny.yaml", [*tiny_overrides, *settings, *short, f"run_dir={tmp_path}/run"]))
     assert steps == [1, 2, 3, 4, 5]
 
 
-def test_numbers_arrive() -> None:
+def test_deferred_values_and_tensors_on_other_devices_are_unchanged() -> None:
     assert Deferred(torch.tensor([1.5, -2.0])).read() == [1.5, -2.0]
     numbers = torch.arange(3)
     assert to_device(numbers, torch.device("cpu")).equal(numbers)
     assert to_device(numbers, torch.device("meta")).is_meta
 
 
-def _train_and_count_barriers(rank: int, port: int, settings: list[str], said: Path) -> None:
+def _train_and_count_barriers(rank: int, port: int, settings: list[str], folder: Path) -> None:
     become_rank(rank, port)
     barriers, found = list[None](), list[int]()
     barrier, start, end = torch.distributed.barrier, Job.on_train_batch_start, Job.on_train_batch_end
@@ -104,7 +104,7 @@ def _train_and_count_barriers(rank: int, port: int, settings: list[str], said: P
     torch.distributed.barrier = lambda *args, **more: (barriers.append(None), barrier(*args, **more))[1]
     Job.on_train_batch_start, Job.on_train_batch_end = started, ended  # type: ignore[method-assign]
     train(load_config(ROOT / "configs" / "tiny.yaml", settings))
-    (said / f"{rank}").write_text(str(found))
+    (folder / f"{rank}").write_text(str(found))
 
 
 def test_no_step_of_several_ranks_has_a_barrier(
@@ -112,7 +112,7 @@ def test_no_step_of_several_ranks_has_a_barrier(
 ) -> None:
     monkeypatch.delenv("MASTER_PORT", raising=False)
     settings = ["train.devices=2", "train.batch_size=1", "train.steps=3", "train.validate_every=3", "latent_cache=null"]
-    few = ["data.validation=2", "evaluate.rows=[]", f"run_dir={tmp_path}/run"]
-    assert as_ranks(_train_and_count_barriers, [*tiny_overrides, *settings, *few], tmp_path) == [0, 0]
+    short = ["data.validation=2", "evaluate.rows=[]", f"run_dir={tmp_path}/run"]
+    assert as_ranks(_train_and_count_barriers, [*tiny_overrides, *settings, *short], tmp_path) == [0, 0]
     steps = [json.loads((tmp_path / rank).read_text()) for rank in "01"]
-    assert steps == [[0, 0, 1]] * 2, "the last one is saved, which may wait"
+    assert steps == [[0, 0, 1]] * 2, "expected a barrier only in the last step, which is saved"

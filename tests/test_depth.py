@@ -42,7 +42,7 @@ def reference_config(config: DepthConfig) -> DepthAnythingConfig:
         hidden_size=config.embed_dim,
         num_hidden_layers=config.depth,
         num_attention_heads=config.num_heads,
-        out_indices=[block + 1 for block in config.feature_blocks],  # index 0 is what enters the first block
+        out_indices=[block + 1 for block in config.feature_blocks],  # index 0 is the input of the first block
         reshape_hidden_states=False,
     )
     return DepthAnythingConfig(
@@ -56,14 +56,14 @@ def reference_config(config: DepthConfig) -> DepthAnythingConfig:
 
 
 def build_reference(config: DepthConfig = TINY) -> DepthAnythingForDepthEstimation:
-    """All parameters random; the embeddings as large as the patches, so that errors in them cannot hide."""
+    """Random parameters, with embeddings as large as the patches, so that errors in them show."""
     reference = DepthAnythingForDepthEstimation(reference_config(config)).eval()
     randomize(reference)
     embeddings = reference.backbone.embeddings
     generator = torch.Generator().manual_seed(1)
     for parameter in (embeddings.cls_token, embeddings.mask_token, embeddings.position_embeddings):
         parameter.data.normal_(generator=generator)
-    reference.head.conv3.bias.data.fill_(0.2)  # positive and zero depths, both
+    reference.head.conv3.bias.data.fill_(0.2)  # both positive and zero depths
     return reference
 
 
@@ -74,7 +74,7 @@ def reference() -> DepthAnythingForDepthEstimation:
 
 @pytest.fixture(scope="module")
 def path(reference: DepthAnythingForDepthEstimation, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The reference's weights as transformers writes them; nobody may change the file."""
+    """The reference's weights as transformers writes them; do not modify the file."""
     folder = tmp_path_factory.mktemp("depth")
     reference.save_pretrained(folder)
     return folder / "model.safetensors"
@@ -88,7 +88,7 @@ def images(batch: int, height: int, width: int) -> Tensor:
     return (waves + 0.2 * torch.randn(waves.shape, generator=generator)).clamp(-1, 1)
 
 
-def test_full_size_is_that_of_the_published_small_model() -> None:
+def test_full_size_matches_the_published_small_model() -> None:
     with torch.device("meta"):
         model = DepthEstimator(DepthConfig())
         reference = DepthAnythingForDepthEstimation(reference_config(DepthConfig()))
@@ -112,7 +112,7 @@ def test_depth_equals_transformers(
     assert relative_error(depth, expected) < 1e-5
 
 
-def test_file_is_of_the_published_names_and_ends_up_frozen(path: Path) -> None:
+def test_a_file_with_the_published_names_loads_frozen(path: Path) -> None:
     published = load_file(path)
     assert "backbone.encoder.layer.0.attention.attention.query.weight" in published
     model = load_depth(path, TINY)
@@ -122,7 +122,7 @@ def test_file_is_of_the_published_names_and_ends_up_frozen(path: Path) -> None:
 
 
 @torch.no_grad()
-def test_half_precision_is_near(path: Path) -> None:
+def test_bf16_is_near_float32(path: Path) -> None:
     model = load_depth(path, TINY, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     x = images(1, 60, 90)
@@ -148,7 +148,7 @@ def test_preprocessing_equals_transformers(height: int, width: int) -> None:
     exact = DPTImageProcessor(**settings, do_rescale=False)(list(pixels / 255), return_tensors="pt").pixel_values
     actual = preprocess(pixels / 127.5 - 1, DepthConfig())
     assert relative_error(actual, exact) < 1e-5
-    # transformers rounds twice to whole levels where it is given whole levels: after columns and after rows
+    # given whole levels, transformers rounds to whole levels twice: after columns and after rows
     assert (actual - in_levels).abs().max() < 1.25 / 255 / 0.224
 
 
@@ -168,7 +168,7 @@ def test_large_images_get_a_short_side_of_518_in_whole_patches() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(84, 84), (50, 70), (300, 200)], ids=["as is", "small", "large"])
 @torch.no_grad()
-def test_estimate_scales_each_image(
+def test_estimates_are_scaled_per_image(
     reference: DepthAnythingForDepthEstimation, path: Path, height: int, width: int
 ) -> None:
     model = load_depth(path, TINY)
@@ -179,7 +179,7 @@ def test_estimate_scales_each_image(
     assert relative_error(model.estimate(x[1:]), estimate[1:]) < 1e-5
     for depth, scaled in zip(reference(preprocess(x, TINY)).predicted_depth, estimate[:, 0], strict=True):
         depth = torch.nn.functional.interpolate(depth[None, None], (height, width), mode="bicubic", antialias=True)
-        assert np.corrcoef(depth.flatten(), scaled.flatten())[0, 1] > 0.9999  # near stays near
+        assert np.corrcoef(depth.flatten(), scaled.flatten())[0, 1] > 0.9999  # not inverted
 
 
 @pytest.mark.parametrize("value", [-1.0, 0.0, 0.3, 7.7])
@@ -210,7 +210,7 @@ def _without(name: str) -> Callable[[dict[str, Tensor]], object]:
     ],
     ids=["missing", "missing part", "unexpected", "misshaped part"],
 )
-def test_every_misfit_is_an_error(
+def test_tensors_that_do_not_fit_are_rejected(
     path: Path, tmp_path: Path, change: Callable[[dict[str, Tensor]], object], message: str
 ) -> None:
     state, changed = load_file(path), tmp_path / "changed.safetensors"
@@ -222,7 +222,7 @@ def test_every_misfit_is_an_error(
     assert len(str(error.value).splitlines()) == 2
 
 
-def test_truncated_file(path: Path, tmp_path: Path) -> None:
+def test_a_truncated_file_is_rejected(path: Path, tmp_path: Path) -> None:
     content, cut = path.read_bytes(), tmp_path / "cut.safetensors"
     cut.write_bytes(content[:-100])
     with pytest.raises(InputError, match="truncated") as error:
@@ -240,6 +240,6 @@ def test_truncated_file(path: Path, tmp_path: Path) -> None:
         ({"feature_blocks": [0, 2, 2, 4]}, "expected rising"),
     ],
 )
-def test_impossible_sizes(change: dict[str, object], message: str) -> None:
+def test_invalid_sizes_are_rejected(change: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         replace(TINY, **change)

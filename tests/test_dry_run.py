@@ -1,4 +1,4 @@
-"""What a dry run says of files and of models that nobody has yet; the command itself is run by test_train.py."""
+"""What a dry run reports about missing files and models; test_train.py runs the command itself."""
 
 from pathlib import Path
 
@@ -13,25 +13,25 @@ from layerdecomp.models.mmdit import MMDiTConfig
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
-def test_missing_files_are_listed_with_what_belongs_there(tmp_path: Path) -> None:
+def test_missing_files_are_listed_with_their_origin(tmp_path: Path) -> None:
     config = load_config(CONFIGS / "flux_fill.yaml", [f"adapter={tmp_path}/adapter.safetensors"])
     for name, path in vars(config.weights).items():
         setattr(config.weights, name, str(tmp_path / Path(path).name))
-    told = missing_files(config)
-    assert len(told) == 5 and all(line.startswith(f"missing: {tmp_path}") for line in told)
-    assert told[0].endswith("transformer); checkpoints/README.md says where to get it")
-    assert "made by tools/train.py config=configs/flux_rgba_autoencoder.yaml" in told[2]
-    assert told[3].endswith("(weights.prompt); made by make embed-prompt")
-    assert "adapter.safetensors (adapter); written by a run" in told[4]
+    lines = missing_files(config)
+    assert len(lines) == 5 and all(line.startswith(f"missing: {tmp_path}") for line in lines)
+    assert lines[0].endswith("transformer); checkpoints/README.md says where to get it")
+    assert "made by tools/train.py config=configs/flux_rgba_autoencoder.yaml" in lines[2]
+    assert lines[3].endswith("(weights.prompt); made by make embed-prompt")
+    assert "adapter.safetensors (adapter); written by a run" in lines[4]
 
 
-def test_frozen_parts_in_float32_are_not_counted_as_bf16() -> None:
+def test_a_dry_run_rejects_frozen_models_in_float32() -> None:
     config = load_config(CONFIGS / "tiny.yaml", ["train.precision=32-true"])
     with pytest.raises(InputError, match=r"found train.precision=32-true, expected auto or bf16-mixed"):
         dry_run(config)
 
 
-def test_a_model_is_the_one_in_its_file_or_else_the_published_one(tiny_weights: Path) -> None:
+def test_models_are_described_by_their_files_or_else_the_published_ones(tiny_weights: Path) -> None:
     config = load_config(CONFIGS / "flux_fill_24gb.yaml")
     config.weights.transformer = config.weights.autoencoder = "nowhere.safetensors"
     work = training_work(config)

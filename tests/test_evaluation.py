@@ -1,4 +1,4 @@
-"""Drawing into files, figures from files, and the files of figures."""
+"""Drawing layers into files, scoring files, and writing the figures."""
 
 import csv
 import io
@@ -76,7 +76,7 @@ def _rounded(values: Tensor) -> Tensor:
     return torch.cat([colours, (values[:, 3:] * 255).round() / 255], dim=1)
 
 
-def test_the_value_of_every_image_is_kept(tmp_path: Path):
+def test_per_image_values_are_kept(tmp_path: Path):
     values = evaluated(tmp_path).per_image["base"]
     assert list(values) == PER_IMAGE
     for index, value in enumerate(values["foreground/alpha_iou"]):
@@ -85,7 +85,7 @@ def test_the_value_of_every_image_is_kept(tmp_path: Path):
     assert [math.isnan(value) for value in values["foreground/hidden_iou"]] == [False, True, False, True, False]
 
 
-def test_what_is_there_is_not_drawn_again(tmp_path: Path):
+def test_existing_layers_are_not_drawn_again(tmp_path: Path):
     drawn: list[list[int]] = []
 
     def recorded(batch: Batch) -> Prediction:
@@ -99,12 +99,12 @@ def test_what_is_there_is_not_drawn_again(tmp_path: Path):
     assert len(files(tmp_path / "cut")) == 4
     found = evaluated(tmp_path / "cut", {"noisy": Method(recorded)})
     assert drawn == [[0, 1], [2, 3], [2, 3], [4]]
-    assert str(found) == str(evaluated(tmp_path / "straight", {"noisy": Method(noisy_truth)}))  # NaN is not NaN
+    assert str(found) == str(evaluated(tmp_path / "straight", {"noisy": Method(noisy_truth)}))  # NaN != NaN
     evaluated(tmp_path / "cut", {"noisy": Method(recorded)})
     assert len(drawn) == 4
 
 
-def test_shares_of_processes_are_disjoint_and_whole(tmp_path: Path):
+def test_shares_of_processes_are_disjoint_and_complete(tmp_path: Path):
     for rank in range(3):
         draw_layers(METHODS, Squares(), NAMES, tmp_path / "shared", batch_size=2, share=Share(rank, 3))
         assert len(files(tmp_path / "shared")) == 4 * len([p for r in range(rank + 1) for p in range(r, 5, 3)])
@@ -132,7 +132,7 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_find_what_one_finds(tmp_path: Path):
+def test_two_processes_give_the_figures_of_one(tmp_path: Path):
     (tmp_path / "two.py").write_text(TWO)
     root = Path(__file__).resolve().parent.parent
     with socket.socket() as free:
@@ -157,7 +157,7 @@ def test_progress_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     assert "draw: 100%" in shown and "score: 100%" in shown and "image/s" in shown
 
 
-def test_a_diverged_model_is_refused_before_anything_is_written(tmp_path: Path):
+def test_a_diverged_model_is_rejected_before_anything_is_written(tmp_path: Path):
     def diverged(batch: Batch) -> Prediction:
         background, foreground = do_nothing(batch)
         assert background is not None
@@ -168,7 +168,7 @@ def test_a_diverged_model_is_refused_before_anything_is_written(tmp_path: Path):
     assert not files(tmp_path)
 
 
-def test_samples_of_several_sizes_are_drawn_together_by_size(tmp_path: Path):
+def test_samples_are_batched_by_size(tmp_path: Path):
     class Mixed(Squares):
         def __getitem__(self, index: int, /) -> dict:
             sample = super().__getitem__(index)
@@ -186,7 +186,7 @@ def test_samples_of_several_sizes_are_drawn_together_by_size(tmp_path: Path):
     assert evaluation is not None and evaluation.results["base"]["background/psnr"] > 0
 
 
-def test_a_method_that_cannot_draw_a_sample_says_which(tmp_path: Path):
+def test_an_error_of_a_method_names_the_row_and_the_sample(tmp_path: Path):
     def refuse(batch: Batch) -> Prediction:
         raise InputError("its mask is full")
 
@@ -195,7 +195,7 @@ def test_a_method_that_cannot_draw_a_sample_says_which(tmp_path: Path):
         draw_layers({"classical": Method(refuse)}, Squares(), NAMES, tmp_path, batch_size=1)
 
 
-def test_every_figure_that_is_missing_has_its_reason(tmp_path: Path):
+def test_every_undefined_figure_has_a_reason(tmp_path: Path):
     def matte(batch: Batch) -> Prediction:
         return None, do_nothing(batch)[1]
 
@@ -233,7 +233,7 @@ def test_every_figure_that_is_missing_has_its_reason(tmp_path: Path):
     assert unknown.results["base"]["recomposition/psnr"] > 0
 
 
-def test_ranked_cases():
+def test_ranked_cases_are_the_90th_percentile_the_median_and_the_worst():
     values = [0.1 * index for index in (7, 0, 3, 9, 5, 2, 8, 1, 6, 4, 10)] + [math.nan]
     assert ranked_cases(values, higher_is_better=True) == {"good": 3, "median": 4, "worst": 1}
     assert ranked_cases(values, higher_is_better=False) == {"good": 7, "median": 4, "worst": 10}
@@ -300,7 +300,7 @@ def test_format_table_is_aligned_markdown():
     ]
 
 
-def test_published_figures_stand_beside_ours(tmp_path: Path):
+def test_published_figures_are_listed_next_to_ours(tmp_path: Path):
     published = {"base": {"background/psnr": 25.59, "background/fid": 35.96}, "adapted": {"background/psnr": 27.3}}
     results = {"base": {"background/psnr": 25.5, "background/psnr_stderr": 0.125, "background/fid": math.nan}}
     table = format_published(results, published)
@@ -328,7 +328,7 @@ def test_per_image_csv_has_a_line_per_image_and_row(tmp_path: Path):
             assert line[name] == "" if math.isnan(value) else float(line[name]) == pytest.approx(value, rel=1e-5)
 
 
-def test_figures_are_written_in_three_ways(tmp_path: Path):
+def test_figures_are_written_as_json_csv_and_markdown(tmp_path: Path):
     evaluation = evaluated(tmp_path / "layers")
     table = write_figures(tmp_path / "out", evaluation, {"count": 5})
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.json", "per_image.csv", "table.md"}

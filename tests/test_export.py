@@ -1,4 +1,4 @@
-"""Adapters in other forms, loaded where they are meant to go: diffusers, ComfyUI's names, published files, and back."""
+"""Exported adapters, loaded by their targets: diffusers, ComfyUI's key names, merged weights, published folders."""
 
 import json
 import subprocess
@@ -42,7 +42,7 @@ METADATA = (
 
 @pytest.fixture
 def host(tiny_config: DecomposerConfig) -> nn.Module:
-    """The frozen base as diffusers has it."""
+    """The frozen base as a diffusers model."""
     return build_reference_transformer(load_mmdit(tiny_config.weights.transformer))
 
 
@@ -55,14 +55,14 @@ def test_diffusers_loads_the_lora_with_equal_outputs(
     out = tmp_path / "lora.safetensors"
     written = export(adapter_file, "diffusers", out)
     assert [path.name for path in written] == ["lora.safetensors", "lora.NOTICE.txt", "lora.extras.safetensors"]
-    assert output_error(diffusers_output(host), ours) > 0.1  # the base alone is something else
+    assert output_error(diffusers_output(host), ours) > 0.1  # the base alone differs
     diffusers_logging.enable_propagation()
     host.load_lora_adapter(load_file(out))  # type: ignore[operator]
     assert not caplog.messages  # nothing missing, nothing unexpected
     assert output_error(diffusers_output(host), ours) < 1e-5
     stray = {"transformer.x_embedder.lora_C.weight": torch.zeros(1)}
     host.load_lora_adapter({**load_file(out), **stray}, adapter_name="stray")  # type: ignore[operator]
-    assert "unexpected keys" in caplog.text  # which is how it would have said so
+    assert "unexpected keys" in caplog.text  # how a bad key would have been reported
 
 
 def test_the_fill_pipeline_loads_the_lora(adapter_file: Path, ours: MMDiT, host: nn.Module, tmp_path: Path) -> None:
@@ -73,10 +73,10 @@ def test_the_fill_pipeline_loads_the_lora(adapter_file: Path, ours: MMDiT, host:
     assert output_error(diffusers_output(pipeline.transformer), ours) < 1e-5
 
 
-def test_diffusers_reads_kohya_files_but_for_the_input_projection(
+def test_diffusers_reads_kohya_files_except_the_input_projection(
     tiny_config: DecomposerConfig, host: nn.Module, tmp_path: Path
 ) -> None:
-    """Its converter knows single_blocks.*.linear1 in full size only (see test_adapters.py), so they are left out."""
+    """Its converter supports single_blocks.*.linear1 only at full size (see test_adapters.py), so they are left out."""
     targets = ["double_blocks.*_attn.*", "double_blocks.*_mlp.*", "single_blocks.*.linear2"]
     config = replace(tiny_config, lora=LoRAConfig(4, 6.0, targets))
     decomposer = build_decomposer(config)
@@ -160,7 +160,7 @@ def _comfy_diffusers_keys(config: MMDiTConfig) -> dict[str, tuple[str, int, int]
     return keys | {theirs: (ours, 0, -1) for theirs, ours in whole.items()}
 
 
-def test_comfyui_leaves_only_biases_of_files_for_diffusers(
+def test_comfyui_ignores_only_the_biases_of_diffusers_files(
     adapter_file: Path, ours: MMDiT, tiny_config: DecomposerConfig, tmp_path: Path
 ) -> None:
     export(adapter_file, "diffusers", tmp_path / "lora.safetensors")
@@ -175,14 +175,14 @@ def test_comfyui_leaves_only_biases_of_files_for_diffusers(
             weight[row : row + rows if rows > 0 else None] += patch
     assert lora and all(name.endswith(".lora_B.bias") for name in lora)
     assert {name for name, bias in lora.items() if bias.any()} == {"transformer.x_embedder.lora_B.bias"}
-    model.img_in.bias.data += lora["transformer.x_embedder.lora_B.bias"]  # the one thing that is lost there
+    model.img_in.bias.data += lora["transformer.x_embedder.lora_B.bias"]  # the only bias that ComfyUI loses
     assert output_error(model, ours) < 1e-5
 
 
 # merged
 
 
-def test_merged_weights_do_what_the_adapted_model_does(
+def test_merged_weights_give_the_outputs_of_the_adapted_model(
     adapter_file: Path, ours: MMDiT, tiny_config: DecomposerConfig, tmp_path: Path
 ) -> None:
     base = load_mmdit(tiny_config.weights.transformer)
@@ -215,14 +215,14 @@ def test_fp8_files_are_laid_out_as_comfyui_expects(adapter_file: Path, tmp_path:
     scales = {name for name in tensors if name.endswith(".scale_weight")}
     small = {name for name, tensor in tensors.items() if tensor.dtype == torch.float8_e4m3fn}
     assert small - {"scaled_fp8"} == {name.replace(".scale_weight", ".weight") for name in scales}
-    assert tensors["scaled_fp8"].shape == (2,)  # two elements: not to be multiplied in fp8
+    assert tensors["scaled_fp8"].shape == (2,)  # two elements: do not multiply in fp8
     assert all(tensors[name].dtype == torch.float32 and tensors[name].shape == () for name in scales)
     assert all(tensors[name].float().abs().max() == 448 for name in small - {"scaled_fp8"})  # the whole range is used
     assert "single_blocks.0.linear1.weight" in small and "img_in.weight" not in small
 
 
-def test_merging_holds_no_copy_of_the_model(tiny_config: DecomposerConfig, tmp_path: Path) -> None:
-    """In a process of its own: a file of 184 MB, whose largest tensor is 7 MB."""
+def test_merging_does_not_hold_the_model_in_memory(tiny_config: DecomposerConfig, tmp_path: Path) -> None:
+    """In a separate process: a file of 184 MB, whose largest tensor is 7 MB."""
     base = tmp_path / "base.safetensors"
     size = MMDiTConfig(hidden_size=512, num_heads=8, axes_dim=[16, 24, 24], depth=3, depth_single_blocks=4)
     save_model(base, MMDiT(size), {})
@@ -245,11 +245,11 @@ print(peak() - before)
     )
     out = tmp_path / "merged.safetensors"
     command = [sys.executable, str(tmp_path / "merge.py"), str(tmp_path / "adapter.safetensors"), str(out)]
-    taken = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    assert taken < 90 < out.stat().st_size / 2**20 / 1.8
+    memory = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert memory < 90 < out.stat().st_size / 2**20 / 1.8
 
 
-def test_without_fusion_nothing_lies_beside(tiny_config: DecomposerConfig, tiny_weights: Path, tmp_path: Path) -> None:
+def test_without_fusion_no_extras_are_written(tiny_config: DecomposerConfig, tmp_path: Path) -> None:
     config = replace(tiny_config, fusion=ContextFusionConfig(enabled=False))
     decomposer = build_decomposer(config)
     fill(decomposer.transformer.img_in, seed=1)
@@ -259,10 +259,10 @@ def test_without_fusion_nothing_lies_beside(tiny_config: DecomposerConfig, tiny_
     assert load_mmdit(out).img_in.weight.equal(decomposer.transformer.img_in.weight.bfloat16().float())
 
 
-# a folder to publish
+# published folders
 
 
-def test_a_published_folder_is_all_that_decomposition_needs(
+def test_a_published_folder_is_self_contained(
     adapter_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "published"
@@ -283,7 +283,7 @@ def test_a_published_folder_is_all_that_decomposition_needs(
     assert "modified" in (moved / "downloaded" / "NOTICE").read_text()
 
 
-def test_the_base_stays_where_it_is_unless_asked_for(adapter_file: Path, tmp_path: Path) -> None:
+def test_the_base_is_published_only_on_request(adapter_file: Path, tmp_path: Path) -> None:
     names = {path.name for path in export(adapter_file, "decomposer", tmp_path / "published")}
     assert "rgba_autoencoder.safetensors" in names and "transformer.safetensors" not in names
     weights = json.loads(read_metadata(tmp_path / "published" / "adapter.safetensors")["weights"])
@@ -292,7 +292,7 @@ def test_the_base_stays_where_it_is_unless_asked_for(adapter_file: Path, tmp_pat
     assert Decomposer.from_pretrained(tmp_path / "published").context_fusion is not None
 
 
-def test_the_prompt_goes_with_the_folder(tiny_config: DecomposerConfig, tmp_path: Path) -> None:
+def test_a_published_folder_includes_the_prompt(tiny_config: DecomposerConfig, tmp_path: Path) -> None:
     prompt = {"txt": torch.randn(3, 8), "vec": torch.randn(8)}
     save_file(prompt, tmp_path / "empty.safetensors")
     config = replace(tiny_config, weights=replace(tiny_config.weights, prompt=str(tmp_path / "empty.safetensors")))
@@ -303,7 +303,7 @@ def test_the_prompt_goes_with_the_folder(tiny_config: DecomposerConfig, tmp_path
     assert loaded.txt.equal(prompt["txt"]) and loaded.vec.equal(prompt["vec"])
 
 
-def test_a_folder_is_written_whole_or_not_at_all(
+def test_a_folder_is_written_completely_or_not_at_all(
     adapter_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "taken").mkdir()
@@ -320,7 +320,7 @@ def test_a_folder_is_written_whole_or_not_at_all(
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
-def test_an_adapter_of_flux_goes_with_its_licence(
+def test_an_adapter_of_flux_is_published_with_its_licence(
     adapter_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("layerdecomp.export._is_flux", lambda model: True)
@@ -343,7 +343,7 @@ def test_an_adapter_of_flux_goes_with_its_licence(
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_every_file_says_what_it_is_and_the_same_input_gives_the_same_bytes(
+def test_exports_carry_metadata_and_are_reproducible(
     adapter_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
 ) -> None:
     first = export(adapter_file, format, tmp_path / "a")
@@ -359,7 +359,7 @@ def test_every_file_says_what_it_is_and_the_same_input_gives_the_same_bytes(
     assert read_metadata(path)["date"] == "1970-01-01T00:00:00+00:00"
 
 
-def test_the_adapter_is_saved_again_in_bf16(tiny_weights: Path, tmp_path: Path) -> None:
+def test_the_adapter_format_saves_bf16(tiny_weights: Path, tmp_path: Path) -> None:
     source, out = tiny_weights / "adapter.safetensors", tmp_path / "new" / "adapter.safetensors"
     assert export(source, "adapter", out) == [out]
     before, after = Adapter.load(source), Adapter.load(out)
@@ -374,7 +374,7 @@ def test_the_adapter_is_saved_again_in_bf16(tiny_weights: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("format", ["adapter", "merged", "diffusers"])
-def test_an_adapter_can_replace_itself(tiny_weights: Path, tmp_path: Path, format: str) -> None:
+def test_an_export_may_overwrite_its_source(tiny_weights: Path, tmp_path: Path, format: str) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes((tiny_weights / "adapter.safetensors").read_bytes())
     assert path in export(path, format, path)
@@ -389,7 +389,9 @@ def test_an_adapter_can_replace_itself(tiny_weights: Path, tmp_path: Path, forma
         ("autoencoder", "merged", "autoencoder.safetensors is not an adapter"),
     ],
 )
-def test_what_cannot_be_exported(tiny_weights: Path, tmp_path: Path, source: str, format: str, message: str) -> None:
+def test_invalid_exports_are_rejected(
+    tiny_weights: Path, tmp_path: Path, source: str, format: str, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         export(tiny_weights / f"{source}.safetensors", format, tmp_path / "out.safetensors")
     assert not list(tmp_path.iterdir())
