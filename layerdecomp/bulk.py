@@ -13,7 +13,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from layerdecomp.conditioning import TOKEN_FACTOR
 from layerdecomp.data.folders import by_stem, upright_size
-from layerdecomp.decomposer import Decomposer, Prepared, check_seed
+from layerdecomp.decomposer import SOURCE_SHA256, Decomposer, Prepared, check_seed
 from layerdecomp.errors import InputError, RunError
 from layerdecomp.files import keep_settings
 from layerdecomp.imaging.geometry import fitted_size
@@ -93,8 +93,8 @@ def decompose_folder(
     """Splits every pair into ``out / stem``, unless its layers exist and are newer than the image and mask.
 
     Args:
-        settings: identify the decomposer and depth estimator; written to `SETTINGS` with the seed and the sampling
-            settings, so that layers made with different settings never share a folder.
+        settings: identify the decomposer and depth estimator; written to `SETTINGS` with the seed, the sampling
+            settings and hashes of the code, so that layers made in different ways never share a folder.
         formats: as in `Layers.save`.
         seed, depth: as in `Decomposer.decompose`, for every image.
         batch_size: images processed at once, if they have the same size.
@@ -112,7 +112,7 @@ def decompose_folder(
         raise InputError(f"batch_size is {batch_size}; expected at least 1")
     if not any((out / pair.stem).is_dir() for pair in pairs):  # no layers of other settings
         (out / SETTINGS).unlink(missing_ok=True)
-    keep_settings(out / SETTINGS, {**settings, "seed": seed, **asdict(decomposer.sample)})
+    keep_settings(out / SETTINGS, {**settings, "seed": seed, **asdict(decomposer.sample), **SOURCE_SHA256})
     names = [name for format in formats for name in FORMATS[format]]
     left = [pair for pair in pairs if not pair.is_split(out / pair.stem, names)]
     left.sort(key=lambda pair: pair.padded_size(decomposer.sample.max_side))  # fills batches with images of one size

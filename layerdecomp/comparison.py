@@ -19,7 +19,7 @@ from layerdecomp.conditioning import ConditioningConfig
 from layerdecomp.data.datamodule import DataConfig, Samples, open_samples
 from layerdecomp.data.scenes import Scenes
 from layerdecomp.data.testset import OBJECTS, TestFolder, drawn_samples, export_samples, name_of, test_objects
-from layerdecomp.decomposer import Decomposer, FrozenBase, build_decomposer, inpaint, latent_noise
+from layerdecomp.decomposer import SOURCES, Decomposer, FrozenBase, build_decomposer, inpaint, latent_noise
 from layerdecomp.errors import InputError, check_at_least
 from layerdecomp.evaluation import (
     Evaluation,
@@ -30,7 +30,7 @@ from layerdecomp.evaluation import (
     score,
     write_figures,
 )
-from layerdecomp.files import atomic_write, keep_settings
+from layerdecomp.files import atomic_write, keep_settings, source_sha256
 from layerdecomp.imaging.layers import write_picture
 from layerdecomp.manifest import DecomposerConfig
 from layerdecomp.metric_networks import MeasureConfig, Networks, open_networks
@@ -47,6 +47,8 @@ WITH_MODEL = ("adapted", "base", "maskless")
 MASKLESS = "checkpoints/tiny/transformer_maskless.safetensors"  # ships with the repository; the ablation uses it too
 SETTINGS = ".settings.json"  # the settings of a row's layers, in their folder until the evaluation is finished
 RESULTS = ("metrics.json", "table.md", "per_image.csv", "report.html", "published.md")
+ROW_SOURCES = (*SOURCES, "baselines.py", "comparison.py", "data/*.py", "evaluation.py", "predictions.py")
+SOURCE_SHA256 = source_sha256(*ROW_SOURCES)  # of the code that draws the layers of all rows
 TestData = Samples | TestFolder
 
 
@@ -277,7 +279,7 @@ def row_names(folders: Sequence[Path], taken: Mapping[str, Any]) -> Iterator[tup
 def open_folder(out: Path, rows: Iterable[str], settings: Mapping[str, Any]) -> None:
     """Removes the results of an earlier evaluation from `out`, and the layers of these rows.
 
-    Layers are kept if they belong to an interrupted evaluation with the same settings.
+    Layers are kept if they belong to an interrupted evaluation with the same settings and the same code.
     """
     content = json.dumps(settings, indent=2)
     try:
@@ -321,7 +323,7 @@ def _write(
 
 
 def layer_settings(models: Models | None, data: TestData, config: EvaluateConfig) -> dict[str, Any]:
-    """The settings that the predicted layers depend on."""
+    """The settings that the predicted layers depend on, and the code."""
     settings = {**describe_data(data), "count": len(data), "seed": config.seed}
     if models is not None:
         precision = str(next(models.decomposer.autoencoder.parameters()).dtype).removeprefix("torch.")
@@ -329,7 +331,7 @@ def layer_settings(models: Models | None, data: TestData, config: EvaluateConfig
         settings |= {"quantize": models.quantize} if models.quantize else {}
     if "maskless" in config.rows:
         settings["maskless"] = file_sha256(maskless_weights(config))
-    return settings | {"layers": "8-bit files", "versions": _versions(config.rows)}
+    return settings | {"layers": "8-bit files", "versions": _versions(config.rows), "source_sha256": SOURCE_SHA256}
 
 
 def metric_settings(config: MeasureConfig, networks: Networks) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from layerdecomp.conditioning import (
     unpack,
 )
 from layerdecomp.errors import InputError
+from layerdecomp.files import source_sha256
 from layerdecomp.flow import FlowConfig, seeded_normal
 from layerdecomp.imaging.compositing import from_autoencoder, to_autoencoder
 from layerdecomp.imaging.cues import CUES, compute_cues
@@ -44,6 +45,12 @@ from layerdecomp.tensor_files import Metadata, check_present, open_safetensors
 from layerdecomp.weights import Adapter, check_keys, copy_tensors, empty_mmdit, load_autoencoder, load_mmdit, open_state
 
 TRAINED = re.compile(r"\.lora_[AB]\.weight$|^transformer\.img_in\.|^context_fusion\.")  # names of trained parameters
+# The source files of the package that decide which layers are drawn.
+SOURCES = (
+    *("conditioning.py", "decomposer.py", "flow.py", "imaging/*.py", "layouts.py", "manifest.py", "models/*.py"),
+    *("quantization.py", "resizing.py", "sampling.py", "tensor_files.py", "weights.py"),
+)
+SOURCE_SHA256 = {f"layerdecomp/{pattern}": source_sha256(pattern) for pattern in SOURCES}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""Atomic writes: files and folders that appear complete or not at all."""
+"""Atomic writes (files and folders that appear complete or not at all), and what identifies their settings and code."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -56,14 +57,24 @@ def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
     settings = json.loads(json.dumps(settings))  # as they are read back
     try:
         before = json.loads(path.read_text()) if path.is_file() else settings
-        if changed := [key for key in settings if before.get(key) != settings[key]]:
+        if changed := [key for key in settings if before.get(key, "unknown") != settings[key]]:
             raise InputError(
-                f"{path}: existing files were made with {changed[0]}={before.get(changed[0])}, now it is "
+                f"{path}: existing files were made with {changed[0]}={before.get(changed[0], 'unknown')}, now it is "
                 f"{settings[changed[0]]}; choose another folder, or remove that one"
             )
         atomic_write(path, json.dumps(settings, indent=2) + "\n")
     except (OSError, json.JSONDecodeError) as error:
         raise InputError(f"{path} cannot be used ({error}); choose another folder") from error
+
+
+def source_sha256(*patterns: str) -> str:
+    """Hash of the package's source files that match the patterns, such as models/*.py.
+
+    For code that has been imported, call it at import as well: the files may change while the process runs.
+    """
+    package = Path(__file__).parent
+    files = sorted({path for pattern in patterns for path in package.glob(pattern)})
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def atomic_write(path: str | Path, content: str | bytes) -> None:

@@ -189,6 +189,14 @@ def test_an_interrupted_evaluation_resumes_and_a_finished_one_is_redone(
     other = replace(models, files={"adapter": "another"})
     compare(other, SCENES, settings, tmp_path / "out")
     assert drawn == [2, 1, 2, 1], "expected no layers of another adapter to be reused"
+    cut[0] = True
+    drawn.clear()
+    with pytest.raises(PowerCutError):
+        compare(models, SCENES, settings, tmp_path / "out")
+    cut[0] = False
+    monkeypatch.setattr("layerdecomp.comparison.SOURCE_SHA256", "of changed files")
+    compare(models, SCENES, settings, tmp_path / "out")
+    assert drawn == [2, 1, 2, 1], "expected no layers of other code to be reused"
 
 
 def test_layers_of_other_settings_are_not_reused(

@@ -10,6 +10,7 @@ from layerdecomp.data.datamodule import DataConfig, RepeatedSamples, open_sample
 from layerdecomp.data.latents import LatentCache
 from layerdecomp.data.scenes import SceneConfig
 from layerdecomp.errors import InputError
+from layerdecomp.files import source_sha256
 
 
 def _batch(count: int = 2) -> dict[str, torch.Tensor]:
@@ -32,7 +33,7 @@ def test_other_settings_or_code_do_not_reuse_latents(tmp_path: Path, monkeypatch
     LatentCache(tmp_path, {"seed": 0}).add([0, 1], _batch())
     assert LatentCache(tmp_path, {"seed": 0}).has([0, 1])
     assert not LatentCache(tmp_path, {"seed": 1}).has([0])
-    monkeypatch.setattr(latents, "_source_sha256", lambda: "of changed files")
+    monkeypatch.setattr(latents, "SOURCE_SHA256", "of changed files")
     assert not LatentCache(tmp_path, {"seed": 0}).has([0])
 
 
@@ -41,12 +42,12 @@ def test_the_cache_key_covers_the_code_that_makes_and_encodes_samples(monkeypatc
     monkeypatch.setattr(
         Path, "read_bytes", lambda path: read_bytes(path) + changed[0].encode() * (path.name in changed)
     )
-    before = latents._source_sha256.__wrapped__()
+    before = source_sha256(*latents.SOURCES)
     for name in ("scenes.py", "masks.py", "conditioning.py", "decomposer.py", "autoencoder.py"):
         changed[:] = [name]
-        assert latents._source_sha256.__wrapped__() != before, name
+        assert source_sha256(*latents.SOURCES) != before, name
     changed[:] = ["flow.py"]
-    assert latents._source_sha256.__wrapped__() == before
+    assert source_sha256(*latents.SOURCES) == before
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_with_a_remedy(tmp_path: Path) -> None:

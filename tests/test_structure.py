@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from layerdecomp.comparison import ROW_SOURCES
+from layerdecomp.decomposer import SOURCES
+
 ROOT = Path(__file__).resolve().parent.parent
 # A module may only import modules listed before it.
 ORDER = [
@@ -103,6 +106,24 @@ def test_every_module_is_listed() -> None:
 def test_modules_import_only_modules_listed_before_them(name: str) -> None:
     later = own(FILES[name]) - set(ORDER[: ORDER.index(name)])
     assert not later, f"{name} imports modules listed after it: {sorted(later)}"
+
+
+def reached(name: str) -> set[str]:
+    """The modules that a module imports, directly or not, and itself."""
+    found, left = set[str](), {name}
+    while left:
+        found |= left
+        left = set.union(*(own(FILES[name]) for name in left)) - found
+    return found
+
+
+def test_the_hashed_sources_cover_all_imports_that_affect_layers() -> None:
+    neutral = {"__init__", "errors", "files"}
+    scoring = {"metric_networks", "pictures", "report"} | {name for name in FILES if name.startswith("metrics.")}
+    for name, patterns in (("decomposer", SOURCES), ("comparison", ROW_SOURCES)):
+        matched = {path for pattern in patterns for path in (ROOT / "layerdecomp").glob(pattern)}
+        assert {FILES[found] for found in reached(name) - neutral - scoring} <= matched
+        assert not matched & {FILES[other] for other in scoring | {"config", "training.base"}}
 
 
 def test_imports_are_detected() -> None:

@@ -3,14 +3,17 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from layerdecomp.errors import InputError
+from layerdecomp.files import source_sha256
 from layerdecomp.tensor_files import open_safetensors, save_tensors
+
+SOURCES = ("data/*.py", "imaging/*.py", "conditioning.py", "decomposer.py", "models/autoencoder.py")
+SOURCE_SHA256 = source_sha256(*SOURCES)  # of the code that makes and encodes samples
 
 
 class LatentCache:
@@ -24,7 +27,7 @@ class LatentCache:
     """
 
     def __init__(self, folder: str | Path, described: Mapping[str, Any]) -> None:
-        text = json.dumps([described, _source_sha256()], sort_keys=True)
+        text = json.dumps([described, SOURCE_SHA256], sort_keys=True)
         self.folder = Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
         self._known: set[int] = set()
 
@@ -62,14 +65,3 @@ class LatentCache:
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
-
-
-SOURCES = ("data/*.py", "imaging/*.py", "conditioning.py", "decomposer.py", "models/autoencoder.py")
-
-
-@cache
-def _source_sha256() -> str:
-    """Hash of the code that makes and encodes samples, so that a change to it invalidates the cache."""
-    package = Path(__file__).parent.parent
-    files = sorted(path for pattern in SOURCES for path in package.glob(pattern))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
