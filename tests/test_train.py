@@ -85,7 +85,7 @@ def test_a_run_writes_its_checkpoint_adapter_metrics_and_samples(tmp_path: Path,
     assert len(losses(run_dir)) == 3
     metadata = read_metadata(run_dir / "adapter.safetensors")
     assert (metadata["steps"], metadata["seed"], json.loads(metadata["data"])["source"]) == ("3", "0", "scenes")
-    assert re.fullmatch("[0-9a-f]{40}(-dirty)?|unknown", metadata["commit"])
+    assert re.fullmatch("[0-9a-f]{40}|([0-9a-f]{40}-dirty|unknown)-[0-9a-f]{8}", metadata["commit"])
     figures = json.loads(metadata["figures"])
     assert figures["background/psnr"] == metrics["results"]["adapted"]["background/psnr"]
     layers = Decomposer.from_pretrained(run_dir / "adapter.safetensors").decompose(*scene(40, 56), steps=2)
@@ -164,6 +164,31 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert any(name.endswith("lora_B.weight") and tensor.any() for name, tensor in one.items())
+
+
+def test_weights_carry_the_commits_that_trained_them(
+    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = [*overrides, f"run_dir={tmp_path}/run", "train.steps=4", "evaluate.rows=[]"]
+
+    def go_on_with(commit: str) -> tuple[str, str]:
+        caplog.clear()
+        monkeypatch.setattr("layerdecomp.training.base.source_commit", lambda: commit)
+        monkeypatch.setattr("layerdecomp.training.base.creation_date", lambda: f"the day of {commit}")
+        told = read_metadata(run("tiny", *settings) / "adapter.safetensors")
+        return told["commit"], told["date"]
+
+    with power_cut_at(3):
+        go_on_with("first")
+    assert go_on_with("second") == ("first + second", "the day of second")
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == 1
+    assert warned[0].startswith("commit first trained this run up to step 2, from where commit second continues")
+    assert go_on_with("third") == ("first + second", "the day of second") and not caplog.records
+    checkpoint = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    del checkpoint["trained"]  # as in older checkpoints
+    torch.save(checkpoint, tmp_path / "run" / "last.ckpt")
+    assert go_on_with("third")[0] == "unknown"
 
 
 def test_a_directory_with_other_settings_is_refused_or_renamed(tmp_path: Path, overrides: list[str]) -> None:

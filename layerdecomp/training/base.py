@@ -1,6 +1,7 @@
 """The base class of the three training jobs: checkpoint contents, optimizer, logging."""
 
 import json
+import logging
 import math
 import os
 import subprocess
@@ -26,6 +27,7 @@ from layerdecomp.config import RunConfig
 from layerdecomp.data.datamodule import RepeatedSamples, collate, open_samples
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import Share, write_metrics
+from layerdecomp.files import source_sha256
 from layerdecomp.flow import seed_at, seeded_normal
 from layerdecomp.quantization import adamw, check_optimizer
 from layerdecomp.tensor_files import Metadata, file_sha256
@@ -34,6 +36,9 @@ from layerdecomp.training.deferred import Deferred, all_reduce_sum, to_device
 from layerdecomp.training.faults import FaultCount, StepGuard, fitting_settings, nan_if_not_finite
 from layerdecomp.training.muon import Muon, is_hidden
 from layerdecomp.weights import copy_tensors, creation_date
+
+logger = logging.getLogger(__name__)
+SOURCE_SHA256 = source_sha256("**/*.py")
 
 
 def resolve_precision(setting: str) -> str:
@@ -58,12 +63,16 @@ def every_fourth(places: Sequence[int], like: Tensor) -> Tensor:
 
 
 def source_commit() -> str:
-    """The commit of the running code, marked -dirty if files differ from it; "unknown" outside a git checkout."""
+    """The commit of the running code, marked -dirty if files differ from it; "unknown" outside a git checkout.
+
+    These two are followed by the start of the sources' hash.
+    """
     command = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        commit = "unknown"
+    return f"{commit}-{SOURCE_SHA256[:8]}" if commit.endswith(("-dirty", "unknown")) else commit
 
 
 def _like(old: Any, value: Any) -> Any:
@@ -85,6 +94,8 @@ class Job(LightningModule):
             check_optimizer("optim.bits=8")  # imports torchao, without which its checkpoints do not load
         torch.manual_seed(config.seed)  # for the initial weights
         self._commit = source_commit()  # read now: the checkout may change during the run
+        self._trained_by: list[str] = []  # the commits that trained the run so far
+        self._trained_on: str | None = None  # the date of its last checkpoint
         self._step_started: float | None = None
         self._losses: list[Tensor] = []  # of the batches of the current step
         self._means: dict[str, Tensor] = {}  # losses of the last step, averaged over batches and ranks
@@ -232,7 +243,22 @@ class Job(LightningModule):
     def on_fit_start(self) -> None:
         self.frozen_sha256()  # now, since reading 24 GB would delay the first save on every rank
 
+    def on_train_start(self) -> None:  # not called if the run has finished
+        if self._commit in self._trained_by[-1:]:
+            return
+        if self._trained_by and self.trainer.is_global_zero:
+            logger.warning(
+                "commit %s trained this run up to step %d, from where commit %s continues: if what they train differs, "
+                "the weights are a mix (resume=never starts over)",
+                self._trained_by[-1],
+                self.global_step,
+                self._commit,
+            )
+        self._trained_by.append(self._commit)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._trained_on = creation_date()
+        checkpoint["trained"] = {"by": list(self._trained_by), "on": self._trained_on}
         checkpoint["frozen_sha256"] = self.frozen_sha256()
         checkpoint["optimizer"] = self._optimizer_kind
         checkpoint["skipped_steps"] = self.guard.skipped
@@ -241,6 +267,8 @@ class Job(LightningModule):
         self._check_frozen(checkpoint.get("frozen_sha256", {}))
         self._set_hyperparameters(checkpoint)
         self.guard.skipped = checkpoint.get("skipped_steps", 0)
+        trained = checkpoint.get("trained", {"by": ["unknown"], "on": None})  # older checkpoints do not record it
+        self._trained_by, self._trained_on = trained["by"], trained["on"]
         step, train = checkpoint["global_step"], self.run.train
         checkpoint["loops"]["fit_loop"] = loops_at(
             self.trainer.fit_loop.state_dict(),
@@ -316,9 +344,9 @@ class Job(LightningModule):
             "steps": str(self.run.train.steps),
             "seed": str(self.run.seed),
             "data": json.dumps(asdict(self.run.data)),
-            "commit": self._commit,
+            "commit": " + ".join(dict.fromkeys(self._trained_by)),
             "ema": str(self.run.train.ema),
-            "date": creation_date(),
+            "date": self._trained_on or creation_date(),
             "figures": json.dumps({name: value for name, value in figures.items() if math.isfinite(value)}),
         }
 
