@@ -19,7 +19,7 @@ Progress = Callable[[list[Step]], Iterable[Step]]  # wraps the steps to show pro
 class SampleConfig:
     """How layers are sampled from the model."""
 
-    steps: int = 28
+    steps: int = 28  # of the solver; `euler` evaluates the model once per step
     guidance: float = 30.0  # FLUX.1-Fill is distilled to take the scale as an input; tiny models ignore it
     max_side: int = 1024  # larger images are decomposed at this size, and their layers resized back
     ensemble: int = 1  # samples drawn; the foreground is their median, since what varies between them is a guess

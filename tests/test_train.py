@@ -171,24 +171,24 @@ def test_weights_carry_the_commits_that_trained_them(
 ) -> None:
     settings = [*overrides, f"run_dir={tmp_path}/run", "train.steps=4", "evaluate.rows=[]"]
 
-    def go_on_with(commit: str) -> tuple[str, str]:
+    def continue_with(commit: str) -> tuple[str, str]:
         caplog.clear()
         monkeypatch.setattr("layerdecomp.training.base.source_commit", lambda: commit)
         monkeypatch.setattr("layerdecomp.training.base.creation_date", lambda: f"the day of {commit}")
-        told = read_metadata(run("tiny", *settings) / "adapter.safetensors")
-        return told["commit"], told["date"]
+        metadata = read_metadata(run("tiny", *settings) / "adapter.safetensors")
+        return metadata["commit"], metadata["date"]
 
     with power_cut_at(3):
-        go_on_with("first")
-    assert go_on_with("second") == ("first + second", "the day of second")
+        continue_with("first")
+    assert continue_with("second") == ("first + second", "the day of second")
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warned) == 1
     assert warned[0].startswith("commit first trained this run up to step 2, from where commit second continues")
-    assert go_on_with("third") == ("first + second", "the day of second") and not caplog.records
+    assert continue_with("third") == ("first + second", "the day of second") and not caplog.records
     checkpoint = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
     del checkpoint["trained"]  # as in older checkpoints
     torch.save(checkpoint, tmp_path / "run" / "last.ckpt")
-    assert go_on_with("third")[0] == "unknown"
+    assert continue_with("third")[0] == "unknown"
 
 
 def test_a_directory_with_other_settings_is_refused_or_renamed(tmp_path: Path, overrides: list[str]) -> None:
