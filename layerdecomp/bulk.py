@@ -13,7 +13,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from layerdecomp.conditioning import TOKEN_FACTOR
 from layerdecomp.data.folders import by_stem, upright_size
-from layerdecomp.decomposer import SOURCE_SHA256, Decomposer, Prepared, check_seed
+from layerdecomp.decomposer import SOURCE_SHA256, Decomposer, Prepared, check_whole_number
 from layerdecomp.errors import InputError, RunError
 from layerdecomp.files import keep_settings
 from layerdecomp.imaging.geometry import fitted_size
@@ -107,9 +107,7 @@ def decompose_folder(
         InputError: an argument is out of range, or `out` cannot be used.
         RunError: a batch does not fit into memory.
     """
-    check_seed(seed)
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; expected at least 1")
+    seed, batch_size = check_whole_number("seed", seed), check_whole_number("batch_size", batch_size, 1)
     if not any((out / pair.stem).is_dir() for pair in pairs):  # no layers of other settings
         (out / SETTINGS).unlink(missing_ok=True)
     keep_settings(out / SETTINGS, {**settings, "seed": seed, **asdict(decomposer.sample), **SOURCE_SHA256})

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from layerdecomp.errors import InputError, RunError
+from layerdecomp.tensor_files import check_device
 
 LESS_MEMORY = (
     "to use less memory: quantize=nf4 for the transformer, a smaller sample.max_side for large images, a smaller "
@@ -53,13 +54,8 @@ def truth(arguments: dict[str, str], key: str) -> bool:
 
 def device_name(arguments: dict[str, str]) -> str:
     """The value of `device=`, after checking that tensors can be allocated there."""
-    device = arguments["device"]
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device={device}: {reason}; expected cpu, or cuda or mps if available") from error
-    return device
+    check_device(arguments["device"])
+    return arguments["device"]
 
 
 def out_folder(arguments: dict[str, str]) -> Path:

@@ -318,8 +318,16 @@ def _write(
         for what, which in found.items():
             some = ", ".join(which[:5]) + (", ..." if len(which) > 5 else "")
             print(f"{row}: {len(which)} {what.replace('_', ' ')}: {some}")
-    repeated = f" from {protocol['pictures']} pictures" if protocol.get("pictures", len(data)) < len(data) else ""
+    repeated = _repeated(len(data), protocol.get("pictures", len(data)))
     print(f"{len(data)} samples{repeated}; metrics in {out / 'metrics.json'}, report in {out / 'report.html'}")
+
+
+def _repeated(samples: int, pictures: int) -> str:
+    """Says what ± means if several samples are drawn from a picture; empty otherwise."""
+    if pictures >= samples:
+        return ""
+    many = f"{pictures} pictures" if pictures > 1 else "1 picture"
+    return f" drawn from {many} (± is over samples, and says little about other pictures)"
 
 
 def layer_settings(models: Models | None, data: TestData, config: EvaluateConfig) -> dict[str, Any]:

@@ -325,7 +325,10 @@ def _parse_override(text: str) -> DictConfig:
     try:
         return OmegaConf.from_dotlist([text])
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise InputError(f"argument {text!r}: {_first_line(error)}") from error
+        raise InputError(
+            f"argument {text!r}: {_first_line(error)}; expected a value in YAML, where text that begins with a special "
+            "character is quoted, such as ['*_blocks.*']"
+        ) from error
 
 
 def _dotted(tree: Any, prefix: str = "") -> dict[str, Any]:

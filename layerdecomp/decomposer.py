@@ -1,11 +1,13 @@
 """The decomposer: splits an image and an object mask into a clean background and a complete foreground."""
 
 import hashlib
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -31,17 +33,17 @@ from layerdecomp.flow import FlowConfig, seeded_normal
 from layerdecomp.imaging.compositing import from_autoencoder, to_autoencoder
 from layerdecomp.imaging.cues import CUES, compute_cues
 from layerdecomp.imaging.geometry import resize, to_pixels, to_tensor
-from layerdecomp.imaging.layers import Layers, Picture, Pixels, read_image, read_mask
+from layerdecomp.imaging.layers import Layers, Picture, Pixels, read_pair
 from layerdecomp.manifest import DecomposerConfig, describe_adapter
-from layerdecomp.models.autoencoder import Autoencoder
+from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.blocks import autocast_device
-from layerdecomp.models.context_fusion import ContextFusion
+from layerdecomp.models.context_fusion import ContextFusion, check_fusion
 from layerdecomp.models.depth import DepthEstimator
 from layerdecomp.models.lora import inject_lora, merge_lora, without_lora
-from layerdecomp.models.mmdit import MMDiT
+from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.resizing import model_size, to_model_size, to_original_size
 from layerdecomp.sampling import Progress, SampleConfig, euler, schedule
-from layerdecomp.tensor_files import Metadata, check_present, open_safetensors
+from layerdecomp.tensor_files import Metadata, check_device, check_present, open_safetensors
 from layerdecomp.weights import Adapter, check_keys, copy_tensors, empty_mmdit, load_autoencoder, load_mmdit, open_state
 
 TRAINED = re.compile(r"\.lora_[AB]\.weight$|^transformer\.img_in\.|^context_fusion\.")  # names of trained parameters
@@ -308,7 +310,8 @@ class Decomposer(nn.Module):
             mask: likewise, of the image's size; see `read_mask`.
             steps: Euler steps; default `sample.steps`.
             seed: of the noise; the same seed gives the same layers.
-            cues: maps (M, 3, H, W) in [-1, 1] in the order of `CUES`, all present; computed from the image by default.
+            cues: maps (M, 3, H, W) of the image's size in [-1, 1], in the order of `CUES`, all present; by default,
+                computed from the image.
             depth: estimator on the CPU for the depth cue, which is absent without it.
             progress: wraps the steps to show progress, as `tqdm` does.
 
@@ -316,7 +319,8 @@ class Decomposer(nn.Module):
             `Layers` at the image's size.
 
         Raises:
-            InputError: a file cannot be read, or the mask does not fit the image.
+            InputError: a file cannot be read, the mask or the cues do not fit the image, or another argument cannot be
+                used.
         """
         return self.decompose_batch([self.prepare(image, mask, cues, depth)], steps, seed, progress)[0]
 
@@ -328,8 +332,7 @@ class Decomposer(nn.Module):
         depth: DepthEstimator | None = None,
     ) -> Prepared:
         """Reads an image for `decompose_batch`; arguments and errors as in `decompose`."""
-        pixels = read_image(image)
-        object_mask = read_mask(mask, pixels.shape[:2])
+        pixels, object_mask = read_pair(image, mask)
         full = {"image": to_tensor(pixels), "mask": torch.from_numpy(object_mask).float()[None, None]}
         inputs = to_model_size({**full, **self._cues(full, cues, depth)}, self.sample)
         return Prepared(pixels, object_mask, full, inputs)
@@ -341,9 +344,11 @@ class Decomposer(nn.Module):
 
         All get the same noise, so that the layers of each are those it would have alone, up to rounding.
         """
-        if steps is not None and steps < 1:
-            raise InputError(f"steps is {steps}; expected at least 1")
-        check_seed(seed)
+        steps = None if steps is None else check_whole_number("steps", steps, 1)
+        seed = check_whole_number("seed", seed)
+        if not pictures or not all(isinstance(picture, Prepared) for picture in pictures):
+            kinds = ", ".join(type(picture).__name__ for picture in pictures)
+            raise InputError(f"pictures holds {kinds or 'nothing'}; expected one or more results of `prepare`")
         first, *others = dict.fromkeys(f"{width} x {height}" for height, width in (one.size for one in pictures))
         if others:
             raise InputError(f"pictures of {first} and of {others[0]} pixels; expected one size for a batch")
@@ -369,11 +374,8 @@ class Decomposer(nn.Module):
             estimated = {} if depth is None else {"depth": depth.estimate(image)[0].numpy()}
             computed, present = compute_cues(to_pixels(image[0]), estimated)
             return {"cues": torch.from_numpy(computed)[None], "cues_present": torch.from_numpy(present)[None]}
-        if given.ndim != 4 or given.shape[:2] != (len(CUES), 3):
-            raise InputError(
-                f"cues of shape {given.shape}; expected ({len(CUES)}, 3, H, W), the maps {', '.join(CUES)}"
-            )
-        maps = torch.from_numpy(given).float()[None]
+        _check_cues(given, (len(CUES), *full["image"].shape[1:]))
+        maps = torch.from_numpy(np.ascontiguousarray(given, np.float32))[None]
         return {"cues": maps, "cues_present": torch.ones(1, len(CUES), dtype=torch.bool)}
 
     def adapter(self, metadata: Metadata) -> Adapter:
@@ -390,7 +392,11 @@ class Decomposer(nn.Module):
 
     def load_adapter(self, adapter: Adapter, path: str | Path) -> None:
         """Loads the trained tensors; `InputError` unless they are exactly those of this model."""
-        copy_tensors(path, adapter.tensors, self.adapter({}).tensors, "this decomposer")
+        what = (
+            "this decomposer, whose code or settings are not those that the adapter was trained with (training without "
+            "adapter= starts anew)"
+        )
+        copy_tensors(path, adapter.tensors, self.adapter({}).tensors, what)
 
     def frozen_base(self, path: str | Path) -> "FrozenBase":
         """The base at `path` before adaptation; it shares all weights except the input projection."""
@@ -428,12 +434,14 @@ class Decomposer(nn.Module):
             files: other paths of the frozen parts (transformer=, autoencoder=, rgba_autoencoder=, prompt=).
 
         Raises:
-            InputError: a file is missing or does not fit, or the base is not the one that was adapted.
+            InputError: a file is missing or does not fit, the base is not the one that was adapted, or the device
+                cannot be used.
         """
         if dtype not in (None, torch.float32, torch.bfloat16):
             raise InputError(
-                f"dtype is {dtype}; expected torch.float32 or torch.bfloat16, in which the base is trained"
+                f"dtype is {dtype!r}; expected torch.float32 or torch.bfloat16, in which the base is trained"
             )
+        check_device(device)
         adapter, config = describe_adapter(path, **files)
         decomposer = build_decomposer(config, dtype, device, quantize)
         decomposer.load_adapter(adapter, path)
@@ -451,13 +459,14 @@ def build_decomposer(
 
     For `mapped`, see `load_mmdit`.
     """
-    _check_adaptation(config)
+    check_present(*config.weights.named().values())
+    check_adaptation(config)
     transformer = load_mmdit(config.weights.transformer, None, dtype, device, quantize, mapped)
     inject_lora(transformer, config.lora)
     transformer.img_in.float().requires_grad_(True)
     fusion = ContextFusion(config.fusion, transformer.config.hidden_size) if config.fusion.enabled else None
     autoencoder = _load_autoencoder(config.weights.autoencoder, 3, dtype, device)
-    _check_channels(config, transformer, autoencoder)
+    check_parts(config, transformer.config, autoencoder.config)
     return Decomposer(
         transformer=transformer,
         autoencoder=autoencoder,
@@ -470,9 +479,8 @@ def build_decomposer(
     ).to(device)
 
 
-def _check_adaptation(config: DecomposerConfig) -> None:
-    """Raises `InputError` for mistakes that can be found before 24 GB are read."""
-    check_present(*config.weights.named().values())
+def check_adaptation(config: DecomposerConfig) -> None:
+    """Raises `InputError` for mistakes that can be found before 24 GB are read, and without them."""
     if unknown := [name for name in config.fusion.cues if name not in CUES]:
         raise InputError(f"fusion.cues names {unknown[0]!r}; expected some of {', '.join(CUES)}")
     if config.lora.adapts("img_in"):
@@ -554,23 +562,47 @@ def inpaint(
     return painted.float().clamp(-1, 1)
 
 
-def check_seed(seed: int) -> None:
-    """Raises `InputError` unless `seed` is valid for a generator."""
-    if not 0 <= seed < 2**63:
-        raise InputError(f"seed is {seed}; expected a number from 0 to 2^63 - 1")
+def check_whole_number(name: str, value: SupportsIndex, minimum: int = 0) -> int:
+    """An argument as an int; `InputError` unless it is one of Python's or NumPy's, from `minimum` to 2^63 - 1."""
+    try:
+        number = int(operator.index(value))
+    except TypeError:
+        number = -1
+    if not minimum <= number < 2**63:
+        raise InputError(f"{name} is {value!r}; expected a whole number from {minimum} to 2^63 - 1")
+    return number
 
 
-def _check_channels(config: DecomposerConfig, transformer: MMDiT, autoencoder: Autoencoder) -> None:
+def _check_cues(cues: NDArray[np.float32], shape: tuple[int, ...]) -> None:
+    """Raises `InputError` unless `cues` is an array of floats in [-1, 1], of this shape."""
+    if not isinstance(cues, np.ndarray):
+        found = type(cues).__name__
+    elif cues.shape != shape or cues.dtype.kind != "f":
+        found = f"{cues.dtype} of shape {cues.shape}"
+    elif not (np.abs(cues) <= 1).all():  # also finds NaN
+        found = f"values from {cues.min():.4g} to {cues.max():.4g}"
+    else:
+        return
+    raise InputError(
+        f"cues: found {found}; expected an array of floats in [-1, 1] of shape {shape}, the maps {', '.join(CUES)} at "
+        "the image's size"
+    )
+
+
+def check_parts(config: DecomposerConfig, transformer: MMDiTConfig, autoencoder: AutoencoderConfig) -> None:
     """Raises `InputError` if the transformer is not an inpainting model, or does not fit the other parts."""
-    path, packed = config.weights.transformer, PATCH**2 * autoencoder.config.z_channels
-    found, expected = transformer.config.in_channels, 2 * packed + TOKEN_FACTOR**2
+    path, packed = config.weights.transformer, PATCH**2 * autoencoder.z_channels
+    found, expected = transformer.in_channels, 2 * packed + TOKEN_FACTOR**2
     if found != expected:
         what = "this is FLUX.1-dev (or -schnell or -Kontext), not Fill; " if found == 64 else ""
         raise InputError(
             f"{path} takes {found} input channels; {what}expected {expected}: noise, the masked image's latents and "
             "the mask"
         )
-    if config.fusion.enabled and config.fusion.in_channels != packed:
+    if not config.fusion.enabled:
+        return
+    check_fusion(config.fusion, transformer.hidden_size)
+    if config.fusion.in_channels != packed:
         raise InputError(
             f"fusion.in_channels is {config.fusion.in_channels}; expected {packed}, the channels of a packed latent"
         )

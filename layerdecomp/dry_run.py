@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from layerdecomp.benchmark import ENCODING, STEP, count, recomputed
 from layerdecomp.config import DecomposerJobConfig, RunConfig
+from layerdecomp.decomposer import check_adaptation, check_parts
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import markdown_table
 from layerdecomp.memory import TrainingWork, extrapolate_over_blocks, parameter_counts, training_memory
@@ -29,7 +30,7 @@ def dry_run(config: RunConfig) -> str:
     Models are as the weight files describe them, or FLUX.1-Fill-dev's if a file is missing.
 
     Raises:
-        InputError: the job trains no adapter, or keeps its frozen parts in float32.
+        InputError: the job trains no adapter, keeps its frozen parts in float32, or has settings that do not fit them.
     """
     if not isinstance(config, DecomposerJobConfig):
         raise InputError(f"train.dry_run counts a decomposer job; found job={config.job}")
@@ -37,7 +38,9 @@ def dry_run(config: RunConfig) -> str:
         raise InputError(
             "train.dry_run counts a step in bf16; found train.precision=32-true, expected auto or bf16-mixed"
         )
+    check_adaptation(config)
     work = training_work(config)
+    check_parts(config, work.model, work.rgb)
     counts = extrapolate_over_blocks(count, work)
     samples = config.train.global_batch
     encode, per_sample = (counts[name] / work.batch_size for name in (ENCODING, STEP))

@@ -67,6 +67,15 @@ def check_present(*paths: str | Path) -> None:
         raise InputError(f"{'; '.join(missing)}; put the file there or name another (see checkpoints/README.md)")
 
 
+def check_device(device: str) -> None:
+    """Raises `InputError` unless tensors can be allocated on a device."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device={device}: {reason}; expected cpu, or cuda or mps if available") from error
+
+
 def _why_unreadable(path: Path) -> str:
     """Why safetensors cannot read a file."""
     size = path.stat().st_size

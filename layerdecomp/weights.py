@@ -305,7 +305,8 @@ class Adapter:
 
 def find_weights(name: str, folders: Iterable[Path]) -> Path:
     """The path of a weight file that an adapter names: as given, or in one of `folders`."""
-    candidates = [Path(name), *(folder / Path(name).name for folder in folders), *(folder / name for folder in folders)]
+    places = [Path(name), *(folder / Path(name).name for folder in folders), *(folder / name for folder in folders)]
+    candidates = dict.fromkeys(places)  # some may be the same
     for candidate in candidates:
         if candidate.exists():
             return candidate

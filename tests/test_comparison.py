@@ -241,13 +241,19 @@ def test_one_folder_may_hold_images_of_several_sizes(models: Models, tmp_path: P
     assert (tmp_path / "out" / "samples" / "comparison.png").is_file()
 
 
+@pytest.mark.parametrize(("pictures", "source"), [(1, "1 picture"), (2, "2 pictures"), (3, None)])
 def test_samples_from_fewer_images_are_reported_as_such(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    pictures: int,
+    source: str | None,
 ) -> None:
-    protocol = {"split": "test", "resolution": 32, "data": "triplets", "pictures": 2}
+    protocol = {"split": "test", "resolution": 32, "data": "triplets", "pictures": pictures}
     monkeypatch.setattr("layerdecomp.comparison.describe_data", lambda _: protocol)
     compare(None, SCENES, config(rows=["classical"]), tmp_path / "out")
-    assert "3 samples from 2 pictures; metrics in" in capsys.readouterr().out
+    drawn = f" drawn from {source} (± is over samples, and says little about other pictures)" if source else ""
+    assert f"3 samples{drawn}; metrics in" in capsys.readouterr().out
 
 
 def test_row_names_distinguish_folders() -> None:

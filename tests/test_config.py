@@ -59,6 +59,7 @@ def test_the_run_directory_follows_the_name() -> None:
         ("zzz=3", "unknown key zzz; the known ones begin with adapter, compile, "),
         ("train.steps=", "argument 'train.steps='"),
         ("train=5", "argument 'train=5': train is a section; expected one of its keys: .*train.steps"),
+        ("lora.targets=[*]", "argument .* an alias; expected .* quoted, such as \\['\\*_blocks.\\*'\\]"),
         ("lora.targets=[a", "argument 'lora.targets=\\[a'"),
         ("resume", "argument 'resume': expected key=value"),
         ("=3", "argument '=3': expected key=value"),

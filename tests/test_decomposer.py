@@ -167,7 +167,7 @@ def test_a_thin_object_survives_shrinking(
 
 def test_given_cues_replace_the_computed_ones(tiny_decomposer: Decomposer) -> None:
     image, mask = picture(32, 48), box(32, 48)
-    cues = np.random.default_rng(1).uniform(-1, 1, (len(CUES), 3, 64, 96)).astype(np.float32)
+    cues = np.random.default_rng(1).uniform(-1, 1, (len(CUES), 3, 32, 48)).astype(np.float32)
     computed = tiny_decomposer.decompose(image, mask, steps=STEPS)
     given = tiny_decomposer.decompose(image, mask, steps=STEPS, cues=cues)
     assert differ(computed, given) and differ(given, tiny_decomposer.decompose(image, mask, steps=STEPS, cues=-cues))
@@ -191,16 +191,55 @@ def test_a_depth_estimator_adds_the_depth_cue(tiny_decomposer: Decomposer) -> No
     np.testing.assert_array_equal(given.foreground, with_depth.foreground)
 
 
-@pytest.mark.parametrize("shape", [(3, 32, 48), (len(CUES) - 1, 3, 32, 48), (len(CUES), 1, 32, 48)])
-def test_cues_of_a_wrong_shape_are_rejected(tiny_decomposer: Decomposer, shape: tuple[int, ...]) -> None:
-    with pytest.raises(InputError, match=rf"cues of shape .*; expected \({len(CUES)}, 3, H, W\), the maps edge, seg"):
-        tiny_decomposer.decompose(picture(32, 48), box(32, 48), cues=np.zeros(shape, np.float32))
+CUE_MAPS = np.zeros((len(CUES), 3, 32, 48), np.float32)
 
 
-@pytest.mark.parametrize("steps", [0, -3])
-def test_less_than_one_step_is_rejected(tiny_decomposer: Decomposer, steps: int) -> None:
-    with pytest.raises(InputError, match=f"steps is {steps}; expected at least 1"):
+@pytest.mark.parametrize(
+    ("cues", "found"),
+    [
+        (CUE_MAPS[0], r"float32 of shape \(3, 32, 48\)"),
+        (CUE_MAPS[:2], r"float32 of shape \(2, 3, 32, 48\)"),
+        (CUE_MAPS[:, :1], r"float32 of shape \(3, 1, 32, 48\)"),
+        (CUE_MAPS[..., :40], r"float32 of shape \(3, 3, 32, 40\)"),
+        (CUE_MAPS.astype(np.uint8), "uint8 of shape"),
+        (CUE_MAPS + 255, "values from 255 to 255"),
+        (CUE_MAPS * np.nan, "values from nan to nan"),
+        (torch.from_numpy(CUE_MAPS), "Tensor"),
+        (CUE_MAPS.tolist(), "list"),
+    ],
+)
+def test_invalid_cues_are_rejected(tiny_decomposer: Decomposer, cues: Any, found: str) -> None:
+    expected = rf"cues: found {found}.*; expected .* \[-1, 1\] of shape \(3, 3, 32, 48\), the maps edge, segmentation"
+    with pytest.raises(InputError, match=expected):
+        tiny_decomposer.decompose(picture(32, 48), box(32, 48), cues=cues)
+
+
+def test_cues_with_negative_strides_are_accepted(tiny_decomposer: Decomposer) -> None:
+    tiny_decomposer.decompose(picture(32, 48), box(32, 48), steps=1, cues=CUE_MAPS[..., ::-1])
+
+
+@pytest.mark.parametrize("steps", [0, -3, 1.5, "2"])
+def test_invalid_steps_are_rejected(tiny_decomposer: Decomposer, steps: Any) -> None:
+    with pytest.raises(InputError, match=f"steps is {steps!r}; expected a whole number from 1"):
         tiny_decomposer.decompose(picture(32, 48), box(32, 48), steps=steps)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.0, None, "1"])
+def test_invalid_seeds_are_rejected(tiny_decomposer: Decomposer, seed: Any) -> None:
+    with pytest.raises(InputError, match=f"seed is {seed!r}; expected a whole number from 0"):
+        tiny_decomposer.decompose(picture(32, 48), box(32, 48), seed=seed)
+
+
+def test_numpy_integers_are_accepted(tiny_decomposer: Decomposer) -> None:
+    image, mask = picture(32, 48), box(32, 48)
+    ours, numpys = (tiny_decomposer.decompose(image, mask, steps=to(2), seed=to(3)) for to in (int, np.int64))
+    np.testing.assert_array_equal(ours.foreground, numpys.foreground)
+
+
+@pytest.mark.parametrize(("pictures", "found"), [([], "nothing"), ([picture(32, 48)], "ndarray")])
+def test_a_batch_of_unprepared_images_is_rejected(tiny_decomposer: Decomposer, pictures: Any, found: str) -> None:
+    with pytest.raises(InputError, match=f"pictures holds {found}; expected one or more results of `prepare`"):
+        tiny_decomposer.decompose_batch(pictures)
 
 
 def test_fusion_can_be_disabled(tiny_config: DecomposerConfig, tiny_weights: Path) -> None:
@@ -357,6 +396,11 @@ def test_missing_files_are_reported_before_the_transformer_is_loaded(
 def test_float16_is_rejected(tiny_weights: Path) -> None:
     with pytest.raises(InputError, match="dtype is torch.float16; expected torch.float32 or torch.bfloat16"):
         Decomposer.from_pretrained(tiny_weights / "adapter.safetensors", dtype=torch.float16)
+
+
+def test_an_unknown_device_is_rejected(tiny_weights: Path) -> None:
+    with pytest.raises(InputError, match="device=cudaa: .*; expected cpu, or cuda or mps if available"):
+        Decomposer.from_pretrained(tiny_weights / "adapter.safetensors", device="cudaa")
 
 
 def test_frozen_models_in_bf16_give_nearly_the_same_layers(tiny_weights: Path, tiny_decomposer: Decomposer) -> None:

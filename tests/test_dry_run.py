@@ -31,6 +31,21 @@ def test_a_dry_run_rejects_frozen_models_in_float32() -> None:
         dry_run(config)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("lora.targets=[img_in]", r"lora.targets \['img_in'\] match img_in, which is trained in full"),
+        ("fusion.cues=[edges]", "fusion.cues names 'edges'; expected some of edge"),
+        ("fusion.num_heads=5", "fusion.num_heads = 5: expected a divisor of the transformer's width, 3072"),
+        ("fusion.in_channels=32", "fusion.in_channels is 32; expected 64"),
+    ],
+)
+def test_a_dry_run_rejects_settings_that_a_run_rejects(change: str, message: str) -> None:
+    config = load_config(CONFIGS / "flux_fill.yaml", [change])
+    with pytest.raises(InputError, match=message):
+        dry_run(config)
+
+
 def test_models_are_described_by_their_files_or_else_the_published_ones(tiny_weights: Path) -> None:
     config = load_config(CONFIGS / "flux_fill_24gb.yaml")
     config.weights.transformer = config.weights.autoencoder = "nowhere.safetensors"

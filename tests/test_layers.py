@@ -150,10 +150,16 @@ def test_truncated_files_are_refused(tmp_path: Path, format: str) -> None:
             read_image(path)
 
 
-@pytest.mark.parametrize("name", ["absent.png", "."])
-def test_missing_files_and_folders_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(InputError, match="expected an image file"):
+@pytest.mark.parametrize(("name", "found"), [("absent.png", "does not exist"), (".", "is a folder")])
+def test_missing_files_and_folders_are_refused(tmp_path: Path, name: str, found: str) -> None:
+    with pytest.raises(InputError, match=f"{found}; expected an image file"):
         read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("source", [None, [[0, 255]]])
+def test_what_is_no_picture(source: Any) -> None:
+    with pytest.raises(InputError, match=f"a picture is a {type(source).__name__}; expected a path"):
+        read_mask(source)
 
 
 OBJECT = _alpha() >= 128
@@ -238,6 +244,7 @@ def test_three_files_are_written(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.asarray(Image.open(folder / "background.png")), layers.background)
     np.testing.assert_array_equal(np.asarray(Image.open(folder / "foreground.png")), layers.foreground)
     np.testing.assert_array_equal(np.asarray(Image.open(folder / "preview.png")), layers.preview())
+    assert [path.name for path in layers.save(tmp_path / "one", "ora").iterdir()] == ["layers.ora"]
 
 
 def test_the_preview_shows_input_background_foreground_and_both() -> None:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module may only import modules listed before it.
 ORDER = [
     # level 0: tensors and images
-    *("__init__", "errors", "files", "cli"),
+    *("__init__", "errors", "files"),
     *("models.__init__", "models.attention", "models.blocks", "models.mmdit", "models.lora"),
     *("models.context_fusion", "models.autoencoder", "models.depth"),
     *("conditioning", "flow", "sampling"),
@@ -29,7 +29,7 @@ ORDER = [
     *("metrics.__init__", "metrics.region", "metrics.background", "metrics.foreground", "metrics.perceptual"),
     *("metrics.distribution", "metrics.recomposition", "metrics.layers"),
     # level 1: the assembled model, files, data and metrics
-    *("quantization", "layouts", "tensor_files", "weights", "manifest", "decomposer", "sharding"),
+    *("quantization", "layouts", "tensor_files", "cli", "weights", "manifest", "decomposer", "sharding"),
     *("adapters", "incoming", "modelcard", "export", "text"),
     *("data.__init__", "data.index", "data.prepare"),
     *("data.folders", "data.layerdiffuse", "data.openimages", "data.mulan"),

@@ -355,8 +355,11 @@ def test_decompose_reports_invalid_input(
     assert message in fails("decompose", adapter, *pictures, "steps=1", "out=layers", change)
 
 
-def test_decompose_checks_its_folder_before_loading_weights(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = ["adapter=absent.safetensors", "image=a.png", "mask=m.png"]
+def test_decompose_checks_its_folder_and_images_before_loading_weights(
+    fails: Fails, pictures: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["adapter=absent.safetensors", *pictures]
+    assert "gone.png does not exist" in fails("decompose", *given, "mask=gone.png")
     assert "absent.safetensors does not exist" in fails("decompose", *given, "out=new/layers")
     monkeypatch.setattr(os, "access", lambda place, mode: not mode & os.W_OK)  # mocked, because root may write anywhere
     output = fails("decompose", *given, "out=new/layers")

@@ -31,6 +31,7 @@ from layerdecomp.manifest import describe_adapter
 from layerdecomp.metric_networks import open_networks
 from layerdecomp.metrics.layers import METRICS, LayerMetrics
 from layerdecomp.models.autoencoder import Autoencoder
+from layerdecomp.models.context_fusion import ContextFusion
 from layerdecomp.tensor_files import file_sha256, read_metadata
 from layerdecomp.training.autoencoder import BACKGROUND_MEAN, BACKGROUND_SQUARE, AutoencoderJob, composite_error
 from layerdecomp.training.checkpoints import newest_checkpoint
@@ -683,7 +684,10 @@ def test_a_run_continues_training_another_runs_adapter(
         ("lora.alpha=6", "lora.alpha=3.0; found 6.0"),
         ("fusion.cues=[segmentation]", "fusion.cues=.*edge"),
         ("conditioning.foreground=false", "conditioning.foreground=True; found False"),
-        ("lora.targets=[double_blocks.*_mlp.*]", "adapter.safetensors"),
+        (
+            "lora.targets=[double_blocks.*_mlp.*]",
+            r"with lora.targets=.*linear2'\]; found \['double_blocks.\*_mlp",
+        ),
         ("adapter=nowhere.safetensors", "nowhere.safetensors does not exist"),
         (
             "weights.prompt={tmp_path}/prompt.safetensors",
@@ -697,12 +701,37 @@ def test_an_adapter_that_does_not_fit_the_run_is_refused(
     file = tiny_weights / "adapter.safetensors"
     fitting = [f"{key}={value}" for key, value in fixed_settings(describe_adapter(file)[1]).items()]
     settings = [*overrides, *fitting, f"adapter={file}", "train.steps=1", f"run_dir={tmp_path}/run"]
-    DecomposerJob(load_config(REPOSITORY / "configs" / "tiny.yaml", settings))
+    same_layers = "lora.targets=[double_blocks.*_attn.*, double_blocks.*_mlp.?, single_blocks.*.linear?]"
+    for targets in ([], [same_layers]):
+        DecomposerJob(load_config(REPOSITORY / "configs" / "tiny.yaml", [*settings, *targets]))
     zeros = {"txt": torch.zeros(1, 8), "vec": torch.zeros(8)}
     save_file(zeros, tmp_path / "prompt.safetensors")
     with pytest.raises(InputError, match=message):
         run("tiny", *settings, change.format(tmp_path=tmp_path))
     assert not (tmp_path / "run" / "adapter.safetensors").exists()
+
+
+def test_an_adapter_of_other_code_is_refused(
+    overrides: list[str], tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tiny_weights / "adapter.safetensors"
+    fitting = [f"{key}={value}" for key, value in fixed_settings(describe_adapter(file)[1]).items()]
+    config = load_config(REPOSITORY / "configs" / "tiny.yaml", [*overrides, *fitting, f"adapter={file}"])
+    build = ContextFusion.__init__
+
+    def changed(self: ContextFusion, *arguments: Any) -> None:
+        build(self, *arguments)
+        self.extra = torch.nn.Linear(2, 2)
+
+    monkeypatch.setattr(ContextFusion, "__init__", changed)
+    with pytest.raises(InputError, match=r"code or settings are not .*training without adapter= starts anew\)"):
+        DecomposerJob(config)
+
+
+def test_training_without_lora_is_logged(overrides: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    job = DecomposerJob(load_config(REPOSITORY / "configs" / "tiny.yaml", [*overrides, "lora.targets=[]"]))
+    assert "lora.targets is empty: no layer gets LoRA; only img_in" in caplog.text
+    assert not any("lora" in name for name in job.decomposer.adapter({}).tensors)
 
 
 def test_global_random_numbers_depend_on_the_position_and_differ_from_the_noise(overrides: list[str]) -> None:

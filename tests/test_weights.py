@@ -305,7 +305,7 @@ def test_adapters_that_do_not_fit_are_refused(tiny_weights: Path, tmp_path: Path
     del tensors["img_in.bias"]
     tensors["single_blocks.0.linear2.lora_A.weight"] = torch.zeros(3, 160)
     Adapter(tensors, adapter.metadata).save(path)
-    with pytest.raises(InputError, match="does not fit this decomposer") as error:
+    with pytest.raises(InputError, match="does not fit this decomposer, whose code or settings are not") as error:
         Decomposer.from_pretrained(path)
     assert "1 missing: img_in.bias" in str(error.value)
     assert "single_blocks.0.linear2.lora_A.weight [3, 160] for [2, 160]" in str(error.value)
@@ -341,6 +341,8 @@ def test_find_weights_searches_the_given_folders(tmp_path: Path) -> None:
     assert find_weights("elsewhere/a", [tmp_path]) == tmp_path / "a"
     assert find_weights("deep/b", [tmp_path]) == tmp_path / "deep/b"
     assert find_weights(str(tmp_path / "a"), []) == tmp_path / "a"
+    with pytest.raises(InputError, match=f"tried c, {tmp_path}/c, {tmp_path}/deep/c\\)"):
+        find_weights("c", [tmp_path, tmp_path / "deep"])
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")

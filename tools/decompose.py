@@ -22,7 +22,7 @@ from layerdecomp.cli import device_name, frozen_dtype, out_folder, run_command, 
 from layerdecomp.config import merge_config
 from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError, RunError
-from layerdecomp.imaging.layers import FORMATS, check_formats
+from layerdecomp.imaging.layers import FORMATS, check_formats, read_pair
 from layerdecomp.manifest import REPOSITORY, adapter_file
 from layerdecomp.sampling import SampleConfig
 from layerdecomp.tensor_files import file_sha256
@@ -50,20 +50,20 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"unknown argument {unknown[0]}; expected {'= '.join([*ARGUMENTS, 'sample.*'])}=")
     check_formats(formats := own["format"].split(","))
     seed, batch_size = whole_number(own, "seed"), whole_number(own, "batch_size")
-    if own["steps"]:
-        rest.append(f"sample.steps={whole_number(own, 'steps')}")
+    rest += [f"sample.steps={whole_number(own, 'steps')}"] if own["steps"] else []
     merge_config(Overrides(), [], rest)  # raises errors now, not after loading
     out, folders = out_folder(own), any(Path(own[key]).is_dir() for key in ("image", "mask"))
     pairs = pair_up(Path(own["image"]), Path(own["mask"]), out) if folders else []
+    picture = None if folders else read_pair(own["image"], own["mask"])
     device, compiled, quantize = device_name(own), truth(own, "compile"), own["quantize"] or None
+    depth = load_depth(own["depth"]) if own["depth"] else None
     files = {part: own[part] for part in PARTS if own[part]}
     decomposer = Decomposer.from_pretrained(own["adapter"], frozen_dtype(device), device, quantize, **files).merge()
     if compiled:
         decomposer.transformer.compile_blocks()
     decomposer.sample = merge_config(Overrides(decomposer.sample), [], rest).sample
-    depth = load_depth(own["depth"]) if own["depth"] else None
-    if not folders:
-        layers = decomposer.decompose(own["image"], own["mask"], seed=seed, depth=depth, progress=STEPS)
+    if picture is not None:
+        layers = decomposer.decompose(*picture, seed=seed, depth=depth, progress=STEPS)
         print("wrote", ", ".join(name for one in formats for name in FORMATS[one]), "into", layers.save(out, formats))
         return
     settings = {key: own[key] for key in ("quantize", "depth", "prompt")}

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BytesIO
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,12 @@ def read_image(source: Picture) -> Pixels:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return np.asarray(picture.convert("RGB"))
+
+
+def read_pair(image: Picture, mask: Picture) -> tuple[Pixels, NDArray[np.bool_]]:
+    """A picture (H, W, 3) and its mask (H, W); see `read_image` and `read_mask`."""
+    pixels = read_image(image)
+    return pixels, read_mask(mask, pixels.shape[:2])
 
 
 def to_srgb(picture: Image.Image) -> Image.Image:
@@ -131,8 +138,11 @@ def _open(source: Picture) -> Image.Image:
         return _from_array(source)
     if isinstance(source, Image.Image):
         return ImageOps.exif_transpose(source)
+    if not isinstance(source, str | PathLike):
+        raise InputError(f"a picture is a {type(source).__name__}; expected a path, a PIL image or a NumPy array")
     if not Path(source).is_file():
-        raise InputError(f"{source} does not exist; expected an image file")
+        found = "is a folder" if Path(source).is_dir() else "does not exist"
+        raise InputError(f"{source} {found}; expected an image file")
     try:
         with Image.open(source, formats=READABLE) as picture:
             check_pixels(source, picture)  # before decoding
@@ -178,15 +188,15 @@ class Layers:
     background: Pixels  # (H, W, 3)
     foreground: Pixels  # (H, W, 4), straight alpha
 
-    def save(self, folder: str | Path, formats: Sequence[str] = ("png",)) -> Path:
+    def save(self, folder: str | Path, formats: str | Sequence[str] = ("png",)) -> Path:
         """Writes files into `folder`: all of them, or none if there is an error.
 
         Args:
-            formats: some of `FORMATS`. png: background.png, foreground.png and preview.png; ora: layers.ora, for Krita
-                and GIMP; psd: layers.psd, for Photoshop.
+            formats: one or some of `FORMATS`. png: background.png, foreground.png and preview.png; ora: layers.ora,
+                for Krita and GIMP; psd: layers.psd, for Photoshop.
         """
+        formats, folder = [formats] if isinstance(formats, str) else formats, Path(folder)
         check_formats(formats)
-        folder = Path(folder)
         with ExitStack() as files:  # write all files before renaming any
             for name, write in {name: write for format in formats for name, write in FORMATS[format].items()}.items():
                 write(self, files.enter_context(atomic_path(folder / name)))

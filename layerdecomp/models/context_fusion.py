@@ -55,7 +55,7 @@ class ContextFusion(nn.Module):
 
     def __init__(self, config: ContextFusionConfig, hidden_size: int) -> None:
         super().__init__()
-        _validate(config, hidden_size)
+        check_fusion(config, hidden_size)
         self.config = config
         self.token_in = nn.Linear(config.in_channels, hidden_size)
         self.cue_embedding = nn.Parameter(0.02 * torch.randn(len(config.cues), hidden_size))
@@ -97,7 +97,8 @@ def position_embedding(ids: Tensor, dim: int) -> Tensor:
     return torch.cat([row, column], dim=-1)
 
 
-def _validate(config: ContextFusionConfig, hidden_size: int) -> None:
+def check_fusion(config: ContextFusionConfig, hidden_size: int) -> None:
+    """Raises `InputError` if a fusion module cannot be built for a transformer of this width."""
     if config.num_heads < 1 or hidden_size % config.num_heads:
         raise InputError(
             f"fusion.num_heads = {config.num_heads}: expected a divisor of the transformer's width, {hidden_size}"

@@ -19,7 +19,7 @@ class LoRAConfig:
     """Which linear layers of an `MMDiT` are adapted, and at which rank and scale.
 
     `targets` are shell-style patterns over module names, where `*` also matches dots; the default matches every
-    attention and feed-forward linear of both kinds of block.
+    attention and feed-forward linear of both kinds of block. An empty list adapts none.
     """
 
     rank: int = 256
@@ -164,9 +164,11 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
         raise InputError("the model already has LoRA layers: merge them with merge_lora before injecting again")
     for pattern in config.targets:
         if not any(fnmatchcase(name, pattern) for name in linears):
+            wider = [f"{pattern}.*"] if any(fnmatchcase(name, f"{pattern}.*") for name in linears) else []
+            nearest = [*wider, *get_close_matches(pattern, linears, n=4, cutoff=0.0)]
             raise InputError(
-                f"lora.targets: pattern {pattern!r} matches no linear layer of the model; the closest names are "
-                f"{', '.join(get_close_matches(pattern, linears, n=4, cutoff=0.0))}"
+                f"lora.targets: pattern {pattern!r} matches no linear layer of the model; expected whole names, with * "
+                f"for any part, such as {', '.join(nearest)}"
             )
     names = [name for name in linears if config.adapts(name)]
     for name in names:

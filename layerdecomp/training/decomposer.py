@@ -1,6 +1,7 @@
 """Adapts the frozen inpainting base to layer decomposition: LoRA, input projection and context fusion."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,13 +20,15 @@ from layerdecomp.flow import flow_loss
 from layerdecomp.manifest import DecomposerConfig, adapter_file, describe_adapter
 from layerdecomp.metric_networks import open_networks
 from layerdecomp.metrics.layers import LayerMetrics
+from layerdecomp.models.lora import inject_lora
 from layerdecomp.pictures import comparison_grid
 from layerdecomp.sharding import ShardedBase
 from layerdecomp.tensor_files import file_sha256
 from layerdecomp.training.base import local_device, resolve_precision
 from layerdecomp.training.flow import FlowJob
-from layerdecomp.weights import Adapter, latents_sha256
+from layerdecomp.weights import Adapter, empty_mmdit, latents_sha256
 
+logger = logging.getLogger(__name__)
 ENCODED = ("image", "mask", "cues", "background", "foreground")
 
 
@@ -41,6 +44,8 @@ class DecomposerJob(FlowJob):
         dtype = torch.bfloat16 if mixed else torch.float32
         # A base to be sharded need not fit on this device: the ranks of a machine memory-map one copy of the file.
         device, mapped = ("cpu", True) if config.shard_base else (local_device(), False)
+        if not config.lora.targets:
+            logger.warning("lora.targets is empty: no layer gets LoRA; only img_in and, if enabled, fusion are trained")
         start = fitting_adapter(config)  # checked first: the base may take minutes to load
         self.decomposer = build_decomposer(config, dtype, device, config.quantize, mapped)
         if start is not None:
@@ -154,12 +159,21 @@ def fitting_adapter(config: DecomposerJobConfig) -> Adapter | None:
         return None
     adapter, described = describe_adapter(config.adapter, **config.weights.named())
     _check_prompt(config, adapter)
-    now = fixed_settings(config)
-    for key, then in fixed_settings(described).items():
-        if then != now[key]:
-            found = f"found {now[key]}, set {key}={then}"
-            raise InputError(f"adapter={config.adapter} was trained with {key}={then}; {found}")
+    now, then = fixed_settings(config), fixed_settings(described)
+    if adapted_layers(config) == adapted_layers(described):
+        now["lora.targets"] = then["lora.targets"]  # other patterns for the same layers
+    for key, value in then.items():
+        if value != now[key]:
+            raise InputError(
+                f"adapter={config.adapter} was trained with {key}={value}; found {now[key]}, set {key}={value}"
+            )
     return adapter
+
+
+def adapted_layers(config: DecomposerConfig) -> list[str]:
+    """The names of the layers with LoRA."""
+    model, _ = empty_mmdit(config.weights.transformer)
+    return inject_lora(model, config.lora)
 
 
 def _check_prompt(config: DecomposerJobConfig, adapter: Adapter) -> None:
@@ -174,7 +188,7 @@ def _check_prompt(config: DecomposerJobConfig, adapter: Adapter) -> None:
 
 
 def fixed_settings(config: DecomposerConfig) -> dict[str, Any]:
-    """The settings that an adapter's tensors depend on, by key; their names identify the adapted layers."""
-    lora = {"rank": config.lora.rank, "alpha": config.lora.scale * config.lora.rank}
+    """The settings that an adapter's tensors depend on, by key."""
+    lora = {**asdict(config.lora), "alpha": config.lora.scale * config.lora.rank}
     parts = {"lora": lora, "fusion": asdict(config.fusion), "conditioning": asdict(config.conditioning)}
     return {f"{part}.{key}": value for part, settings in parts.items() for key, value in settings.items()}
