@@ -169,7 +169,7 @@ def test_autocast_is_close_to_float32() -> None:
     ("pattern", "nearest"),
     [
         ("double_blocks.*.image_attn.qkv", "double_blocks.0.img_attn.qkv"),
-        ("single_blocks.0", "single_blocks.0.*, single_blocks.0.linear1"),  # a module, but not a linear layer
+        ("single_blocks.0", "single_blocks.0.*, single_blocks.0.linear"),  # a module, but not a linear layer
         ("double_blocks", "such as double_blocks.*, double_blocks."),
         ("single_blocks.*.linear", "single_blocks.2.linear2"),
     ],

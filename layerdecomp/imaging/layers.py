@@ -20,7 +20,7 @@ from layerdecomp.imaging.layered import Raster, check_psd, write_ora, write_psd
 logger = logging.getLogger(__name__)
 Pixels = NDArray[np.uint8]
 READABLE = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # others, such as EPS, would run external programs
-Picture = str | Path | Image.Image | Pixels
+Picture = str | Path | Image.Image | Pixels | NDArray[np.bool_]
 CHANNELS = ((), (1,), (3,), (4,))  # allowed trailing dimensions of a picture array
 SRGB = ImageCms.createProfile("sRGB")
 
