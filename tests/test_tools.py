@@ -438,7 +438,7 @@ def test_evaluate_names_a_missing_matting_library(
         (["out=a.safetensors", "adapter=run"], "run is an unfinished run without adapter.safetensors; resume it"),
         (
             ["out=a.safetensors", "adapter=run/last.ckpt"],
-            "run/last.ckpt is a training checkpoint; expected the adapter that its run writes last, run/adapter",
+            "run/last.ckpt is a training checkpoint; expected the adapter that its run writes at the end, run/adapter",
         ),
     ],
 )
