@@ -74,8 +74,8 @@ def memory_rows(work: TrainingWork, config: DecomposerJobConfig) -> list[list[st
         ("optimizer", memory.optimizer, f"two moments in {config.optim.bits} bits; Muon has fewer"),
         ("moving average", average, f"train.ema={config.train.ema:g}"),
         ("activations", memory.step, "; ".join(_recomputing(work))),
-        ("or autoencoders'", memory.encode, f"encode_batch_size={config.encode_batch_size}; before the step"),
-        ("together", memory.total + average, "with the larger of the last two; CUDA itself takes about 0.5 more"),
+        ("or encoding", memory.encode, f"encode_batch_size={config.encode_batch_size}; before the step"),
+        ("total", memory.total + average, "with the larger of the last two; CUDA itself takes about 0.5 more"),
     ]
     return [[part, f"{size / 1e9:.1f}", how] for part, size, how in rows]
 

@@ -760,7 +760,7 @@ def test_a_dry_run_prints_its_estimate_and_writes_nothing(
     model = load_mmdit(overrides[0].partition("=")[2])
     frozen = sum(p.numel() for name, p in model.named_parameters() if "img_in" not in name)
     assert re.search(rf"transformer, frozen \| +{frozen:,} ", output) and "1 + 1 blocks of width 32" in output
-    assert "all weight files are there" in output and re.search(r"together +\| +\d", output)
+    assert "all weight files are there" in output and re.search(r"total +\| +\d", output)
     with pytest.raises(InputError, match="train.dry_run counts a decomposer job; found job=autoencoder"):
         run("tiny_autoencoder", *SMALL, "train.dry_run=true", f"run_dir={tmp_path}/run")
     assert not (tmp_path / "run").exists()
