@@ -1,6 +1,7 @@
 """Compares the adapted model with its frozen base, classical baselines and any other methods on the same samples."""
 
 import json
+import logging
 import platform
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ from layerdecomp.resizing import at_original_size
 from layerdecomp.tensor_files import file_sha256, read_metadata, weight_files
 from layerdecomp.weights import Adapter, load_mmdit
 
+logger = logging.getLogger(__name__)
 ROWS = ("adapted", "base", "classical", "matting", "maskless")
 WITH_MODEL = ("adapted", "base", "maskless")
 MASKLESS = "checkpoints/tiny/transformer_maskless.safetensors"  # ships with the repository; the ablation uses it too
@@ -288,6 +290,8 @@ def open_folder(out: Path, rows: Iterable[str], settings: Mapping[str, Any]) -> 
             (out / name).unlink(missing_ok=True)
         for file in settings_files(out, rows):
             if not file.is_file() or file.read_text() != content:
+                if file.is_file():
+                    logger.warning("%s: its layers were made with other settings or code; starting over", file.parent)
                 shutil.rmtree(file.parent, ignore_errors=True)
                 atomic_write(file, content)
     except OSError as error:

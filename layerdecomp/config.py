@@ -342,6 +342,8 @@ def _dotted(tree: Any, prefix: str = "") -> dict[str, Any]:
 def _check_known(key: str, known: list[str], source: str) -> None:
     if key in known:
         return
+    if key in RENAMED:
+        raise InputError(f"{source}: {key} has been renamed; write {RENAMED[key]}")
     sections = [name for name in known if name.startswith(f"{key}.")]
     if sections:
         raise InputError(f"{source}: {key} is a section; expected one of its keys: {', '.join(sections)}")

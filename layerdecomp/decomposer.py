@@ -346,9 +346,12 @@ class Decomposer(nn.Module):
         """
         steps = None if steps is None else check_whole_number("steps", steps, 1)
         seed = check_whole_number("seed", seed)
-        if not pictures or not all(isinstance(picture, Prepared) for picture in pictures):
-            kinds = ", ".join(type(picture).__name__ for picture in pictures)
-            raise InputError(f"pictures holds {kinds or 'nothing'}; expected one or more results of `prepare`")
+        given = pictures if isinstance(pictures, Sequence) else [pictures]
+        if pictures is not given or not given or not all(isinstance(picture, Prepared) for picture in given):
+            kinds = ", ".join(type(picture).__name__ for picture in given)
+            raise InputError(
+                f"pictures holds {kinds or 'nothing'}; expected a list of one or more results of `prepare`"
+            )
         first, *others = dict.fromkeys(f"{width} x {height}" for height, width in (one.size for one in pictures))
         if others:
             raise InputError(f"pictures of {first} and of {others[0]} pixels; expected one size for a batch")
@@ -481,7 +484,7 @@ def build_decomposer(
 
 def check_adaptation(config: DecomposerConfig) -> None:
     """Raises `InputError` for mistakes that can be found before 24 GB are read, and without them."""
-    if unknown := [name for name in config.fusion.cues if name not in CUES]:
+    if config.fusion.enabled and (unknown := [name for name in config.fusion.cues if name not in CUES]):
         raise InputError(f"fusion.cues names {unknown[0]!r}; expected some of {', '.join(CUES)}")
     if config.lora.adapts("img_in"):
         raise InputError(
@@ -563,7 +566,7 @@ def inpaint(
 
 
 def check_whole_number(name: str, value: SupportsIndex, minimum: int = 0) -> int:
-    """An argument as an int; `InputError` unless it is one of Python's or NumPy's, from `minimum` to 2^63 - 1."""
+    """An argument, of whatever type of integer, as an int; `InputError` unless from `minimum` to 2^63 - 1."""
     try:
         number = int(operator.index(value))
     except TypeError:

@@ -74,6 +74,7 @@ def source_sha256(*patterns: str) -> str:
     """
     package = Path(__file__).parent
     files = sorted({path for pattern in patterns for path in package.glob(pattern)})
+    assert files, f"no source files match {patterns} in {package}"
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 

@@ -70,8 +70,9 @@ def check_present(*paths: str | Path) -> None:
 def check_device(device: str) -> None:
     """Raises `InputError` unless tensors can be allocated on a device."""
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        if torch.empty(1, device=device).is_meta:
+            raise RuntimeError("it holds no data")
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"device={device}: {reason}; expected cpu, or cuda or mps if available") from error
 

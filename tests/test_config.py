@@ -242,6 +242,8 @@ def test_a_key_that_has_been_renamed_since_is_recognised_in_an_older_run(tmp_pat
     save_config(path, load_config(TINY, ["encode_batch_size=2"]))
     path.write_text(path.read_text().replace("encode_batch_size", "pictures_at_once"))
     assert changed_keys(load_config(TINY), path) == {}  # and may change, as its new name may
+    with pytest.raises(InputError, match="pictures_at_once has been renamed; write encode_batch_size"):
+        load_config(TINY, ["pictures_at_once=2"])
 
 
 def test_a_file_overrides_its_base(tmp_path: Path) -> None:

@@ -236,9 +236,11 @@ def test_numpy_integers_are_accepted(tiny_decomposer: Decomposer) -> None:
     np.testing.assert_array_equal(ours.foreground, numpys.foreground)
 
 
-@pytest.mark.parametrize(("pictures", "found"), [([], "nothing"), ([picture(32, 48)], "ndarray")])
+@pytest.mark.parametrize(("pictures", "found"), [([], "nothing"), ([picture(32, 48)], "ndarray"), (None, "NoneType")])
 def test_a_batch_of_unprepared_images_is_rejected(tiny_decomposer: Decomposer, pictures: Any, found: str) -> None:
-    with pytest.raises(InputError, match=f"pictures holds {found}; expected one or more results of `prepare`"):
+    with pytest.raises(
+        InputError, match=f"pictures holds {found}; expected a list of one or more results of `prepare`"
+    ):
         tiny_decomposer.decompose_batch(pictures)
 
 
@@ -398,9 +400,10 @@ def test_float16_is_rejected(tiny_weights: Path) -> None:
         Decomposer.from_pretrained(tiny_weights / "adapter.safetensors", dtype=torch.float16)
 
 
-def test_an_unknown_device_is_rejected(tiny_weights: Path) -> None:
-    with pytest.raises(InputError, match="device=cudaa: .*; expected cpu, or cuda or mps if available"):
-        Decomposer.from_pretrained(tiny_weights / "adapter.safetensors", device="cudaa")
+@pytest.mark.parametrize("device", ["cudaa", "meta", 1.5])
+def test_unusable_devices_are_rejected(tiny_weights: Path, device: Any) -> None:
+    with pytest.raises(InputError, match=f"device={device}: .*; expected cpu, or cuda or mps if available"):
+        Decomposer.from_pretrained(tiny_weights / "adapter.safetensors", device=device)
 
 
 def test_frozen_models_in_bf16_give_nearly_the_same_layers(tiny_weights: Path, tiny_decomposer: Decomposer) -> None:

@@ -126,6 +126,14 @@ def test_a_cue_of_your_own_is_one_entry(tmp_path: Path, monkeypatch: pytest.Monk
         np.testing.assert_allclose(maps["red"].numpy(), red(images[item.id][1:30:2, 1:30:2]).repeat(3, 0), atol=1e-6)
 
 
+def test_a_cue_without_a_function_must_be_supplied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REGISTRY, "normals", Cue(None, resize_segments))
+    reader, _ = triplets(tmp_path / "data")
+    prepare(reader, tmp_path / "index.safetensors")
+    with pytest.raises(InputError, match="normals is not computed here; put its maps into .*data/normals"):
+        write_maps(Index(tmp_path / "index.safetensors"), ["normals"])
+
+
 def test_maps_are_not_indexed_as_pictures(indexed: tuple[Index, dict[str, np.ndarray]], tmp_path: Path) -> None:
     index, _ = indexed
     write_maps(index, ["edge", "segmentation"])

@@ -41,6 +41,8 @@ def write_maps(index: Index, cues: Sequence[str], depth_file: Path = DEPTH_FILE,
     """
     if unknown := [cue for cue in cues if cue not in REGISTRY]:
         raise InputError(f"cues: found {unknown[0]!r}, expected some of {', '.join(REGISTRY)}")
+    if external := [cue for cue in cues if REGISTRY[cue].compute is None and cue != "depth"]:
+        raise InputError(f"cues: {external[0]} is not computed here; put its maps into {index.root / external[0]}")
     if index.kind not in WITH_MAPS:
         raise InputError(
             f"{index.path} is an index of {index.kind}; expected {' or '.join(WITH_MAPS)}: the image of a "

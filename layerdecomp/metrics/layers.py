@@ -111,7 +111,7 @@ def per_image(
     measures = measures or Measures()
     rgb, rgba, truth = _at_resolution(measures.resolution, prediction_background, prediction_foreground, batch)
     inputs = _inputs(rgb, rgba, truth, measures)
-    missing = {name for name in ("background", *_LAYER, "lpips") if inputs[name] is None}
+    missing = {name for name in ("background", *_LAYER, "lpips", "inception") if inputs[name] is None}
     undefined = torch.full_like(truth["image"][:, 0, 0, 0], torch.nan)
 
     def measured(info: MetricInfo) -> Tensor:
@@ -131,6 +131,7 @@ def _inputs(rgb: Layer, rgba: Layer, truth: Mapping[str, Tensor], measures: Meas
         "region": select(measures.region, truth["mask"]),
         "inside": truth["mask"] > 0.5,
         "lpips": None if measures.lpips is None else measures.lpips.to(truth["mask"].device),
+        "inception": measures.inception,
     }
 
 

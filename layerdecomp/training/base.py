@@ -9,6 +9,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self
@@ -63,13 +64,14 @@ def every_fourth(places: Sequence[int], like: Tensor) -> Tensor:
 
 
 def source_commit() -> str:
-    """The commit of the running code, marked -dirty if files differ from it; "unknown" outside a git checkout.
+    """The commit of the running code, marked -dirty if files differ from it; "unknown" if git does not track this file.
 
     These two are followed by the start of the sources' hash.
     """
-    command = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
+    git = partial(subprocess.run, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        git(("git", "ls-files", "--error-unmatch", Path(__file__).name))  # or it is another repository's .venv
+        commit = git(("git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     return f"{commit}-{SOURCE_SHA256[:8]}" if commit.endswith(("-dirty", "unknown")) else commit
@@ -96,6 +98,7 @@ class Job(LightningModule):
         self._commit = source_commit()  # read now: the checkout may change during the run
         self._trained_by: list[str] = []  # the commits that trained the run so far
         self._trained_on: str | None = None  # the date of its last checkpoint
+        self._trained_source: str | None = None  # the hash of the sources then
         self._step_started: float | None = None
         self._losses: list[Tensor] = []  # of the batches of the current step
         self._means: dict[str, Tensor] = {}  # losses of the last step, averaged over batches and ranks
@@ -244,7 +247,7 @@ class Job(LightningModule):
         self.frozen_sha256()  # now, since reading 24 GB would delay the first save on every rank
 
     def on_train_start(self) -> None:  # not called if the run has finished
-        if self._commit in self._trained_by[-1:]:
+        if self._trained_source == SOURCE_SHA256:  # other commits may have changed only docs
             return
         if self._trained_by and self.trainer.is_global_zero:
             logger.warning(
@@ -258,7 +261,7 @@ class Job(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._trained_on = creation_date()
-        checkpoint["trained"] = {"by": list(self._trained_by), "on": self._trained_on}
+        checkpoint["trained"] = {"by": list(self._trained_by), "on": self._trained_on, "source": SOURCE_SHA256}
         checkpoint["frozen_sha256"] = self.frozen_sha256()
         checkpoint["optimizer"] = self._optimizer_kind
         checkpoint["skipped_steps"] = self.guard.skipped
@@ -267,8 +270,9 @@ class Job(LightningModule):
         self._check_frozen(checkpoint.get("frozen_sha256", {}))
         self._set_hyperparameters(checkpoint)
         self.guard.skipped = checkpoint.get("skipped_steps", 0)
-        trained = checkpoint.get("trained", {"by": ["unknown"], "on": None})  # older checkpoints do not record it
-        self._trained_by, self._trained_on = trained["by"], trained["on"]
+        trained = checkpoint.get("trained", {"by": ["unknown"]})  # older checkpoints do not record it
+        self._trained_by = trained["by"]
+        self._trained_on, self._trained_source = trained.get("on"), trained.get("source")
         step, train = checkpoint["global_step"], self.run.train
         checkpoint["loops"]["fit_loop"] = loops_at(
             self.trainer.fit_loop.state_dict(),

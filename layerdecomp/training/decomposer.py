@@ -163,9 +163,9 @@ def fitting_adapter(config: DecomposerJobConfig) -> Adapter | None:
     if adapted_layers(config) == adapted_layers(described):
         now["lora.targets"] = then["lora.targets"]  # other patterns for the same layers
     for key, value in then.items():
-        if value != now[key]:
+        if value != (found := now.get(key)):
             raise InputError(
-                f"adapter={config.adapter} was trained with {key}={value}; found {now[key]}, set {key}={value}"
+                f"adapter={config.adapter} was trained with {key}={value}; found {found}, set {key}={value}"
             )
     return adapter
 
@@ -190,5 +190,6 @@ def _check_prompt(config: DecomposerJobConfig, adapter: Adapter) -> None:
 def fixed_settings(config: DecomposerConfig) -> dict[str, Any]:
     """The settings that an adapter's tensors depend on, by key."""
     lora = {**asdict(config.lora), "alpha": config.lora.scale * config.lora.rank}
-    parts = {"lora": lora, "fusion": asdict(config.fusion), "conditioning": asdict(config.conditioning)}
+    fusion = asdict(config.fusion) if config.fusion.enabled else {"enabled": False}
+    parts = {"lora": lora, "fusion": fusion, "conditioning": asdict(config.conditioning)}
     return {f"{part}.{key}": value for part, settings in parts.items() for key, value in settings.items()}
