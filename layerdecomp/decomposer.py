@@ -346,12 +346,11 @@ class Decomposer(nn.Module):
         """
         steps = None if steps is None else check_whole_number("steps", steps, 1)
         seed = check_whole_number("seed", seed)
-        given = pictures if isinstance(pictures, Sequence) else [pictures]
-        if pictures is not given or not given or not all(isinstance(picture, Prepared) for picture in given):
-            kinds = ", ".join(type(picture).__name__ for picture in given)
-            raise InputError(
-                f"pictures holds {kinds or 'nothing'}; expected a list of one or more results of `prepare`"
-            )
+        is_list = isinstance(pictures, Sequence)
+        kinds = [type(picture) for picture in pictures] if is_list else [type(pictures)]
+        if not is_list or {*kinds} != {Prepared}:
+            found = ", ".join(kind.__name__ for kind in kinds) or "nothing"
+            raise InputError(f"pictures holds {found}; expected a list of one or more results of `prepare`")
         first, *others = dict.fromkeys(f"{width} x {height}" for height, width in (one.size for one in pictures))
         if others:
             raise InputError(f"pictures of {first} and of {others[0]} pixels; expected one size for a batch")

@@ -160,7 +160,7 @@ def fitting_adapter(config: DecomposerJobConfig) -> Adapter | None:
     adapter, described = describe_adapter(config.adapter, **config.weights.named())
     _check_prompt(config, adapter)
     now, then = fixed_settings(config), fixed_settings(described)
-    if adapted_layers(config) == adapted_layers(described):
+    if config.lora.targets != described.lora.targets and adapted_layers(config) == adapted_layers(described):
         now["lora.targets"] = then["lora.targets"]  # other patterns for the same layers
     for key, value in then.items():
         if value != (found := now.get(key)):
