@@ -1,19 +1,16 @@
 """The root configs, one per job, and how they are read.
 
-Defaults and types are dataclasses next to the code that uses them; a YAML file overrides them, and `key=value` on the
-command line overrides both. An unknown key, or a value of the wrong type, is an error that names it.
+Defaults and types are dataclasses next to the code that uses them; `overrides.py` merges YAML files and arguments into
+them.
 """
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from layerdecomp.comparison import EvaluateConfig
 from layerdecomp.conditioning import ConditioningConfig
@@ -24,10 +21,9 @@ from layerdecomp.flow import FlowConfig
 from layerdecomp.manifest import DecomposerConfig, WeightFiles
 from layerdecomp.models.autoencoder import AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiTConfig
+from layerdecomp.overrides import RENAMED, dotted, merge_config, read_yaml
 from layerdecomp.quantization import check_format, check_optimizer_bits
 from layerdecomp.sampling import SampleConfig
-
-ConfigT = TypeVar("ConfigT")
 
 
 @dataclass
@@ -209,7 +205,6 @@ RESUMABLE: frozenset[str] = frozenset(
         *("train.checkpoint_every", "train.validate_every", "train.max_skipped", "train.strategy"),
     }
 )
-RENAMED = {"pictures_at_once": "encode_batch_size"}  # keys in the config.yaml of older runs: what they are now
 # Of these, only the product matters: the number of samples per step.
 SPREAD: frozenset[str] = frozenset({"train.batch_size", "train.accumulate", "train.devices", "train.nodes"})
 
@@ -244,38 +239,6 @@ def _with_base(path: Path) -> list[tuple[str, DictConfig]]:
     return [(str(path.parent / str(base)), below), (str(path), content)]
 
 
-def merge_config(
-    defaults: ConfigT | type[ConfigT], files: Sequence[tuple[str, DictConfig]], overrides: Sequence[str]
-) -> ConfigT:
-    """A config dataclass: its defaults, overridden by each named file's content, then by each `key=value`."""
-    merged = OmegaConf.structured(defaults)
-    OmegaConf.set_readonly(merged, False)  # a frozen dataclass makes it read-only
-    sources = [*files, *((f"argument {text!r}", _parse_override(text)) for text in overrides)]
-    flat = _dotted(OmegaConf.to_container(merged))
-    known = sorted(flat)
-    free = tuple(f"{key}." for key, value in flat.items() if value == {})  # dictionaries, which accept any key
-    for name, source in sources:
-        for key, value in _dotted(OmegaConf.to_container(source)).items():
-            if not key.startswith(free):
-                _check_known(key, known, name)
-            if isinstance(flat.get(key), list) and isinstance(value, str | int | float):
-                raise InputError(f"{name}: found {value!r}, expected a list: {key}=[{value}]")
-        try:
-            merged = OmegaConf.merge(merged, source)
-        except (OmegaConfBaseException, ValueError) as error:
-            default = flat.get(getattr(error, "full_key", None) or "")
-            raise InputError(f"{name}: {_first_line(error)}; expected {_kind(default)}") from error
-    for key, value in _dotted(OmegaConf.to_container(merged)).items():
-        if isinstance(value, float) and math.isnan(value):
-            raise InputError(f"{key} is {value}; expected a number")
-    try:
-        return cast(ConfigT, OmegaConf.to_object(merged))
-    except MissingMandatoryValue as error:
-        raise InputError(f"{error.full_key or error.key}= is missing; expected a value for it") from error
-    except OmegaConfBaseException as error:
-        raise InputError(f"{', '.join(name for name, _ in sources)}: {_first_line(error)}") from error
-
-
 def save_config(path: Path, config: RunConfig) -> None:
     """Writes a config with every default spelled out."""
     atomic_write(path, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
@@ -286,9 +249,9 @@ def changed_keys(config: RunConfig, path: Path) -> dict[str, str]:
 
     A key that is missing from an older config counts as having its default there.
     """
-    now = _dotted(asdict(config))
-    saved = {RENAMED.get(key, key): value for key, value in _dotted(OmegaConf.to_container(read_yaml(path))).items()}
-    before = _dotted(asdict(type(config)())) | saved
+    now = dotted(asdict(config))
+    saved = {RENAMED.get(key, key): value for key, value in dotted(OmegaConf.to_container(read_yaml(path))).items()}
+    before = dotted(asdict(type(config)())) | saved
     free = set(RESUMABLE)
     if _product(before) == _product(now):
         free |= SPREAD
@@ -299,66 +262,3 @@ def changed_keys(config: RunConfig, path: Path) -> dict[str, str]:
 
 def _product(flat: dict[str, Any]) -> int:
     return math.prod(flat[key] for key in SPREAD)
-
-
-def read_yaml(path: Path) -> DictConfig:
-    """The keys and values of a YAML file; `InputError` if it is missing or not a mapping."""
-    if not path.is_file():
-        raise InputError(f"config {path} does not exist; configs/ has {_yaml_names()}")
-    try:
-        content = OmegaConf.load(path)
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"config {path} is not readable YAML: {error}") from error
-    if not isinstance(content, DictConfig):
-        raise InputError(f"config {path}: found a list or a single value, expected keys and values")
-    return content
-
-
-def _yaml_names() -> str:
-    return ", ".join(sorted(path.name for path in Path("configs").glob("*.yaml"))) or "no files here"
-
-
-def _parse_override(text: str) -> DictConfig:
-    key, separator, _ = text.partition("=")
-    if not separator or not key:
-        raise InputError(f"argument {text!r}: expected key=value")
-    try:
-        return OmegaConf.from_dotlist([text])
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise InputError(
-            f"argument {text!r}: {_first_line(error)}; expected a value in YAML, where text that begins with a special "
-            "character is quoted, such as ['*_blocks.*']"
-        ) from error
-
-
-def _dotted(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
-
-
-def _check_known(key: str, known: list[str], source: str) -> None:
-    if key in known:
-        return
-    if key in RENAMED:
-        raise InputError(f"{source}: {key} has been renamed; write {RENAMED[key]}")
-    sections = [name for name in known if name.startswith(f"{key}.")]
-    if sections:
-        raise InputError(f"{source}: {key} is a section; expected one of its keys: {', '.join(sections)}")
-    namesakes = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    if nearest := difflib.get_close_matches(key, namesakes, 1, cutoff=0.0) or difflib.get_close_matches(key, known, 1):
-        raise InputError(f"{source}: unknown key {key}; the nearest known one is {nearest[0]}")
-    begins = ", ".join(dict.fromkeys(name.partition(".")[0] for name in known))
-    raise InputError(f"{source}: unknown key {key}; the known ones begin with {begins}")
-
-
-def _kind(default: Any) -> str:
-    """The expected kind of value in words, by the type of the default."""
-    kinds = {bool: "true or false", int: f"a whole number, such as {default}", float: f"a number, such as {default}"}
-    return kinds.get(type(default), "the type of its default")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

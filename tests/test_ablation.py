@@ -16,12 +16,13 @@ from layerdecomp import ablation
 from layerdecomp.ablation import AblationConfig, ablate, format_rows, plan, same_order, with_progress
 from layerdecomp.comparison import EvaluateConfig, Models, methods
 from layerdecomp.conditioning import ConditioningConfig
-from layerdecomp.config import changed_keys, load_config, merge_config, read_yaml, save_config
+from layerdecomp.config import changed_keys, load_config, save_config
 from layerdecomp.decomposer import Decomposer, build_decomposer
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.cues import CUES
 from layerdecomp.manifest import DecomposerConfig
 from layerdecomp.metrics.layers import METRICS
+from layerdecomp.overrides import merge_config, read_yaml
 from layerdecomp.tensor_files import file_sha256
 from layerdecomp.training.decomposer import DecomposerJob
 from layerdecomp.training.inpainter import InpainterJob

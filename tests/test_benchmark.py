@@ -18,10 +18,10 @@ from layerdecomp.benchmark import (
     flop_counter,
     stopwatch,
 )
-from layerdecomp.config import merge_config
 from layerdecomp.errors import InputError
 from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig
+from layerdecomp.overrides import merge_config
 
 # two heads of 128, two double blocks and three single ones; 2 * 16 image tokens
 SMALL = BenchmarkConfig(size=64, scale=0.08, text_tokens=5, lora=LoRAConfig(rank=2))

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from layerdecomp.benchmark import BenchmarkConfig
-from layerdecomp.config import merge_config
 from layerdecomp.errors import InputError
 from layerdecomp.models.lora import LoRALinear
+from layerdecomp.overrides import merge_config
 from layerdecomp.reference import NAMES, Side, compare, differences, pair, random_inputs, results
 
 CPU = torch.device("cpu")

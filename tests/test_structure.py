@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module may only import modules listed before it.
 ORDER = [
     # level 0: tensors and images
-    *("__init__", "errors", "files"),
+    *("__init__", "errors", "files", "overrides"),
     *("models.__init__", "models.attention", "models.blocks", "models.mmdit", "models.lora"),
     *("models.context_fusion", "models.autoencoder", "models.depth"),
     *("conditioning", "flow", "sampling"),
@@ -108,9 +108,9 @@ def test_modules_import_only_modules_listed_before_them(name: str) -> None:
     assert not later, f"{name} imports modules listed after it: {sorted(later)}"
 
 
-def reached(name: str) -> set[str]:
-    """The modules that a module imports, directly or not, and itself."""
-    found, left = set[str](), {name}
+def reached(*names: str) -> set[str]:
+    """The modules that the given ones import, directly or not, and themselves."""
+    found, left = set[str](), {*names}
     while left:
         found |= left
         left = set.union(*(own(FILES[name]) for name in left)) - found
@@ -124,6 +124,14 @@ def test_the_hashed_sources_cover_all_imports_that_affect_layers() -> None:
         matched = {path for pattern in patterns for path in (ROOT / "layerdecomp").glob(pattern)}
         assert {FILES[found] for found in reached(name) - neutral - scoring} <= matched
         assert not matched & {FILES[other] for other in scoring | {"config", "training.base"}}
+
+
+@pytest.mark.parametrize("tool", ["decompose", "export", "embed_prompt", "prepare_data"])
+def test_tools_that_do_not_train_start_without_the_training_framework(tool: str) -> None:
+    """Importing lightning and torchmetrics takes longer than all else."""
+    path = ROOT / "tools" / f"{tool}.py"
+    libraries = set.union(*(imported(file) for file in (path, *(FILES[name] for name in reached(*own(path))))))
+    assert not {name for name in libraries if name.split(".")[0] in {"lightning", "torchmetrics", "torchvision"}}
 
 
 def test_imports_are_detected() -> None:

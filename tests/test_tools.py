@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from layerdecomp.cli import run_command, take
 from layerdecomp.comparison import EvaluateConfig
-from layerdecomp.config import merge_config, read_yaml
 from layerdecomp.data.index import Index
 from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError, RunError
 from layerdecomp.evaluation import format_published
+from layerdecomp.overrides import merge_config, read_yaml
 from layerdecomp.weights import Adapter
 
 ROOT = Path(__file__).resolve().parent.parent

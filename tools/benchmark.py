@@ -8,7 +8,7 @@ import sys
 
 from layerdecomp.benchmark import BenchmarkConfig, benchmark
 from layerdecomp.cli import device_name, named_dtype, run_command, take
-from layerdecomp.config import merge_config
+from layerdecomp.overrides import merge_config
 from layerdecomp.reference import compare
 
 

@@ -6,9 +6,9 @@ python tools/benchmark_data.py [count=20 size=1024 layered=[data/mulan.safetenso
 import sys
 
 from layerdecomp.cli import run_command, take, whole_number
-from layerdecomp.config import merge_config
 from layerdecomp.data.benchmark import benchmark
 from layerdecomp.data.triplets import TripletConfig
+from layerdecomp.overrides import merge_config
 
 
 def main(arguments: list[str]) -> None:

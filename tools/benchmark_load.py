@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from layerdecomp.cli import device_name, named_dtype, run_command, take
-from layerdecomp.config import merge_config
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
+from layerdecomp.overrides import merge_config
 from layerdecomp.tensor_files import empty, write_tensors
 from layerdecomp.weights import load_mmdit
 

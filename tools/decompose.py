@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from layerdecomp.bulk import decompose_folder, pair_up
 from layerdecomp.cli import device_name, frozen_dtype, out_folder, run_command, take, truth, whole_number
-from layerdecomp.config import merge_config
 from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError, RunError
 from layerdecomp.imaging.layers import FORMATS, check_formats, read_pair
 from layerdecomp.manifest import REPOSITORY, adapter_file
+from layerdecomp.overrides import merge_config
 from layerdecomp.sampling import SampleConfig
 from layerdecomp.tensor_files import file_sha256
 from layerdecomp.weights import load_depth

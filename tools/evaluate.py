@@ -15,12 +15,12 @@ from pathlib import Path
 
 from layerdecomp.cli import device_name, frozen_dtype, run_command, take
 from layerdecomp.comparison import WITH_MODEL, EvaluateConfig, TestData, compare, export, load_models
-from layerdecomp.config import merge_config, read_yaml
 from layerdecomp.data.datamodule import DataConfig, open_samples
 from layerdecomp.data.testset import TestFolder
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import Share, check_fill, fill, format_published
 from layerdecomp.manifest import describe_adapter
+from layerdecomp.overrides import merge_config, read_yaml
 from layerdecomp.sampling import SampleConfig
 from layerdecomp.weights import config_from
 

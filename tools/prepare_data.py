@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from layerdecomp.cli import run_command, take, whole_number
-from layerdecomp.config import merge_config
 from layerdecomp.data.check import check_indexes
 from layerdecomp.data.folders import BackgroundFolder, RoremFolder, TripletFolder
 from layerdecomp.data.index import TEST_SHARE, Index, Reader
@@ -21,6 +20,7 @@ from layerdecomp.data.mulan import MulanAnnotations, MulanLayers
 from layerdecomp.data.openimages import OpenImages
 from layerdecomp.data.prepare import prepare, print_some
 from layerdecomp.errors import InputError
+from layerdecomp.overrides import merge_config
 
 READERS: dict[str, Any] = {
     "mulan": MulanLayers,
