@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from layerdecomp.conditioning import TOKEN_FACTOR
-from layerdecomp.imaging.compositing import from_autoencoder, to_autoencoder
+from layerdecomp.imaging.compositing import resize_straight
 from layerdecomp.imaging.cues import resize_cues
 from layerdecomp.imaging.geometry import fitted_size, grow_and_feather, pad_to_multiple, resize, shrink_mask
 from layerdecomp.sampling import SampleConfig
@@ -36,8 +36,8 @@ def to_original_size(
     image = batch["image"]
     full, size = (image.shape[-2], image.shape[-1]), model_size(image, sample)
     background, foreground = (layer[..., : size[0], : size[1]].to(image.device) for layer in (background, foreground))
-    if size != full:  # premultiplied, so that the grey under alpha 0 does not bleed into the edges
-        foreground = from_autoencoder(resize(to_autoencoder(foreground), full))
+    if size != full:
+        foreground = resize_straight(foreground, full)
     background = resize(background, full).clamp(-1, 1)
     hole = torch.maximum(batch["mask"], missed_object_mask(image, background, foreground))
     return keep_pixels(image, hole, background, sample), foreground

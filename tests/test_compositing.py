@@ -87,7 +87,7 @@ def test_decoder_errors_are_clamped_and_not_magnified_where_alpha_is_small() -> 
     decoded = torch.tensor([1.7, -0.02, 0.002, -0.998]).reshape(4, 1, 1)  # alpha 0.001: invisible
     torch.testing.assert_close(from_autoencoder(decoded).flatten(), torch.tensor([0.0, 0.0, 0.0, 0.001]))
     decoded[3] = -0.98  # alpha 0.01, below the threshold: an error of 0.02 becomes 0.4 and not 2
-    rgb = from_autoencoder(decoded, threshold=0.05)[:3].flatten()
+    rgb = from_autoencoder(decoded)[:3].flatten()
     torch.testing.assert_close(rgb, torch.tensor([1.0, -0.4, 0.04]))
     decoded[3] = 1.3
     assert from_autoencoder(decoded)[3].item() == 1

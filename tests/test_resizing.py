@@ -60,6 +60,14 @@ def test_colours_under_alpha_zero_do_not_bleed_into_edges() -> None:
     assert edge.any() and large[:, :3][edge.expand(-1, 3, -1, -1)].min() > 0.95
 
 
+def test_faint_colours_fade_no_further() -> None:
+    foreground = torch.full((1, 4, 32, 32), 0.8)
+    foreground[:, 3] = 0.03
+    batch = {"image": torch.zeros(1, 3, 128, 128), "mask": torch.ones(1, 1, 128, 128)}
+    _, large = to_original_size(torch.zeros(1, 3, 32, 32), foreground, batch, SampleConfig(max_side=32))
+    torch.testing.assert_close(large, foreground[..., :1, :1].expand_as(large))
+
+
 def test_parts_that_the_mask_misses_are_painted_and_occluders_are_kept() -> None:
     image, mask = torch.zeros(1, 3, 64, 96), torch.zeros(1, 1, 64, 96)
     image[..., 8:56, 8:40] = 1  # the object, half of which the mask covers

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 INVISIBLE = 0.5 / 255  # alpha below this rounds to 0 in 8 bits
+FADING = 0.05  # alpha below which the colours of a decoded foreground fade to mid-grey
 
 
 def over(foreground: Tensor, background: Tensor) -> Tensor:
@@ -29,28 +30,30 @@ def to_autoencoder(foreground: Tensor) -> Tensor:
     return torch.cat([rgb * alpha, 2 * alpha - 1], dim=-3)
 
 
-def from_autoencoder(decoded: Tensor, threshold: float = 0.05, margin: float = 0.0) -> Tensor:
+def from_autoencoder(decoded: Tensor, margin: float = 0.0) -> Tensor:
     """Map the output of an RGBA decoder, (..., 4, H, W) in about [-1, 1], to a straight foreground of the same shape.
 
-    Colour is divided by alpha, but by no less than `threshold`: smaller divisors would amplify decoding errors into
+    Colour is divided by alpha, but by no less than `FADING`: smaller divisors would amplify decoding errors into
     random saturated colours. Below it, colour fades to mid-grey, and it is 0 where alpha rounds to 0 in 8 bits.
     Alphas within `margin` of 0 or 1 are snapped to 0 or 1; those between are stretched linearly.
     """
     alpha = ((decoded[..., 3:, :, :] + 1) / 2).clamp(0, 1)
-    rgb = (decoded[..., :3, :, :] / alpha.clamp(min=threshold)).clamp(-1, 1)
+    rgb = (decoded[..., :3, :, :] / alpha.clamp(min=FADING)).clamp(-1, 1)
     alpha = ((alpha - margin) / (1 - 2 * margin)).clamp(0, 1)
     return torch.cat([torch.where(alpha < INVISIBLE, 0, rgb), alpha], dim=-3)
 
 
 def resize_straight(foreground: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize a straight foreground (B, 4, H, W).
+    """Resize a straight foreground (B, 4, H, W), bicubic with antialiasing.
 
-    Resizes premultiplied values, so that colours under alpha 0 do not bleed. Bilinear, because it has no overshoot: a
-    uniformly coloured object keeps its colour up to its edge.
+    Resizes premultiplied values, so that colours under alpha 0 do not bleed. They are divided by alpha before its
+    overshoot is clamped: a uniformly coloured object keeps its colour up to its edge, at any alpha.
     """
-    resized = F.interpolate(to_autoencoder(foreground), size, mode="bilinear", antialias=True)
-    rgba = from_autoencoder(resized, threshold=INVISIBLE)
-    return torch.where(rgba[..., 3:, :, :] < INVISIBLE, 0, rgba)
+    rgb, alpha = foreground[:, :3], foreground[:, 3:]
+    resized = F.interpolate(torch.cat([rgb * alpha, alpha], dim=1), size, mode="bicubic", antialias=True)
+    premultiplied, alpha = resized[:, :3], resized[:, 3:]
+    rgb = (premultiplied / alpha.clamp(min=INVISIBLE)).clamp(-1, 1)
+    return torch.where(alpha < INVISIBLE, 0, torch.cat([rgb, alpha.clamp(max=1)], dim=1))
 
 
 def checkerboard(height: int, width: int, cell: int = 8) -> Tensor:
