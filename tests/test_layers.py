@@ -81,6 +81,12 @@ def test_float_images_up_to_one_are_scaled(tmp_path: Path) -> None:
     np.testing.assert_allclose(read_image(Image.fromarray(levels * 255))[..., 0], levels * 255, atol=1)
 
 
+@pytest.mark.parametrize("peak", [255.6, 280])
+def test_float_levels_may_overshoot(peak: float) -> None:
+    levels = np.linspace(-5, peak, 54, dtype=np.float32).reshape(SIZE)
+    np.testing.assert_allclose(read_image(Image.fromarray(levels))[..., 0], levels.clip(0, 255), atol=1)
+
+
 def test_12_bit_levels_in_a_16_bit_file_log_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     read_image(_saved(Image.fromarray(np.full(SIZE, 65535, np.uint16)), tmp_path / "a.png"))
     read_image(np.zeros(SIZE, np.uint8))  # an image may be black

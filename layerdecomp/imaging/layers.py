@@ -33,7 +33,8 @@ def read_image(source: Picture) -> Pixels:
     """
     stored = _open(source)
     picture = to_srgb(_eight_bits(stored))
-    if picture.mode == "L" != stored.mode and (peak := np.asarray(picture).max()) < 16:
+    converted = picture.mode == "L" and stored.mode != "L"
+    if converted and (peak := np.asarray(picture).max()) < 16:
         fault = "%s is nearly black: its brightest level is %d of 255; scale it up if it has fewer bits than its file"
         logger.warning(fault, _name(source, "a picture"), peak)
     if picture.has_transparency_data:
@@ -72,13 +73,20 @@ def to_srgb(picture: Image.Image) -> Image.Image:
 def _eight_bits(picture: Image.Image) -> Image.Image:
     """Converts a grey picture of floats or more than 8 bits to 8 bits.
 
-    Floats up to 1 (with some overshoot) are scaled by 255; 16-bit levels are scaled down, unless they are at most 255.
+    Floats up to 1 are scaled by 255; 16-bit levels are scaled down, unless they are at most 255. Floats may overshoot
+    both limits, as they do after bicubic resizing.
     """
     if not picture.mode.startswith(("I", "F")):
         return picture
     deep = np.nan_to_num(np.asarray(picture, dtype=np.float64))
     peak = deep.max(initial=0)
-    scale = 255 if picture.mode == "F" and peak < 2 else 1 / 257 if peak > 255 else 1  # floats may overshoot 1
+    overshoot = 2 if picture.mode == "F" else 1
+    if picture.mode == "F" and peak < overshoot:
+        scale: float = 255
+    elif peak <= 255 * overshoot:
+        scale = 1
+    else:
+        scale = 1 / 257
     return Image.fromarray((deep * scale).clip(0, 255).astype(np.uint8))
 
 
@@ -195,11 +203,13 @@ class Layers:
             formats: one or some of `FORMATS`. png: background.png, foreground.png and preview.png; ora: layers.ora,
                 for Krita and GIMP; psd: layers.psd, for Photoshop.
         """
-        formats, folder = [formats] if isinstance(formats, str) else formats, Path(folder)
+        folder = Path(folder)
+        formats = [formats] if isinstance(formats, str) else formats
         check_formats(formats)
         with ExitStack() as files:  # write all files before renaming any
-            for name, write in {name: write for format in formats for name, write in FORMATS[format].items()}.items():
-                write(self, files.enter_context(atomic_path(folder / name)))
+            for format in formats:
+                for name, write in FORMATS[format].items():
+                    write(self, files.enter_context(atomic_path(folder / name)))
         return folder
 
     def recomposed(self) -> Pixels:
