@@ -9,15 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ImageOps
 from torch import Tensor
 
-from layerdecomp.data.folders import by_stem, open_picture
+from layerdecomp.data.folders import by_stem
 from layerdecomp.data.testset import as_stored
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.compositing import resize_straight
 from layerdecomp.imaging.geometry import resize, to_pixels, to_tensor
-from layerdecomp.imaging.layers import read_image, to_srgb, write_picture
+from layerdecomp.imaging.layers import open_picture, read_image, to_srgb, write_picture
 
 LAYERS = ("background", "foreground")
 MAX_STRETCH = 0.02  # maximum relative difference in aspect between a prediction and its image
@@ -89,7 +88,7 @@ class PredictionFolder:
 
 def _read_foreground(path: Path, image: Tensor) -> Tensor:
     """A foreground (1, 4, h, w); a grey file is an alpha for the image's own colours."""
-    picture = ImageOps.exif_transpose(open_picture(path))
+    picture = open_picture(path, upright=True)
     if picture.mode in ("1", "L", "I", "F") or picture.mode.startswith("I;16"):
         alpha = (to_tensor(read_image(picture)[..., :1]) + 1) / 2
         return torch.cat([resize(image.cpu(), (alpha.shape[-2], alpha.shape[-1])).clamp(-1, 1), alpha], dim=1)

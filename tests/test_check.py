@@ -119,7 +119,7 @@ def deepen(path: Path) -> None:
 
 FAULTS: list[tuple[Callable[[Path], Reader], str, Callable[[Path], object], str]] = [
     (backgrounds, "3.png", truncate, "cannot be read"),
-    (backgrounds, "3.png", Path.unlink, "cannot be read"),
+    (backgrounds, "3.png", Path.unlink, "does not exist"),
     (backgrounds, "3.png", lambda path: picture(3, (41, 30)).save(path), "41 x 30 pixels, 40 x 30 when it was indexed"),
     (foregrounds, "3.png", premultiply, "looks premultiplied"),
     (foregrounds, "3.png", lambda path: picture(3).save(path), "no alpha channel"),

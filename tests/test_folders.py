@@ -14,7 +14,6 @@ from layerdecomp.data.folders import (
     RoremFolder,
     TripletFolder,
     list_pictures,
-    open_picture,
     orientation,
     part_names,
     part_path,
@@ -23,6 +22,7 @@ from layerdecomp.data.folders import (
 )
 from layerdecomp.data.index import Index, Item, Reader, write_index
 from layerdecomp.errors import InputError
+from layerdecomp.imaging.layers import open_picture
 
 WIDTH, HEIGHT = 13, 9
 Edit = Callable[[Path], Any]
@@ -95,7 +95,7 @@ def test_truncated_files_are_refused(tmp_path: Path, format: str) -> None:
     path = tmp_path / f"a.{format}"
     for length in (0, 20, len(content) // 4, len(content) // 2, len(content) * 9 // 10):
         path.write_bytes(content[:length])
-        with pytest.raises(InputError, match=rf"a\.{format} cannot be read as a picture .*again"):
+        with pytest.raises(InputError, match=rf"a\.{format} cannot be read as an image .*again"):
             open_picture(path)
     path.write_bytes(content)
     assert open_picture(path).size == (4 * WIDTH, 4 * HEIGHT)
@@ -293,7 +293,7 @@ def test_malformed_rorem_records_are_refused(tmp_path: Path, records: Any, messa
 def test_missing_or_unreadable_rorem_files_are_named(tmp_path: Path) -> None:
     reader = _rorem(tmp_path, None)
     (tmp_path / "GT" / "1.jpg").unlink()
-    with pytest.raises(InputError, match=r"GT/1\.jpg cannot be read .*No such file"):
+    with pytest.raises(InputError, match=r"GT/1\.jpg does not exist; expected an image file"):
         _only(reader)
     (tmp_path / "meta.json").write_text("[{")
     with pytest.raises(InputError, match=r"meta\.json cannot be read .*expected RORem's list"):

@@ -147,7 +147,7 @@ def test_an_unreadable_picture_does_not_stop_the_others(tmp_path: Path) -> None:
     prepare(reader, tmp_path / "index.safetensors")
     (tmp_path / "data/image/deep/1.png").write_bytes(b"no picture")
     (fault,) = write_maps(Index(tmp_path / "index.safetensors"), ["edge"])
-    assert fault.startswith("deep/1: ") and "cannot be read as a picture" in fault
+    assert fault.startswith("deep/1: ") and "cannot be read as an image" in fault
     assert sorted(path.name for path in (tmp_path / "data/edge/deep").iterdir()) == ["0.png", "2.png"]
 
 

@@ -660,7 +660,7 @@ def _delete_all_objects(root: Path, candidate: str) -> None:
         (_change(2, lambda layer: np.ascontiguousarray(layer[..., :3])), "layer_2.png has no alpha channel"),
         (_change(0, _with_a_translucent_pixel), "layer_0.png is transparent in places; expected an opaque"),
         (_change(0, lambda layer: layer[..., 0] * np.uint16(257)), "layer_0.png is greyscale with more than 8 bits"),
-        (_truncate, "layer_2.png cannot be read as a picture"),
+        (_truncate, "layer_2.png cannot be read as an image"),
     ],
     ids=["no background", "gap", "background alone", "size", "no alpha", "not opaque", "16 bits", "cut off"],
 )

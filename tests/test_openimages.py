@@ -293,7 +293,7 @@ def test_a_truncated_picture_is_refused(root: Path) -> None:
     path = root / "validation" / f"{_id(5)}.jpg"
     path.write_bytes(path.read_bytes()[:-60])
     (candidate,) = _validation(root, max_box_area=0).candidates()
-    with pytest.raises(InputError, match=rf"{_id(5)}\.jpg cannot be read as a picture"):
+    with pytest.raises(InputError, match=rf"{_id(5)}\.jpg cannot be read as an image"):
         _validation(root).read(candidate)
 
 

@@ -17,10 +17,9 @@ from PIL import Image, ImageOps
 from safetensors.torch import load, save
 
 from layerdecomp.config import RunConfig, load_config
-from layerdecomp.data.folders import open_picture
 from layerdecomp.data.index import Index
 from layerdecomp.errors import InputError
-from layerdecomp.imaging.layers import read_image, read_mask
+from layerdecomp.imaging.layers import open_picture, read_image, read_mask
 from layerdecomp.imaging.masks import imperfect_mask
 from layerdecomp.weights import Adapter, load_autoencoder, load_mmdit
 

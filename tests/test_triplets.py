@@ -198,7 +198,7 @@ def test_a_16_bit_map_is_read_and_an_invalid_one_is_refused(sets: Path, tmp_path
     with pytest.raises(InputError, match=r"depth/.*its picture 120 x 80; expected equal sizes"):
         load_maps(index, index[0], place)
     path.write_bytes(b"no picture")
-    with pytest.raises(InputError, match="cannot be read as a picture"):
+    with pytest.raises(InputError, match="cannot be read as an image"):
         load_maps(index, index[0], place)
 
 
@@ -458,7 +458,7 @@ def test_a_picture_changed_after_indexing_is_an_error(sets: Path, tmp_path: Path
         samples(settings, 1)
     whole = (tmp_path / "backgrounds" / "a.jpg").read_bytes()
     (tmp_path / "backgrounds" / "a.jpg").write_bytes(whole[: len(whole) // 3])
-    with pytest.raises(InputError, match=r"a\.jpg cannot be read as a picture"):
+    with pytest.raises(InputError, match=r"a\.jpg cannot be read as an image"):
         samples(settings, 1)
 
 

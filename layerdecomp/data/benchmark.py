@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from layerdecomp.data import blending, layerdiffuse, loading
-from layerdecomp.data.folders import BackgroundFolder, open_picture
+from layerdecomp.data.folders import BackgroundFolder
 from layerdecomp.data.index import Index, Reader
 from layerdecomp.data.layerdiffuse import ForegroundFolder
 from layerdecomp.data.mulan import MulanLayers
@@ -25,6 +25,7 @@ from layerdecomp.errors import InputError
 from layerdecomp.imaging.compositing import over
 from layerdecomp.imaging.cues import edge_map, segmentation_map
 from layerdecomp.imaging.geometry import resize_picture
+from layerdecomp.imaging.layers import open_picture
 from layerdecomp.imaging.masks import imperfect_mask
 
 # The stages in the table. A stage's time is the cumulative time of its functions.

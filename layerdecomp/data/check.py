@@ -14,7 +14,6 @@ from tqdm import tqdm
 from layerdecomp.data.folders import (
     PARTS,
     open_mask,
-    open_picture,
     part_names,
     part_path,
     read_rgba,
@@ -27,7 +26,7 @@ from layerdecomp.data.loading import WITH_MAPS, layer_paths, read_map
 from layerdecomp.data.prepare import parallel, print_some
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.cues import CUES
-from layerdecomp.imaging.layers import Pixels, read_image
+from layerdecomp.imaging.layers import Pixels, open_picture, read_image
 
 SHEET = (6, 4)  # columns and rows of the contact sheet
 TILE = 160  # pixels

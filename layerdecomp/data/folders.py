@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from layerdecomp.data.index import Item
 from layerdecomp.errors import InputError
-from layerdecomp.imaging.layers import READABLE, Pixels, check_pixels, read_mask, to_srgb
+from layerdecomp.imaging.layers import Pixels, open_picture, read_mask, to_srgb
 
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"})
 UNFINISHED = frozenset({".part", ".partial", ".tmp"})  # such as "a.partial.png", which is still being written
@@ -67,24 +67,6 @@ def by_stem(folder: Path, extensions: frozenset[str] = PICTURES) -> dict[str, st
     return names
 
 
-def open_picture(path: Path) -> Image.Image:
-    """A picture, completely decoded, as it is stored: the EXIF orientation is not applied.
-
-    Raises:
-        InputError: the file is missing, truncated, not a picture, or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
-    """
-    try:
-        with Image.open(path, formats=READABLE) as picture:
-            check_pixels(path, picture)
-            picture.load()
-            picture.getexif()  # parse it here, so that damaged EXIF raises here
-            return picture
-    except InputError:
-        raise
-    except Exception as error:  # a damaged file can raise anything
-        raise InputError(f"{path} cannot be read as a picture ({error}); copy or download it again") from error
-
-
 def orientation(picture: Image.Image) -> int:
     """The EXIF orientation, 1 (upright) to 8; 1 if it is missing or invalid."""
     value = picture.getexif().get(ExifTags.Base.Orientation)
@@ -112,10 +94,10 @@ def read_rgba(path: Path) -> Pixels:
     Raises:
         InputError: as for `open_picture`; or there is no alpha channel, or it is 0 everywhere or 255 everywhere.
     """
-    picture = open_picture(path)
+    picture = open_picture(path, upright=True)
     if not picture.has_transparency_data:
         raise InputError(f"{path} has no alpha channel (its mode is {picture.mode}); expected a cut-out RGBA picture")
-    rgba = np.asarray(to_rgba(ImageOps.exif_transpose(picture), path))
+    rgba = np.asarray(to_rgba(picture, path))
     if not rgba[..., 3].any():
         raise InputError(f"{path} is transparent everywhere; expected an object whose alpha is above 0")
     if rgba[..., 3].min() == 255:

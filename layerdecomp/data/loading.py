@@ -9,12 +9,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from layerdecomp.data.folders import open_mask, open_picture, part_names, part_path, to_rgba
+from layerdecomp.data.folders import open_mask, part_names, part_path, to_rgba
 from layerdecomp.data.index import Index, Item
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.cues import REGISTRY
 from layerdecomp.imaging.geometry import Box, ResizePicture, resize_picture, to_tensor
-from layerdecomp.imaging.layers import READABLE, check_pixels, read_image
+from layerdecomp.imaging.layers import READABLE, check_pixels, open_picture, read_image
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def open_shrunk(path: Path, item: Item, size: tuple[int, int]) -> Image.Image:
 
 def load_foreground(path: Path, item: Item) -> Image.Image:
     """A cut-out as RGBA, upright, cropped to the bounds of alpha > 0."""
-    picture = to_rgba(ImageOps.exif_transpose(open_picture(path)), path)
+    picture = to_rgba(open_picture(path, upright=True), path)
     box = picture.getchannel("A").getbbox()
     if box is None:
         raise InputError(f"{path} is transparent everywhere; run tools/prepare_data.py again")
@@ -117,7 +117,7 @@ def load_parts(index: Index, item: Item, parts: Sequence[str]) -> list[Image.Ima
         if part == "mask":
             pictures.append(Image.fromarray(open_mask(path).astype(np.uint8) * 255))
         else:
-            picture = ImageOps.exif_transpose(open_picture(path))
+            picture = open_picture(path, upright=True)
             opaque = part != "foreground"  # read as in evaluation
             pictures.append(Image.fromarray(read_image(picture)) if opaque else to_rgba(picture, path))
     return pictures

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from layerdecomp.data.folders import open_picture, part_path
+from layerdecomp.data.folders import part_path
 from layerdecomp.data.index import Index, Item
 from layerdecomp.data.loading import WITH_MAPS, layer_paths, map_path
 from layerdecomp.data.mulan import read_layers, recompose
@@ -16,7 +16,7 @@ from layerdecomp.data.prepare import parallel
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.cues import REGISTRY
 from layerdecomp.imaging.geometry import to_pixels, to_tensor
-from layerdecomp.imaging.layers import Pixels, read_image, write_picture
+from layerdecomp.imaging.layers import Pixels, open_picture, read_image, write_picture
 from layerdecomp.models.depth import DepthEstimator
 from layerdecomp.weights import load_depth
 

@@ -24,11 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from layerdecomp.data.folders import list_pictures, open_picture, to_rgba
+from layerdecomp.data.folders import list_pictures, to_rgba
 from layerdecomp.data.index import Item
 from layerdecomp.errors import InputError
 from layerdecomp.files import remedy
-from layerdecomp.imaging.layers import Pixels, read_image
+from layerdecomp.imaging.layers import Pixels, open_picture, read_image
 
 LIMIT_BYTES = 2 << 30  # of a decompressed annotation
 PIXEL_LIMIT = 100_000_000  # of a layer

@@ -17,9 +17,10 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from layerdecomp.data.folders import open_picture, orientation, upright_size
+from layerdecomp.data.folders import orientation, upright_size
 from layerdecomp.data.index import Item
 from layerdecomp.errors import InputError
+from layerdecomp.imaging.layers import open_picture
 
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")

@@ -148,18 +148,29 @@ def _open(source: Picture) -> Image.Image:
         return ImageOps.exif_transpose(source)
     if not isinstance(source, str | PathLike):
         raise InputError(f"a picture is a {type(source).__name__}; expected a path, a PIL image or a NumPy array")
-    if not Path(source).is_file():
-        found = "is a folder" if Path(source).is_dir() else "does not exist"
-        raise InputError(f"{source} {found}; expected an image file")
+    return open_picture(Path(source), upright=True)
+
+
+def open_picture(path: Path, upright: bool = False) -> Image.Image:
+    """The picture in a file, completely decoded, as it is stored, or with the EXIF orientation applied.
+
+    Raises:
+        InputError: the file is missing, truncated, not an image, or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"{path} {found}; expected an image file")
     try:
-        with Image.open(source, formats=READABLE) as picture:
-            check_pixels(source, picture)  # before decoding
+        with Image.open(path, formats=READABLE) as picture:
+            check_pixels(path, picture)  # before decoding
             picture.load()
-            return ImageOps.exif_transpose(picture)
+            picture.getexif()  # parse it here, so that damaged EXIF raises here
+            return ImageOps.exif_transpose(picture) if upright else picture
     except InputError:
         raise
     except Exception as error:  # a damaged file can raise anything
-        raise InputError(f"{source} cannot be read as an image ({error}); expected PNG, JPEG, WebP or TIFF") from error
+        fault = f"{path} cannot be read as an image ({error}); expected PNG, JPEG, WebP or TIFF"
+        raise InputError(f"{fault}: copy or download it again") from error
 
 
 def _from_array(array: NDArray[Any]) -> Image.Image:
