@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from layerdecomp.data.folders import by_stem
-from layerdecomp.data.testset import as_stored
 from layerdecomp.errors import InputError
-from layerdecomp.imaging.compositing import resize_straight
+from layerdecomp.imaging.compositing import resize_straight, with_pixel_alpha, with_unit_alpha
 from layerdecomp.imaging.geometry import resize, to_pixels, to_tensor
 from layerdecomp.imaging.layers import open_picture, read_image, to_srgb, write_picture
 
@@ -94,8 +93,7 @@ def _read_foreground(path: Path, image: Tensor) -> Tensor:
         return torch.cat([resize(image.cpu(), (alpha.shape[-2], alpha.shape[-1])).clamp(-1, 1), alpha], dim=1)
     if not picture.has_transparency_data:
         raise InputError(f"{path} has no alpha channel (its mode is {picture.mode}); expected RGBA, or a grey matte")
-    rgba = to_tensor(np.asarray(to_srgb(picture).convert("RGBA")))
-    return torch.cat([rgba[:, :3], (rgba[:, 3:] + 1) / 2], dim=1)
+    return with_unit_alpha(to_tensor(np.asarray(to_srgb(picture).convert("RGBA"))))
 
 
 def is_written(root: Path, name: str, layers: Sequence[str]) -> bool:
@@ -113,7 +111,7 @@ def write_prediction(root: Path, names: Sequence[str], prediction: Prediction) -
         raise ValueError(f"{root.name}: the layers contain NaN or infinity: the model has diverged.")
     for layer, values in zip(LAYERS, prediction, strict=True):
         for name, value in zip(names, values if values is not None else (), strict=values is not None):
-            write_picture(root / layer / f"{name}.png", to_pixels(as_stored(value.float())))
+            write_picture(root / layer / f"{name}.png", to_pixels(with_pixel_alpha(value.float())))
 
 
 def describe(folder: PredictionFolder) -> Mapping[str, object]:

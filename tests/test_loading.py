@@ -12,7 +12,7 @@ from profiles import SWAPPED
 from layerdecomp.data.folders import BackgroundFolder, TripletFolder, read_rgba
 from layerdecomp.data.index import Index, write_index
 from layerdecomp.data.loading import (
-    Fit,
+    Crop,
     load_background,
     load_foreground,
     load_layers,
@@ -135,9 +135,9 @@ def test_16_bit_grey_layers_are_refused(tmp_path: Path) -> None:
 
 def map_of(pixels: np.ndarray, cue: str, size: tuple[int, int], box: Box) -> np.ndarray:
     """The crop `box` of a grey map, resized for a cue: (*size) in [-1, 1]."""
-    place = Fit(pixels.shape[1::-1], box, size)
+    crop = Crop(pixels.shape[1::-1], box, size)
     picture = Image.fromarray(pixels).convert("RGB")
-    fitted = place.apply(picture, Path("map.png"), REGISTRY[cue].resize)
+    fitted = crop.apply(picture, Path("map.png"), REGISTRY[cue].resize)
     values = to_tensor(np.asarray(fitted))[0].numpy()
     assert (values == values[:1]).all()
     return values[0]
@@ -174,6 +174,6 @@ def test_each_map_is_resized_as_its_cue_needs(tmp_path: Path) -> None:
         path = map_path(index.root, index[0], cue)
         path.parent.mkdir()
         Image.fromarray(stripes).save(path)
-    maps = load_maps(index, index[0], Fit((SIDE, SIDE), (0, 0, SIDE, SIDE), (50, 50)))
+    maps = load_maps(index, index[0], Crop((SIDE, SIDE), (0, 0, SIDE, SIDE), (50, 50)))
     levels = {cue: len(values.unique()) for cue, values in maps.items()}
     assert levels["edge"] == levels["segmentation"] == 2 < levels["depth"]

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from layerdecomp.data.folders import BackgroundFolder, TripletFolder
 from layerdecomp.data.index import Index, Reader
-from layerdecomp.data.loading import Fit, load_maps, map_path
+from layerdecomp.data.loading import Crop, load_maps, map_path
 from layerdecomp.data.maps import open_estimator, write_maps
 from layerdecomp.data.mulan import MulanLayers
 from layerdecomp.data.prepare import prepare
@@ -121,7 +121,7 @@ def test_a_cue_of_your_own_is_one_entry(tmp_path: Path, monkeypatch: pytest.Monk
     index = Index(tmp_path / "index.safetensors")
     assert write_maps(index, ["red"]) == []
     for item in index:
-        maps = load_maps(index, item, Fit((item.width, item.height), (0, 0, 30, 30), (15, 15)))
+        maps = load_maps(index, item, Crop((item.width, item.height), (0, 0, 30, 30), (15, 15)))
         assert maps.keys() == {"red"}
         np.testing.assert_allclose(maps["red"].numpy(), red(images[item.id][1:30:2, 1:30:2]).repeat(3, 0), atol=1e-6)
 

@@ -18,15 +18,9 @@ import torch
 from PIL import Image
 from profiles import SWAPPED
 
+from layerdecomp.data.annotation import read_annotation
 from layerdecomp.data.index import Index, write_index
-from layerdecomp.data.mulan import (
-    MulanAnnotations,
-    MulanLayers,
-    misfit,
-    read_annotation,
-    rebuild_layers,
-    recompose,
-)
+from layerdecomp.data.mulan import MulanAnnotations, MulanLayers, misfit, rebuild_layers, recompose
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.compositing import over
 
@@ -271,7 +265,7 @@ def test_pickled_calls_are_not_run(tmp_path: Path, protocol: int, place: str) ->
         ("PIL.Image", "open"),
         ("_codecs", "decode"),
         ("copyreg", "_reconstructor"),
-        ("layerdecomp.data.mulan", "_Picture"),
+        ("layerdecomp.data.annotation", "_Picture"),
     ],
 )
 def test_other_globals_are_refused_and_named(tmp_path: Path, module: str, name: str) -> None:
@@ -525,12 +519,12 @@ def test_annotations_become_items(tmp_path: Path) -> None:
 def test_finished_layers_are_kept(tmp_path: Path) -> None:
     reader = _data_set(tmp_path)
     candidate, folder = f"part0/{ID}.p.zl", tmp_path / "layers" / "images" / ID
-    leftover = folder.with_name(f".{ID}.partial")
+    leftover = folder.with_name(f".{ID}.01234567.partial")
     leftover.mkdir(parents=True)
     (leftover / "layer_9.png").write_text("of an interrupted run")
     item = reader.read(candidate)
     assert sorted(path.name for path in folder.iterdir()) == ["layer_0.png", "layer_1.png", "layer_2.png"]
-    assert not leftover.exists()
+    assert MulanLayers(tmp_path / "layers").candidates() == [f"images/{ID}/layer_{{layer}}.png"]
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     (tmp_path / "mulan" / candidate).write_text("no longer readable")
     assert reader.read(candidate) == item

@@ -32,7 +32,7 @@ ORDER = [
     *("quantization", "layouts", "tensor_files", "cli", "weights", "manifest", "decomposer", "sharding"),
     *("adapters", "incoming", "modelcard", "export", "text"),
     *("data.__init__", "data.index", "data.prepare"),
-    *("data.folders", "data.layerdiffuse", "data.openimages", "data.mulan"),
+    *("data.folders", "data.layerdiffuse", "data.openimages", "data.annotation", "data.mulan"),
     *("data.sample", "data.textures", "data.shapes", "data.scenes"),
     *("data.loading", "data.check", "data.maps", "data.blending", "data.triplets", "data.benchmark"),
     *("data.latents", "data.datamodule", "data.testset"),

@@ -20,7 +20,7 @@ from layerdecomp.data.datamodule import DataConfig, RepeatedSamples, SampleData,
 from layerdecomp.data.folders import PARTS, BackgroundFolder, TripletFolder
 from layerdecomp.data.index import Index
 from layerdecomp.data.layerdiffuse import ForegroundFolder, pad_colours
-from layerdecomp.data.loading import Fit, load_maps, map_path
+from layerdecomp.data.loading import Crop, load_maps, map_path
 from layerdecomp.data.mulan import MulanLayers
 from layerdecomp.data.prepare import prepare
 from layerdecomp.data.triplets import Rows, TripletConfig, Triplets, scene_around
@@ -189,17 +189,17 @@ def test_a_16_bit_map_is_read_and_an_invalid_one_is_refused(sets: Path, tmp_path
     path.parent.mkdir()
     levels = np.random.default_rng(0).integers(0, 256, (index[0].height, index[0].width))
     Image.fromarray((levels * 257).astype(np.uint16)).save(path)
-    place = Fit((index[0].width, index[0].height), (0, 0, 64, 64), (64, 64))
-    maps = load_maps(index, index[0], place)
+    crop = Crop((index[0].width, index[0].height), (0, 0, 64, 64), (64, 64))
+    maps = load_maps(index, index[0], crop)
     assert maps.keys() == {"depth"}
     expected = torch.from_numpy(levels[:64, :64] / 127.5 - 1).float().expand(3, 64, 64)
     torch.testing.assert_close(maps["depth"], expected, atol=1e-6, rtol=0)
     Image.fromarray(levels[:-1].astype(np.uint8)).save(path)
     with pytest.raises(InputError, match=r"depth/.*its picture 120 x 80; expected equal sizes"):
-        load_maps(index, index[0], place)
+        load_maps(index, index[0], crop)
     path.write_bytes(b"no picture")
     with pytest.raises(InputError, match="cannot be read as an image"):
-        load_maps(index, index[0], place)
+        load_maps(index, index[0], crop)
 
 
 def test_cues_are_dropped_only_in_training(sets: Path) -> None:

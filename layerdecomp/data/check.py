@@ -184,9 +184,9 @@ def contact_sheet(index: Index, rows: Sequence[int]) -> Image.Image:
     columns, lines = SHEET
     sheet = Image.new("RGB", (columns * TILE, lines * TILE), "white")
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), columns * lines)).round().astype(int))
-    for place, number in enumerate(chosen.tolist()):
+    for position, number in enumerate(chosen.tolist()):
         tile = _thumbnail(index, index[rows[number]])
-        sheet.paste(tile, (place % columns * TILE, place // columns * TILE))
+        sheet.paste(tile, (position % columns * TILE, position // columns * TILE))
     return sheet
 
 
@@ -198,10 +198,10 @@ def _thumbnail(index: Index, item: Item) -> Image.Image:
         paths = [list(layer_paths(index.root, item))[-1]]
     side = TILE // len(paths)
     tile = Image.new("RGB", (TILE, TILE), "white")
-    for place, path in enumerate(paths):
+    for position, path in enumerate(paths):
         picture = open_picture(path).rotate(item.rotation, expand=True)
         picture.thumbnail((side, TILE))
-        tile.paste(_on_board(picture), (place * side, 0))
+        tile.paste(_on_board(picture), (position * side, 0))
     return tile
 
 

@@ -26,8 +26,8 @@ def list_pictures(folder: Path, extensions: frozenset[str] = PICTURES) -> list[s
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; expected a folder of pictures ({' '.join(sorted(extensions))})")
     found = []
-    for place, names in _folders_below(folder):
-        inside = place.relative_to(folder)
+    for subfolder, names in _folders_below(folder):
+        inside = subfolder.relative_to(folder)
         found += [(inside / name).as_posix() for name in names if _is_picture(name, extensions)]
     if not found:
         raise InputError(f"{folder} holds no pictures; expected files ending in {' '.join(sorted(extensions))}")
@@ -37,14 +37,14 @@ def list_pictures(folder: Path, extensions: frozenset[str] = PICTURES) -> list[s
 def _folders_below(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     """A folder and its subfolders with the names of their files, each once: links are followed, cycles are not."""
     seen = set()
-    for place, below, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
-        status = os.stat(place)
+    for path, below, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+        status = os.stat(path)
         if (identity := (status.st_dev, status.st_ino)) in seen:
             below.clear()
             continue
         seen.add(identity)
         below[:] = sorted(name for name in below if not name.startswith("."))  # same order on every file system
-        yield Path(place), names
+        yield Path(path), names
 
 
 def _refuse_folder(error: OSError) -> None:

@@ -73,8 +73,8 @@ class Reader(Protocol):
 
 def split_of(item: str, test_share: float = TEST_SHARE) -> str:
     """The split of an item, "train" or "test", from a hash of its id: independent of the machine and of other items."""
-    place = int.from_bytes(hashlib.sha256(item.encode()).digest()[:8], "big") / 2**64
-    return "test" if place < test_share else "train"
+    share = int.from_bytes(hashlib.sha256(item.encode()).digest()[:8], "big") / 2**64
+    return "test" if share < test_share else "train"
 
 
 def write_index(path: str | Path, reader: Reader, items: Iterable[Item], test_share: float = TEST_SHARE) -> int:
@@ -198,9 +198,15 @@ def map_columns(path: Path) -> dict[str, NDArray[Any]]:
 _DTYPES = {"U8": np.uint8, "I16": np.int16, "I32": np.int32, "I64": np.int64}
 _PER_ROW = ("id.ends", "path.ends", "size", "layers", "rotation")
 _COLUMNS: dict[str, tuple[type[np.generic], int]] = {
-    **{"id.text": (np.uint8, 1), "path.text": (np.uint8, 1), "id.ends": (np.int64, 1), "path.ends": (np.int64, 1)},
-    **{"size": (np.int32, 2), "layers": (np.int16, 1), "rotation": (np.int16, 1)},
-    **{"train.rows": (np.int32, 1), "test.rows": (np.int32, 1)},
+    "id.text": (np.uint8, 1),
+    "id.ends": (np.int64, 1),
+    "path.text": (np.uint8, 1),
+    "path.ends": (np.int64, 1),
+    "size": (np.int32, 2),
+    "layers": (np.int16, 1),
+    "rotation": (np.int16, 1),
+    "train.rows": (np.int32, 1),
+    "test.rows": (np.int32, 1),
 }
 
 

@@ -5,20 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from layerdecomp.data.folders import open_mask, part_names, part_path, to_rgba
 from layerdecomp.data.index import Index, Item
 from layerdecomp.errors import InputError
+from layerdecomp.imaging.compositing import with_unit_alpha
 from layerdecomp.imaging.cues import REGISTRY
 from layerdecomp.imaging.geometry import Box, ResizePicture, resize_picture, to_tensor
 from layerdecomp.imaging.layers import READABLE, check_pixels, open_picture, read_image
 
 
 @dataclass(frozen=True)
-class Fit:
+class Crop:
     """A crop of all pictures of an item, and the size it is resized to."""
 
     source: tuple[int, int]  # (width, height) of the pictures
@@ -26,7 +26,7 @@ class Fit:
     size: tuple[int, int]  # (height, width) after resizing
 
     def apply(self, picture: Image.Image, path: Path, resize: ResizePicture = resize_picture) -> Image.Image:
-        """Crops and resizes a picture."""
+        """A picture, cropped and resized."""
         if picture.size != self.source:
             raise InputError(
                 f"{path} is {picture.width} x {picture.height} pixels, its index says {self.source[0]} x "
@@ -35,19 +35,23 @@ class Fit:
         return resize(picture, self.size, self.box)
 
 
-def fit(source: tuple[int, int], size: tuple[int, int], rng: np.random.Generator, around: Box | None = None) -> Fit:
-    """Place the largest crop with the aspect of `size` (height, width) in a picture of `source` (width, height).
+def random_crop(
+    source: tuple[int, int], size: tuple[int, int], rng: np.random.Generator, around: Box | None = None
+) -> Crop:
+    """Draw the position of the largest crop with the aspect of `size` (height, width) from `source` (width, height).
 
-    Its position is random. Along each axis the crop contains the box `around`, or lies inside it if it is too small.
+    Along each axis the crop contains the box `around`, or lies inside it if it is too small.
     """
     scale = min(source[0] / size[1], source[1] / size[0])
     width, height = scale * size[1], scale * size[0]
-    left = _place(source[0], width, around and (around[0], around[2]), rng)
-    top = _place(source[1], height, around and (around[1], around[3]), rng)
-    return Fit(source, (left, top, left + width, top + height), size)
+    columns = None if around is None else (around[0], around[2])
+    rows = None if around is None else (around[1], around[3])
+    left = _random_offset(source[0], width, columns, rng)
+    top = _random_offset(source[1], height, rows, rng)
+    return Crop(source, (left, top, left + width, top + height), size)
 
 
-def _place(total: float, length: float, around: tuple[float, float] | None, rng: np.random.Generator) -> float:
+def _random_offset(total: float, length: float, around: tuple[float, float] | None, rng: np.random.Generator) -> float:
     low, high = 0.0, max(0.0, total - length)
     if around is not None:
         ends = sorted((around[0], around[1] - length))
@@ -59,10 +63,10 @@ def load_background(index: Index, item: Item, size: tuple[int, int], rng: np.ran
     """A random crop of a background, rotated upright: (3, *size) in [-1, 1]."""
     path = index.root / item.path
     picture = Image.fromarray(read_image(open_shrunk(path, item, size)))
-    place = fit((item.width, item.height), size, rng)
+    crop = random_crop((item.width, item.height), size, rng)
     # the decoder may have downscaled the picture: scale the box too
     shrink = picture.width / item.width
-    left, top, right, bottom = (shrink * edge for edge in place.box)
+    left, top, right, bottom = (shrink * edge for edge in crop.box)
     box = (left, top, min(right, picture.width), min(bottom, picture.height))
     return to_tensor(np.asarray(resize_picture(picture, size, box)))[0]
 
@@ -145,11 +149,11 @@ def read_map(root: Path, item: Item, cue: str) -> Image.Image | None:
     return picture
 
 
-def load_maps(index: Index, item: Item, place: Fit) -> dict[str, Tensor]:
+def load_maps(index: Index, item: Item, crop: Crop) -> dict[str, Tensor]:
     """The existing cue maps of an item, cropped like its picture: name -> (3, *size) in [-1, 1]."""
     found = {cue: read_map(index.root, item, cue) for cue in REGISTRY}
     return {
-        cue: to_tensor(np.asarray(place.apply(picture, map_path(index.root, item, cue), REGISTRY[cue].resize)))[0]
+        cue: to_tensor(np.asarray(crop.apply(picture, map_path(index.root, item, cue), REGISTRY[cue].resize)))[0]
         for cue, picture in found.items()
         if picture is not None
     }
@@ -160,7 +164,6 @@ def has_foreground(item: Item) -> bool:
     return "foreground" in part_names(item)
 
 
-def layer(picture: Image.Image) -> Tensor:
+def layer_tensor(picture: Image.Image) -> Tensor:
     """RGBA -> (4, H, W): colours in [-1, 1], alpha in [0, 1]."""
-    rgba = to_tensor(np.asarray(picture))[0]
-    return torch.cat([rgba[:3], (rgba[3:] + 1) / 2])
+    return with_unit_alpha(to_tensor(np.asarray(picture))[0])

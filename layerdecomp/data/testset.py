@@ -20,10 +20,11 @@ from tqdm import tqdm
 from layerdecomp.data.datamodule import Samples
 from layerdecomp.data.folders import PARTS, RoremFolder, by_stem, read_rgba, triplet_id
 from layerdecomp.data.index import Index, Item
-from layerdecomp.data.loading import Fit, fit, layer, layer_paths, load_layers, read_map
+from layerdecomp.data.loading import Crop, layer_paths, layer_tensor, load_layers, random_crop, read_map
 from layerdecomp.data.sample import build_cues, build_sample
-from layerdecomp.data.triplets import TripletConfig, bounds, scene_around
+from layerdecomp.data.triplets import TripletConfig, bounds, object_area, scene_around
 from layerdecomp.errors import InputError
+from layerdecomp.imaging.compositing import with_pixel_alpha, with_unit_alpha
 from layerdecomp.imaging.cues import REGISTRY
 from layerdecomp.imaging.geometry import to_pixels, to_tensor
 from layerdecomp.imaging.layers import Pixels, read_image, read_mask, write_picture
@@ -99,8 +100,8 @@ class TestFolder(Dataset[dict[str, Any]]):
             "occluder": torch.zeros(1, *mask.shape),
         }
         if "foreground" in paths:
-            rgba = to_tensor(_of_size(read_rgba(paths["foreground"]), image, paths["foreground"]))[0]
-            sample["foreground"] = torch.cat([rgba[:3], (rgba[3:] + 1) / 2])
+            rgba = _of_size(read_rgba(paths["foreground"]), image, paths["foreground"])
+            sample["foreground"] = with_unit_alpha(to_tensor(rgba)[0])
         if "occluder" in paths:
             levels = _of_size(read_image(paths["occluder"]), image, paths["occluder"])[..., :1]
             sample["occluder"] = (to_tensor(levels)[0] + 1) / 2
@@ -171,11 +172,10 @@ def _objects_of(
     source, size = (item.width, item.height), config.buckets()[0]
     for chosen in rng.permutation(np.arange(1, len(pictures))).tolist():
         box = (0.0, 0.0, float(item.width), float(item.height))
-        place = Fit(source, box, size) if stretch else fit(source, size, rng, bounds(pictures[chosen]))
-        layers = [layer(place.apply(picture, path)) for picture, path in zip(pictures, paths, strict=True)]
+        crop = Crop(source, box, size) if stretch else random_crop(source, size, rng, bounds(pictures[chosen]))
+        layers = [layer_tensor(crop.apply(picture, path)) for picture, path in zip(pictures, paths, strict=True)]
         scene = scene_around(layers, chosen)
-        area = float((scene.visible > 0.5 * scene.visible.max()).float().mean())
-        if config.min_area <= area <= config.max_area and 0 < area < 1:
+        if config.allows(object_area(scene.visible)):
             yield f"{item.id}-{chosen}", build_sample(scene, masks=config.masks, rng=rng)
 
 
@@ -195,9 +195,4 @@ def _levels(values: Tensor, part: str) -> Pixels:
     """A part of a sample as 8-bit pixels."""
     if part in ("mask", "occluder"):
         return to_pixels(2 * values - 1)[..., 0]
-    return to_pixels(as_stored(values))
-
-
-def as_stored(layer: Tensor) -> Tensor:
-    """A picture (3, H, W), or a foreground (4, H, W) with alpha mapped to [-1, 1]."""
-    return torch.cat([layer[:3], 2 * layer[3:] - 1])
+    return to_pixels(with_pixel_alpha(values))

@@ -7,9 +7,9 @@ object belongs to the background. The foreground includes occluded parts, as far
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,21 +18,22 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from layerdecomp.conditioning import TOKEN_FACTOR
 from layerdecomp.data.blending import BlendingConfig, draw_grain, match_light, soften, through_jpeg
 from layerdecomp.data.folders import PARTS, part_path
 from layerdecomp.data.index import Index, Item
 from layerdecomp.data.layerdiffuse import pad_colours
 from layerdecomp.data.loading import (
-    Fit,
-    fit,
+    Crop,
     has_foreground,
-    layer,
     layer_paths,
+    layer_tensor,
     load_background,
     load_foreground,
     load_layers,
     load_maps,
     load_parts,
+    random_crop,
 )
 from layerdecomp.data.sample import SPLITS, Scene, build_cues, build_sample
 from layerdecomp.errors import InputError, check_at_least, check_probabilities
@@ -41,7 +42,6 @@ from layerdecomp.imaging.geometry import Box, resize_picture, to_tensor
 from layerdecomp.imaging.masks import MaskConfig
 
 TRIES = 16  # attempts to find a usable picture before giving up
-MULTIPLE = 16  # pixels per side of a token
 
 
 @dataclass
@@ -66,7 +66,7 @@ class TripletConfig:
     masks: MaskConfig = field(default_factory=MaskConfig)
 
     def __post_init__(self) -> None:
-        check_at_least(MULTIPLE, self, "data.triplets.", "size")
+        check_at_least(TOKEN_FACTOR, self, "data.triplets.", "size")
         check_at_least(0, self, "data.triplets.", "layered_weight", "pasted_weight", "folders_weight")
         if not self.aspects or min(self.aspects) <= 0:
             raise InputError(f"data.triplets.aspects is {self.aspects}; expected numbers above 0")
@@ -87,25 +87,34 @@ class TripletConfig:
         roots = [aspect**0.5 for aspect in self.aspects]
         return [(_rounded(self.size / root), _rounded(self.size * root)) for root in roots]
 
+    def allows(self, area: float) -> bool:
+        """Whether a visible area, a fraction of the image, is within the limits, and neither empty nor full."""
+        return self.min_area <= area <= self.max_area and 0 < area < 1
+
 
 def _rounded(length: float) -> int:
-    return max(MULTIPLE, round(length / MULTIPLE) * MULTIPLE)
+    return max(TOKEN_FACTOR, round(length / TOKEN_FACTOR) * TOKEN_FACTOR)
 
 
-class DrawnScene(NamedTuple):
+@dataclass(frozen=True)
+class DrawnScene:
     """A drawn scene, with whatever its files provide beyond the layers."""
 
     scene: Scene
     image: Tensor | None = None  # (3, H, W) from a file; otherwise the scene is composited
     visible: Tensor | None = None  # (1, H, W), the object's visible mask from a file
-    maps: dict[str, Tensor] = {}  # cue maps (3, H, W) by name
+    maps: dict[str, Tensor] = field(default_factory=dict)  # cue maps (3, H, W) by name
     items: tuple[Item, ...] = ()  # the items used; the first determines the aspect
 
     @property
     def area(self) -> float:
         """The fraction of the image that the object's exact mask covers."""
-        visible = self.scene.visible if self.visible is None else self.visible
-        return float((visible > 0.5 * visible.max()).float().mean())
+        return object_area(self.scene.visible if self.visible is None else self.visible)
+
+
+def object_area(visible: Tensor) -> float:
+    """The fraction of an image that an object's exact mask covers, given its visible alpha (1, H, W)."""
+    return float((visible > 0.5 * visible.max()).float().mean())
 
 
 class Triplets(Dataset[dict[str, Any]]):
@@ -136,17 +145,16 @@ class Triplets(Dataset[dict[str, Any]]):
     def _open(self) -> dict[str, float]:
         """Opens the indexes; returns the probability of each available kind."""
         config = self.config
-        self.layered, self.folders = (
-            Rows(paths, kind, self.split) for paths, kind in ((config.layered, "layered"), (config.folders, "triplets"))
-        )
+        self.layered = Rows(config.layered, "layered", self.split)
+        self.folders = Rows(config.folders, "triplets", self.split)
         self.foregrounds = Rows(config.foregrounds, "foregrounds", self.split)
         self.backgrounds = Rows(config.backgrounds, "backgrounds", self.split)
         if bool(config.foregrounds) != bool(config.backgrounds):
             raise InputError("data.triplets: foregrounds and backgrounds need each other; name indexes of both or none")
         weights = {
-            "layered": config.layered_weight * bool(config.layered),
-            "pasted": config.pasted_weight * bool(config.foregrounds),
-            "folders": config.folders_weight * bool(config.folders),
+            "layered": config.layered_weight if config.layered else 0.0,
+            "pasted": config.pasted_weight if config.foregrounds else 0.0,
+            "folders": config.folders_weight if config.folders else 0.0,
         }
         if not sum(weights.values()):
             raise InputError(
@@ -172,17 +180,19 @@ class Triplets(Dataset[dict[str, Any]]):
     def _rngs(self, index: int, attempt: int) -> list[np.random.Generator]:
         if not 0 <= index < self.length:
             raise IndexError(f"triplet {index} of {self.length}")
-        place = [self.seed, SPLITS.index(self.split), index, *([attempt] if attempt else [])]
-        return [np.random.default_rng(child) for child in np.random.SeedSequence(place).spawn(4)]
+        key = [self.seed, SPLITS.index(self.split), index, *([attempt] if attempt else [])]
+        return [np.random.default_rng(child) for child in np.random.SeedSequence(key).spawn(4)]
 
     def draw(self, index: int, attempt: int = 0) -> dict[str, Any]:
         """A sample; each attempt draws other items for the same index, at the same size."""
         scene_rng, mask_rng, cue_rng, finish_rng = self._rngs(index, attempt)
         drawn = self._draw(scene_rng, self._size(index), self._first(index, attempt))
-        shot = self._finish(drawn, finish_rng)
-        sample = build_sample(shot.scene, masks=self.config.masks, rng=mask_rng, image=shot.image, visible=shot.visible)
+        drawn = self._finish(drawn, finish_rng)
+        sample = build_sample(
+            drawn.scene, masks=self.config.masks, rng=mask_rng, image=drawn.image, visible=drawn.visible
+        )
         dropout = self.config.cue_dropout if self.split == "train" else 0.0
-        cues = build_cues(sample["image"], cue_rng, dropout=dropout, enabled=self.with_cues, maps=shot.maps)
+        cues = build_cues(sample["image"], cue_rng, dropout=dropout, enabled=self.with_cues, maps=drawn.maps)
         return {**sample, **cues, "index": index}
 
     def _size(self, index: int) -> tuple[int, int]:
@@ -214,9 +224,9 @@ class Triplets(Dataset[dict[str, Any]]):
         """Draws pictures, starting with row `first` if given, until an object's visible area is within the limits."""
         make = {"layered": self._layered, "pasted": self._pasted, "folders": self._folder}[self._kind(rng)]
         for tries in range(TRIES):
-            shot = make(rng, size, None if tries else first)
-            if self.config.min_area <= shot.area <= self.config.max_area and 0 < shot.area < 1:
-                return shot
+            drawn = make(rng, size, None if tries else first)
+            if self.config.allows(drawn.area):
+                return drawn
         raise InputError(
             f"{TRIES} pictures in a row have no object whose visible part covers {self.config.min_area} to "
             f"{self.config.max_area} of the image; check the data (tools/prepare_data.py check=...), or widen "
@@ -243,10 +253,10 @@ class Triplets(Dataset[dict[str, Any]]):
         index, item = self._matching(self.layered, rng, size, first)
         pictures = load_layers(index, item)
         chosen = int(rng.integers(1, len(pictures)))
-        place = fit((item.width, item.height), size, rng, bounds(pictures[chosen]))
+        crop = random_crop((item.width, item.height), size, rng, bounds(pictures[chosen]))
         paths = layer_paths(index.root, item)
-        layers = [layer(place.apply(picture, path)) for picture, path in zip(pictures, paths, strict=True)]
-        return DrawnScene(scene_around(layers, chosen), maps=self._maps(index, item, place), items=(item,))
+        layers = [layer_tensor(crop.apply(picture, path)) for picture, path in zip(pictures, paths, strict=True)]
+        return DrawnScene(scene_around(layers, chosen), maps=self._maps(index, item, crop), items=(item,))
 
     def _pasted(self, rng: np.random.Generator, size: tuple[int, int], first: int | None) -> DrawnScene:
         """A cut-out pasted over a background, sometimes with a second one in front; there are no cue map files."""
@@ -273,7 +283,7 @@ class Triplets(Dataset[dict[str, Any]]):
         left, top = int(rng.integers(0, size[1] - width + 1)), int(rng.integers(0, size[0] - height + 1))
         canvas = np.zeros((*size, 4), np.uint8)
         canvas[top : top + height, left : left + width] = stamp
-        return layer(Image.fromarray(canvas)), item
+        return layer_tensor(Image.fromarray(canvas)), item
 
     def _blended(self, foreground: Tensor, background: Tensor, rng: np.random.Generator) -> Tensor:
         config = self.config.blending
@@ -289,38 +299,42 @@ class Triplets(Dataset[dict[str, Any]]):
         if not has_foreground(item):
             raise InputError(f"{index.path}: {item.id} has no foreground; such a set is for evaluation, not training")
         parts = dict(zip(PARTS, load_parts(index, item, PARTS), strict=True))
-        place = fit((item.width, item.height), size, rng, parts["mask"].getbbox())
-        crops = {part: place.apply(picture, part_path(index.root, item, part)) for part, picture in parts.items()}
-        image, background = (to_tensor(np.asarray(crops[part]))[0] for part in ("image", "background"))
-        scene = Scene(background, layer(crops["foreground"]), torch.zeros(4, *size))
+        crop = random_crop((item.width, item.height), size, rng, parts["mask"].getbbox())
+        crops = {part: crop.apply(picture, part_path(index.root, item, part)) for part, picture in parts.items()}
+        image = to_tensor(np.asarray(crops["image"]))[0]
+        background = to_tensor(np.asarray(crops["background"]))[0]
+        scene = Scene(background, layer_tensor(crops["foreground"]), torch.zeros(4, *size))
         visible = torch.from_numpy(np.asarray(crops["mask"]) >= 128).float()[None]
-        return DrawnScene(scene, image, visible, self._maps(index, item, place), (item,))
+        return DrawnScene(scene, image, visible, self._maps(index, item, crop), (item,))
 
-    def _maps(self, index: Index, item: Item, place: Fit) -> dict[str, Tensor]:
-        return load_maps(index, item, place) if self.with_cues else {}
+    def _maps(self, index: Index, item: Item, crop: Crop) -> dict[str, Tensor]:
+        return load_maps(index, item, crop) if self.with_cues else {}
 
-    def _finish(self, shot: DrawnScene, rng: np.random.Generator) -> DrawnScene:
-        """Pads the foreground's colours, flips the shot, adds the same grain to all layers, JPEG to the image only."""
+    def _finish(self, drawn: DrawnScene, rng: np.random.Generator) -> DrawnScene:
+        """Pads the foreground's colours, flips the scene, adds the same grain to all layers, JPEG to the image only."""
         config = self.config.blending
         flip, grain, jpeg = rng.random(3) < (self.config.flip, config.grain, config.jpeg)
-        shot = shot._replace(scene=shot.scene._replace(foreground=pad_colours(shot.scene.foreground)))
+        drawn = replace(drawn, scene=drawn.scene._replace(foreground=pad_colours(drawn.scene.foreground)))
         if flip:
-            shot = _flipped(shot)
-        scene, image = shot.scene, shot.image
+            drawn = _flipped(drawn)
+        scene, image = drawn.scene, drawn.image
         if grain:
             height, width = scene.background.shape[-2:]
             noise = draw_grain((height, width), rng.uniform(0.005, 0.04), rng)
             scene = Scene(*(_grainy(part, noise) for part in scene))
             image = None if image is None else _grainy(image, noise)
         image = scene.image if image is None else image
-        return shot._replace(scene=scene, image=through_jpeg(image, int(rng.integers(60, 96))) if jpeg else image)
+        if jpeg:
+            image = through_jpeg(image, int(rng.integers(60, 96)))
+        return replace(drawn, scene=scene, image=image)
 
 
 class Rows:
     """The rows of one split, concatenated over any number of indexes."""
 
     def __init__(self, paths: list[str], kind: str, split: str) -> None:
-        self.indexes, self.split = [Index(path) for path in paths], split
+        self.indexes = [Index(path) for path in paths]
+        self.split = split
         for index in self.indexes:
             if index.kind != kind:
                 raise InputError(f"{index.path} is an index of {index.kind}; expected an index of {kind}")
@@ -345,9 +359,9 @@ class Rows:
         """Draws a row uniformly."""
         return self[int(rng.integers(len(self)))]
 
-    def __getitem__(self, place: int) -> tuple[Index, Item]:
-        which = int(np.searchsorted(self._ends, place, side="right"))
-        row = self._rows[which][place - int(self._ends[which])]  # a negative offset, from the end of its index
+    def __getitem__(self, position: int) -> tuple[Index, Item]:
+        which = int(np.searchsorted(self._ends, position, side="right"))
+        row = self._rows[which][position - int(self._ends[which])]  # a negative offset, from the end of its index
         return self.indexes[which], self.indexes[which][int(row)]
 
 
@@ -357,11 +371,13 @@ def nearest_aspect(item: Item, aspects: list[float]) -> int:
     return int(np.argmin(distances))
 
 
-def _flipped(shot: DrawnScene) -> DrawnScene:
-    """The shot mirrored horizontally."""
-    image, visible = (None if part is None else part.flip(-1) for part in (shot.image, shot.visible))
-    maps = {name: values.flip(-1) for name, values in shot.maps.items()}
-    return DrawnScene(Scene(*(part.flip(-1) for part in shot.scene)), image, visible, maps, shot.items)
+def _flipped(drawn: DrawnScene) -> DrawnScene:
+    """The scene mirrored horizontally."""
+    scene = Scene(*(part.flip(-1) for part in drawn.scene))
+    image = None if drawn.image is None else drawn.image.flip(-1)
+    visible = None if drawn.visible is None else drawn.visible.flip(-1)
+    maps = {name: values.flip(-1) for name, values in drawn.maps.items()}
+    return DrawnScene(scene, image, visible, maps, drawn.items)
 
 
 def _grainy(part: Tensor, noise: Tensor) -> Tensor:

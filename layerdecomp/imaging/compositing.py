@@ -24,6 +24,16 @@ def over(foreground: Tensor, background: Tensor) -> Tensor:
     return alpha * rgb + (1 - alpha) * background
 
 
+def with_unit_alpha(rgba: Tensor) -> Tensor:
+    """Straight RGBA (..., 4, H, W) whose alpha is in [-1, 1], as read from pixels, with alpha in [0, 1]."""
+    return torch.cat([rgba[..., :3, :, :], (rgba[..., 3:, :, :] + 1) / 2], dim=-3)
+
+
+def with_pixel_alpha(foreground: Tensor) -> Tensor:
+    """The inverse of `with_unit_alpha`, for conversion to pixels; an RGB image (..., 3, H, W) stays as it is."""
+    return torch.cat([foreground[..., :3, :, :], 2 * foreground[..., 3:, :, :] - 1], dim=-3)
+
+
 def to_autoencoder(foreground: Tensor) -> Tensor:
     """Map a straight foreground (..., 4, H, W) to autoencoder space, of the same shape."""
     rgb, alpha = foreground[..., :3, :, :], foreground[..., 3:, :, :]
