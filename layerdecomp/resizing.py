@@ -34,9 +34,11 @@ def to_original_size(
     With `sample.keep_pixels`, the background is the image itself outside the mask and any part of the object it missed.
     """
     image = batch["image"]
-    full, size = (image.shape[-2], image.shape[-1]), model_size(image, sample)
-    background, foreground = (layer[..., : size[0], : size[1]].to(image.device) for layer in (background, foreground))
-    if size != full:
+    full = (image.shape[-2], image.shape[-1])
+    height, width = model_size(image, sample)
+    background = background[..., :height, :width].to(image.device)
+    foreground = foreground[..., :height, :width].to(image.device)
+    if (height, width) != full:
         foreground = resize_straight(foreground, full)
     background = resize(background, full).clamp(-1, 1)
     hole = torch.maximum(batch["mask"], missed_object_mask(image, background, foreground))
@@ -60,8 +62,11 @@ def missed_object_mask(image: Tensor, background: Tensor, foreground: Tensor) ->
     Returns:
         Mask (B, 1, H, W) in {0, 1}.
     """
-    misfits = ((image - layer[:, :3]).square().sum(1, keepdim=True) for layer in (foreground, background))
-    return ((foreground[:, 3:] > 0.5) & torch.lt(*misfits)).to(image)
+
+    def misfit(layer: Tensor) -> Tensor:
+        return (image - layer[:, :3]).square().sum(1, keepdim=True)
+
+    return ((foreground[:, 3:] > 0.5) & (misfit(foreground) < misfit(background))).to(image)
 
 
 def keep_pixels(image: Tensor, mask: Tensor, painted: Tensor, sample: SampleConfig) -> Tensor:

@@ -38,12 +38,12 @@ class DataConfig:
         check_probabilities(self, "data.", "max_faulty")
 
 
-Samples = Scenes | Triplets
+TrainingSamples = Scenes | Triplets
 
 
 def open_samples(
     config: DataConfig, split: str, seed: int, length: int, with_cues: bool = True, group: int | None = None
-) -> Samples:
+) -> TrainingSamples:
     """The samples of a split; each `group` of consecutive ones (a batch) shares one size; without groups, all do."""
     if config.source == "scenes":
         return Scenes(config.scenes, split, seed, length, with_cues)
@@ -57,11 +57,12 @@ class RepeatedSamples(Dataset[dict[str, Any]]):
     errors. If the cache holds all samples of a batch, the batch is loaded from it, as latents.
     """
 
-    def __init__(self, samples: Samples, cache: LatentCache | None = None) -> None:
+    def __init__(self, samples: TrainingSamples, cache: LatentCache | None = None) -> None:
         self.samples, self.cache = samples, cache
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        index, faults = position % len(self.samples), list[str]()
+        index = position % len(self.samples)
+        faults: list[str] = []
         for attempt in range(TRIES):
             try:
                 return {**self.samples.draw(index, attempt), "position": position, "faults": faults}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from layerdecomp.imaging.compositing import over
 from layerdecomp.imaging.cues import CUES, compute_cues
+from layerdecomp.imaging.geometry import to_pixels
 from layerdecomp.imaging.masks import MaskConfig, imperfect_mask
 
 SPLITS = ("train", "test")
@@ -89,7 +90,7 @@ def build_cues(
             "cues_present": torch.zeros(len(CUES), dtype=torch.bool),
         }
     given = {name: values.numpy() for name, values in (maps or {}).items()}
-    cues, present = compute_cues(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy(), given)
+    cues, present = compute_cues(to_pixels(image), given)
     present &= rng.random(len(CUES)) >= dropout
     cues[~present] = 0
     return {"cues": torch.from_numpy(cues), "cues_present": torch.from_numpy(present)}

@@ -12,8 +12,10 @@ REGIONS = ("full", "mask", "outside")
 def select(region: str, mask: Tensor) -> Tensor | None:
     """The pixels of one of REGIONS, given masks (B, 1, H, W) in {0, 1}: (B, 1, H, W) bool; None means all pixels."""
     assert region in REGIONS
+    if region == "full":
+        return None
     inside = mask > 0.5
-    return None if region == "full" else inside if region == "mask" else ~inside
+    return inside if region == "mask" else ~inside
 
 
 def paste(prediction: Tensor, target: Tensor, region: Tensor | None) -> Tensor:
