@@ -33,7 +33,7 @@ from layerdecomp.flow import FlowConfig, seeded_normal
 from layerdecomp.imaging.compositing import from_autoencoder, to_autoencoder
 from layerdecomp.imaging.cues import CUES, compute_cues
 from layerdecomp.imaging.geometry import resize, to_pixels, to_tensor
-from layerdecomp.imaging.layers import Layers, Picture, Pixels, read_pair
+from layerdecomp.imaging.layers import ImageSource, Layers, Pixels, read_pair
 from layerdecomp.manifest import DecomposerConfig, describe_adapter
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.blocks import autocast_device
@@ -295,8 +295,8 @@ class Decomposer(nn.Module):
 
     def decompose(
         self,
-        image: Picture,
-        mask: Picture,
+        image: ImageSource,
+        mask: ImageSource,
         steps: int | None = None,
         seed: int = 0,
         cues: NDArray[np.float32] | None = None,
@@ -326,8 +326,8 @@ class Decomposer(nn.Module):
 
     def prepare(
         self,
-        image: Picture,
-        mask: Picture,
+        image: ImageSource,
+        mask: ImageSource,
         cues: NDArray[np.float32] | None = None,
         depth: DepthEstimator | None = None,
     ) -> Prepared:

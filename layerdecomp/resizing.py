@@ -20,10 +20,10 @@ def model_size(image: Tensor, sample: SampleConfig) -> tuple[int, int]:
 def to_model_size(batch: Mapping[str, Tensor], sample: SampleConfig) -> dict[str, Tensor]:
     """A batch with its image, mask and cues shrunk to `sample.max_side` and padded to multiples of 16."""
     size = model_size(batch["image"], sample)
-    pictures = {"image": resize(batch["image"], size), "mask": shrink_mask(batch["mask"], size)}
+    resized = {"image": resize(batch["image"], size), "mask": shrink_mask(batch["mask"], size)}
     if "cues" in batch:
-        pictures["cues"] = resize_cues(batch["cues"], size)
-    return {**batch, **{name: pad_to_multiple(values, TOKEN_FACTOR) for name, values in pictures.items()}}
+        resized["cues"] = resize_cues(batch["cues"], size)
+    return {**batch, **{name: pad_to_multiple(values, TOKEN_FACTOR) for name, values in resized.items()}}
 
 
 def to_original_size(

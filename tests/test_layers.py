@@ -164,7 +164,7 @@ def test_missing_files_and_folders_are_refused(tmp_path: Path, name: str, found:
 
 @pytest.mark.parametrize("source", [None, [[0, 255]]])
 def test_what_is_no_picture(source: Any) -> None:
-    with pytest.raises(InputError, match=f"a picture is a {type(source).__name__}; expected a path"):
+    with pytest.raises(InputError, match=f"an image is a {type(source).__name__}; expected a path"):
         read_mask(source)
 
 

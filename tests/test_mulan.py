@@ -443,7 +443,7 @@ def test_an_annotation_without_objects_is_refused(tmp_path: Path, instances: Any
 @pytest.mark.parametrize(
     ("name", "form", "message"),
     [
-        ("instance_alpha", lambda value: np.asarray(value)[:-1], "is 17 x 11 pixels, the picture 17 x 12; expected eq"),
+        ("instance_alpha", lambda value: np.asarray(value)[:-1], "is 17 x 11 pixels, the image 17 x 12; expected eq"),
         ("instance_alpha", lambda value: np.asarray(value).T, "is 12 x 17 pixels"),
         ("original_image_mask", lambda value: value[:, 1:], "is 16 x 12 pixels"),
         ("inpainted_delta", lambda value: value[1:], "is 17 x 11 pixels"),
@@ -564,7 +564,7 @@ def test_a_picture_that_does_not_match_its_annotation_is_refused(tmp_path: Path)
     assert not (tmp_path / "layers" / "images" / ID).exists()
     assert reader.read(candidate).layers == 3
     Image.fromarray(image[:, :-1]).save(path, lossless=True)
-    with pytest.raises(InputError, match="layers of 17 x 12 pixels, the picture 16 x 12"):
+    with pytest.raises(InputError, match="layers of 17 x 12 pixels, the image 16 x 12"):
         reader.read(candidate)
 
 

@@ -29,16 +29,16 @@ _LAYER = re.compile(r"(?:.*/)?(?P<id>[^/]+)[-/]layer_(?P<layer>0|[1-9]\d*)\.png"
 
 
 def rebuild_layers(annotation: dict[str, Any], image: Pixels, where: str = "annotation") -> list[Pixels]:
-    """Rebuilds the layers of a picture, back to front, as (H, W, 4) uint8 with straight alpha; the first is opaque.
+    """Rebuilds the layers of an image, back to front, as (H, W, 4) uint8 with straight alpha; the first is opaque.
 
     Args:
         annotation: from `read_annotation`; PIL images are accepted as arrays. Masks and alpha are in [0, 1] or
-            [0, 255]; the inpainted content is in [0, 255] levels, and is added to the masked picture.
-        image: (H, W, 3) uint8, the annotated picture.
+            [0, 255]; the inpainted content is in [0, 255] levels, and is added to the masked image.
+        image: (H, W, 3) uint8, the annotated image.
         where: name of the annotation in errors.
 
     Raises:
-        InputError: an array differs in size from the picture, or its values are out of range.
+        InputError: an array differs in size from the image, or its values are out of range.
     """
     parts = [annotation["background"], *annotation["instances"].values()]
     return [_rebuild(part, image, number > 0, f"{where}: layer {number}") for number, part in enumerate(parts)]
@@ -85,8 +85,8 @@ def _planes(where: str, values: Any, image: Pixels) -> NDArray[Any]:
     planes = planes[..., None] if planes.ndim == 2 else planes
     if planes.shape[:2] != image.shape[:2]:
         raise InputError(
-            f"{where} is {_size(planes)} pixels, the picture {_size(image)}; expected equal sizes: "
-            "use the annotated picture itself, neither scaled nor rotated"
+            f"{where} is {_size(planes)} pixels, the image {_size(image)}; expected equal sizes: "
+            "use the annotated image itself, neither scaled nor rotated"
         )
     if planes.shape[2:] not in ((1,), (3,)):
         raise InputError(f"{where}: {planes.shape} numbers; expected one channel or three")
@@ -101,25 +101,25 @@ def _size(array: NDArray[Any]) -> str:
 
 def recompose(layers: Sequence[Pixels]) -> Pixels:
     """Composites layers (H, W, 4), back to front, into (H, W, 3) uint8. The first is treated as opaque."""
-    picture: NDArray[Any] = layers[0][..., :3]
+    image: NDArray[Any] = layers[0][..., :3]
     for layer in layers[1:]:
         alpha = layer[..., 3:] / 255
-        picture = alpha * layer[..., :3] + (1 - alpha) * picture
-    return picture.round().astype(np.uint8)
+        image = alpha * layer[..., :3] + (1 - alpha) * image
+    return image.round().astype(np.uint8)
 
 
 def misfit(layers: Sequence[Pixels], image: Pixels) -> float:
-    """Mean absolute difference, of 255, between the recomposed layers and a picture (H, W, 3) of their size."""
+    """Mean absolute difference, of 255, between the recomposed layers and an image (H, W, 3) of their size."""
     return float(np.abs(recompose(layers).astype(np.int16) - image).mean())
 
 
 def _check_misfit(where: str, layers: Sequence[Pixels], image: Pixels, limit: float) -> None:
     if layers[0].shape[:2] != image.shape[:2]:
-        raise InputError(f"{where}: layers of {_size(layers[0])} pixels, the picture {_size(image)}; expected equal")
+        raise InputError(f"{where}: layers of {_size(layers[0])} pixels, the image {_size(image)}; expected equal")
     if (found := misfit(layers, image)) > limit:
         raise InputError(
-            f"{where}: its layers, recomposed, are {found:.1f} of 255 away from the picture; "
-            f"expected at most {limit:g}: check that it is the same picture, or raise max_misfit"
+            f"{where}: its layers, recomposed, are {found:.1f} of 255 away from the image; "
+            f"expected at most {limit:g}: check that it is the same image, or raise max_misfit"
         )
 
 

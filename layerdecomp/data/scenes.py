@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from layerdecomp.data.sample import SPLITS, Scene, build_cues, build_sample, plane
 from layerdecomp.data.shapes import Matte, draw_shape, inpainting_mask, placed, scaled, whole_shape
-from layerdecomp.data.textures import Picture, many_coloured, material, photograph_crop, procedural
+from layerdecomp.data.textures import Texture, many_coloured, material, photograph_crop, procedural
 from layerdecomp.errors import InputError, check_probabilities
 from layerdecomp.imaging.compositing import over
 from layerdecomp.imaging.masks import MaskConfig
@@ -148,7 +148,7 @@ def _occluder_matte(rng: np.random.Generator, split: str, alpha: Matte) -> Matte
     return np.zeros_like(alpha)
 
 
-def _shaded(rgb: Picture, matte: Matte, rng: np.random.Generator) -> Picture:
+def _shaded(rgb: Texture, matte: Matte, rng: np.random.Generator) -> Texture:
     """Shade half of the textures as a shape with rounded edges, lit from one side; leave the others flat."""
     if rng.random() < 0.5:
         return rgb
@@ -165,10 +165,10 @@ def _blurred(matte: Matte, radius: float) -> Matte:
     return np.asarray(image.filter(ImageFilter.GaussianBlur(radius)), dtype=np.float32) / np.float32(255)
 
 
-def _layer(rgb: Picture, alpha: Matte) -> Tensor:
+def _layer(rgb: Texture, alpha: Matte) -> Tensor:
     return torch.cat([_colour(rgb), plane(alpha)])
 
 
-def _colour(picture: Picture) -> Tensor:
+def _colour(rgb: Texture) -> Tensor:
     """Map (H, W, 3) in [0, 1] to (3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))) * 2 - 1
+    return torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1))) * 2 - 1

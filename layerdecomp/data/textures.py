@@ -17,7 +17,7 @@ from PIL import Image
 
 from layerdecomp.errors import InputError
 
-Picture = NDArray[np.float32]  # (H, W, 3) in [0, 1]
+Texture = NDArray[np.float32]  # (H, W, 3) in [0, 1]
 Field = NDArray[np.float32]  # (H, W) in [0, 1]
 
 DISTINCT = 0.35  # preferred minimum mean RGB distance between an object and its surroundings (at most sqrt(3))
@@ -57,7 +57,7 @@ def photograph(name: str) -> tuple[Image.Image, ...]:
     return tuple(levels)
 
 
-def photograph_crop(rng: np.random.Generator, size: int, split: str) -> Picture:
+def photograph_crop(rng: np.random.Generator, size: int, split: str) -> Texture:
     """Crop a square at a random position and scale from a photograph of the split, with flip and colour jitter."""
     weights = np.array(list(PHOTOGRAPHS[split].values()))
     levels = photograph(str(rng.choice(list(PHOTOGRAPHS[split]), p=weights / weights.sum())))
@@ -76,12 +76,12 @@ def photograph_crop(rng: np.random.Generator, size: int, split: str) -> Picture:
     return _coloured(crop, _palette(rng, 2)) if crop.ndim == 2 else _jittered(crop, rng)
 
 
-def procedural(rng: np.random.Generator, size: int, split: str) -> Picture:
+def procedural(rng: np.random.Generator, size: int, split: str) -> Texture:
     """Make a texture (size, size, 3): a random scalar field of the split in a random palette of two to four colours."""
     return _coloured(_field(rng, size, split), _palette(rng, int(rng.integers(2, 5))))
 
 
-def material(rng: np.random.Generator, size: int, split: str, surroundings: NDArray[np.float32]) -> Picture:
+def material(rng: np.random.Generator, size: int, split: str, surroundings: NDArray[np.float32]) -> Texture:
     """Make the texture of an object (size, size, 3): shades of one colour that stands out from its surroundings.
 
     Real objects, too, usually stand out from their background. The pattern of the shades is a procedural field or the
@@ -104,7 +104,7 @@ def material(rng: np.random.Generator, size: int, split: str, surroundings: NDAr
     return np.asarray(np.clip(colour + shades[..., None], 0, 1), np.float32)
 
 
-def many_coloured(rng: np.random.Generator, size: int, split: str, surroundings: NDArray[np.float32]) -> Picture:
+def many_coloured(rng: np.random.Generator, size: int, split: str, surroundings: NDArray[np.float32]) -> Texture:
     """Make the texture of a many-coloured object (size, size, 3): a crop of a photograph with shuffled channels.
 
     It is the one of four crops that differs most from the surroundings, colours (N, 3) in [0, 1].
@@ -236,13 +236,13 @@ def _palette(rng: np.random.Generator, colours: int) -> NDArray[np.float32]:
     return np.asarray(np.clip((0.25 + 0.75 * family) * brightness[:, None], 0, 1), np.float32)
 
 
-def _coloured(field: Field, palette: NDArray[np.float32]) -> Picture:
+def _coloured(field: Field, palette: NDArray[np.float32]) -> Texture:
     """Map a field (H, W) to colours by a palette (N, 3) spread evenly over [0, 1]."""
     stops = np.linspace(0, 1, len(palette))
     return np.stack([np.interp(field, stops, channel) for channel in palette.T], axis=-1).astype(np.float32)
 
 
-def _jittered(picture: Picture, rng: np.random.Generator) -> Picture:
+def _jittered(crop: Texture, rng: np.random.Generator) -> Texture:
     contrast, brightness = rng.uniform(0.8, 1.2), rng.uniform(-0.08, 0.08)
     tint = rng.uniform(0.92, 1.08, 3).astype(np.float32)
-    return np.asarray(np.clip((picture - 0.5) * np.float32(contrast) * tint + np.float32(0.5 + brightness), 0, 1))
+    return np.asarray(np.clip((crop - 0.5) * np.float32(contrast) * tint + np.float32(0.5 + brightness), 0, 1))

@@ -4,7 +4,7 @@ Both are (..., 4, H, W):
 
 - straight: RGB in [-1, 1], not premultiplied; alpha in [0, 1]. Used by files, data samples and `over`.
 - autoencoder space: RGB premultiplied by alpha, alpha mapped to [-1, 1]. All channels are in [-1, 1]; fully transparent
-  pixels are mid-grey (0, 0, 0, -1), whatever their straight colour, and the RGB of an opaque picture is unchanged.
+  pixels are mid-grey (0, 0, 0, -1), whatever their straight colour, and the RGB of an opaque image is unchanged.
 
 `over` (Porter and Duff, "Compositing Digital Images", SIGGRAPH 1984) is affine in colour, so it gives the same result
 for [-1, 1] as for [0, 1]. It blends the stored (sRGB) values, as image editors do by default.

@@ -1,4 +1,4 @@
-"""Converts between pictures of any size and model tensors: ranges, resizing, padding; grows and feathers masks."""
+"""Converts between images of any size and model tensors: ranges, resizing, padding; grows and feathers masks."""
 
 from collections.abc import Callable
 
@@ -20,18 +20,18 @@ def to_tensor(pixels: Pixels) -> Tensor:
     return torch.from_numpy(pixels.copy()).movedim(-1, 0)[None].float() / 127.5 - 1
 
 
-def to_pixels(pictures: Tensor) -> NDArray[np.uint8]:
+def to_pixels(image: Tensor) -> NDArray[np.uint8]:
     """(C, H, W) in [-1, 1] -> (H, W, C) uint8, rounded."""
-    return ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(0, -1).cpu().numpy()
+    return ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(0, -1).cpu().numpy()
 
 
-def resize(pictures: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     """(..., C, H, W) -> (..., C, *size), bicubic with antialiasing; unchanged if it already has that size."""
-    if pictures.shape[-2:] == size:
-        return pictures
-    flat = pictures.reshape(-1, *pictures.shape[-3:])
+    if images.shape[-2:] == size:
+        return images
+    flat = images.reshape(-1, *images.shape[-3:])
     resized = F.interpolate(flat, size, mode="bicubic", antialias=True)
-    return resized.reshape(*pictures.shape[:-2], *size)
+    return resized.reshape(*images.shape[:-2], *size)
 
 
 def resize_picture(picture: Image.Image, size: tuple[int, int], box: Box | None = None) -> Image.Image:
@@ -50,14 +50,14 @@ def fitted_size(size: tuple[int, int], max_side: int) -> tuple[int, int]:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def pad_to_multiple(pictures: Tensor, multiple: int) -> Tensor:
+def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     """Pads (..., H, W) at the bottom and right by reflection, until both sides are multiples."""
     for axis in (-2, -1):
-        length = pictures.shape[axis]
+        length = images.shape[axis]
         period = max(1, 2 * length - 2)  # reflect repeatedly, for sides shorter than the padding
         places = torch.arange(-(-length // multiple) * multiple) % period
-        pictures = pictures.index_select(axis, torch.minimum(places, period - places).to(pictures.device))
-    return pictures
+        images = images.index_select(axis, torch.minimum(places, period - places).to(images.device))
+    return images
 
 
 def grow_and_feather(mask: Tensor, grow: float, feather: float) -> Tensor:

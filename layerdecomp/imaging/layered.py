@@ -65,7 +65,7 @@ def write_ora(path: Path, rasters: Sequence[Raster], merged: NDArray[np.uint8]) 
 
 
 def write_psd(path: Path, rasters: Sequence[Raster], merged: NDArray[np.uint8]) -> None:
-    """Writes a Photoshop file; arguments as in `write_ora`, but psd-tools composites the merged picture.
+    """Writes a Photoshop file; arguments as in `write_ora`, but psd-tools composites the merged image.
 
     Raises:
         InputError: the `psd` extra is not installed.

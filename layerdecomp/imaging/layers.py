@@ -1,4 +1,4 @@
-"""Input and output of a decomposition: reads pictures and masks from files, writes the two layers to files."""
+"""Input and output of a decomposition: reads images and masks from files, writes the two layers to files."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -20,13 +20,13 @@ from layerdecomp.imaging.layered import Raster, check_psd, write_ora, write_psd
 logger = logging.getLogger(__name__)
 Pixels = NDArray[np.uint8]
 READABLE = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # others, such as EPS, would run external programs
-Picture = str | Path | Image.Image | Pixels | NDArray[np.bool_]
-CHANNELS = ((), (1,), (3,), (4,))  # allowed trailing dimensions of a picture array
+ImageSource = str | Path | Image.Image | Pixels | NDArray[np.bool_]
+CHANNELS = ((), (1,), (3,), (4,))  # allowed trailing dimensions of an image array
 SRGB = ImageCms.createProfile("sRGB")
 
 
-def read_image(source: Picture) -> Pixels:
-    """A picture as (H, W, 3) uint8 in sRGB, EXIF orientation applied, transparency composited over white.
+def read_image(source: ImageSource) -> Pixels:
+    """An image as (H, W, 3) uint8 in sRGB, EXIF orientation applied, transparency composited over white.
 
     Of an animation, the first frame. `InputError` if it cannot be read, or has more pixels than
     `PIL.Image.MAX_IMAGE_PIXELS`.
@@ -36,15 +36,15 @@ def read_image(source: Picture) -> Pixels:
     converted = picture.mode == "L" and stored.mode != "L"
     if converted and (peak := np.asarray(picture).max()) < 16:
         fault = "%s is nearly black: its brightest level is %d of 255; scale it up if it has fewer bits than its file"
-        logger.warning(fault, _name(source, "a picture"), peak)
+        logger.warning(fault, _name(source, "an image"), peak)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return np.asarray(picture.convert("RGB"))
 
 
-def read_pair(image: Picture, mask: Picture) -> tuple[Pixels, NDArray[np.bool_]]:
-    """A picture (H, W, 3) and its mask (H, W); see `read_image` and `read_mask`."""
+def read_pair(image: ImageSource, mask: ImageSource) -> tuple[Pixels, NDArray[np.bool_]]:
+    """An image (H, W, 3) and its mask (H, W); see `read_image` and `read_mask`."""
     pixels = read_image(image)
     return pixels, read_mask(mask, pixels.shape[:2])
 
@@ -66,7 +66,7 @@ def to_srgb(picture: Image.Image) -> Image.Image:
         coloured = picture if picture.mode == "CMYK" else picture.convert(mode)
         return ImageCms.buildTransform(profile, SRGB, coloured.mode, mode).apply(coloured)
     except (ImageCms.PyCMSError, OSError) as error:
-        logger.warning("a picture's colour profile cannot be used (%s); its colours are assumed to be sRGB", error)
+        logger.warning("an image's colour profile cannot be used (%s); its colours are assumed to be sRGB", error)
         return picture
 
 
@@ -90,7 +90,7 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     return Image.fromarray((deep * scale).clip(0, 255).astype(np.uint8))
 
 
-def read_mask(source: Picture, size: tuple[int, int] | None = None) -> NDArray[np.bool_]:
+def read_mask(source: ImageSource, size: tuple[int, int] | None = None) -> NDArray[np.bool_]:
     """A mask as (H, W) bool, True where the object is.
 
     Grey levels of 128 and above are the object. If there is an alpha channel that is not constant, the mask is read
@@ -137,17 +137,17 @@ def _mask_levels(picture: Image.Image, name: str) -> Pixels:
     return rgb[..., 1].astype(np.uint8)
 
 
-def _name(source: Picture, otherwise: str) -> str:
+def _name(source: ImageSource, otherwise: str) -> str:
     return str(source) if isinstance(source, str | Path) else otherwise
 
 
-def _open(source: Picture) -> Image.Image:
+def _open(source: ImageSource) -> Image.Image:
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
         return ImageOps.exif_transpose(source)
     if not isinstance(source, str | PathLike):
-        raise InputError(f"a picture is a {type(source).__name__}; expected a path, a PIL image or a NumPy array")
+        raise InputError(f"an image is a {type(source).__name__}; expected a path, a PIL image or a NumPy array")
     return open_picture(Path(source), upright=True)
 
 
@@ -184,7 +184,7 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
 
 
 def write_picture(path: Path, pixels: Pixels) -> None:
-    """Writes a picture atomically; `InputError` if it cannot be written."""
+    """Writes an image atomically; `InputError` if it cannot be written."""
     with atomic_path(path) as partial:
         Image.fromarray(pixels).save(partial)
 
@@ -200,9 +200,9 @@ def check_pixels(source: str | Path, picture: Image.Image) -> None:
 
 @dataclass(frozen=True)
 class Layers:
-    """The two layers of a picture, uint8, at the picture's own size."""
+    """The two layers of an image, uint8, at the image's own size."""
 
-    image: Pixels  # (H, W, 3), the decomposed picture
+    image: Pixels  # (H, W, 3), the decomposed image
     mask: NDArray[np.bool_]  # (H, W)
     background: Pixels  # (H, W, 3)
     foreground: Pixels  # (H, W, 4), straight alpha
@@ -242,7 +242,7 @@ class Layers:
         return Layers(*(np.asarray(Image.fromarray(x).resize(size, Image.Resampling.BOX)) for x in layers))
 
     def preview(self, gap: int = 8, longest: int = 1024) -> Pixels:
-        """(H, 4 W + gaps, 3): the picture with the mask tinted, background, foreground, recomposition, side by side.
+        """(H, 4 W + gaps, 3): the image with the mask tinted, background, foreground, recomposition, side by side.
 
         Each is downscaled to at most `longest` pixels on its longer side.
         """
