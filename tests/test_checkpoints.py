@@ -202,6 +202,15 @@ def test_the_previous_checkpoint_is_kept(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {LAST, PREVIOUS}
 
 
+def test_a_checkpoint_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append("sync"), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda *names: (calls.append("rename"), replace(*names)))
+    _save(tmp_path, 1, 2)
+    assert calls == ["sync", "rename", "sync", "sync", "rename", "rename", "sync"]  # the file, then its folder
+
+
 def test_resume_loads_the_previous_checkpoint_if_the_last_is_damaged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

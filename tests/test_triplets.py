@@ -478,3 +478,5 @@ def test_an_adapter_is_trained_on_triplets(sets: Path, tmp_path: Path, tiny_over
     written = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert written["protocol"]["data"] == "triplets"
     assert written["results"]["adapted"]["background/psnr"] > 0
+    with pytest.raises(InputError, match=r"samples is 6; expected a multiple of the samples per step, 4"):
+        train(load_config(CONFIGS / "tiny.yaml", [*settings, "data.samples=6", "train.accumulate=2", "resume=never"]))
