@@ -26,7 +26,7 @@ from layerdecomp.data.datamodule import collate, open_samples
 from layerdecomp.data.index import VERSION
 from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError
-from layerdecomp.flow import seeded_normal
+from layerdecomp.flow import sample_times, seeded_normal
 from layerdecomp.imaging.compositing import to_autoencoder
 from layerdecomp.manifest import describe_adapter
 from layerdecomp.metric_networks import open_networks
@@ -847,7 +847,9 @@ def test_settings_of_the_adapted_model_are_used(overrides: list[str], monkeypatc
     assert found == [2.5]
 
 
-def test_an_inpainter_sees_an_image_without_its_hole_and_fills_only_the_hole(tiny_weights: Path) -> None:
+def test_an_inpainter_sees_an_image_without_its_hole_and_fills_only_the_hole(
+    tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = f"weights.autoencoder={tiny_weights}/autoencoder.safetensors"
     settings = [*SMALL, *INPAINTER, weights, "latent_cache=null", "sample.steps=1"]
     job = InpainterJob(load_config(REPOSITORY / "configs" / "tiny_inpainter.yaml", settings))
@@ -859,6 +861,15 @@ def test_an_inpainter_sees_an_image_without_its_hole_and_fills_only_the_hole(tin
     assert before["masked"].equal(after["masked"]) and not before["z"].equal(after["z"])
     filled = job.fill(batch)
     assert (filled * (1 - mask)).equal(batch["image"] * (1 - mask)) and not (filled * mask).equal(batch["image"] * mask)
+    job.run.evaluate.seed += 1
+    assert not job.fill(batch).equal(filled)
+
+    def velocity(model: Any, prompt: Any, x: torch.Tensor, cond: Any, t: torch.Tensor, guidance: float) -> torch.Tensor:
+        assert t.equal(sample_times(seeded_normal(job.run.seed, range(4), (1,), 1).flatten(), 4, job.run.flow))
+        return torch.zeros_like(x)  # of 4 tokens, by which the times are shifted
+
+    monkeypatch.setattr("layerdecomp.training.inpainter.predict_velocity", velocity)
+    assert job.loss({**batch, "position": [0, 1, 2, 3]})["loss"] > 0
 
 
 def test_training_without_lora_is_logged(overrides: list[str], caplog: pytest.LogCaptureFixture) -> None:
