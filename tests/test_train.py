@@ -489,6 +489,7 @@ def test_learning_rate_and_gradient_norm_are_logged_for_each_step(
     assert curve(run_dir, "train/lr") == pytest.approx(rates) and len(set(rates.values())) == 5
     assert curve(run_dir, "train/grad_norm") == pytest.approx(norms, rel=1e-5)
     assert min(norms.values()) > 1e-3  # before clipping
+    assert list(curve(run_dir, "validation/background/psnr")) == [0, 1, 3]  # at the start and after 2 and 4 steps
 
 
 def test_the_learning_rate_warms_up_from_the_first_step_and_decays_to_2_percent(overrides: list[str]) -> None:
