@@ -363,6 +363,7 @@ def test_the_adapter_format_saves_bf16(tiny_weights: Path, tmp_path: Path) -> No
     source, out = tiny_weights / "adapter.safetensors", tmp_path / "new" / "adapter.safetensors"
     assert export(source, "adapter", out) == [out]
     before, after = Adapter.load(source), Adapter.load(out)
+    assert (before.metadata["rank"], before.metadata["alpha"]) == ("2", "3.0")
     assert (
         after.metadata == {"data": "unknown", **before.metadata, "date": "unknown"}
         and after.tensors.keys() == before.tensors.keys()
