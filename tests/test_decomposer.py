@@ -27,6 +27,7 @@ from layerdecomp.imaging.layers import Layers
 from layerdecomp.manifest import DecomposerConfig
 from layerdecomp.metrics.background import psnr
 from layerdecomp.metrics.foreground import alpha_iou
+from layerdecomp.models.autoencoder import Autoencoder, Tiling
 from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.depth import DepthConfig, DepthEstimator
 from layerdecomp.models.lora import LoRAConfig, LoRALinear
@@ -307,6 +308,26 @@ def test_each_layer_is_conditioned_only_on_its_own_pixels(tiny_decomposer: Decom
         altered = {**batch, "image": batch["image"] * (1 - place) - 0.7 * place}
         other = tiny_decomposer.encode(*altered.values()).img_cond
         assert other[:, same].equal(img_cond[:, same]) and not other.equal(img_cond)
+
+
+def test_every_call_of_an_autoencoder_is_tiled_as_configured(tiny_decomposer: Decomposer) -> None:
+    decomposer, batch = changed(tiny_decomposer, steps=1, tile=64, tile_overlap=24), batch_of(1)
+    parts = decomposer.transformer, decomposer.autoencoder, decomposer.prompt
+    with mock.patch.object(Autoencoder, "_in_tiles", autospec=True, side_effect=Autoencoder._in_tiles) as run:
+        decomposer.encode_sample(
+            *(batch[name] for name in ("image", "mask", "cues", "image")), torch.rand(1, 4, 32, 32)
+        )
+        decomposer.draw(batch, noise_of(1))
+        inpaint(
+            *parts,
+            batch["image"],
+            batch["mask"],
+            noise_of(1)[:, 0],
+            decomposer.conditioning,
+            decomposer.flow,
+            decomposer.sample,
+        )
+    assert [call.args[3] for call in run.call_args_list] == 7 * [Tiling(64, 24)]
 
 
 def test_absent_cues_have_no_influence(tiny_decomposer: Decomposer) -> None:
