@@ -145,3 +145,13 @@ def test_invalid_sizes_are_rejected_by_name(wrong: dict[str, Any]) -> None:
     (key,) = wrong
     with pytest.raises(InputError, match=key):
         build(replace(TINY, **wrong))
+
+
+def test_a_width_without_room_for_both_position_axes_is_rejected() -> None:
+    with pytest.raises(InputError, match="hidden_size = 18: expected a multiple of 4"):
+        ContextFusion(TINY, hidden_size=18)
+
+
+def test_fresh_queries_and_cues_differ() -> None:
+    model = ContextFusion(TINY, hidden_size=16)  # equal ones would get equal gradients for ever
+    assert len(model.queries.unique(dim=0)) == 4 and len(model.cue_embedding.unique(dim=0)) == 3

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -887,6 +888,24 @@ def test_global_random_numbers_depend_on_the_position_and_differ_from_the_noise(
         drawn.append(torch.randn(4))
     assert drawn[0].equal(drawn[1]) and not drawn[0].equal(drawn[2])
     assert not any(drawn[0].equal(seeded_normal(3, [5], (4,), stream)[0]) for stream in (0, 1))
+
+
+def test_the_loss_of_an_adapter_training_equals_its_definition(overrides: list[str]) -> None:
+    settings = ["seed=3", "training_guidance=4.5", "flow.logit_mean=0.4", "train.precision=32-true"]
+    job = DecomposerJob(load_config(REPOSITORY / "configs" / "tiny.yaml", [*overrides, *settings]))
+    z, velocity = torch.randn(2, 2, 8, 64)
+    noise, normal = seeded_normal(3, [7, 9], (8, 64)), seeded_normal(3, [7, 9], (1,), stream=1)
+    t = sample_times(normal.flatten(), 4, job.run.flow)
+    latents = {"z": z, "cond": torch.randn(2, 4, 16, 4, 4), "mask": torch.rand(2, 1, 32, 32) > 0.5}
+    present = {"cues_present": torch.ones(2, 3, dtype=torch.bool)}
+    with mock.patch.object(job.decomposer.transformer, "forward", return_value=velocity) as forward:
+        found = job.flow_losses(latents | present, [7, 9])
+    inputs = forward.call_args.kwargs
+    torch.testing.assert_close(inputs["img"][..., :64], z + t[:, None, None] * (noise - z))
+    assert inputs["timesteps"].equal(t) and inputs["guidance"].tolist() == [4.5, 4.5]
+    errors = (velocity - (noise - z)).square()
+    parts = {"loss": errors, "background": errors[:, :4], "foreground": errors[:, 4:]}
+    torch.testing.assert_close(found, {name: part.mean() for name, part in parts.items()})
 
 
 def test_cpu_does_not_move_a_job(overrides: list[str]) -> None:
