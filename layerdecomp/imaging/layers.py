@@ -34,7 +34,7 @@ def read_image(source: ImageSource) -> Pixels:
     stored = _open(source)
     picture = to_srgb(_eight_bits(stored))
     converted = picture.mode == "L" and stored.mode != "L"
-    if converted and (peak := np.asarray(picture).max()) < 16:
+    if converted and (peak := np.asarray(picture).max()) <= 16:
         fault = "%s is nearly black: its brightest level is %d of 255; scale it up if it has fewer bits than its file"
         logger.warning(fault, _name(source, "an image"), peak)
     if picture.has_transparency_data:
@@ -87,7 +87,7 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
         scale = 1
     else:
         scale = 1 / 257
-    return Image.fromarray((deep * scale).clip(0, 255).astype(np.uint8))
+    return Image.fromarray((deep * scale).round().clip(0, 255).astype(np.uint8))
 
 
 def read_mask(source: ImageSource, size: tuple[int, int] | None = None) -> NDArray[np.bool_]:
