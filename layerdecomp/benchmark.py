@@ -21,11 +21,12 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from layerdecomp.conditioning import LATENT_FACTOR, TOKEN_FACTOR, ConditioningConfig
-from layerdecomp.decomposer import Context, Decomposer, Prompt, mixed_precision
+from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError, check_at_least
 from layerdecomp.evaluation import markdown_table
 from layerdecomp.flow import FlowConfig, flow_loss
 from layerdecomp.imaging.cues import CUES
+from layerdecomp.inpainting import Context, Prompt, mixed_precision
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.context_fusion import ContextFusion, ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig, inject_lora, merge_lora, without_lora

@@ -13,8 +13,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from layerdecomp.conditioning import TOKEN_FACTOR
 from layerdecomp.data.folders import by_stem, upright_size
-from layerdecomp.decomposer import SOURCE_SHA256, Decomposer, Prepared, check_whole_number
-from layerdecomp.errors import InputError, RunError
+from layerdecomp.decomposer import SOURCE_SHA256, Decomposer, Prepared
+from layerdecomp.errors import InputError, RunError, check_whole_number
 from layerdecomp.files import keep_settings
 from layerdecomp.imaging.geometry import fitted_size
 from layerdecomp.imaging.layers import FORMATS, READABLE, Layers

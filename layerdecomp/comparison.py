@@ -20,7 +20,7 @@ from layerdecomp.conditioning import ConditioningConfig
 from layerdecomp.data.datamodule import DataConfig, Samples, open_samples
 from layerdecomp.data.scenes import Scenes
 from layerdecomp.data.testset import OBJECTS, TestFolder, drawn_samples, export_samples, name_of, test_objects
-from layerdecomp.decomposer import SOURCES, Decomposer, FrozenBase, build_decomposer, inpaint, latent_noise
+from layerdecomp.decomposer import SOURCES, Decomposer, build_decomposer
 from layerdecomp.errors import InputError, check_at_least
 from layerdecomp.evaluation import (
     Evaluation,
@@ -33,6 +33,7 @@ from layerdecomp.evaluation import (
 )
 from layerdecomp.files import atomic_write, keep_settings, source_sha256
 from layerdecomp.imaging.layers import write_picture
+from layerdecomp.inpainting import FrozenBase, inpaint, latent_noise
 from layerdecomp.manifest import DecomposerConfig
 from layerdecomp.metric_networks import MeasureConfig, Networks, open_networks
 from layerdecomp.metrics.layers import METRICS

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from layerdecomp.benchmark import META, BenchmarkConfig, Workload
-from layerdecomp.decomposer import cached_token_ids
+from layerdecomp.inpainting import cached_token_ids
 from layerdecomp.models import attention
 from layerdecomp.models.autoencoder import AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig

@@ -23,9 +23,9 @@ from layerdecomp.benchmark import (
     stopwatch,
 )
 from layerdecomp.conditioning import TOKEN_FACTOR, position_ids
-from layerdecomp.decomposer import mixed_precision
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import markdown_table
+from layerdecomp.inpainting import mixed_precision
 from layerdecomp.layouts import diffusers_transformer
 from layerdecomp.models.lora import LoRALinear, merge_lora
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from layerdecomp.conditioning import ConditioningConfig, pack
+from layerdecomp.conditioning import pack
 from layerdecomp.data.datamodule import collate
 from layerdecomp.data.scenes import SceneConfig, Scenes
-from layerdecomp.decomposer import Decomposer, build_decomposer, inpaint
+from layerdecomp.decomposer import Decomposer, build_decomposer
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.compositing import to_autoencoder
 from layerdecomp.imaging.cues import CUES, compute_cues
@@ -413,37 +413,6 @@ def test_frozen_models_in_bf16_give_nearly_the_same_layers(tiny_weights: Path, t
     half, full = (d.decompose(image, mask, steps=STEPS) for d in (decomposer, tiny_decomposer))
     error = np.abs(half.foreground.astype(float) - full.foreground)
     assert 0 < error.mean() < 8
-
-
-def test_the_base_inpaints_with_and_without_a_mask(tiny_config: DecomposerConfig, tiny_decomposer: Decomposer) -> None:
-    base, batch = load_mmdit(tiny_config.weights.transformer), batch_of(2)
-    parts = (base, tiny_decomposer.autoencoder, tiny_decomposer.prompt, batch["image"], batch["mask"])
-    settings = (tiny_decomposer.flow, replace(tiny_decomposer.sample, steps=STEPS))
-    filled, maskless = (
-        inpaint(*parts, noise_of(2)[:, 0], ConditioningConfig(mask=mask), *settings) for mask in (True, False)
-    )
-    assert filled.shape == (2, 3, 32, 32) and filled.std() > 0.05
-    assert not maskless.equal(filled)
-    with torch.no_grad():
-        base.img_in.weight[:, -256:] = 0  # the mask's channels
-    assert maskless.equal(inpaint(*parts, noise_of(2)[:, 0], ConditioningConfig(), *settings))
-
-
-def test_a_prompt_is_loaded_from_its_file(tiny_config: DecomposerConfig, tmp_path: Path) -> None:
-    path = str(tmp_path / "prompt.safetensors")
-    config = replace(tiny_config, weights=replace(tiny_config.weights, prompt=path))
-    save_file({"txt": torch.ones(5, 8), "vec": torch.ones(8)}, path)
-    inputs = build_decomposer(config).prompt.inputs(2, torch.float32)
-    assert {name: tuple(value.shape) for name, value in inputs.items()} == {
-        "txt": (2, 5, 8),
-        "txt_ids": (5, 3),
-        "y": (2, 8),
-    }
-    assert inputs["txt"].min() == 1 and inputs["y"].min() == 1 and not inputs["txt_ids"].any()
-    save_file({"txt": torch.ones(5, 9)}, path)
-    with pytest.raises(InputError, match="does not fit a prompt embedding") as error:
-        build_decomposer(config)
-    assert "1 missing: vec" in str(error.value) and "txt [5, 9] for [5, 8]" in str(error.value)
 
 
 def test_an_adapter_rejects_another_prompt(tiny_config: DecomposerConfig, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ ORDER = [
     *("metrics.__init__", "metrics.region", "metrics.background", "metrics.foreground", "metrics.perceptual"),
     *("metrics.distribution", "metrics.recomposition", "metrics.layers"),
     # level 1: the assembled model, files, data and metrics
-    *("quantization", "layouts", "tensor_files", "cli", "weights", "manifest", "decomposer", "sharding"),
+    *("quantization", "layouts", "tensor_files", "cli", "weights", "manifest", "inpainting", "decomposer", "sharding"),
     *("adapters", "incoming", "modelcard", "export", "text"),
     *("data.__init__", "data.index", "data.prepare"),
     *("data.folders", "data.layerdiffuse", "data.openimages", "data.mulan"),

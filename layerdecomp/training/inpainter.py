@@ -9,10 +9,10 @@ from torch import Tensor
 
 from layerdecomp.conditioning import inpainting_context, masked_images, pack
 from layerdecomp.config import InpainterJobConfig
-from layerdecomp.decomposer import Context, Prompt, inpaint, latent_noise, predict_velocity, token_ids
 from layerdecomp.evaluation import Share
 from layerdecomp.flow import flow_loss
 from layerdecomp.imaging.geometry import to_pixels
+from layerdecomp.inpainting import Context, Prompt, inpaint, latent_noise, predict_velocity, token_ids
 from layerdecomp.metrics.background import psnr
 from layerdecomp.models.mmdit import MMDiT
 from layerdecomp.training.base import every_fourth
