@@ -282,14 +282,18 @@ def blend_tiles(run: Callable[[Tensor], Tensor], x: Tensor, *, dim: int, size: i
     starts = [grid * round(tile / last * (length - size) / grid) for tile in range(last + 1)]
     tile = run(x.narrow(dim, 0, size))
     end = tile.shape[dim]
-    out = tile.new_empty([length * n // size if axis == dim else n for axis, n in enumerate(tile.shape, -tile.dim())])
+    shape = list(tile.shape)
+    shape[dim] = length * end // size
+    out = tile.new_empty(shape)
     out.narrow(dim, 0, end).copy_(tile)
     for start in starts[1:]:
         tile = run(x.narrow(dim, start, size))
         place, extent = start * tile.shape[dim] // size, tile.shape[dim]
         shared = end - place
         ramp = (torch.arange(shared, device=tile.device) / shared).to(tile.dtype)
-        out.narrow(dim, place, shared).lerp_(tile.narrow(dim, 0, shared), ramp.view(-1, *[1] * (-1 - dim)))
+        if dim == -2:
+            ramp = ramp[:, None]
+        out.narrow(dim, place, shared).lerp_(tile.narrow(dim, 0, shared), ramp)
         out.narrow(dim, end, extent - shared).copy_(tile.narrow(dim, shared, extent - shared))
         end = place + extent
     return out
@@ -337,7 +341,7 @@ def rescale_latents(autoencoder: Autoencoder, factors: Tensor) -> None:
     """Multiplies each unscaled latent channel by its factor (z_channels,) > 0; the decoder inverts this."""
     last, first = autoencoder.encoder.conv_out, autoencoder.decoder.conv_in
     assert last.bias is not None
-    for parameter in (last.weight, last.bias):
-        parameter[: len(factors)] *= factors.view(-1, *[1] * (parameter.dim() - 1))
+    last.weight[: len(factors)] *= factors.view(-1, 1, 1, 1)
+    last.bias[: len(factors)] *= factors
     last.bias[len(factors) :] += 2 * factors.log()  # log variances
     first.weight /= factors.view(1, -1, 1, 1)
