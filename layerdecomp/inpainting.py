@@ -129,6 +129,9 @@ def predict_velocity(
     transformer: MMDiT | FrozenBase, prompt: Prompt, x: Tensor, context: Context, timesteps: Tensor, guidance: float
 ) -> Tensor:
     """Velocity (B, S, 64) of noisy tokens x (B, S, 64), given their context."""
+    # The transformer keeps its rotary table for as long as img_ids and txt_ids are the same objects, since comparing
+    # their values would wait for the GPU. Hence the caches of `token_ids` and `Prompt.inputs`: without either, every
+    # call computes the table anew.
     return transformer(
         img=torch.cat([x, context.img_cond.to(x.dtype)], dim=-1),
         img_ids=context.ids,
@@ -166,7 +169,7 @@ def inpaint(
     timesteps = schedule(sample.steps, x.shape[1], flow).to(x)
     with mixed_precision(autoencoder):
         latents = autoencoder.encode(hole, tiling=sample.tiling)
-        cond = Context(inpainting_context(latents, mask, conditioning.mask), token_ids(image, 0))
-        x = euler(lambda x, t: predict_velocity(transformer, prompt, x, cond, t, sample.guidance), x, timesteps)
+        context = Context(inpainting_context(latents, mask, conditioning.mask), token_ids(image, 0))
+        x = euler(lambda x, t: predict_velocity(transformer, prompt, x, context, t, sample.guidance), x, timesteps)
         painted = autoencoder.decode(unpack(x, *noise.shape[-2:]), tiling=sample.tiling)
     return painted.float().clamp(-1, 1)

@@ -29,7 +29,6 @@ from layerdecomp.training.flow import FlowJob
 from layerdecomp.weights import Adapter, empty_mmdit, latents_sha256
 
 logger = logging.getLogger(__name__)
-ENCODED = ("image", "mask", "cues", "background", "foreground")
 
 
 class DecomposerJob(FlowJob):
@@ -75,9 +74,11 @@ class DecomposerJob(FlowJob):
         return {"autoencoders": [latents_sha256(Path(file)) for file in files], "cues": fusion.cues * fusion.enabled}
 
     def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        cond, z = self.decomposer.encode_sample(*(batch[name] for name in ENCODED))
+        cond, z = self.decomposer.encode_sample(
+            batch["image"], batch["mask"], batch["cues"], batch["background"], batch["foreground"]
+        )
         return {
-            "cond": cond,  # masked images and cues
+            "cond": cond,  # masked images and cues, (B, 2 + M, 16, H/8, W/8)
             "z": z.float(),  # (B, 2L, 64)
             "mask": batch["mask"].bool(),
             "cues_present": batch["cues_present"],
@@ -88,9 +89,10 @@ class DecomposerJob(FlowJob):
         context = self.decomposer.condition(latents["cond"], mask, latents["cues_present"])
         x, t, target = self.noisy(z, z.shape[1] // 2, positions)
         velocity = self.decomposer.velocity(x, context, t, self.run.training_guidance)
-        layers = zip(("background", "foreground"), velocity.chunk(2, 1), target.chunk(2, 1), strict=True)
-        losses = {name: flow_loss(predicted, true) for name, predicted, true in layers}
-        return {"loss": (losses["background"] + losses["foreground"]) / 2, **losses}
+        velocity_b, velocity_f = velocity.chunk(2, dim=1)
+        target_b, target_f = target.chunk(2, dim=1)
+        background, foreground = flow_loss(velocity_b, target_b), flow_loss(velocity_f, target_f)
+        return {"loss": (background + foreground) / 2, "background": background, "foreground": foreground}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         # Until the first step LoRA adds zero, unless training starts from an adapter: this is the frozen base's row.

@@ -53,9 +53,9 @@ class InpainterJob(FlowJob):
 
     def flow_losses(self, latents: dict[str, Tensor], positions: Sequence[int]) -> dict[str, Tensor]:
         z, hole = pack(latents["z"]), latents["hole"].float()
-        cond = Context(inpainting_context(latents["masked"], hole, self.run.conditioning.mask), token_ids(hole, 0))
+        context = Context(inpainting_context(latents["masked"], hole, self.run.conditioning.mask), token_ids(hole, 0))
         x, t, target = self.noisy(z, z.shape[1], positions)
-        velocity = predict_velocity(self.transformer, self.prompt, x, cond, t, guidance=1.0)
+        velocity = predict_velocity(self.transformer, self.prompt, x, context, t, guidance=1.0)
         return {"loss": flow_loss(velocity, target)}
 
     @staticmethod
