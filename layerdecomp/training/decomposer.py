@@ -71,7 +71,8 @@ class DecomposerJob(FlowJob):
     def encoding(self) -> dict[str, Any]:
         weights, fusion = self.run.weights, self.run.fusion
         files = (weights.autoencoder, weights.rgba_autoencoder)
-        return {"autoencoders": [latents_sha256(Path(file)) for file in files], "cues": fusion.cues * fusion.enabled}
+        cues = fusion.cues if fusion.enabled else []
+        return {"autoencoders": [latents_sha256(Path(file)) for file in files], "cues": cues}
 
     def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         cond, z = self.decomposer.encode_sample(
