@@ -260,7 +260,7 @@ class Decomposer(nn.Module):
         return Prepared(pixels, object_mask, full, inputs)
 
     def decompose_batch(
-        self, pictures: Sequence[Prepared], steps: int | None = None, seed: int = 0, progress: Progress = iter
+        self, images: Sequence[Prepared], steps: int | None = None, seed: int = 0, progress: Progress = iter
     ) -> list[Layers]:
         """Decomposes images of equal `Prepared.size` in one batch; arguments as in `decompose`.
 
@@ -268,24 +268,17 @@ class Decomposer(nn.Module):
         """
         steps = None if steps is None else check_whole_number("steps", steps, 1)
         seed = check_whole_number("seed", seed)
-        is_list = isinstance(pictures, Sequence)
-        kinds = [type(picture) for picture in pictures] if is_list else [type(pictures)]
-        if not is_list or {*kinds} != {Prepared}:
-            found = ", ".join(kind.__name__ for kind in kinds) or "nothing"
-            raise InputError(f"pictures holds {found}; expected a list of one or more results of `prepare`")
-        first, *others = dict.fromkeys(f"{width} x {height}" for height, width in (one.size for one in pictures))
-        if others:
-            raise InputError(f"pictures of {first} and of {others[0]} pixels; expected one size for a batch")
+        height, width = common_size(images)
         device = self.prompt.vec.device
-        inputs = [picture.inputs for picture in pictures]
+        inputs = [image.inputs for image in images]
         batch = {name: torch.cat([one[name] for one in inputs]).to(device) for name in inputs[0]}
-        rows, columns = (side // LATENT_FACTOR for side in pictures[0].size)
-        shape = (2 * self.sample.ensemble, self.autoencoder.config.z_channels, rows, columns)
+        channels = self.autoencoder.config.z_channels
+        shape = (2 * self.sample.ensemble, channels, height // LATENT_FACTOR, width // LATENT_FACTOR)
         noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed))
-        background, foreground = self.draw(batch, noise.expand(len(pictures), *shape).to(device), steps, progress)
+        background, foreground = self.draw(batch, noise.expand(len(images), *shape).to(device), steps, progress)
         return [
-            picture.layers(*to_original_size(background[i : i + 1], foreground[i : i + 1], picture.full, self.sample))
-            for i, picture in enumerate(pictures)
+            image.layers(*to_original_size(background[i : i + 1], foreground[i : i + 1], image.full, self.sample))
+            for i, image in enumerate(images)
         ]
 
     def _cues(
@@ -401,6 +394,20 @@ def build_decomposer(
         flow=config.flow,
         sample=config.sample,
     ).to(device)
+
+
+def common_size(images: Sequence[Prepared]) -> tuple[int, int]:
+    """(height, width) of the images of a batch; `InputError` unless they are results of `prepare` and of one size."""
+    wrong = [image for image in images if not isinstance(image, Prepared)] if isinstance(images, Sequence) else [images]
+    if wrong or not images:
+        found = type(wrong[0]).__name__ if wrong else "nothing"
+        raise InputError(f"images holds {found}; expected a list of one or more results of `prepare`")
+    height, width = images[0].size
+    for image in images:
+        if image.size != (height, width):
+            other = f"{image.size[1]} x {image.size[0]}"
+            raise InputError(f"images of {width} x {height} and of {other} pixels; expected one size for a batch")
+    return height, width
 
 
 def check_adaptation(config: DecomposerConfig) -> None:

@@ -107,7 +107,7 @@ def test_a_batch_rejects_images_of_different_sizes(tiny_decomposer: Decomposer) 
     assert [one.size for one in prepared] == [(32, 48), (48, 64), (32, 48)]
     first, third = tiny_decomposer.decompose_batch([prepared[0], prepared[2]], steps=1)
     assert first.foreground.shape == (32, 48, 4) and third.background.shape == (30, 40, 3)
-    with pytest.raises(InputError, match=r"pictures of 48 x 32 and of 64 x 48 pixels; expected one size"):
+    with pytest.raises(InputError, match=r"images of 48 x 32 and of 64 x 48 pixels; expected one size"):
         tiny_decomposer.decompose_batch(prepared[:2], steps=1)
 
 
@@ -236,12 +236,12 @@ def test_numpy_integers_are_accepted(tiny_decomposer: Decomposer) -> None:
     np.testing.assert_array_equal(ours.foreground, numpys.foreground)
 
 
-@pytest.mark.parametrize(("pictures", "found"), [([], "nothing"), ([picture(32, 48)], "ndarray"), (None, "NoneType")])
-def test_a_batch_of_unprepared_images_is_rejected(tiny_decomposer: Decomposer, pictures: Any, found: str) -> None:
+@pytest.mark.parametrize(("images", "found"), [([], "nothing"), ([picture(32, 48)], "ndarray"), (None, "NoneType")])
+def test_a_batch_of_unprepared_images_is_rejected(tiny_decomposer: Decomposer, images: Any, found: str) -> None:
     with pytest.raises(
-        InputError, match=f"pictures holds {found}; expected a list of one or more results of `prepare`"
+        InputError, match=f"images holds {found}; expected a list of one or more results of `prepare`"
     ):
-        tiny_decomposer.decompose_batch(pictures)
+        tiny_decomposer.decompose_batch(images)
 
 
 def test_fusion_can_be_disabled(tiny_config: DecomposerConfig, tiny_weights: Path) -> None:
