@@ -318,8 +318,9 @@ class Decomposer(nn.Module):
     def frozen_base(self, path: str | Path) -> FrozenBase:
         """The base at `path` before adaptation; it shares all weights except the input projection."""
         base, layout = empty_mmdit(path, self.transformer.config)
-        dtype, device = next(self.autoencoder.parameters()).dtype, self.prompt.vec.device
-        readers, img_in = open_state(base, path, str(device), layout), base.img_in
+        img_in = base.img_in
+        readers = open_state(base, path, str(self.prompt.vec.device), layout)
+        dtype = next(self.autoencoder.parameters()).dtype
         state = {name: readers[f"img_in.{name}"]().to(dtype) for name in img_in.state_dict()}
         img_in.load_state_dict(state, assign=True)
         return FrozenBase(self.transformer, img_in.requires_grad_(False))

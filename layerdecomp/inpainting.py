@@ -86,11 +86,14 @@ class FrozenBase(nn.Module):
 
     def __init__(self, adapted: MMDiT, img_in: nn.Linear) -> None:
         super().__init__()
-        self.config, self.adapted, self.img_in = adapted.config, adapted, img_in
+        self.config = adapted.config
+        self.adapted = adapted
+        self.img_in = img_in
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """As `MMDiT.forward`."""
-        adapted_img_in, self.adapted.img_in = self.adapted.img_in, self.img_in
+        adapted_img_in = self.adapted.img_in
+        self.adapted.img_in = self.img_in
         try:
             # Eagerly, or compiled blocks would be recompiled.
             with without_lora(self.adapted), torch.compiler.set_stance("force_eager"):
