@@ -383,12 +383,13 @@ def build_decomposer(
     inject_lora(transformer, config.lora)
     transformer.img_in.float().requires_grad_(True)
     fusion = ContextFusion(config.fusion, transformer.config.hidden_size) if config.fusion.enabled else None
-    autoencoder = _load_autoencoder(config.weights.autoencoder, 3, dtype, device)
-    check_parts(config, transformer.config, autoencoder.config)
+    autoencoder = load_autoencoder(config.weights.autoencoder, dtype=dtype, device=device)
+    rgba_autoencoder = load_autoencoder(config.weights.rgba_autoencoder, dtype=dtype, device=device)
+    check_parts(config, transformer.config, autoencoder.config, rgba_autoencoder.config)
     return Decomposer(
         transformer=transformer,
         autoencoder=autoencoder,
-        rgba_autoencoder=_load_autoencoder(config.weights.rgba_autoencoder, 4, dtype, device),
+        rgba_autoencoder=rgba_autoencoder,
         context_fusion=fusion,
         prompt=Prompt.load(config.weights.prompt, transformer),
         conditioning=config.conditioning,
@@ -422,8 +423,12 @@ def check_adaptation(config: DecomposerConfig) -> None:
         )
 
 
-def check_parts(config: DecomposerConfig, transformer: MMDiTConfig, autoencoder: AutoencoderConfig) -> None:
-    """Raises `InputError` if the transformer is not an inpainting model, or does not fit the other parts."""
+def check_parts(
+    config: DecomposerConfig, transformer: MMDiTConfig, autoencoder: AutoencoderConfig, rgba: AutoencoderConfig
+) -> None:
+    """Raises `InputError` if the transformer is not an inpainting model, or the parts do not fit together."""
+    _check_autoencoder(config.weights.autoencoder, autoencoder, 3, autoencoder.z_channels)
+    _check_autoencoder(config.weights.rgba_autoencoder, rgba, 4, autoencoder.z_channels)
     path, packed = config.weights.transformer, PATCH**2 * autoencoder.z_channels
     found, expected = transformer.in_channels, 2 * packed + TOKEN_FACTOR**2
     if found != expected:
@@ -441,8 +446,18 @@ def check_parts(config: DecomposerConfig, transformer: MMDiTConfig, autoencoder:
         )
 
 
-def _load_autoencoder(path: str, channels: int, dtype: torch.dtype | None, device: str) -> Autoencoder:
-    autoencoder = load_autoencoder(path, dtype=dtype, device=device)
-    if (found := autoencoder.config.in_channels) != channels:
-        raise InputError(f"{path} is an autoencoder of {found} channels, expected {channels}: 3 for RGB, 4 for RGBA")
-    return autoencoder
+def _check_autoencoder(path: str, found: AutoencoderConfig, channels: int, z_channels: int) -> None:
+    if found.in_channels != channels:
+        raise InputError(
+            f"{path} is an autoencoder of {found.in_channels} channels, expected {channels}: 3 for RGB, 4 for RGBA"
+        )
+    if found.factor != LATENT_FACTOR:
+        raise InputError(
+            f"{path} is an autoencoder of {found.factor} pixels per latent, expected {LATENT_FACTOR}: four levels in "
+            "ch_mult"
+        )
+    if found.z_channels != z_channels:
+        raise InputError(
+            f"{path} is an autoencoder of {found.z_channels} latent channels, expected {z_channels}: those of the RGB "
+            "autoencoder, from which it is to be fine-tuned"
+        )

@@ -40,7 +40,8 @@ def dry_run(config: RunConfig) -> str:
         )
     check_adaptation(config)
     work = training_work(config)
-    check_parts(config, work.model, work.rgb)
+    rgba = _described(config.weights.rgba_autoencoder, AutoencoderConfig(in_channels=4))
+    check_parts(config, work.model, work.rgb, rgba)
     counts = extrapolate_over_blocks(count, work)
     samples = config.train.global_batch
     encode, per_sample = (counts[name] / work.batch_size for name in (ENCODING, STEP))

@@ -10,7 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import fill
+from conftest import RGB, RGBA, fill
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,12 +27,13 @@ from layerdecomp.imaging.layers import Layers
 from layerdecomp.manifest import DecomposerConfig
 from layerdecomp.metrics.background import psnr
 from layerdecomp.metrics.foreground import alpha_iou
+from layerdecomp.models.autoencoder import Autoencoder
 from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.depth import DepthConfig, DepthEstimator
 from layerdecomp.models.lora import LoRAConfig, LoRALinear
 from layerdecomp.resizing import keep_pixels
 from layerdecomp.sampling import schedule
-from layerdecomp.weights import Adapter, load_mmdit
+from layerdecomp.weights import Adapter, load_mmdit, save_model
 
 SIZES = [(32, 48), (37, 53), (17, 16), (1, 20), (300, 200)]
 STEPS = 2
@@ -238,9 +239,7 @@ def test_numpy_integers_are_accepted(tiny_decomposer: Decomposer) -> None:
 
 @pytest.mark.parametrize(("images", "found"), [([], "nothing"), ([picture(32, 48)], "ndarray"), (None, "NoneType")])
 def test_a_batch_of_unprepared_images_is_rejected(tiny_decomposer: Decomposer, images: Any, found: str) -> None:
-    with pytest.raises(
-        InputError, match=f"images holds {found}; expected a list of one or more results of `prepare`"
-    ):
+    with pytest.raises(InputError, match=f"images holds {found}; expected a list of one or more results of `prepare`"):
         tiny_decomposer.decompose_batch(images)
 
 
@@ -382,6 +381,24 @@ def test_settings_that_do_not_fit_the_frozen_models_are_rejected(
 ) -> None:
     with pytest.raises(InputError, match=message):
         build_decomposer(replace(tiny_config, **changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("autoencoder", {"in_channels": 4}, "of 4 channels, expected 3: 3 for RGB"),
+        ("autoencoder", {"ch_mult": [1, 2, 2]}, "of 4 pixels per latent, expected 8: four levels in ch_mult"),
+        ("rgba_autoencoder", {"ch_mult": [1, 2, 2]}, "of 4 pixels per latent, expected 8: four levels in ch_mult"),
+        ("rgba_autoencoder", {"z_channels": 8}, "of 8 latent channels, expected 16: those of the RGB autoencoder"),
+    ],
+)
+def test_autoencoders_with_other_latents_are_rejected(
+    tiny_config: DecomposerConfig, tmp_path: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
+    path = str(tmp_path / "other.safetensors")
+    save_model(path, Autoencoder(replace(RGB if name == "autoencoder" else RGBA, **changes)), {})
+    with pytest.raises(InputError, match=f"{path} is an autoencoder {message}"):
+        build_decomposer(replace(tiny_config, weights=replace(tiny_config.weights, **{name: path})))
 
 
 def test_missing_files_are_reported_before_the_transformer_is_loaded(
