@@ -100,7 +100,7 @@ def load_models(
 ) -> Models:
     """Loads the models for an adapter read from `path`; `config` is the adapter's."""
     weights = config.weights
-    decomposer = build_decomposer(config, dtype, device, quantize)
+    decomposer = build_decomposer(config, dtype=dtype, device=device, quantize=quantize)
     decomposer.load_adapter(adapter, path)
     files = [path, *weights.named().values()]
     base = decomposer.frozen_base(weights.transformer)
@@ -144,9 +144,17 @@ def _model_methods(models: Models, config: EvaluateConfig) -> dict[str, Method]:
         base = base.to(device).eval()
 
         def draw(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-            parts = (base, decomposer.autoencoder, decomposer.prompt)
-            settings = (conditioning, decomposer.flow, decomposer.sample)
-            painted = inpaint(*parts, batch["image"], batch["mask"], noise(batch, layers=1)[:, 0], *settings)
+            painted = inpaint(
+                transformer=base,
+                autoencoder=decomposer.autoencoder,
+                prompt=decomposer.prompt,
+                image=batch["image"],
+                mask=batch["mask"],
+                noise=noise(batch, layers=1)[:, 0],
+                conditioning=conditioning,
+                flow=decomposer.flow,
+                sample=decomposer.sample,
+            )
             return painted, base_foreground(batch["image"], batch["mask"])
 
         return Method(lambda batch: at_original_size(draw, batch, decomposer.sample))

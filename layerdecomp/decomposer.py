@@ -338,7 +338,7 @@ class Decomposer(nn.Module):
     def from_pretrained(
         cls,
         path: str | Path,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         quantize: str | None = None,
         **files: str,
@@ -347,7 +347,7 @@ class Decomposer(nn.Module):
 
         Args:
             path: adapter.safetensors, or the folder that it was published in.
-            dtype: of the frozen parts; default float32.
+            dtype: of the frozen parts, float32 or bfloat16.
             quantize: int8, fp8 or nf4, for the frozen transformer.
             files: other paths of the frozen parts (transformer=, autoencoder=, rgba_autoencoder=, prompt=).
 
@@ -355,20 +355,21 @@ class Decomposer(nn.Module):
             InputError: a file is missing or does not fit, the base is not the one that was adapted, or the device
                 cannot be used.
         """
-        if dtype not in (None, torch.float32, torch.bfloat16):
+        if dtype not in (torch.float32, torch.bfloat16):
             raise InputError(
                 f"dtype is {dtype!r}; expected torch.float32 or torch.bfloat16, in which the base is trained"
             )
         check_device(device)
         adapter, config = describe_adapter(path, **files)
-        decomposer = build_decomposer(config, dtype, device, quantize)
+        decomposer = build_decomposer(config, dtype=dtype, device=device, quantize=quantize)
         decomposer.load_adapter(adapter, path)
         return decomposer.requires_grad_(False).eval()
 
 
 def build_decomposer(
     config: DecomposerConfig,
-    dtype: torch.dtype | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     quantize: str | None = None,
     mapped: bool = False,
@@ -379,7 +380,8 @@ def build_decomposer(
     """
     check_present(*config.weights.named().values())
     check_adaptation(config)
-    transformer = load_mmdit(config.weights.transformer, None, dtype, device, quantize, mapped)
+    path = config.weights.transformer
+    transformer = load_mmdit(path, dtype=dtype, device=device, quantize=quantize, mapped=mapped)
     inject_lora(transformer, config.lora)
     transformer.img_in.float().requires_grad_(True)
     fusion = ContextFusion(config.fusion, transformer.config.hidden_size) if config.fusion.enabled else None

@@ -147,6 +147,7 @@ def predict_velocity(
 
 @torch.no_grad()
 def inpaint(
+    *,
     transformer: MMDiT | FrozenBase,
     autoencoder: Autoencoder,
     prompt: Prompt,

@@ -404,7 +404,7 @@ def test_autoencoders_with_other_latents_are_rejected(
 def test_missing_files_are_reported_before_the_transformer_is_loaded(
     tiny_config: DecomposerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("layerdecomp.decomposer.load_mmdit", lambda *_: pytest.fail("24 GB"))
+    monkeypatch.setattr("layerdecomp.decomposer.load_mmdit", lambda *_, **__: pytest.fail("24 GB"))
     for names in (["rgba_autoencoder"], ["prompt"], ["autoencoder", "prompt"]):
         weights = replace(tiny_config.weights, **{name: f"{name}.gone" for name in names})
         expected = "; ".join(f"{name}.gone does not exist" for name in names)

@@ -46,7 +46,7 @@ class DecomposerJob(FlowJob):
         if not config.lora.targets:
             logger.warning("lora.targets is empty: no layer gets LoRA; only img_in and, if enabled, fusion are trained")
         start = fitting_adapter(config)  # checked first: the base may take minutes to load
-        self.decomposer = build_decomposer(config, dtype, device, config.quantize, mapped)
+        self.decomposer = build_decomposer(config, dtype=dtype, device=device, quantize=config.quantize, mapped=mapped)
         if start is not None:
             self.decomposer.load_adapter(start, str(config.adapter))
         self.sharded: ShardedBase | None = None

@@ -68,8 +68,17 @@ class InpainterJob(FlowJob):
         """The images of a batch with their holes filled, (B, 3, H, W)."""
         image, mask = batch["image"], batch["inpaint_mask"]
         noise = latent_noise(self.autoencoder, image, self.run.evaluate.seed, batch["index"], layers=1)[:, 0]
-        parts = (self.transformer, self.autoencoder, self.prompt)
-        filled = inpaint(*parts, image, mask, noise, self.run.conditioning, self.run.flow, self.run.sample)
+        filled = inpaint(
+            transformer=self.transformer,
+            autoencoder=self.autoencoder,
+            prompt=self.prompt,
+            image=image,
+            mask=mask,
+            noise=noise,
+            conditioning=self.run.conditioning,
+            flow=self.run.flow,
+            sample=self.run.sample,
+        )
         return image * (1 - mask) + filled * mask
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
