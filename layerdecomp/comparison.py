@@ -107,30 +107,27 @@ def load_models(
     return Models(decomposer, base, {file: file_sha256(Path(file)) for file in files}, quantize)
 
 
+def check_rows(config: EvaluateConfig) -> None:
+    """Raises `InputError` if the library of the row matting is missing, or the weights of the row maskless."""
+    if "matting" in config.rows:
+        matting_library()
+    if "maskless" in config.rows:
+        maskless_weights(config)
+
+
 def methods(models: Models | None, config: EvaluateConfig) -> dict[str, Method]:
     """The rows of a comparison; without `models`, rows that need them are omitted.
 
     The frozen base is used as in the paper: it inpaints the background, and its foreground is the image inside the
-    mask.
-
-    Raises:
-        InputError: the library of the row matting is missing, or the weights of the row maskless.
+    mask. `InputError` if the weights of the row maskless cannot be used.
     """
-    if "maskless" in config.rows:
-        maskless_weights(config)  # fail early
-    found = {row: method for row, method in _plain_methods(config).items() if row in config.rows}
-    if models is not None:
-        found |= _model_methods(models, config)
-    return {row: found[row] for row in config.rows if row in found}
-
-
-def _plain_methods(config: EvaluateConfig) -> dict[str, Method]:
-    if "matting" in config.rows:
-        matting_library()  # fail early
-    return {
+    found = {
         "classical": Method(lambda batch: classical(batch["image"], batch["mask"])),
         "matting": Method(lambda batch: (None, matted_foreground(batch["image"], batch["mask"])), ("foreground",)),
     }
+    if models is not None:
+        found |= _model_methods(models, config)
+    return {row: found[row] for row in config.rows if row in found}
 
 
 def _model_methods(models: Models, config: EvaluateConfig) -> dict[str, Method]:
@@ -223,6 +220,7 @@ def compare(
     Raises:
         InputError: a file or folder is missing or does not fit, or `out` cannot be written.
     """
+    check_rows(config)
     share = share or Share()
     rows, names = methods(models, config), sample_names(data)
     others = {row: PredictionFolder(path, names) for row, path in row_names(predictions, rows)}

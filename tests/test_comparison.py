@@ -275,7 +275,7 @@ def test_invalid_settings_are_rejected(tmp_path: Path, monkeypatch: pytest.Monke
     for absent in (None, "absent.safetensors"):
         expected = f"{absent or MASKLESS} does not exist, .*make {MASKLESS}.*conditioning.mask=false"
         with pytest.raises(InputError, match=expected):  # also without a model
-            methods(None, config(rows=["maskless"], maskless=absent))
+            compare(None, SCENES, config(rows=["maskless"], maskless=absent), tmp_path / "out")
     with pytest.raises(InputError, match="there is nothing to compare"):
         compare(None, SCENES, config(rows=[]), tmp_path / "out")
     assert not (tmp_path / "out").exists()

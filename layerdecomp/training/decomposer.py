@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerdecomp.comparison import Models, compare, methods
+from layerdecomp.comparison import Models, check_rows, compare, methods
 from layerdecomp.config import DecomposerJobConfig
 from layerdecomp.data.datamodule import open_samples
 from layerdecomp.decomposer import build_decomposer
@@ -50,7 +50,7 @@ class DecomposerJob(FlowJob):
         if start is not None:
             self.decomposer.load_adapter(start, str(config.adapter))
         self.sharded: ShardedBase | None = None
-        methods(None, config.evaluate)  # raises now, not after training, if a row cannot be computed
+        check_rows(config.evaluate)  # now, not after training
         self.metrics = LayerMetrics(open_networks(config.evaluate.measure).measures)
         self.decomposer.transformer.recompute = config.recompute
         self.decomposer.transformer.recompute_attention = config.recompute_attention
