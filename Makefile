@@ -42,27 +42,28 @@ ADAPTER_ARGS ?= train.batch_size=128 train.steps=917 data.samples=12288 data.sce
 FURTHER_ARGS ?= optim.lr=2e-3 data.scenes.many_coloured_probability=0.35
 # The last stage of both autoencoders trains only their decoders, by Muon; latents do not change.
 REFINE_ARGS ?= train.batch_size=16 train.steps=600 optim.lr=3e-3 optim.muon=true
+ship = cp $(1) $@.partial && mv $@.partial $@
 tiny: $(TINY)/adapter.safetensors  ## trains the tiny base, its autoencoders and its adapter from scratch
 
 $(TINY)/autoencoder.safetensors: | .venv/installed
 	$(RUN) tools/train.py config=configs/tiny_autoencoder.yaml $(ARGS) $(AUTOENCODER_ARGS)
 	$(RUN) tools/train.py config=configs/tiny_autoencoder.yaml name=tiny_autoencoder_refined \
 		refine=runs/tiny_autoencoder/autoencoder.safetensors noise=0.05 $(ARGS) $(REFINE_ARGS)
-	cp runs/tiny_autoencoder_refined/autoencoder.safetensors $@
+	$(call ship,runs/tiny_autoencoder_refined/autoencoder.safetensors)
 
 $(TINY)/transformer.safetensors: | $(TINY)/autoencoder.safetensors
 	$(RUN) tools/train.py config=configs/tiny_inpainter.yaml $(ARGS) $(INPAINTER_ARGS)
-	cp runs/tiny_inpainter/transformer.safetensors $@
+	$(call ship,runs/tiny_inpainter/transformer.safetensors)
 
 $(TINY)/rgba_autoencoder.safetensors: | $(TINY)/autoencoder.safetensors
 	$(RUN) tools/train.py config=configs/tiny_rgba_autoencoder.yaml $(ARGS) $(RGBA_ARGS)
 	$(RUN) tools/train.py config=configs/tiny_rgba_autoencoder.yaml name=tiny_rgba_autoencoder_refined extend=null \
 		refine=runs/tiny_rgba_autoencoder/autoencoder.safetensors noise=0.2 $(ARGS) $(REFINE_ARGS)
-	cp runs/tiny_rgba_autoencoder_refined/autoencoder.safetensors $@
+	$(call ship,runs/tiny_rgba_autoencoder_refined/autoencoder.safetensors)
 
 $(TINY)/adapter.safetensors: | $(TINY)/transformer.safetensors $(TINY)/rgba_autoencoder.safetensors
-	$(RUN) tools/train.py config=configs/tiny.yaml $(ARGS) $(ADAPTER_ARGS)
-	$(RUN) tools/train.py config=configs/tiny.yaml name=tiny_further adapter=runs/tiny/adapter.safetensors seed=1 \
+	$(RUN) tools/train.py config=configs/tiny.yaml name=tiny_first $(ARGS) $(ADAPTER_ARGS)
+	$(RUN) tools/train.py config=configs/tiny.yaml name=tiny_further adapter=runs/tiny_first/adapter.safetensors seed=1 \
 		train.steps=9000 data.samples=12288 $(ARGS) $(FURTHER_ARGS)
 	$(RUN) tools/train.py config=configs/tiny.yaml name=tiny_third adapter=runs/tiny_further/adapter.safetensors seed=2 \
 		train.steps=11000 data.samples=8192 $(ARGS) $(FURTHER_ARGS)
@@ -90,7 +91,7 @@ export: .venv/installed  ## exports an adapter: make export ADAPTER=runs/tiny/ad
 MASKLESS := $(TINY)/transformer_maskless.safetensors
 $(MASKLESS): | $(TINY)/autoencoder.safetensors .venv/installed
 	$(RUN) tools/train.py config=configs/tiny_inpainter.yaml conditioning.mask=false name=tiny_inpainter_maskless
-	cp runs/tiny_inpainter_maskless/transformer.safetensors $@
+	$(call ship,runs/tiny_inpainter_maskless/transformer.safetensors)
 
 ablation: .venv/installed-plots $(MASKLESS)  ## runs the paper's ablation: make ablation ARGS="train.steps=50 evaluate.samples=8"
 	$(RUN) tools/ablate.py config=configs/ablation.yaml $(ARGS)

@@ -13,7 +13,9 @@ from torch import Tensor
 from layerdecomp.errors import InputError
 from layerdecomp.metrics.region import dilate
 
-TRIMAP_BAND = 0.05  # width of the trimap's unknown band along the mask's outline, as a fraction of the shorter side
+# Width of the trimap's unknown band along the mask's outline, as a fraction of the shorter side: wide enough for imperfect
+# masks (docs/results.md measures several on training scenes).
+TRIMAP_BAND = 0.1
 RIM = 1  # pixels around the mask that are also inpainted, because they hold the object's antialiased edge
 
 
@@ -109,7 +111,7 @@ def matting_library() -> ModuleType:
 def trimap(mask: Tensor) -> Tensor:
     """The trimap of a mask (B, 1, H, W) in {0, 1}: 1 object, 0 background, 0.5 (unknown) in a band along the outline.
 
-    The band's width is 5 % of the shorter side, centred on the outline. The image border is not an outline.
+    The band's width is 10 % of the shorter side, centred on the outline. The image border is not an outline.
     """
     inside = mask > 0.5
     radius = max(1, round(TRIMAP_BAND / 2 * min(mask.shape[-2:])))

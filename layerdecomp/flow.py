@@ -64,7 +64,7 @@ def sample_times(normal: Tensor, tokens: int, config: FlowConfig | None = None) 
 
 def interpolate(z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """The point at time t (B,) on the straight line from data `z` to `noise`, both (B, ...)."""
-    t = t.view(-1, *[1] * (z.dim() - 1)).to(z.dtype)
+    t = t.view(-1, *[1] * (z.dim() - 1))
     return (1 - t) * z + t * noise
 
 

@@ -135,7 +135,7 @@ def check_results(out: Path) -> None:
         ({"curves": {"lora.targets": ["full"]}}, "", "curves has 'lora.targets'; expected a key .* number"),
         ({"base": str(REPOSITORY / "configs" / "tiny_autoencoder.yaml")}, "", "row full: .*unknown key weights.transf"),
         ({}, "train.steps=many", "row full: argument 'train.steps=many'"),
-        ({}, "train.devices=2", "trains in one process; leave train.devices"),
+        ({"overrides": ["train.devices=1"]}, "train.devices=2", "trains in one process; leave train.devices"),
     ],
 )
 def test_invalid_settings_are_rejected_before_training(
@@ -152,6 +152,10 @@ def test_finished_runs_with_other_settings_or_weights_are_rejected(
 ) -> None:
     path, out = write(tmp_path, rows={"full": []}, paper={}, seeds=[3]), tmp_path / "out"
     ablate(path, out, overrides)
+    (out / "full-3" / "metrics.json").rename(tmp_path / "metrics.json")  # as if interrupted
+    with pytest.raises(InputError, match=r"full-3 holds a run with other settings or weights \(optim.lr\)"):
+        ablate(path, out, [*overrides, "optim.lr=1"])
+    (tmp_path / "metrics.json").rename(out / "full-3" / "metrics.json")
     (out / "full-3" / "last.ckpt").unlink()  # a finished run does not need it
     ablate(path, out, overrides)
     with pytest.raises(InputError, match=r"full-3 holds a run with other settings or weights \(optim.lr\)"):

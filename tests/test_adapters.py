@@ -111,6 +111,13 @@ def test_separate_loras_of_a_fused_layer_are_stacked_exactly() -> None:
     expected = torch.zeros(56, 6)
     expected[:8], expected[24:] = (b @ a for a, b in pairs.values())
     assert change.rank == 6 and torch.allclose(change.weight, expected, atol=1e-6)
+    shared = pairs[names[0]][0]  # one A for all parts, but different scales
+    tensors = {f"transformer.{name}.lora_A.weight": shared for name in pairs}
+    parts = {name: _draw(rows, 2, seed=rows) for name, rows in ((names[0], 8), (names[3], 32))}
+    tensors |= {f"transformer.{name}.lora_B.weight": b for name, b in parts.items()}
+    (change,) = from_diffusers({**tensors, f"transformer.{names[0]}.alpha": torch.tensor(1.0)}, LAYERS, HIDDEN).values()
+    expected[:8], expected[24:] = 0.5 * parts[names[0]] @ shared, parts[names[3]] @ shared
+    assert torch.allclose(change.weight, expected, atol=1e-6)
 
 
 def test_an_adapter_round_trips_through_changes() -> None:

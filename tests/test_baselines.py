@@ -88,10 +88,10 @@ def test_matting_beats_the_mask_on_a_soft_disc():
     assert matted.shape == truth.shape and matted.dtype == image.dtype
     assert matted.abs().max() <= 1 and matted[:, 3].min() >= 0
     for metric in (metrics.alpha_sad, metrics.alpha_grad, metrics.alpha_conn, metrics.rgb_l1):
-        assert 0 < metric(matted, truth) < 0.5 * metric(masked, truth), metric.__name__
+        assert metric(matted, truth) < 0.5 * metric(masked, truth), metric.__name__
 
 
-@pytest.mark.parametrize(("height", "width", "radius"), [(32, 32, 1), (120, 160, 3), (16, 16, 1)])
+@pytest.mark.parametrize(("height", "width", "radius"), [(32, 32, 2), (120, 160, 6), (16, 16, 1)])
 def test_trimap_is_unknown_around_the_outline(height: int, width: int, radius: int):
     mask = torch.zeros(1, 1, height, width)
     mask[..., 3 : height - 5, : width // 2] = 1  # touches the left border, which is not an outline

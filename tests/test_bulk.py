@@ -86,8 +86,9 @@ def test_an_interrupted_run_resumes_and_other_settings_are_rejected(
     assert drawn == [2, 1]
     later = (out / "a" / "background.png").stat().st_mtime + 10
     os.utime(pairs[0].mask, (later, later))  # the mask was edited
+    os.utime(pairs[1].image, (later, later))  # and another image
     decompose_folder(tiny_decomposer, pairs, out, ADAPTER)
-    assert drawn == [2, 1, 1]
+    assert drawn == [2, 1, 1, 1]
     with pytest.raises(InputError, match=r"settings\.json: existing files were made with seed=0, now it is 1"):
         decompose_folder(tiny_decomposer, pairs, out, ADAPTER, seed=1)
     with pytest.raises(InputError, match="made with adapter=a sum, now it is another"):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from layerdecomp.data.check import check_indexes
 from layerdecomp.data.folders import BackgroundFolder, RoremFolder, TripletFolder
-from layerdecomp.data.index import Index, Reader
+from layerdecomp.data.index import Index, Item, Reader, write_index
 from layerdecomp.data.layerdiffuse import ForegroundFolder
 from layerdecomp.data.mulan import MulanLayers
 from layerdecomp.data.prepare import prepare
@@ -180,6 +180,13 @@ def test_an_id_in_both_splits_of_a_source_is_a_leak(tmp_path: Path) -> None:
         prepare(reader, paths[-1], test_share=share)
     (fault,) = check_indexes(paths)
     assert "b.safetensors: 0 (test) has the same id as a.safetensors: 0 (train): a leak between the splits" in fault
+
+
+def test_a_background_that_its_index_rotates_has_no_fault(tmp_path: Path) -> None:
+    picture(0).resize((40, 30)).save(tmp_path / "a.png")
+    item = Item("a", "a.png", width=30, height=40, rotation=90)
+    write_index(tmp_path / "index.safetensors", BackgroundFolder(tmp_path), [item])
+    assert check_indexes([tmp_path / "index.safetensors"]) == []
 
 
 def test_cue_maps_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -202,6 +202,15 @@ def test_the_previous_checkpoint_is_kept(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {LAST, PREVIOUS}
 
 
+def test_a_checkpoint_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append("sync"), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda *names: (calls.append("rename"), replace(*names)))
+    _save(tmp_path, 1, 2)
+    assert calls == ["sync", "rename", "sync", "sync", "rename", "rename", "sync"]  # the file, then its folder
+
+
 def test_resume_loads_the_previous_checkpoint_if_the_last_is_damaged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -244,6 +253,9 @@ def test_loading_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a checkpoint of this package"):
         read_checkpoint(tmp_path / LAST)
     assert not (tmp_path / "owned").exists()
+    torch.save({"weights": torch.zeros(1)}, tmp_path / LAST)  # of another program
+    with pytest.raises(InputError, match="not a checkpoint of this package"):
+        read_checkpoint(tmp_path / LAST)
 
 
 def test_a_full_disk_leaves_the_existing_checkpoint_intact(tmp_path: Path) -> None:
@@ -409,8 +421,11 @@ CheckpointFiles().save_checkpoint(state, {str(tmp_path / LAST)!r})
 def test_an_error_ends_the_run_only_after_a_checkpoint_is_written(
     tmp_path: Path, jobs: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, gate: Gate
 ) -> None:
-    gate.open_after(3.0)
-    call_at(monkeypatch, 2, 0, power_cut)
+    def open_soon() -> None:
+        gate.open_after(checkpoints.GRACE_AMONG_RANKS + 0.5)
+        power_cut()
+
+    call_at(monkeypatch, 2, 0, open_soon)
     with pytest.raises(PowerCutError):
         run("tiny", *jobs["tiny"], "train.checkpoint_every=2", f"run_dir={tmp_path}/run")
     assert gate.opened.is_set() and read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 2

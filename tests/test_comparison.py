@@ -1,5 +1,6 @@
 """The rows of a comparison, and the files that it writes."""
 
+import copy
 import json
 import socket
 from dataclasses import replace
@@ -12,7 +13,17 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from layerdecomp.baselines import base_foreground, classical, matted_foreground
-from layerdecomp.comparison import MASKLESS, RESULTS, EvaluateConfig, Models, compare, export, methods, row_names
+from layerdecomp.comparison import (
+    MASKLESS,
+    RESULTS,
+    EvaluateConfig,
+    Models,
+    compare,
+    export,
+    layer_settings,
+    methods,
+    row_names,
+)
 from layerdecomp.data.datamodule import DataConfig
 from layerdecomp.data.scenes import SceneConfig, Scenes
 from layerdecomp.data.testset import TestFolder
@@ -52,6 +63,8 @@ def test_rows_are_the_requested_ones_in_the_requested_order(models: Models, tiny
         assert torch.equal(drawn[row][1], base_foreground(image, mask))
     assert not torch.equal(drawn["base"][0], drawn["maskless"][0])
     assert not torch.equal(drawn["base"][0], drawn["adapted"][0])
+    reseeded = methods(models, config(rows=["adapted", "base"], seed=5))
+    assert not any(torch.equal(method.draw(batch)[0], drawn[row][0]) for row, method in reseeded.items())
 
 
 def test_a_maskless_base_of_another_text_width_is_rejected(models: Models, tmp_path: Path) -> None:
@@ -215,6 +228,26 @@ def test_layers_of_other_settings_are_not_reused(
     monkeypatch.undo()
     mixed, clean = (compare(models, other, both, folder) for folder in (out, tmp_path / "clean"))
     assert mixed is not None and clean is not None and str(mixed.results) == str(clean.results)
+
+
+def test_the_settings_of_layers_cover_what_they_depend_on(models: Models, tiny_weights: Path) -> None:
+    def settings(models: Models = models, data: Scenes = SCENES, **changes: object) -> dict[str, object]:
+        return layer_settings(models, data, config(**changes))
+
+    shorter = copy.deepcopy(models.decomposer)
+    shorter.sample = replace(shorter.sample, steps=1)
+    maskless = [str(tiny_weights / f"{name}.safetensors") for name in ("transformer", "autoencoder")]
+    found = [
+        settings(),
+        settings(seed=5),
+        settings(data=Scenes(SceneConfig(size=32), "test", 5, 3)),
+        settings(replace(models, files={"adapter": "another"})),
+        settings(replace(models, quantize="int8")),
+        settings(replace(models, decomposer=copy.deepcopy(models.decomposer).bfloat16())),
+        settings(replace(models, decomposer=shorter)),
+        *(settings(rows=["maskless"], maskless=file) for file in maskless),
+    ]
+    assert len({json.dumps(one) for one in found}) == len(found)
 
 
 def test_exported_scenes_give_the_same_figures(models: Models, tmp_path: Path) -> None:

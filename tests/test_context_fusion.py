@@ -71,6 +71,30 @@ def test_position_and_kind_of_a_cue_matter() -> None:
     torch.testing.assert_close(model(cues[:, :, order], present, ids[order]), expected, atol=1e-5, rtol=1e-5)
 
 
+def normed(x: Tensor) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+
+
+def test_fusion_equals_its_definition() -> None:
+    model, cues, height, width = build(), draw_cues()[0], 3, 4
+    waves = 10_000 ** -(torch.arange(4.0) / 4)  # a quarter of the width: cosines and sines, of row and column
+    tokens = [model.null_token]
+    for cue in (0, 2):  # the second is absent
+        for row, column in product(range(height), range(width)):
+            place = [wave(at * waves) for at in (row, column) for wave in (torch.cos, torch.sin)]
+            token = model.token_in(cues[cue, row * width + column]) + model.cue_embedding[cue] + torch.cat(place)
+            tokens.append(token)
+    k_v = [block.kv(normed(torch.stack(tokens))).view(-1, 2, 2, 8).unbind(1) for block in model.blocks]
+    x = model.queries
+    for block, (k, v) in zip(model.blocks, k_v, strict=True):
+        q, k = block.norm(block.q(normed(x)).view(-1, 2, 8), k)
+        weights = torch.softmax(torch.einsum("qhd,khd->hqk", q, k) / 8**0.5, dim=-1)
+        x = x + block.proj(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
+        x = x + block.mlp(normed(x))
+    found = model(cues[None], torch.tensor([[True, False, True]]), position_ids(height, width, layer=5))
+    torch.testing.assert_close(found[0], x, atol=1e-5, rtol=1e-5)
+
+
 def cost(size: int) -> tuple[int, int]:
     """FLOPs of forward and backward, and bytes saved for the backward pass, with K = 3 * size * size cue tokens."""
     model, ids = build(), position_ids(size, size)
@@ -121,3 +145,13 @@ def test_invalid_sizes_are_rejected_by_name(wrong: dict[str, Any]) -> None:
     (key,) = wrong
     with pytest.raises(InputError, match=key):
         build(replace(TINY, **wrong))
+
+
+def test_a_width_without_room_for_both_position_axes_is_rejected() -> None:
+    with pytest.raises(InputError, match="hidden_size = 18: expected a multiple of 4"):
+        ContextFusion(TINY, hidden_size=18)
+
+
+def test_fresh_queries_and_cues_differ() -> None:
+    model = ContextFusion(TINY, hidden_size=16)  # equal ones would get equal gradients for ever
+    assert len(model.queries.unique(dim=0)) == 4 and len(model.cue_embedding.unique(dim=0)) == 3

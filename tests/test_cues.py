@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
-from layerdecomp.imaging.cues import CUES, compute_cues, edge_map, segmentation_map
+from layerdecomp.imaging.cues import CUES, compute_cues, edge_map, resize_lines, segmentation_map
 
 
 def _two_halves() -> NDArray[np.uint8]:
@@ -42,6 +43,13 @@ def test_segments_have_the_mean_colour_of_their_pixels() -> None:
         painted = segments[(slice(None), *part)].reshape(3, -1)
         np.testing.assert_allclose(painted[:, len(painted[0]) // 2], mean, atol=0.05)
         assert len(np.unique(painted[0])) <= 3
+
+
+def test_lines_of_grey_levels_become_two_levels() -> None:
+    levels = np.full((16, 16, 3), 90, np.uint8)  # as after JPEG compression
+    levels[5], levels[:, 9] = 128, 127
+    resized = np.asarray(resize_lines(Image.fromarray(levels), (8, 8), None))
+    assert (resized[2] == 255).all() and not np.delete(resized, 2, axis=0).any()
 
 
 @pytest.mark.parametrize("given", [("depth",), ("edge", "depth"), ("segmentation",), CUES])

@@ -20,14 +20,16 @@ from layerdecomp.data.datamodule import collate
 from layerdecomp.data.scenes import SceneConfig, Scenes
 from layerdecomp.decomposer import Decomposer, build_decomposer
 from layerdecomp.errors import InputError
+from layerdecomp.flow import FlowConfig
 from layerdecomp.imaging.compositing import to_autoencoder
 from layerdecomp.imaging.cues import CUES, compute_cues
 from layerdecomp.imaging.geometry import grow_and_feather, to_tensor
 from layerdecomp.imaging.layers import Layers
+from layerdecomp.inpainting import inpaint, token_ids
 from layerdecomp.manifest import DecomposerConfig
 from layerdecomp.metrics.background import psnr
 from layerdecomp.metrics.foreground import alpha_iou
-from layerdecomp.models.autoencoder import Autoencoder
+from layerdecomp.models.autoencoder import Autoencoder, Tiling
 from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.depth import DepthConfig, DepthEstimator
 from layerdecomp.models.lora import LoRAConfig, LoRALinear
@@ -71,6 +73,21 @@ def batch_of(count: int, size: int = 32) -> dict[str, Tensor]:
 
 def noise_of(count: int, size: int = 32) -> Tensor:
     return torch.randn(count, 2, 16, size // 8, size // 8, generator=torch.Generator().manual_seed(6))
+
+
+def inpaint_with(decomposer: Decomposer, batch: dict[str, Tensor], noise: Tensor) -> Tensor:
+    """The image inpainted with the parts and the settings of a decomposer."""
+    return inpaint(
+        transformer=decomposer.transformer,
+        autoencoder=decomposer.autoencoder,
+        prompt=decomposer.prompt,
+        image=batch["image"],
+        mask=batch["mask"],
+        noise=noise,
+        conditioning=decomposer.conditioning,
+        flow=decomposer.flow,
+        sample=decomposer.sample,
+    )
 
 
 def differ(first: Layers, second: Layers) -> bool:
@@ -215,8 +232,9 @@ def test_invalid_cues_are_rejected(tiny_decomposer: Decomposer, cues: Any, found
         tiny_decomposer.decompose(picture(32, 48), box(32, 48), cues=cues)
 
 
-def test_cues_with_negative_strides_are_accepted(tiny_decomposer: Decomposer) -> None:
-    tiny_decomposer.decompose(picture(32, 48), box(32, 48), steps=1, cues=CUE_MAPS[..., ::-1])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_cues_with_negative_strides_and_of_any_precision_are_accepted(tiny_decomposer: Decomposer, dtype: Any) -> None:
+    tiny_decomposer.decompose(picture(32, 48), box(32, 48), steps=1, cues=CUE_MAPS[..., ::-1].astype(dtype, copy=False))
 
 
 @pytest.mark.parametrize("steps", [0, -3, 1.5, "2"])
@@ -308,6 +326,36 @@ def test_each_layer_is_conditioned_only_on_its_own_pixels(tiny_decomposer: Decom
         assert other[:, same].equal(img_cond[:, same]) and not other.equal(img_cond)
 
 
+def test_every_call_of_an_autoencoder_is_tiled_as_configured(tiny_decomposer: Decomposer) -> None:
+    decomposer, batch = changed(tiny_decomposer, steps=1, tile=64, tile_overlap=24), batch_of(1)
+    with mock.patch.object(Autoencoder, "_in_tiles", autospec=True, side_effect=Autoencoder._in_tiles) as run:
+        decomposer.encode_sample(
+            *(batch[name] for name in ("image", "mask", "cues", "image")), torch.rand(1, 4, 32, 32)
+        )
+        decomposer.draw(batch, noise_of(1))
+        inpaint_with(decomposer, batch, noise_of(1)[:, 0])
+    assert [call.args[3] for call in run.call_args_list] == 7 * [Tiling(64, 24)]
+
+
+def test_what_is_cached_while_sampling_can_be_used_in_training(tiny_weights: Path) -> None:
+    prompt = Decomposer.from_pretrained(tiny_weights / "adapter.safetensors").prompt
+    with torch.inference_mode():
+        cached = [*prompt.inputs(2, torch.bfloat16).values(), token_ids(torch.empty(1, 3, 48, 176), 0, 1)]
+    assert not any(tensor.is_inference() for tensor in cached)
+
+
+def test_the_chosen_cues_are_encoded_in_their_order(tiny_config: DecomposerConfig) -> None:
+    fusion = replace(tiny_config.fusion, cues=["depth", "edge"])
+    decomposer, batch = build_decomposer(replace(tiny_config, fusion=fusion)), batch_of(2)
+    present = torch.tensor([[True, False, True], [False, True, False]])
+    with mock.patch.object(decomposer.context_fusion, "forward", return_value=None) as forward, torch.no_grad():
+        decomposer.encode(batch["image"], batch["mask"], batch["cues"], present)
+        expected = [pack(decomposer.autoencoder.encode(batch["cues"][:, cue])) for cue in (2, 0)]
+    tokens, chosen, ids = forward.call_args.args
+    torch.testing.assert_close(tokens, torch.stack(expected, dim=1), rtol=1e-4, atol=1e-5)
+    assert chosen.tolist() == [[True, True], [False, False]] and ids.shape == (4, 3)
+
+
 def test_absent_cues_have_no_influence(tiny_decomposer: Decomposer) -> None:
     batch, noise = batch_of(3), noise_of(3)
     absent = ~batch["cues_present"][:, :, None, None, None]
@@ -325,6 +373,15 @@ def test_a_sample_does_not_depend_on_the_rest_of_its_batch(tiny_decomposer: Deco
         for whole, single in zip(together, alone, strict=True):
             assert single.std() > 0.05
             torch.testing.assert_close(whole[one], single, atol=2e-4, rtol=1e-3)
+
+
+def test_sampled_alphas_are_snapped_by_the_margin(tiny_decomposer: Decomposer) -> None:
+    plain, snapped = (
+        changed(tiny_decomposer, steps=1, alpha_margin=margin).draw(batch_of(2), noise_of(2))[1][:, 3]
+        for margin in (0.0, 0.25)
+    )
+    torch.testing.assert_close(snapped, ((plain - 0.25) / 0.5).clamp(0, 1))
+    assert not snapped.equal(plain)
 
 
 def test_every_trained_part_matters(tiny_decomposer: Decomposer) -> None:
@@ -355,7 +412,8 @@ def test_an_adapter_holds_only_trained_tensors(tiny_config: DecomposerConfig) ->
     base = load_mmdit(tiny_config.weights.transformer).state_dict()
     names = decomposer.adapter({}).tensors.keys()
     assert {name for name in names if name in base} == {"img_in.weight", "img_in.bias"}
-    assert all(p.dtype == torch.float32 for p in decomposer.adapter({}).tensors.values())
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in decomposer.adapter({}).tensors.values())
+    assert sum(p.requires_grad for p in decomposer.parameters()) == len(names)
 
 
 def test_a_loaded_adapter_equals_its_file_and_determines_the_digest(tiny_weights: Path) -> None:
@@ -469,16 +527,28 @@ def test_merging_changes_only_rounding(tiny_weights: Path) -> None:
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
-def test_the_timestep_shift_depends_on_the_tokens_of_one_layer(tiny_decomposer: Decomposer) -> None:
-    times = []
+def test_times_follow_the_flow_and_the_tokens_of_one_layer(tiny_decomposer: Decomposer) -> None:
+    times, batch, noise = [], batch_of(1, 64), noise_of(1, 64)
+    decomposer = changed(tiny_decomposer, steps=5)
+    decomposer.flow = FlowConfig(base_shift=0.2)
 
-    def velocity(self: Decomposer, x: Tensor, context: object, t: Tensor) -> Tensor:
+    def velocity(transformer: object, prompt: object, x: Tensor, context: object, t: Tensor, scale: float) -> Tensor:
         times.append(t.item())
         return torch.zeros_like(x)
 
-    with mock.patch.object(Decomposer, "velocity", velocity):
-        tiny_decomposer.draw(batch_of(1, 64), noise_of(1, 64), steps=5)
-    assert times == schedule(5, (64 // 16) ** 2, tiny_decomposer.flow)[:-1].tolist()
+    with mock.patch("layerdecomp.decomposer.predict_velocity", velocity):
+        decomposer.draw(batch, noise)
+    with mock.patch("layerdecomp.inpainting.predict_velocity", velocity):
+        inpaint_with(decomposer, batch, noise[:, 0])
+    assert times == 2 * schedule(5, (64 // 16) ** 2, decomposer.flow)[:-1].tolist()
+
+
+def test_the_guidance_is_that_of_sampling_unless_given(tiny_decomposer: Decomposer) -> None:
+    decomposer, batch, x = changed(tiny_decomposer, guidance=7.0), batch_of(1), torch.zeros(1, 8, 64)
+    with mock.patch.object(decomposer.transformer, "forward", return_value=x) as forward:
+        decomposer.draw(batch, noise_of(1), steps=1)
+        decomposer.velocity(x, decomposer.encode(*batch.values()), torch.ones(1), guidance=0.0)
+    assert [call.kwargs["guidance"].tolist() for call in forward.call_args_list] == [[7.0], [0.0]]
 
 
 @pytest.mark.parametrize("shifts", [(0.0, 0.3, -0.3), (0.0, 0.3)])  # the lower median of an even number

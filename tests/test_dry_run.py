@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from layerdecomp.config import load_config
-from layerdecomp.dry_run import dry_run, missing_files, training_work
+from layerdecomp.dry_run import dry_run, memory_rows, missing_files, training_work
 from layerdecomp.errors import InputError
+from layerdecomp.memory import Memory
 from layerdecomp.models.autoencoder import AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiTConfig
 
@@ -46,11 +47,23 @@ def test_a_dry_run_rejects_settings_that_a_run_rejects(change: str, message: str
         dry_run(config)
 
 
+def test_the_total_counts_the_moving_average_and_the_larger_of_step_and_encoding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory = Memory(frozen=4e9, trained=2e9, gradients=2e9, optimizer=4e9, step=3e9, encode=5e9)
+    monkeypatch.setattr("layerdecomp.dry_run.training_memory", lambda work: memory)
+    for ema, average, total in (("0", "0.0", "17.0"), ("0.9", "2.0", "19.0")):
+        config = load_config(CONFIGS / "tiny.yaml", [f"train.ema={ema}"])
+        rows = {row[0]: row[1] for row in memory_rows(training_work(config), config)}
+        assert (rows["moving average"], rows["total"]) == (average, total)
+
+
 def test_models_are_described_by_their_files_or_else_the_published_ones(tiny_weights: Path) -> None:
     config = load_config(CONFIGS / "flux_fill_24gb.yaml")
     config.weights.transformer = config.weights.autoencoder = "nowhere.safetensors"
     work = training_work(config)
     assert (work.model, work.rgb, work.text_tokens) == (MMDiTConfig(), AutoencoderConfig(), 512)
+    assert work.size == config.data.triplets.size != config.data.scenes.size
     assert (work.quantize, work.bits, work.recompute, work.encode_batch_size) == ("nf4", 8, 1, 1)
     assert (
         work.recompute_attention and not training_work(load_config(CONFIGS / "flux_fill_80gb.yaml")).recompute_attention

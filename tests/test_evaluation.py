@@ -33,16 +33,27 @@ from layerdecomp.evaluation import (
     write_metrics,
 )
 from layerdecomp.metric_networks import Networks
-from layerdecomp.metrics.layers import METRICS, PER_IMAGE, STDERR_SUFFIX, LayerMetrics
+from layerdecomp.metrics.layers import METRICS, PER_IMAGE, STDERR_SUFFIX, LayerMetrics, Measures
 from layerdecomp.predictions import Prediction, PredictionFolder
 
 NAMES = [f"{position:05d}" for position in range(5)]
 METHODS = {"noisy": Method(noisy_truth), "base": Method(do_nothing)}
 
 
+class Colours(torch.nn.Module):
+    """Stands in for Inception: three of the 2048 features are the mean colours, the others are 0."""
+
+    def forward(self, levels: Tensor) -> tuple[Tensor]:
+        return (torch.nn.functional.pad(levels.float().mean(dim=(2, 3)), (0, 2045)),)
+
+
+MEASURES = Measures(inception=Colours())
+
+
 def evaluated(folder: Path, methods: Mapping[str, Method] = METHODS, batch_size: int = 2) -> Evaluation:
     draw_layers(methods, Squares(), NAMES, folder, batch_size=batch_size)
-    evaluation = score({row: PredictionFolder(folder / row, NAMES) for row in methods}, Squares(), NAMES)
+    folders = {row: PredictionFolder(folder / row, NAMES) for row in methods}
+    evaluation = score(folders, Squares(), NAMES, Networks(MEASURES))
     assert evaluation is not None
     return evaluation
 
@@ -57,13 +68,14 @@ def test_figures_equal_layer_metrics_of_8_bit_layers_and_do_not_depend_on_the_ba
     assert files(tmp_path / "two") == files(tmp_path / "five") and len(files(tmp_path / "two")) == 20
     batch = collate(*range(5))
     for row, method in METHODS.items():
-        metric = LayerMetrics()
+        metric = LayerMetrics(MEASURES)
         background, foreground = method.draw(batch)
         metric.update(in_8_bits(background, 2), in_8_bits(foreground, 2), batch)
         for name, value in metric.compute().items():
             assert found.results[row][name] == pytest.approx(value.item(), rel=1e-3, abs=1e-5, nan_ok=True), name
         assert found.results[row] == pytest.approx(again.results[row], rel=1e-9, nan_ok=True)
     assert 0 < found.results["noisy"]["background/psnr" + STDERR_SUFFIX] < 1
+    assert 0 < found.results["noisy"]["background/fid"] < found.results["base"]["background/fid"]
 
 
 def in_8_bits(values: Tensor | None, span: float) -> Tensor:
@@ -102,6 +114,8 @@ def test_existing_layers_are_not_drawn_again(tmp_path: Path):
     assert str(found) == str(evaluated(tmp_path / "straight", {"noisy": Method(noisy_truth)}))  # NaN != NaN
     evaluated(tmp_path / "cut", {"noisy": Method(recorded)})
     assert len(drawn) == 4
+    (tmp_path / "cut" / "noisy" / "foreground" / "00003.png").unlink()
+    assert str(found) == str(evaluated(tmp_path / "cut", {"noisy": Method(recorded)})) and drawn[4:] == [[2, 3]]
 
 
 def test_shares_of_processes_are_disjoint_and_complete(tmp_path: Path):

@@ -363,6 +363,7 @@ def test_the_adapter_format_saves_bf16(tiny_weights: Path, tmp_path: Path) -> No
     source, out = tiny_weights / "adapter.safetensors", tmp_path / "new" / "adapter.safetensors"
     assert export(source, "adapter", out) == [out]
     before, after = Adapter.load(source), Adapter.load(out)
+    assert (before.metadata["rank"], before.metadata["alpha"]) == ("2", "3.0")
     assert (
         after.metadata == {"data": "unknown", **before.metadata, "date": "unknown"}
         and after.tensors.keys() == before.tensors.keys()
@@ -371,6 +372,9 @@ def test_the_adapter_format_saves_bf16(tiny_weights: Path, tmp_path: Path) -> No
     assert out.stat().st_size < 0.7 * source.stat().st_size
     loaded = Decomposer.from_pretrained(out)
     assert loaded.transformer.img_in.weight.dtype == torch.float32
+    export(source, "kohya", tmp_path / "kohya.safetensors", dtype="bfloat16")
+    for name, tensor in load_file(tmp_path / "kohya.safetensors").items():  # a rounded alpha would change the scale
+        assert tensor.dtype == (torch.float32 if name.endswith(".alpha") else torch.bfloat16)
 
 
 @pytest.mark.parametrize("format", ["adapter", "merged", "diffusers"])

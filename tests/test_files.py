@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from layerdecomp.errors import InputError
-from layerdecomp.files import atomic_path, atomic_write
+from layerdecomp.files import atomic_path, atomic_write, keep_settings
 
 
 def test_a_file_appears_only_once_it_is_complete(tmp_path: Path) -> None:
@@ -58,3 +58,10 @@ def test_a_failed_write_keeps_the_previous_file(tmp_path: Path, error: BaseExcep
     assert (tmp_path / "a").read_text() == "old" and os.listdir(tmp_path) == ["a"]
     if isinstance(error, OSError):
         assert f"{tmp_path / 'a'} could not be written" in str(raised.value) and "free some space" in str(raised.value)
+
+
+def test_files_made_with_unknown_settings_are_not_mixed_with_others(tmp_path: Path) -> None:
+    keep_settings(tmp_path / "settings.json", {"seed": 1})
+    keep_settings(tmp_path / "settings.json", {"seed": 1})
+    with pytest.raises(InputError, match="made with steps=unknown, now it is 4"):
+        keep_settings(tmp_path / "settings.json", {"seed": 1, "steps": 4})

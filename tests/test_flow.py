@@ -6,7 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from layerdecomp.flow import FlowConfig, flow_loss, interpolate, sample_times, shift_times, velocity_target
+from layerdecomp.flow import (
+    FlowConfig,
+    flow_loss,
+    interpolate,
+    sample_times,
+    seeded_normal,
+    shift_times,
+    velocity_target,
+)
 
 
 def test_interpolation_runs_from_data_to_noise_with_the_target_as_its_derivative() -> None:
@@ -20,7 +28,7 @@ def test_interpolation_runs_from_data_to_noise_with_the_target_as_its_derivative
 
 def test_loss_is_the_mean_squared_error_in_float32() -> None:
     velocity = torch.full((2, 8), 3.0, dtype=torch.bfloat16)
-    target = torch.tensor([[1.0], [2.0]]).expand(2, 8)
+    target = torch.tensor([[1.0], [2.0]], dtype=torch.bfloat16).expand(2, 8)
     loss = flow_loss(velocity, target)
     assert loss.dtype == torch.float32
     assert loss.item() == 2.5
@@ -52,3 +60,10 @@ def test_without_shift_the_default_density_is_the_plain_logit_normal() -> None:
     plain = replace(FlowConfig(), base_shift=0.0, max_shift=0.0)
     torch.testing.assert_close(sample_times(normal, 4096, plain), torch.sigmoid(normal))
     assert (sample_times(normal, 4096) > sample_times(normal, 4096, plain)).all()
+
+
+def test_noise_is_a_function_of_seed_position_and_stream() -> None:
+    keys = [(0, 1, 0), (1, 0, 0), (0, 2, 0), (2, 0, 0), (0, 1, 1), (1, 1, 0)]  # no sum of two may stand for them
+    rows = torch.cat([seeded_normal(seed, [position], (4,), stream) for seed, position, stream in keys])
+    assert len(rows.unique(dim=0)) == len(keys)
+    assert seeded_normal(0, [2, 1], (4,)).equal(rows[[2, 0]])

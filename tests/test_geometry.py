@@ -63,7 +63,7 @@ def test_resize_keeps_leading_axes_constants_and_images_of_that_size() -> None:
 def test_resize_is_antialiased() -> None:
     stripes = torch.ones(1, 1, 64, 64)
     stripes[..., ::2] = -1
-    assert resize(stripes, (16, 16))[..., 2:-2].abs().max() < 0.05
+    assert resize(stripes, (20, 20))[..., 2:-2].abs().max() < 0.05  # whole ratios would hit the stripes' mean anyway
 
 
 def test_shrink_mask_loses_no_part_of_a_mask() -> None:

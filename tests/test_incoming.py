@@ -19,7 +19,7 @@ from layerdecomp.manifest import DecomposerConfig
 from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig, merge_lora
 from layerdecomp.models.mmdit import MMDiT
-from layerdecomp.tensor_files import read_metadata
+from layerdecomp.tensor_files import file_sha256, read_metadata
 from layerdecomp.weights import Adapter, load_mmdit
 
 
@@ -158,6 +158,7 @@ def test_adapters_are_summed_with_weights(adapter_file: Path, ours: MMDiT, tmp_p
     assert read_metadata(tmp_path / "sum.safetensors")["merged_from"] == (
         "0.75 x adapter.safetensors + 0.5 x other.safetensors"
     )
+    assert read_metadata(tmp_path / "sum.safetensors")["figures"] == "{}" != first.metadata["figures"]
     assert read_metadata(tmp_path / "sum.safetensors")["data"] == f"{first.metadata['data']} + others"
     assert json.loads(read_metadata(tmp_path / "sum.safetensors")["lora"])["targets"] == lora_targets(first)
     parts = [merge_lora(Decomposer.from_pretrained(file).transformer).state_dict() for file in files]
@@ -217,3 +218,17 @@ def test_adapters_with_different_fusion_are_not_summed(
     files = [tiny_weights / "adapter.safetensors", tmp_path / "other.safetensors"]
     with pytest.raises(InputError, match="other.safetensors differs from .* in base or fusion"):
         export(files, "import", tmp_path / "sum.safetensors")
+
+
+def test_adapters_of_different_bases_are_not_summed(
+    adapter_file: Path, tiny_config: DecomposerConfig, tmp_path: Path
+) -> None:
+    source, base = tiny_config.weights.transformer, tmp_path / "transformer.safetensors"
+    weights = load_file(source)
+    save_file({**weights, "img_in.bias": weights["img_in.bias"] + 1}, base, read_metadata(source))
+    first = Adapter.load(adapter_file)
+    named = json.dumps({**json.loads(first.metadata["weights"]), "transformer": str(base)})
+    metadata = {**first.metadata, "weights": named, "base_sha256": file_sha256(base)}
+    Adapter(first.tensors, metadata).save(tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="other.safetensors differs from .* in base or fusion"):
+        export([adapter_file, tmp_path / "other.safetensors"], "import", tmp_path / "sum.safetensors")

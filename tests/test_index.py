@@ -53,6 +53,17 @@ def test_splits_partition_the_rows_by_id(tmp_path: Path) -> None:
     assert all(split_of(index[row].id) == "test" for row in test.tolist())
     write_index(tmp_path / "b.safetensors", _Reader(tmp_path), [index[int(row)] for row in test])
     assert len(Index(tmp_path / "b.safetensors").rows("train")) == 0
+    write_index(tmp_path / "c.safetensors", _Reader(tmp_path), _items(10), test_share=0.5)
+    # the same in every process and version: another split of prepared data would leak
+    assert Index(tmp_path / "c.safetensors").rows("test").tolist() == [2, 5, 6, 9]
+
+
+def test_an_index_can_be_opened_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pictures").mkdir()
+    monkeypatch.chdir(tmp_path)
+    write_index("a.safetensors", _Reader(Path("pictures")), _items(2))
+    monkeypatch.chdir("pictures")
+    assert Index("../a.safetensors").root == tmp_path / "pictures"
 
 
 def test_a_pickled_index_leaves_out_its_columns(tmp_path: Path) -> None:

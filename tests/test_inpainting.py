@@ -47,7 +47,10 @@ def test_a_prompt_is_loaded_from_its_file(tiny_config: DecomposerConfig, tmp_pat
     path = str(tmp_path / "prompt.safetensors")
     config = replace(tiny_config, weights=replace(tiny_config.weights, prompt=path))
     save_file({"txt": torch.ones(5, 8), "vec": torch.ones(8)}, path)
-    inputs = build_decomposer(config).prompt.inputs(2, torch.float32)
+    prompt = build_decomposer(config).prompt
+    assert prompt.inputs(2, torch.bfloat16)["txt"].dtype == torch.bfloat16
+    inputs = prompt.inputs(2, torch.float32)
+    assert inputs["txt"].dtype == inputs["y"].dtype == torch.float32
     assert {name: tuple(value.shape) for name, value in inputs.items()} == {
         "txt": (2, 5, 8),
         "txt_ids": (5, 3),

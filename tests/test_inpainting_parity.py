@@ -1,4 +1,6 @@
-"""Plain inpainting with this package's parts against diffusers' FluxFillPipeline."""
+"""Inpainting by the frozen base against diffusers' FluxFillPipeline."""
+
+from unittest import mock
 
 import pytest
 import torch
@@ -7,10 +9,12 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from reference import build_reference_autoencoder, build_reference_transformer, randomize
 from torch import Tensor
 
-from layerdecomp.conditioning import inpainting_context, masked_images, pack, position_ids, unpack
+from layerdecomp.conditioning import ConditioningConfig, pack
+from layerdecomp.flow import FlowConfig
+from layerdecomp.inpainting import Prompt, inpaint
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
-from layerdecomp.sampling import euler, schedule
+from layerdecomp.sampling import SampleConfig
 
 STEPS = 4
 GUIDANCE = 30.0
@@ -28,33 +32,10 @@ def draw_inputs(batch: int) -> dict[str, Tensor]:
     return {
         "image": torch.rand(batch, 3, HEIGHT, WIDTH, generator=generator),  # in [0, 1], as the pipeline takes it
         "mask": mask,
-        "noise": pack(torch.randn(batch, 16, HEIGHT // 8, WIDTH // 8, generator=generator)),
-        "txt": torch.randn(batch, 6, TRANSFORMER.context_in_dim, generator=generator),
-        "y": torch.randn(batch, TRANSFORMER.vec_in_dim, generator=generator),
+        "noise": torch.randn(batch, 16, HEIGHT // 8, WIDTH // 8, generator=generator),
+        "txt": torch.randn(6, TRANSFORMER.context_in_dim, generator=generator),
+        "vec": torch.randn(TRANSFORMER.vec_in_dim, generator=generator),
     }
-
-
-@torch.no_grad()
-def inpaint(mmdit: MMDiT, autoencoder: Autoencoder, x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Packed latents and the image in [0, 1]."""
-    masked_image, _ = masked_images(2 * x["image"] - 1, x["mask"])
-    condition = inpainting_context(autoencoder.encode(masked_image), x["mask"])
-    batch, tokens = x["noise"].shape[:2]
-
-    def velocity(tokens: Tensor, t: Tensor) -> Tensor:
-        return mmdit(
-            img=torch.cat([tokens, condition], dim=-1),
-            img_ids=position_ids(HEIGHT // 16, WIDTH // 16),
-            txt=x["txt"],
-            txt_ids=torch.zeros(x["txt"].shape[1], 3),
-            timesteps=t,
-            y=x["y"],
-            guidance=torch.full((batch,), GUIDANCE),
-        )
-
-    latents = euler(velocity, x["noise"], schedule(STEPS, tokens))
-    image = autoencoder.decode(unpack(latents, HEIGHT // 8, WIDTH // 8))
-    return latents, (image / 2 + 0.5).clamp(0, 1)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -81,16 +62,28 @@ def test_inpainting_equals_the_fill_pipeline(batch: int, monkeypatch: pytest.Mon
             mask_image=x["mask"],
             height=HEIGHT,
             width=WIDTH,
-            latents=x["noise"],
-            prompt_embeds=x["txt"],
-            pooled_prompt_embeds=x["y"],
+            latents=pack(x["noise"]),
+            prompt_embeds=x["txt"].expand(batch, -1, -1),
+            pooled_prompt_embeds=x["vec"].expand(batch, -1),
             guidance_scale=GUIDANCE,
             num_inference_steps=STEPS,
             output_type=output_type,
         ).images
 
-    latents, image = inpaint(mmdit, autoencoder, x)
-    assert (latents - x["noise"]).abs().max() > 0.1  # the model did something
+    with mock.patch.object(autoencoder, "decode", wraps=autoencoder.decode) as decode:
+        found = inpaint(
+            transformer=mmdit,
+            autoencoder=autoencoder,
+            prompt=Prompt(x["txt"], x["vec"]),
+            image=2 * x["image"] - 1,
+            mask=x["mask"],
+            noise=x["noise"],
+            conditioning=ConditioningConfig(),
+            flow=FlowConfig(),
+            sample=SampleConfig(steps=STEPS, guidance=GUIDANCE),
+        )
+    latents, image = pack(decode.call_args.args[0]), found / 2 + 0.5
+    assert (latents - pack(x["noise"])).abs().max() > 0.1  # the model did something
     assert 0.05 < image.std() < 0.5  # and the image is neither flat nor saturated
     assert (latents - expected("latent")).abs().max() < 1e-4
     assert (image - expected("pt")).abs().max() < 1e-4

@@ -112,6 +112,6 @@ def test_layers_are_cropped_to_visible_pixels(visible: list[tuple[int, int]], bo
     pixels = np.full((6, 7, 4), (9, 9, 9, 0), np.uint8)
     for row, column in visible:
         pixels[row, column, 3] = 1
-    raster = Raster("a", pixels).cropped()
-    assert (raster.left, raster.top, raster.pixels.shape[1], raster.pixels.shape[0]) == box
+    raster = Raster("a", pixels, left=20, top=30).cropped()
+    assert (raster.left - 20, raster.top - 30, raster.pixels.shape[1], raster.pixels.shape[0]) == box
     assert (raster.pixels[..., 3] > 0).sum() == len(visible)

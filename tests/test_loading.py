@@ -13,12 +13,14 @@ from layerdecomp.data.folders import BackgroundFolder, TripletFolder, read_rgba
 from layerdecomp.data.index import Index, write_index
 from layerdecomp.data.loading import (
     Fit,
+    fit,
     load_background,
     load_foreground,
     load_layers,
     load_maps,
     load_parts,
     map_path,
+    open_shrunk,
 )
 from layerdecomp.data.mulan import MulanLayers
 from layerdecomp.errors import InputError
@@ -114,6 +116,18 @@ def test_a_background_is_rotated_by_its_exif_orientation(tmp_path: Path, orienta
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     expected = to_tensor(np.rot90(pixels, quarters))[0].numpy()
     np.testing.assert_array_equal(background_of(tmp_path / "a.png"), expected)
+
+
+def test_a_large_jpeg_is_decoded_at_the_smallest_sufficient_size_and_cropped_as_at_full_size(tmp_path: Path) -> None:
+    path, size = tmp_path / "a.jpg", (96, 96)
+    Image.fromarray(noise(3)[:5, :12]).resize((780, 200), Image.Resampling.BICUBIC).save(path, quality=95)
+    item = BackgroundFolder(tmp_path).read("a.jpg")
+    write_index(tmp_path / "a.safetensors", BackgroundFolder(tmp_path), [item])
+    assert open_shrunk(path, item, size).size == (390, 100)  # a quarter would have 50 rows
+    found = load_background(Index(tmp_path / "a.safetensors"), item, size, np.random.default_rng(3))
+    place = fit((780, 200), size, np.random.default_rng(3))
+    expected = to_tensor(np.asarray(place.apply(Image.fromarray(read_image(path)), path)))[0]
+    assert (found - expected).abs().mean() < 0.02 < 0.1 * expected.std()
 
 
 def layered(root: Path) -> Index:

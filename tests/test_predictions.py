@@ -78,8 +78,9 @@ def test_predictions_of_another_size_are_resized_and_reported(tmp_path: Path) ->
     torch.testing.assert_close(found[0], small, rtol=0, atol=1e-5)
     assert found[1].shape == (1, 4, 16, 24) and (found[1][:, :3][:, :, :8] < -0.9).all()
     assert describe(folder)["resized"] == ["a"]
-    with pytest.raises(InputError, match=r"a.png is 48 x 32 pixels, its image 24 x 24"):
-        folder.read("a", torch.zeros(1, 3, 24, 24))
+    for height, width in ((24, 24), (12, 24)):
+        with pytest.raises(InputError, match=rf"a.png is 48 x 32 pixels, its image {width} x {height}"):
+            folder.read("a", torch.zeros(1, 3, height, width))
 
 
 def test_a_grey_matte_gets_the_colours_of_its_image(tmp_path: Path) -> None:

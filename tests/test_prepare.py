@@ -73,18 +73,31 @@ def test_valid_items_are_indexed_and_faulty_ones_reported(
 
 
 def test_an_interrupted_run_resumes_where_it_stopped(folder: Path) -> None:
-    (folder / "5.txt").write_text("stop")
-    out = folder / "index.safetensors"
-    with pytest.raises(KeyboardInterrupt):
-        prepare(Numbers(folder), out)
-    assert not out.exists()
-    journal = folder / ".index.safetensors.journal"
-    journal.write_text(journal.read_text() + '{"candidate": "5.t')  # as after a power cut in the middle of a write
-    (folder / "5.txt").write_text("51")
+    out, journal = folder / "index.safetensors", folder / ".index.safetensors.journal"
+    for number in (5, 7):
+        (folder / f"{number}.txt").write_text("stop")
+        with pytest.raises(KeyboardInterrupt):
+            prepare(Numbers(folder), out)
+        assert not out.exists()
+        journal.write_text(journal.read_text() + '{"candidate": "5.t')  # as after a power cut in the middle of a write
+        (folder / f"{number}.txt").write_text(f"{number}1")
+    (folder / "0.txt").unlink()
     prepare(Numbers(folder), out)
-    assert reads(folder) == {str(number): 2 if number == 5 else 1 for number in range(8)}
-    assert [item.width for item in Index(out)] == [10 * number + 1 for number in range(8)]
+    assert reads(folder) == {str(number): 2 if number in (5, 7) else 1 for number in range(8)}
+    assert [item.width for item in Index(out)] == [10 * number + 1 for number in range(1, 8)]
     assert not journal.exists()
+
+
+def test_every_outcome_is_in_the_journal_before_the_next_item_is_read(folder: Path) -> None:
+    lines: list[int] = []
+
+    class Watching(Numbers):
+        def read(self, candidate: str) -> Item | None:
+            lines.append(len((folder / ".index.safetensors.journal").read_text().splitlines()))
+            return super().read(candidate)
+
+    prepare(Watching(folder), folder / "index.safetensors")
+    assert lines == list(range(1, 9))  # after the line with the settings
 
 
 def test_a_killed_run_leaves_no_workers_and_can_resume(tmp_path: Path) -> None:

@@ -151,12 +151,20 @@ def png_of(width: int, height: int) -> bytes:
     )
 
 
-@pytest.mark.parametrize("size", [(60_000, 60_000), (2**31 - 1, 2**31 - 1), (10_000, 10_000), (100_000_000, 1)])
-def test_huge_images_are_refused_before_they_are_decoded(folder: Path, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((60_000, 60_000), "cannot be read"),  # by Pillow itself
+        ((2**31 - 1, 2**31 - 1), "cannot be read"),
+        ((10_000, 10_000), "expected at most 89,478,485 in all"),
+        ((100_000_000, 1), "expected at most 89,478,485 in all"),
+    ],
+)
+def test_huge_images_are_refused_before_they_are_decoded(folder: Path, size: tuple[int, int], message: str) -> None:
     path = folder / "bomb.png"
     path.write_bytes(png_of(*size))
     for read in (read_image, read_mask, open_picture):
-        with pytest.raises(InputError, match=r"bomb\.png.*(expected at most 89,478,485 in all|cannot be read)"):
+        with pytest.raises(InputError, match=rf"bomb\.png.*{message}"):
             read(path)
 
 

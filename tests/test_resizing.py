@@ -55,7 +55,8 @@ def test_colours_under_alpha_zero_do_not_bleed_into_edges() -> None:
     foreground = torch.zeros(1, 4, 32, 32)  # mid-grey, as the decoder leaves invisible pixels
     foreground[:, :3, :, 16:], foreground[:, 3, :, 16:] = 1.0, 1.0
     batch = {"image": torch.zeros(1, 3, 128, 128), "mask": torch.ones(1, 1, 128, 128)}
-    _, large = to_original_size(torch.zeros(1, 3, 32, 32), foreground, batch, SampleConfig(max_side=32))
+    background, large = to_original_size(foreground[:, :3], foreground, batch, SampleConfig(max_side=32))
+    assert background.max() == 1, "bicubic overshoot"
     edge = (large[:, 3:] > 0.3) & (large[:, 3:] < 0.95)
     assert edge.any() and large[:, :3][edge.expand(-1, 3, -1, -1)].min() > 0.95
 
@@ -69,6 +70,9 @@ def test_parts_that_the_mask_misses_are_painted_and_occluders_are_kept() -> None
     foreground[:, 3, 8:56, 8:90] = 1
     painted = torch.where(image == 1, 0.25, image)
     assert missed_object_mask(image, painted, foreground)[0, 0].nonzero().amax(0).tolist() == [55, 39]
+    assert not missed_object_mask(image, painted, foreground * torch.tensor([1, 1, 1, 0.5]).view(4, 1, 1)).any(), (
+        "only opaque pixels count"
+    )
     background, _ = to_original_size(painted, foreground, {"image": image, "mask": mask}, SampleConfig())
     assert (background[..., 8:56, 8:40] == 0.25).all(), "part of the object is left"
     assert background[..., 60:].equal(image[..., 60:])

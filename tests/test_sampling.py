@@ -86,8 +86,9 @@ def test_less_than_one_step_is_refused() -> None:
         ({"tile": 32}, "sample.tile is 32; expected at least 64"),
         ({"tile": 256}, "sample.tile_overlap is 256; expected at most half of a tile, 256"),
         ({"tile_overlap": -8}, "sample.tile_overlap is -8; expected at least 0"),
+        ({"alpha_margin": 0.5}, "sample.alpha_margin is 0.5; expected less than 0.5"),
     ],
 )
-def test_invalid_tiles_are_refused(change: dict[str, int], message: str) -> None:
+def test_invalid_settings_are_refused(change: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
         SampleConfig(**change)

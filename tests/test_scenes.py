@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from layerdecomp.data import shapes, textures
 from layerdecomp.data.scenes import SceneConfig, Scenes
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.compositing import over
@@ -80,6 +81,20 @@ def test_a_sample_depends_only_on_seed_split_and_index() -> None:
 def test_the_splits_share_no_seed() -> None:
     train, test = (Scenes(SceneConfig(size=32), split, 5, 4, with_cues=False) for split in ("train", "test"))
     assert not any(train[index]["inpaint_mask"].equal(test[index]["inpaint_mask"]) for index in range(4))
+
+
+@pytest.mark.parametrize(("split", "other"), [("train", "test"), ("test", "train")])
+def test_a_scene_uses_no_photograph_texture_or_shape_of_the_other_split(
+    split: str, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for parts in (textures.PHOTOGRAPHS, textures._FIELDS, shapes.SHAPES):
+        monkeypatch.delitem(parts, other)  # type: ignore[arg-type]
+    names = ("photograph", "bystander", "occluder", "many_coloured")
+    config = SceneConfig(size=32, **{f"{name}_probability": 0.5 for name in names})
+    # masks for inpainting have the training shapes in both splits
+    monkeypatch.setattr("layerdecomp.data.scenes.inpainting_mask", lambda rng, size: np.zeros((size, size), bool))
+    scenes = Scenes(config, split, seed=0, length=12, with_cues=False)
+    assert len([scenes[index] for index in range(12)]) == 12
 
 
 def test_workers_make_the_same_samples() -> None:

@@ -69,9 +69,13 @@ def test_digests_distinguish_test_sets(tmp_path: Path) -> None:
     assert TestFolder(tmp_path / "copy").digest() != digest
 
 
-def test_seeds_depend_only_on_the_name() -> None:
+def test_seeds_depend_only_on_the_name(tmp_path: Path) -> None:
     assert seed_of("00012") == 12 and seed_of("cat") == seed_of("cat") != seed_of("dog")
     assert 0 <= seed_of("a/b") < 2**32 and 0 <= seed_of("1" * 30) < 2**32
+    export_samples(drawn_samples(SCENES), tmp_path)
+    for path in tmp_path.glob("*/00000.png"):
+        path.unlink()
+    assert TestFolder(tmp_path, with_cues=False)[0]["index"] == 1
 
 
 def test_a_folder_may_lack_foregrounds_and_occluders_but_nothing_else(tmp_path: Path) -> None:

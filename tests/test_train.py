@@ -11,10 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from conftest import alone, curve, power_cut_at
+from conftest import alone, curve, fill, power_cut_at
 from lightning.pytorch.strategies import DDPStrategy
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -22,18 +23,27 @@ from torch.utils.data import default_collate
 
 from layerdecomp.comparison import EvaluateConfig, Models, methods
 from layerdecomp.config import TrainConfig, load_config
-from layerdecomp.data.datamodule import open_samples
+from layerdecomp.data.datamodule import collate, open_samples
 from layerdecomp.data.index import VERSION
 from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError
-from layerdecomp.flow import seeded_normal
+from layerdecomp.flow import sample_times, seeded_normal
+from layerdecomp.imaging.compositing import to_autoencoder
 from layerdecomp.manifest import describe_adapter
 from layerdecomp.metric_networks import open_networks
+from layerdecomp.metrics.background import psnr
 from layerdecomp.metrics.layers import METRICS, LayerMetrics
 from layerdecomp.models.autoencoder import Autoencoder
 from layerdecomp.models.context_fusion import ContextFusion
+from layerdecomp.models.lora import is_quantized
 from layerdecomp.tensor_files import file_sha256, read_metadata
-from layerdecomp.training.autoencoder import BACKGROUND_MEAN, BACKGROUND_SQUARE, AutoencoderJob, composite_error
+from layerdecomp.training.autoencoder import (
+    BACKGROUND_MEAN,
+    BACKGROUND_SQUARE,
+    AutoencoderJob,
+    composite_error,
+    reconstruction_metrics,
+)
 from layerdecomp.training.base import source_commit
 from layerdecomp.training.checkpoints import newest_checkpoint
 from layerdecomp.training.decomposer import DecomposerJob, fixed_settings
@@ -77,16 +87,17 @@ def overrides(tiny_overrides: list[str]) -> list[str]:
 
 
 def test_a_run_writes_its_checkpoint_adapter_metrics_and_samples(tmp_path: Path, overrides: list[str]) -> None:
-    run_dir = run("tiny", *overrides, f"run_dir={tmp_path}/run", "train.steps=3")
+    run_dir = run("tiny", *overrides, f"run_dir={tmp_path}/run", "train.steps=3", "seed=4")
     assert {"config.yaml", "last.ckpt", "adapter.safetensors", "metrics.json"} <= {p.name for p in run_dir.iterdir()}
     assert (run_dir / "samples" / "comparison.png").is_file()
     metrics = json.loads((run_dir / "metrics.json").read_text())
     assert set(metrics["results"]) == {"adapted", "base", "classical"}
     assert set(METRICS) <= set(metrics["results"]["adapted"])
     assert metrics["protocol"]["count"] == 3
+    assert (metrics["protocol"]["split"], metrics["protocol"]["data_seed"]) == ("test", 1234)
     assert len(losses(run_dir)) == 3
     metadata = read_metadata(run_dir / "adapter.safetensors")
-    assert (metadata["steps"], metadata["seed"], json.loads(metadata["data"])["source"]) == ("3", "0", "scenes")
+    assert (metadata["steps"], metadata["seed"], json.loads(metadata["data"])["source"]) == ("3", "4", "scenes")
     assert re.fullmatch("[0-9a-f]{40}|([0-9a-f]{40}-dirty|unknown)-[0-9a-f]{8}", metadata["commit"])
     figures = json.loads(metadata["figures"])
     assert figures["background/psnr"] == metrics["results"]["adapted"]["background/psnr"]
@@ -235,16 +246,20 @@ def test_resuming_a_checkpoint_uses_the_new_learning_rate_and_betas(
     tmp_path: Path, overrides: list[str], muon: str
 ) -> None:
     settings = [*overrides, f"optim.muon={muon}", "optim.warmup=0", "optim.decay=false", "evaluate.rows=[]"]
-    first = run("tiny", *settings, "optim.lr=0.04", "train.steps=2", f"run_dir={tmp_path}/first")
+    decay = [[], []] if muon == "true" else [["optim.weight_decay=0.1"], ["optim.weight_decay=0.2"]]
+    first = run("tiny", *settings, *decay[0], "optim.lr=0.04", "train.steps=2", f"run_dir={tmp_path}/first")
     assert not (first / "metrics.json").exists()  # no rows, no comparison
-    before = torch.load(first / "last.ckpt", weights_only=True)["state_dict"]
+    checkpoint = torch.load(first / "last.ckpt", weights_only=True)
+    before, (group, *_) = checkpoint["state_dict"], checkpoint["optimizer_states"][0]["param_groups"]
+    assert tuple(group["betas"]) == (0.9, 0.99) and group.get("weight_decay", 0.1) == 0.1
     settings += [f"resume={first / 'last.ckpt'}", "train.steps=4", f"run_dir={tmp_path}/second"]
-    second = run("tiny", *settings, "optim.lr=1e-9", "optim.betas=[0.5,0.6]")
+    second = run("tiny", *settings, *decay[1], "optim.lr=1e-9", "optim.betas=[0.5,0.6]")
     state = torch.load(second / "last.ckpt", weights_only=True)
     for name, tensor in state["state_dict"].items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-7)
     for group in state["optimizer_states"][0]["param_groups"]:
         assert group["lr"] == group["initial_lr"] == 1e-9 and tuple(group["betas"]) == (0.5, 0.6)
+        assert group.get("weight_decay", 0.2) == 0.2
     with pytest.raises(InputError, match="the checkpoint's optimizer is .*resume with the original optim.muon"):
         run("tiny", *settings, f"optim.muon={'false' if muon == 'true' else 'true'}")
 
@@ -410,6 +425,8 @@ def test_a_latent_cache_only_changes_rounding(
     torch.testing.assert_close(first, without, rtol=2e-3, atol=0)
     other = run(job, *settings, "seed=1", f"run_dir={tmp_path}/other")
     assert encoded[4:] == [0, 1, 2, 3] and losses(other) != first, "another seed has other latents"
+    one, two = (load_file(path)["z"] for path in (tmp_path / "latents").rglob("000000000.safetensors"))
+    assert not one.equal(two), "another seed has other samples"
 
 
 @pytest.mark.parametrize(
@@ -421,11 +438,17 @@ def test_a_latent_cache_only_changes_rounding(
         ("train.steps=9", True),
         ("train.batch_size=1 train.accumulate=2", True),
         ("train.batch_size=1", False),
+        ("fusion.cues=[segmentation]", False),
+        ("weights.autoencoder={other}", False),
+        ("weights.rgba_autoencoder={other}", False),
     ],
 )
 def test_only_settings_that_affect_latents_change_the_cache_folder(
-    tmp_path: Path, overrides: list[str], override: str, same: bool
+    tmp_path: Path, overrides: list[str], tiny_weights: Path, override: str, same: bool
 ) -> None:
+    rgba, other = "rgba" in override, tmp_path / "autoencoder.safetensors"
+    file = tiny_weights / f"{'rgba_' if rgba else ''}autoencoder.safetensors"
+    save_file(load_file(file), other, {**read_metadata(file), "date": "later"})  # the same tensors, but another file
     index, metadata = tmp_path / "index.safetensors", {"source": "a", "kind": "triplets", "licence": "b"}
     metadata |= {"index_version": VERSION, "root": str(tmp_path)}
     save_file({"ends": torch.zeros(1)}, index, metadata)
@@ -438,7 +461,7 @@ def test_only_settings_that_affect_latents_change_the_cache_folder(
         return job.cache.folder
 
     before = folder()
-    assert (folder(*override.split()) == before) is same
+    assert (folder(*override.format(other=other).split()) == before) is same
     save_file({"ends": torch.ones(1)}, index, metadata)  # as if rebuilt from other images
     file_sha256.cache_clear()
     assert folder() != before
@@ -451,11 +474,14 @@ def test_learning_rate_and_gradient_norm_are_logged_for_each_step(
     found: list[tuple[float, float]] = []
     original = DecomposerJob.configure_gradient_clipping
 
+    def norm(job: DecomposerJob) -> float:
+        gradients = [parameter.grad for _, parameter in job.trained() if parameter.grad is not None]
+        return sum(gradient.double().square().sum().item() for gradient in gradients) ** 0.5
+
     def recording(self: DecomposerJob, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
-        gradients = [parameter.grad for _, parameter in self.trained() if parameter.grad is not None]
-        squares = sum(gradient.double().square().sum().item() for gradient in gradients)
-        found.append((optimizer.param_groups[0]["lr"], squares**0.5))
+        found.append((optimizer.param_groups[0]["lr"], norm(self)))
         original(self, optimizer, *args, **kwargs)
+        assert norm(self) == pytest.approx(1e-3, rel=1e-2), "expected the gradient to be clipped"
 
     monkeypatch.setattr(DecomposerJob, "configure_gradient_clipping", recording)
     settings = [*overrides, "evaluate.rows=[]", "train.steps=5", "train.accumulate=2", f"optim.muon={muon}"]
@@ -464,6 +490,15 @@ def test_learning_rate_and_gradient_norm_are_logged_for_each_step(
     assert curve(run_dir, "train/lr") == pytest.approx(rates) and len(set(rates.values())) == 5
     assert curve(run_dir, "train/grad_norm") == pytest.approx(norms, rel=1e-5)
     assert min(norms.values()) > 1e-3  # before clipping
+    assert list(curve(run_dir, "validation/background/psnr")) == [0, 1, 3]  # at the start and after 2 and 4 steps
+
+
+def test_the_learning_rate_warms_up_from_the_first_step_and_decays_to_2_percent(overrides: list[str]) -> None:
+    settings = ["optim.warmup=4", "train.steps=100"]
+    job = DecomposerJob(load_config(REPOSITORY / "configs" / "tiny.yaml", [*overrides, *settings, "optim.decay=false"]))
+    assert [job._rate(step) for step in (0, 1, 3, 4, 99)] == [0.25, 0.5, 1, 1, 1]
+    job.run.optim.decay = True
+    assert [job._rate(step) for step in (50, 100, 101)] == pytest.approx([0.51, 0.02, 0.02])
 
 
 def test_several_processes_use_ddp_with_gradients_as_bucket_views() -> None:
@@ -494,8 +529,13 @@ def test_an_autoencoder_is_evaluated_in_batches_of_the_set_size(
     monkeypatch.setattr(Autoencoder, "encode", lambda self, x: (sizes.append(len(x)), encode(self, x))[1])
     few = ["train.steps=1", "data.validation=1", "evaluate.samples=3", "evaluate.batch_size=2"]
     settings = [f"refine={tiny_weights}/autoencoder.safetensors", "extend=null", *few, f"run_dir={tmp_path}/run"]
-    run("tiny_autoencoder", *SMALL, *settings)
+    run_dir = run("tiny_autoencoder", *SMALL, *settings)
     assert sizes[-2:] == [2, 1]
+    config, refined = load_config(run_dir / "config.yaml"), load_autoencoder(run_dir / "autoencoder.safetensors")
+    images = default_collate([open_samples(config.data, "test", config.evaluate.seed, 3)[i]["image"] for i in range(3)])
+    figures = json.loads((run_dir / "metrics.json").read_text())["results"]["autoencoder"]
+    expected = psnr(refined.decode(refined.encode(images)).clamp(-1, 1), images).mean().item()
+    assert figures["psnr"] == pytest.approx(expected, rel=2e-3), "expected the figures of the held-out scenes"
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "rgba_autoencoder"])
@@ -525,12 +565,50 @@ def test_an_autoencoder_cannot_be_both_extended_and_refined(tmp_path: Path) -> N
         run("tiny_rgba_autoencoder", "refine=other.safetensors", f"run_dir={tmp_path}/none")
 
 
-def test_the_decoder_is_trained_on_samples_of_the_posterior() -> None:
-    settings = [*SMALL, *AUTOENCODER, "projection=0", "noise=0"]
+@pytest.mark.parametrize("noise", [0.0, 0.2])
+def test_the_decoder_is_trained_on_samples_of_the_posterior(noise: float) -> None:
+    settings = [*SMALL, *AUTOENCODER, "projection=0", f"noise={noise}", "model.scale_factor=0.5"]
     job = AutoencoderJob(load_config(REPOSITORY / "configs" / "tiny_autoencoder.yaml", settings))
     mean, log_variance = torch.zeros(2, 16, 4, 4), torch.full((2, 16, 4, 4), -3.0)
-    noise = seeded_normal(job.run.seed, [7, 8], (16, 4, 4))
-    torch.testing.assert_close(job._deviation(mean, log_variance, [7, 8]), math.exp(-1.5) * noise)
+    drawn, level = (seeded_normal(job.run.seed, [7, 8], shape, n) for n, shape in enumerate(((16, 4, 4), (1, 1, 1))))
+    expected = (math.exp(-1.5) + noise * level.abs() / 0.5) * drawn  # `noise` is of scaled latents
+    torch.testing.assert_close(job._deviation(mean, log_variance, [7, 8]), expected)
+
+
+def test_an_rgb_autoencoder_sees_holes_and_its_latents_are_normalised_on_training_scenes() -> None:
+    settings = [*SMALL, *AUTOENCODER, "projection=0"]
+    job = AutoencoderJob(load_config(REPOSITORY / "configs" / "tiny_autoencoder.yaml", settings))
+    data = open_samples(job.run.data, "train", job.run.seed, 64, with_cues=False)
+    batch = collate([data[index] for index in range(64)])
+    seen, holes = job.pictures(batch), 1 - batch["inpaint_mask"]
+    assert seen[2].equal(batch["image"][2]) and seen[3].equal((batch["image"] * holes)[3]), "every fourth has a hole"
+    job.normalise_latents()
+    with torch.no_grad():
+        latents = job.autoencoder.encode(batch["image"])
+    assert latents.mean().item() == pytest.approx(0, abs=1e-3) and latents.std().item() == pytest.approx(1, rel=1e-3)
+
+
+def test_the_losses_of_an_rgba_autoencoder(tiny_weights: Path) -> None:
+    weights = {"kl": 0.3, "anchor": 2.0, "foreground_anchor": 0.5}
+    settings = [*SMALL, f"extend={tiny_weights}/autoencoder.safetensors", "projection=0", "noise=0"]
+    settings += [f"{name}={weight}" for name, weight in weights.items()]
+    job = AutoencoderJob(load_config(REPOSITORY / "configs" / "tiny_rgba_autoencoder.yaml", settings))
+    fill(job.autoencoder, seed=1)  # else its latents are those of its teacher
+    data = open_samples(job.run.data, "train", 0, 4, with_cues=False)
+    batch = collate([{**data[index], "position": index} for index in range(4)])
+    pictures, losses = job.pictures(batch), job.loss(batch)
+    assert pictures[:3].equal(to_autoencoder(batch["foreground"])[:3])
+    assert pictures[3, :3].equal(batch["image"][3]) and (pictures[3, 3] == 1).all(), "every fourth is opaque"
+    assert job.teacher is not None
+    (mean, log_variance), (anchor, _) = job.autoencoder.posterior(pictures), job.teacher.posterior(pictures[:, :3])
+    posterior, standard = torch.distributions.Normal(mean, (log_variance / 2).exp()), torch.distributions.Normal(0, 1)
+    torch.testing.assert_close(losses["kl"], torch.distributions.kl_divergence(posterior, standard).mean())
+    distances = (mean - anchor).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(losses["anchor"], (torch.tensor([0.5, 0.5, 0.5, 2.0]) * distances).mean())
+    whole = losses["composite"] + 0.5 * losses["alpha"] + weights["kl"] * losses["kl"] + losses["anchor"]
+    torch.testing.assert_close(losses["loss"], whole)
+    half = torch.cat([pictures[:, :3], pictures[:, 3:] - 0.5], dim=1)  # alpha in [-1, 1]
+    assert reconstruction_metrics(half, pictures)["alpha_l1"].item() == pytest.approx(0.25)
 
 
 def test_composite_error_is_the_mean_over_backgrounds() -> None:
@@ -753,6 +831,49 @@ def test_an_adapter_of_other_code_is_refused(
         DecomposerJob(config)
 
 
+def test_settings_of_the_adapted_model_are_used(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = [*overrides, "quantize=int8", "recompute=2", "recompute_attention=false", "encode_batch_size=3"]
+    job = DecomposerJob(load_config(REPOSITORY / "configs" / "tiny.yaml", [*settings, "training_guidance=2.5"]))
+    decomposer, found = job.decomposer, list[float]()
+    assert any(is_quantized(parameter) for parameter in decomposer.transformer.parameters())
+    assert decomposer.transformer.recompute == 2 and not decomposer.transformer.recompute_attention
+    assert decomposer.autoencoder.encode_batch_size == decomposer.rgba_autoencoder.encode_batch_size == 3
+
+    def velocity(x: torch.Tensor, context: Any, t: torch.Tensor, guidance: float) -> torch.Tensor:
+        found.append(guidance)
+        return torch.zeros_like(x)
+
+    monkeypatch.setattr(decomposer, "velocity", velocity)
+    data = open_samples(job.run.data, "train", 0, 1)
+    job.loss(collate([{**data[0], "position": 0, "faults": []}]))
+    assert found == [2.5]
+
+
+def test_an_inpainter_sees_an_image_without_its_hole_and_fills_only_the_hole(
+    tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = f"weights.autoencoder={tiny_weights}/autoencoder.safetensors"
+    settings = [*SMALL, *INPAINTER, weights, "latent_cache=null", "sample.steps=1"]
+    job = InpainterJob(load_config(REPOSITORY / "configs" / "tiny_inpainter.yaml", settings))
+    data = open_samples(job.run.data, "train", 0, 4, with_cues=False)
+    batch = collate([data[index] for index in range(4)])
+    holes, mask = job.holes(batch), batch["inpaint_mask"]
+    assert holes[:3].equal(mask[:3]) and holes[3].equal(1 - mask[3]), "every fourth hole is inverted"
+    before, after = (job.encode({**batch, "image": image}) for image in (batch["image"], batch["image"] * (1 - holes)))
+    assert before["masked"].equal(after["masked"]) and not before["z"].equal(after["z"])
+    filled = job.fill(batch)
+    assert (filled * (1 - mask)).equal(batch["image"] * (1 - mask)) and not (filled * mask).equal(batch["image"] * mask)
+    job.run.evaluate.seed += 1
+    assert not job.fill(batch).equal(filled)
+
+    def velocity(model: Any, prompt: Any, x: torch.Tensor, cond: Any, t: torch.Tensor, guidance: float) -> torch.Tensor:
+        assert t.equal(sample_times(seeded_normal(job.run.seed, range(4), (1,), 1).flatten(), 4, job.run.flow))
+        return torch.zeros_like(x)  # of 4 tokens, by which the times are shifted
+
+    monkeypatch.setattr("layerdecomp.training.inpainter.predict_velocity", velocity)
+    assert job.loss({**batch, "position": [0, 1, 2, 3]})["loss"] > 0
+
+
 def test_training_without_lora_is_logged(overrides: list[str], caplog: pytest.LogCaptureFixture) -> None:
     job = DecomposerJob(load_config(REPOSITORY / "configs" / "tiny.yaml", [*overrides, "lora.targets=[]"]))
     assert "lora.targets is empty: no layer gets LoRA; only img_in" in caplog.text
@@ -767,6 +888,24 @@ def test_global_random_numbers_depend_on_the_position_and_differ_from_the_noise(
         drawn.append(torch.randn(4))
     assert drawn[0].equal(drawn[1]) and not drawn[0].equal(drawn[2])
     assert not any(drawn[0].equal(seeded_normal(3, [5], (4,), stream)[0]) for stream in (0, 1))
+
+
+def test_the_loss_of_an_adapter_training_equals_its_definition(overrides: list[str]) -> None:
+    settings = ["seed=3", "training_guidance=4.5", "flow.logit_mean=0.4", "train.precision=32-true"]
+    job = DecomposerJob(load_config(REPOSITORY / "configs" / "tiny.yaml", [*overrides, *settings]))
+    z, velocity = torch.randn(2, 2, 8, 64)
+    noise, normal = seeded_normal(3, [7, 9], (8, 64)), seeded_normal(3, [7, 9], (1,), stream=1)
+    t = sample_times(normal.flatten(), 4, job.run.flow)
+    latents = {"z": z, "cond": torch.randn(2, 4, 16, 4, 4), "mask": torch.rand(2, 1, 32, 32) > 0.5}
+    present = {"cues_present": torch.ones(2, 3, dtype=torch.bool)}
+    with mock.patch.object(job.decomposer.transformer, "forward", return_value=velocity) as forward:
+        found = job.flow_losses(latents | present, [7, 9])
+    inputs = forward.call_args.kwargs
+    torch.testing.assert_close(inputs["img"][..., :64], z + t[:, None, None] * (noise - z))
+    assert inputs["timesteps"].equal(t) and inputs["guidance"].tolist() == [4.5, 4.5]
+    errors = (velocity - (noise - z)).square()
+    parts = {"loss": errors, "background": errors[:, :4], "foreground": errors[:, 4:]}
+    torch.testing.assert_close(found, {name: part.mean() for name, part in parts.items()})
 
 
 def test_cpu_does_not_move_a_job(overrides: list[str]) -> None:

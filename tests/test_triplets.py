@@ -155,6 +155,16 @@ def test_an_object_that_is_faint_everywhere_is_skipped(tmp_path: Path) -> None:
         samples(TripletConfig(layered=[str(tmp_path / "index.safetensors")], size=64), 1)
 
 
+def test_a_held_out_picture_without_a_large_enough_object_is_replaced(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name, radius in (("a", 1), ("b", 20)):
+        Image.fromarray(noise(rng, 64, 64)).save(tmp_path / f"{name}-layer_0.png")
+        rgba(noise(rng, 64, 64), disc(64, 64, (32, 32), radius)).save(tmp_path / f"{name}-layer_1.png")
+    prepare(MulanLayers(tmp_path), tmp_path / "index.safetensors", test_share=1)
+    settings = TripletConfig(layered=[str(tmp_path / "index.safetensors")], size=64)
+    assert all(sample["mask"].mean() > 0.1 for sample in samples(settings, 2, split="test"))
+
+
 @pytest.mark.parametrize("kind", ["layered", "folders"])
 def test_cue_maps_in_folders_are_cropped_and_flipped_like_the_image(sets: Path, kind: str, tmp_path: Path) -> None:
     shutil.copytree(sets, tmp_path, dirs_exist_ok=True)
@@ -296,6 +306,10 @@ def test_the_samples_of_a_group_share_a_bucket_that_varies_between_groups(sets: 
     assert all(len(group) == 1 for group in groups)
     assert set.union(*groups) == {(48, 80), (80, 48)}
     assert {tuple(sample["image"].shape[1:]) for sample in samples(settings, 6)} == {(48, 80)}
+    data = Triplets(settings, "train", seed=3, length=24, with_cues=False, group=4)
+    for index in range(0, 24, 2):  # pictures of even number are wide
+        picture = int(data.name(index).split(" + ")[0])
+        assert (picture % 2 == 0) is (shapes[index] == (48, 80)), "expected a picture that needs little cropping"
 
 
 def test_loaders_give_batches_of_one_size(sets: Path) -> None:
@@ -478,3 +492,5 @@ def test_an_adapter_is_trained_on_triplets(sets: Path, tmp_path: Path, tiny_over
     written = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert written["protocol"]["data"] == "triplets"
     assert written["results"]["adapted"]["background/psnr"] > 0
+    with pytest.raises(InputError, match=r"samples is 6; expected a multiple of the samples per step, 4"):
+        train(load_config(CONFIGS / "tiny.yaml", [*settings, "data.samples=6", "train.accumulate=2", "resume=never"]))

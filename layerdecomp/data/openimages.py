@@ -248,7 +248,6 @@ def _uncovered(table: Path, images: set[str], unwanted: Collection[str], max_are
             continue
         if label in unwanted:
             kept.discard(image)
-            boxes.pop(image, None)
         else:
             boxes.setdefault(image, array("d")).extend(_numbers(table, corners))
     covered = {image for image, corners in boxes.items() if covered_area(np.reshape(corners, (-1, 4))) > max_area}

@@ -33,7 +33,7 @@ def read_image(source: Picture) -> Pixels:
     """
     stored = _open(source)
     picture = to_srgb(_eight_bits(stored))
-    if picture.mode == "L" != stored.mode and (peak := np.asarray(picture).max()) < 16:
+    if picture.mode == "L" != stored.mode and (peak := np.asarray(picture).max()) <= 16:
         fault = "%s is nearly black: its brightest level is %d of 255; scale it up if it has fewer bits than its file"
         logger.warning(fault, _name(source, "a picture"), peak)
     if picture.has_transparency_data:
@@ -79,7 +79,7 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     deep = np.nan_to_num(np.asarray(picture, dtype=np.float64))
     peak = deep.max(initial=0)
     scale = 255 if picture.mode == "F" and peak < 2 else 1 / 257 if peak > 255 else 1  # floats may overshoot 1
-    return Image.fromarray((deep * scale).clip(0, 255).astype(np.uint8))
+    return Image.fromarray((deep * scale).round().clip(0, 255).astype(np.uint8))
 
 
 def read_mask(source: Picture, size: tuple[int, int] | None = None) -> NDArray[np.bool_]:
