@@ -22,15 +22,7 @@ from layerdecomp.data.scenes import Scenes
 from layerdecomp.data.testset import OBJECTS, TestFolder, drawn_samples, export_samples, name_of, test_objects
 from layerdecomp.decomposer import SOURCES, Decomposer, FrozenBase, build_decomposer, inpaint, latent_noise
 from layerdecomp.errors import InputError, check_at_least
-from layerdecomp.evaluation import (
-    Evaluation,
-    Method,
-    Share,
-    draw_layers,
-    format_published,
-    score,
-    write_figures,
-)
+from layerdecomp.evaluation import Evaluation, Method, Share, draw_layers, score, write_figures
 from layerdecomp.files import atomic_write, keep_settings, source_sha256
 from layerdecomp.imaging.layers import write_picture
 from layerdecomp.manifest import DecomposerConfig
@@ -40,6 +32,7 @@ from layerdecomp.models.mmdit import MMDiT
 from layerdecomp.predictions import PredictionFolder, describe
 from layerdecomp.report import case_grid, format_report
 from layerdecomp.resizing import at_original_size
+from layerdecomp.tables import format_published
 from layerdecomp.tensor_files import file_sha256, read_metadata, weight_files
 from layerdecomp.weights import Adapter, load_mmdit
 

@@ -16,13 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from layerdecomp.evaluation import Evaluation, Samples, metric_title, metric_value, ranked_cases, to_batch
+from layerdecomp.evaluation import Evaluation, Samples, ranked_cases, to_batch
 from layerdecomp.imaging.compositing import on_checkerboard, resize_straight
 from layerdecomp.imaging.geometry import resize
 from layerdecomp.imaging.layers import Pixels
 from layerdecomp.metrics.layers import METRICS, PER_IMAGE, STDERR_SUFFIX
 from layerdecomp.pictures import comparison_grid, error_map, outlined, tiles_of
 from layerdecomp.predictions import PredictionFolder
+from layerdecomp.tables import metric_title, metric_value
 
 RANKED_BY = ("background/psnr", "foreground/alpha_iou")
 EXTREMES = 10  # number of best and of worst images per metric

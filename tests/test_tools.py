@@ -23,8 +23,8 @@ from layerdecomp.comparison import EvaluateConfig
 from layerdecomp.data.index import Index
 from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError, RunError
-from layerdecomp.evaluation import format_published
 from layerdecomp.overrides import merge_config, read_yaml
+from layerdecomp.tables import format_published
 from layerdecomp.weights import Adapter
 
 ROOT = Path(__file__).resolve().parent.parent

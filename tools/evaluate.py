@@ -18,10 +18,11 @@ from layerdecomp.comparison import WITH_MODEL, EvaluateConfig, TestData, compare
 from layerdecomp.data.datamodule import DataConfig, open_samples
 from layerdecomp.data.testset import TestFolder
 from layerdecomp.errors import InputError
-from layerdecomp.evaluation import Share, check_fill, fill, format_published
+from layerdecomp.evaluation import Share
 from layerdecomp.manifest import describe_adapter
 from layerdecomp.overrides import merge_config, read_yaml
 from layerdecomp.sampling import SampleConfig
+from layerdecomp.tables import check_fill, fill, format_published
 from layerdecomp.weights import config_from
 
 PATHS = dict.fromkeys(("adapter", "predictions", "data", "config", "export", "fill"), "")
