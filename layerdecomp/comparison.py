@@ -171,10 +171,11 @@ def maskless_weights(config: EvaluateConfig) -> Path:
 
 def _load_maskless(config: EvaluateConfig, models: Models) -> MMDiT:
     """Loads the maskless base; `InputError` if it does not fit the autoencoder and prompt of the adapted base."""
-    path, base, weight = maskless_weights(config), models.base, next(models.decomposer.autoencoder.parameters())
+    path = maskless_weights(config)
+    weight = next(models.decomposer.autoencoder.parameters())
     maskless = load_mmdit(path, dtype=weight.dtype, device=str(weight.device))
     for name in ("in_channels", "out_channels", "context_in_dim", "vec_in_dim"):
-        found, expected = (getattr(model.config, name) for model in (maskless, base))
+        found, expected = (getattr(model.config, name) for model in (maskless, models.base))
         if found != expected:
             raise InputError(
                 f"{path} has {name} {found}, the adapted base {expected}; the row maskless needs a base with the same "
@@ -215,7 +216,8 @@ def compare(
         raise InputError(f"predictions={overlapping[0]} is where this evaluation writes layers; choose another out=")
     if not rows and not others:
         raise InputError("there is nothing to compare; set adapter=, predictions= or evaluate.rows")
-    networks, settings = open_networks(config.measure), layer_settings(models, data, config)
+    networks = open_networks(config.measure)
+    settings = layer_settings(models, data, config)
     if share.rank == 0:
         open_folder(out, rows, settings)
     share.wait()

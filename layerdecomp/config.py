@@ -140,8 +140,8 @@ class DecomposerJobConfig(FlowJobConfig, DecomposerConfig):
             self._check_sharding()
 
     def _check_sharding(self) -> None:
-        train, rule = self.train, "shard_base=true shards the frozen transformer across the processes of a run: "
-        if train.devices * train.nodes == 1:
+        rule = "shard_base=true shards the frozen transformer across the processes of a run: "
+        if self.train.devices * self.train.nodes == 1:
             raise InputError(f"{rule}found train.devices=1 and train.nodes=1, expected several; set shard_base=false")
         if self.quantize is not None:
             raise InputError(f"{rule}found quantize={self.quantize}, whose tensors cannot be sharded; expected null")

@@ -191,15 +191,16 @@ def score(
     found: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
     positions = share.positions(len(data))
     for position in tqdm(positions, desc="score", unit="image", disable=share.rank > 0):
-        batch, found[position] = to_batch([data[position]], device), {}
+        batch = to_batch([data[position]], device)
+        found[position] = {}
         true = set_features(batch["background"], batch, networks.measures)
         for row, folder in folders.items():
             layers = folder.read(names[position], batch["image"])
             background, foreground = (None if layer is None else layer.to(device) for layer in layers)
-            values = per_image(background, foreground, batch, networks.measures)
+            measured = per_image(background, foreground, batch, networks.measures)
             predicted = set_features(background, batch, networks.measures)
             features = torch.stack([predicted, true[: len(predicted)]], dim=1)
-            found[position][row] = torch.stack(list(values.values())).cpu(), features.cpu()
+            found[position][row] = torch.stack(list(measured.values())).cpu(), features.cpu()
     with_truth = "foreground" in data[0]
     shares = share.gather((found, [folder.resized for folder in folders.values()]))
     if not shares:
@@ -207,21 +208,16 @@ def score(
     every = {position: rows for part, _ in shares for position, rows in part.items()}
     for place, folder in enumerate(folders.values()):
         folder.resized.update(*(resized[place] for _, resized in shares))
-    joined = {
-        row: [torch.cat(parts, dim=dim) for dim, parts in ((1, values), (0, features))]
-        for row in folders
-        for values, features in [zip(*(every[position][row] for position in range(len(data))), strict=True)]
-    }
-    results = {
-        row: {name: float(x) for name, x in summarize(*sums(values), features).items()}
-        for row, (values, features) in joined.items()
-    }
-    return Evaluation(
-        list(names),
-        results,
-        {row: dict(zip(PER_IMAGE, values.tolist(), strict=True)) for row, (values, _) in joined.items()},
-        {row: _reasons(results[row], folder, with_truth, networks.missing) for row, folder in folders.items()},
-    )
+    evaluation = Evaluation(list(names), {}, {}, {})
+    for row, folder in folders.items():
+        pairs = [every[position][row] for position in range(len(data))]
+        values = torch.cat([values for values, _ in pairs], dim=1)  # (metrics, N)
+        features = torch.cat([features for _, features in pairs])  # (N, 2, 2048)
+        figures = {name: float(x) for name, x in summarize(*sums(values), features).items()}
+        evaluation.results[row] = figures
+        evaluation.per_image[row] = dict(zip(PER_IMAGE, values.tolist(), strict=True))
+        evaluation.reasons[row] = _reasons(figures, folder, with_truth, networks.missing)
+    return evaluation
 
 
 def _reasons(

@@ -116,7 +116,8 @@ def _write_extras(job: ExportJob, format: str, model: MMDiT, rest: Tensors) -> l
 
 def _write_merged(job: ExportJob) -> list[Path]:
     """Writes the base with the adapter merged; holds one tensor at a time in memory, besides the adapter."""
-    path, adapted = job.config.weights.transformer, job.adapter.tensors
+    path = job.config.weights.transformer
+    adapted = job.adapter.tensors
     model, layout = empty_mmdit(path)
     trained = {name: adapted[name].float() for name in (f"{INPUT}.weight", f"{INPUT}.bias")}
     changes, rest = changes_from_adapter(adapted, job.config.lora, trained)

@@ -204,7 +204,8 @@ def _cases(
     evaluation: Evaluation, folders: Mapping[str, PredictionFolder], data: Samples, chosen: Mapping[int, Sequence[str]]
 ) -> Iterator[list[Cell]]:
     for place, kinds in chosen.items():
-        batch, name = to_batch([data[place]], "cpu"), evaluation.names[place]
+        batch = to_batch([data[place]], "cpu")
+        name = evaluation.names[place]
         figures = [
             (metric, evaluation.per_image[row][metric][place]) for row in evaluation.results for metric in RANKED_BY
         ]

@@ -104,7 +104,8 @@ class Job(LightningModule):
         self._means: dict[str, Tensor] = {}  # losses of the last step, averaged over batches and ranks
         self._pending: tuple[int, list[str], Deferred] | None = None  # the step whose values are not logged yet
         self.shown: dict[str, float] = {}  # in the progress bar
-        self.guard, self.faults = StepGuard(config.train.max_skipped), FaultCount(config.data.max_faulty)
+        self.guard = StepGuard(config.train.max_skipped)
+        self.faults = FaultCount(config.data.max_faulty)
 
     @abstractmethod
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -150,7 +151,8 @@ class Job(LightningModule):
         self._losses.append(torch.stack([value.detach() for value in losses.values()]))
         if len(self._losses) == self.trainer.accumulate_grad_batches:
             means = all_reduce_sum(torch.stack(self._losses).mean(dim=0)) / self.trainer.world_size
-            self._losses, self._means = [], dict(zip(losses, means, strict=True))
+            self._means = dict(zip(losses, means, strict=True))
+            self._losses = []
         self._rate_samples(size * self.trainer.world_size)
         return nan_if_not_finite(losses["loss"])
 
@@ -273,7 +275,8 @@ class Job(LightningModule):
         trained = checkpoint.get("trained", {"by": ["unknown"]})  # older checkpoints do not record it
         self._trained_by = trained["by"]
         self._trained_on, self._trained_source = trained.get("on"), trained.get("source")
-        step, train = checkpoint["global_step"], self.run.train
+        train = self.run.train
+        step = checkpoint["global_step"]
         checkpoint["loops"]["fit_loop"] = loops_at(
             self.trainer.fit_loop.state_dict(),
             step=step,
@@ -302,7 +305,8 @@ class Job(LightningModule):
 
     def _set_hyperparameters(self, checkpoint: dict[str, Any]) -> None:
         """Replaces the optimizer's hyperparameters by the config's, which may have changed; its moments stay."""
-        found, config = checkpoint.get("optimizer", self._optimizer_kind), self.run.optim
+        config = self.run.optim
+        found = checkpoint.get("optimizer", self._optimizer_kind)
         if found != self._optimizer_kind:
             raise InputError(
                 f"the checkpoint's optimizer is {found}, but this run's is {self._optimizer_kind}; resume with "
@@ -336,11 +340,11 @@ class Job(LightningModule):
 
     def _rate(self, step: int) -> float:
         """The learning rate of a step as a fraction of `optim.lr`."""
-        config, steps = self.run.optim, self.run.train.steps
+        config = self.run.optim
         warmup = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
         if not config.decay:
             return warmup
-        return warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+        return warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.run.train.steps))))
 
     def provenance(self, figures: Mapping[str, float]) -> Metadata:
         """Metadata for a weight file on the run that produced it."""

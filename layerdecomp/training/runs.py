@@ -128,7 +128,8 @@ def find_checkpoint(run_dir: Path, config: RunConfig) -> Path | None:
         return None
     if config.resume != "auto":
         return _given_checkpoint(config.resume)
-    checkpoint, described = newest_checkpoint(run_dir), run_dir / "config.yaml"
+    checkpoint = newest_checkpoint(run_dir)
+    described = run_dir / "config.yaml"
     if checkpoint is not None and described.is_file():
         _check_unchanged(checkpoint, changed_keys(config, described))
     return checkpoint
@@ -227,8 +228,10 @@ def build_trainer(config: RunConfig, run_dir: Path, job: Job) -> Trainer:
     """The Lightning trainer: one epoch of `train.steps` steps, with validation and checkpoints at fixed steps."""
     train = config.train
     validate_every = min(train.validate_every, train.steps)
-    files, every = CheckpointFiles(), train.checkpoint_every
-    checkpoints = Checkpoints(files, run_dir, every=every, validate_every=validate_every, sound=job.sound)
+    files = CheckpointFiles()
+    checkpoints = Checkpoints(
+        files, run_dir, every=train.checkpoint_every, validate_every=validate_every, sound=job.sound
+    )
     available = torch.cuda.device_count()
     if available and train.devices > available:
         raise InputError(
