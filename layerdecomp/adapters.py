@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -245,12 +246,17 @@ def _take_pair(tensors: Tensors, name: str, down: str, up: str) -> Change | None
     return Change(a, b, scale, bias if bias is not None and bias.any() else None)
 
 
-Write = Callable[[Changes, int], Tensors]
-Read = Callable[[Tensors, Mapping[str, int], int], Changes]
-# By layout: prefix of its names, writer, reader.
-LAYOUTS: dict[str, tuple[str, Write, Read]] = {
-    "diffusers": ("transformer.", to_diffusers, from_diffusers),
-    "kohya": ("lora_unet_", to_kohya, from_kohya),
+class LoRALayout(NamedTuple):
+    """A layout of LoRA files."""
+
+    prefix: str  # of the tensors' names
+    write: Callable[[Changes, int], Tensors]
+    read: Callable[[Tensors, Mapping[str, int], int], Changes]
+
+
+LAYOUTS = {
+    "diffusers": LoRALayout("transformer.", to_diffusers, from_diffusers),
+    "kohya": LoRALayout("lora_unet_", to_kohya, from_kohya),
 }
 
 
