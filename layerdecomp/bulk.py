@@ -13,7 +13,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from layerdecomp.conditioning import TOKEN_FACTOR
 from layerdecomp.data.folders import by_stem, upright_size
-from layerdecomp.decomposer import SOURCE_SHA256, Decomposer, Prepared, check_whole_number
+from layerdecomp.decomposer import SHA256_BY_SOURCE, Decomposer, Prepared, check_whole_number
 from layerdecomp.errors import InputError, RunError
 from layerdecomp.files import keep_settings
 from layerdecomp.imaging.geometry import fitted_size
@@ -110,7 +110,7 @@ def decompose_folder(
     seed, batch_size = check_whole_number("seed", seed), check_whole_number("batch_size", batch_size, 1)
     if not any((out / pair.stem).is_dir() for pair in pairs):  # no layers of other settings
         (out / SETTINGS).unlink(missing_ok=True)
-    keep_settings(out / SETTINGS, {**settings, "seed": seed, **asdict(decomposer.sample), **SOURCE_SHA256})
+    keep_settings(out / SETTINGS, {**settings, "seed": seed, **asdict(decomposer.sample), **SHA256_BY_SOURCE})
     names = [name for format in formats for name in FORMATS[format]]
     left = [pair for pair in pairs if not pair.is_split(out / pair.stem, names)]
     left.sort(key=lambda pair: pair.padded_size(decomposer.sample.max_side))  # fills batches with images of one size

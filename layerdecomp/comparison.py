@@ -43,7 +43,7 @@ MASKLESS = "checkpoints/tiny/transformer_maskless.safetensors"  # ships with the
 SETTINGS = ".settings.json"  # the settings of a row's layers, in their folder until the evaluation is finished
 RESULTS = ("metrics.json", "table.md", "per_image.csv", "report.html", "published.md")
 ROW_SOURCES = (*SOURCES, "baselines.py", "comparison.py", "data/*.py", "evaluation.py", "predictions.py")
-SOURCE_SHA256 = source_sha256(*ROW_SOURCES)  # of the code that draws the layers of all rows
+ROWS_SHA256 = source_sha256(*ROW_SOURCES)  # of the code that draws the layers of all rows
 TestData = Samples | TestFolder
 
 
@@ -241,7 +241,7 @@ def compare(
     return evaluation
 
 
-def export(data: DataConfig, config: EvaluateConfig, folder: Path) -> int:
+def export_test_set(data: DataConfig, config: EvaluateConfig, folder: Path) -> int:
     """Writes the samples of a comparison into a folder, as a test set, and returns their number.
 
     An interrupted export resumes when called again. `InputError` if the folder has samples of other settings.
@@ -338,7 +338,7 @@ def layer_settings(models: Models | None, data: TestData, config: EvaluateConfig
         settings |= {"quantize": models.quantize} if models.quantize else {}
     if "maskless" in config.rows:
         settings["maskless"] = file_sha256(maskless_weights(config))
-    return settings | {"layers": "8-bit files", "versions": _versions(config.rows), "source_sha256": SOURCE_SHA256}
+    return settings | {"layers": "8-bit files", "versions": _versions(config.rows), "source_sha256": ROWS_SHA256}
 
 
 def metric_settings(config: MeasureConfig, networks: Networks) -> dict[str, Any]:

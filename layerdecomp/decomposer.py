@@ -34,7 +34,7 @@ from layerdecomp.imaging.compositing import from_autoencoder, to_autoencoder
 from layerdecomp.imaging.cues import CUES, compute_cues
 from layerdecomp.imaging.geometry import resize, to_pixels, to_tensor
 from layerdecomp.imaging.layers import Layers, Picture, Pixels, read_pair
-from layerdecomp.manifest import DecomposerConfig, describe_adapter
+from layerdecomp.manifest import DecomposerConfig, open_adapter
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.blocks import autocast_device
 from layerdecomp.models.context_fusion import ContextFusion, check_fusion
@@ -52,7 +52,7 @@ SOURCES = (
     *("conditioning.py", "decomposer.py", "flow.py", "imaging/*.py", "layouts.py", "manifest.py", "models/*.py"),
     *("quantization.py", "resizing.py", "sampling.py", "tensor_files.py", "weights.py"),
 )
-SOURCE_SHA256 = {f"layerdecomp/{pattern}": source_sha256(pattern) for pattern in SOURCES}
+SHA256_BY_SOURCE = {f"layerdecomp/{pattern}": source_sha256(pattern) for pattern in SOURCES}
 
 
 @dataclass(frozen=True)
@@ -444,7 +444,7 @@ class Decomposer(nn.Module):
                 f"dtype is {dtype!r}; expected torch.float32 or torch.bfloat16, in which the base is trained"
             )
         check_device(device)
-        adapter, config = describe_adapter(path, **files)
+        adapter, config = open_adapter(path, **files)
         decomposer = build_decomposer(config, dtype, device, quantize)
         decomposer.load_adapter(adapter, path)
         return decomposer.requires_grad_(False).eval()

@@ -25,8 +25,8 @@ from layerdecomp.manifest import (
     DecomposerConfig,
     WeightFiles,
     adapter_file,
-    described_config,
-    describe_adapter,
+    config_of,
+    open_adapter,
 )
 from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig
@@ -113,13 +113,13 @@ def read_adapter(path: Path, files: dict[str, str]) -> tuple[Adapter, Decomposer
             (key for key, kind in LAYOUTS.items() if any(name.startswith(kind.prefix) for name in names)), None
         )
         if layout is None:
-            return describe_adapter(path, **files)
+            return open_adapter(path, **files)
         tensors = {name: file.get_tensor(name) for name in names}
     metadata = read_metadata(path)
     if layout == "diffusers":
         tensors |= peft_alphas(tensors, metadata)
     if "lora" in metadata and "weights" in metadata:
-        config = described_config(metadata, path, **files)
+        config = config_of(metadata, path, **files)
     else:
         config = _undescribed(path, files)
         metadata = {**config.to_metadata(), "origin": f"imported from {path.name}"}

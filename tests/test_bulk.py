@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from layerdecomp.bulk import SETTINGS, decompose_folder, pair_up
-from layerdecomp.decomposer import SOURCE_SHA256, Decomposer
+from layerdecomp.decomposer import SHA256_BY_SOURCE, Decomposer
 from layerdecomp.errors import InputError, RunError
 from layerdecomp.imaging.layers import Layers
 
@@ -94,7 +94,7 @@ def test_an_interrupted_run_resumes_and_other_settings_are_rejected(
     with pytest.raises(InputError, match="made with adapter=a sum, now it is another"):
         decompose_folder(tiny_decomposer, pairs, out, {"adapter": "another"})
     with monkeypatch.context() as patch:
-        patch.setitem(SOURCE_SHA256, "layerdecomp/sampling.py", "of a changed file")
+        patch.setitem(SHA256_BY_SOURCE, "layerdecomp/sampling.py", "of a changed file")
         with pytest.raises(InputError, match=r"made with layerdecomp/sampling\.py=[0-9a-f]{64}, now it is of a"):
             decompose_folder(tiny_decomposer, pairs, out, ADAPTER)
     assert json.loads((out / SETTINGS).read_text())["steps"] == 2

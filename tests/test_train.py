@@ -29,7 +29,7 @@ from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError
 from layerdecomp.flow import sample_times, seeded_normal
 from layerdecomp.imaging.compositing import to_autoencoder
-from layerdecomp.manifest import describe_adapter
+from layerdecomp.manifest import open_adapter
 from layerdecomp.metric_networks import open_networks
 from layerdecomp.metrics.background import psnr
 from layerdecomp.metrics.layers import METRICS, LayerMetrics
@@ -187,7 +187,7 @@ def test_weights_carry_the_commits_that_trained_them(
     def continue_with(commit: str) -> tuple[str, str]:
         caplog.clear()
         monkeypatch.setattr("layerdecomp.training.base.source_commit", lambda: commit)
-        monkeypatch.setattr("layerdecomp.training.base.SOURCE_SHA256", f"the sources of {commit}")
+        monkeypatch.setattr("layerdecomp.training.base.PACKAGE_SHA256", f"the sources of {commit}")
         monkeypatch.setattr("layerdecomp.training.base.creation_date", lambda: f"the day of {commit}")
         metadata = read_metadata(run("tiny", *settings) / "adapter.safetensors")
         return metadata["commit"], metadata["date"]
@@ -556,7 +556,7 @@ def test_refining_an_autoencoder_keeps_its_latents(tmp_path: Path, tiny_weights:
     kept = load_file(run(f"tiny_{name}", *SMALL, *settings) / "autoencoder.safetensors")
     assert all(kept[key].equal(tensor) for key, tensor in exact.items() if key.startswith("encoder."))
     for path in (file, again):  # the adapter accepts either
-        _, config = describe_adapter(tiny_weights / "adapter.safetensors", **{name: str(path)})
+        _, config = open_adapter(tiny_weights / "adapter.safetensors", **{name: str(path)})
         assert getattr(config.weights, name) == str(path)
 
 
@@ -802,7 +802,7 @@ def test_an_adapter_that_does_not_fit_the_run_is_refused(
     tmp_path: Path, overrides: list[str], tiny_weights: Path, change: str, message: str
 ) -> None:
     file = tiny_weights / "adapter.safetensors"
-    fitting = [f"{key}={value}" for key, value in fixed_settings(describe_adapter(file)[1]).items()]
+    fitting = [f"{key}={value}" for key, value in fixed_settings(open_adapter(file)[1]).items()]
     settings = [*overrides, *fitting, f"adapter={file}", "train.steps=1", f"run_dir={tmp_path}/run"]
     same_layers = "lora.targets=[double_blocks.*_attn.*, double_blocks.*_mlp.?, single_blocks.*.linear?]"
     for targets in ([], [same_layers]):
@@ -818,7 +818,7 @@ def test_an_adapter_of_other_code_is_refused(
     overrides: list[str], tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tiny_weights / "adapter.safetensors"
-    fitting = [f"{key}={value}" for key, value in fixed_settings(describe_adapter(file)[1]).items()]
+    fitting = [f"{key}={value}" for key, value in fixed_settings(open_adapter(file)[1]).items()]
     config = load_config(REPOSITORY / "configs" / "tiny.yaml", [*overrides, *fitting, f"adapter={file}"])
     build = ContextFusion.__init__
 

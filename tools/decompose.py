@@ -29,8 +29,8 @@ from layerdecomp.tensor_files import file_sha256
 from layerdecomp.weights import load_depth
 
 PARTS = ("transformer", "autoencoder", "rgba_autoencoder", "prompt")
-SHIPPED = f"{REPOSITORY}/checkpoints/tiny/adapter.safetensors"
-DEFAULTS = {"format": "png", "seed": "0", "batch_size": "1", "device": "cpu", "compile": "false"}
+DEFAULTS = {"out": "layers", "format": "png", "seed": "0", "batch_size": "1", "device": "cpu", "compile": "false"}
+ARGUMENTS = {"adapter": f"{REPOSITORY}/checkpoints/tiny/adapter.safetensors", "image": None, "mask": None, **DEFAULTS}
 OPTIONAL = dict.fromkeys(("steps", "quantize", "depth", *PARTS), "")
 STEPS = partial(tqdm, desc="sample", unit="step", leave=False, disable=None)  # a bar if stderr is a terminal
 
@@ -43,9 +43,9 @@ class Overrides:
 
 
 def main(arguments: list[str]) -> None:
-    own, rest = take(arguments, adapter=SHIPPED, image=None, mask=None, out="layers", **DEFAULTS, **OPTIONAL)
+    own, rest = take(arguments, **ARGUMENTS, **OPTIONAL)
     if unknown := [argument for argument in rest if not argument.startswith("sample.")]:
-        raise InputError(f"unknown argument {unknown[0]}; expected {'= '.join([*own, 'sample.*'])}=")
+        raise InputError(f"unknown argument {unknown[0]}; expected {'= '.join([*ARGUMENTS, *OPTIONAL, 'sample.*'])}=")
     check_formats(formats := own["format"].split(","))
     seed, batch_size = whole_number(own, "seed"), whole_number(own, "batch_size")
     rest += [f"sample.steps={whole_number(own, 'steps')}"] if own["steps"] else []

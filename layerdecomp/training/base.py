@@ -39,7 +39,7 @@ from layerdecomp.training.muon import Muon, is_hidden
 from layerdecomp.weights import copy_tensors, creation_date
 
 logger = logging.getLogger(__name__)
-SOURCE_SHA256 = source_sha256("**/*.py")
+PACKAGE_SHA256 = source_sha256("**/*.py")
 
 
 def resolve_precision(setting: str) -> str:
@@ -74,7 +74,7 @@ def source_commit() -> str:
         commit = git(("git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    return f"{commit}-{SOURCE_SHA256[:8]}" if commit.endswith(("-dirty", "unknown")) else commit
+    return f"{commit}-{PACKAGE_SHA256[:8]}" if commit.endswith(("-dirty", "unknown")) else commit
 
 
 def _like(old: Any, value: Any) -> Any:
@@ -249,7 +249,7 @@ class Job(LightningModule):
         self.frozen_sha256()  # now, since reading 24 GB would delay the first save on every rank
 
     def on_train_start(self) -> None:  # not called if the run has finished
-        if self._trained_source == SOURCE_SHA256:  # other commits may have changed only docs
+        if self._trained_source == PACKAGE_SHA256:  # other commits may have changed only docs
             return
         if self._trained_by and self.trainer.is_global_zero:
             logger.warning(
@@ -263,7 +263,7 @@ class Job(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._trained_on = creation_date()
-        checkpoint["trained"] = {"by": list(self._trained_by), "on": self._trained_on, "source": SOURCE_SHA256}
+        checkpoint["trained"] = {"by": list(self._trained_by), "on": self._trained_on, "source": PACKAGE_SHA256}
         checkpoint["frozen_sha256"] = self.frozen_sha256()
         checkpoint["optimizer"] = self._optimizer_kind
         checkpoint["skipped_steps"] = self.guard.skipped
