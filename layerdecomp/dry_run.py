@@ -66,7 +66,7 @@ def dry_run(config: RunConfig) -> str:
 def memory_rows(work: TrainingWork, config: DecomposerJobConfig) -> list[list[str]]:
     """Rows of the memory table: what is in a device's memory, its size in GB, and how it is stored."""
     memory = training_memory(work)
-    average = memory.trained * bool(config.train.ema)
+    average = memory.trained if config.train.ema else 0
     rows = [
         ("frozen weights", memory.frozen, _frozen_storage(config)),
         ("trained weights", memory.trained, "float32"),

@@ -164,8 +164,9 @@ def _make_room(run_dir: Path, checkpoint: Path | None) -> None:
 
 def _abandon_later(run_dir: Path, checkpoint: Path) -> None:
     """Renames checkpoints later than the given one, so that they are not taken for those of the resumed run."""
-    last, previous = run_dir / LAST, run_dir / PREVIOUS
-    for later in {last: (), previous: (last,)}.get(checkpoint, (last, previous)):
+    newest_first = [run_dir / LAST, run_dir / PREVIOUS]
+    later_ones = newest_first[: newest_first.index(checkpoint)] if checkpoint in newest_first else newest_first
+    for later in later_ones:
         if later.is_file():
             names = chain([f"abandoned-{later.name}"], (f"abandoned-{n}-{later.name}" for n in count(2)))
             later.rename(_first_free(map(run_dir.joinpath, names)))
