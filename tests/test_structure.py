@@ -59,6 +59,7 @@ ORDER = [
         "training.deferred",
         "training.checkpoints",
         "training.faults",
+        "training.provenance",
         "training.base",
         "training.average",
         "training.projection",

@@ -44,7 +44,6 @@ from layerdecomp.training.autoencoder import (
     composite_error,
     reconstruction_metrics,
 )
-from layerdecomp.training.base import source_commit
 from layerdecomp.training.checkpoints import newest_checkpoint
 from layerdecomp.training.decomposer import DecomposerJob, fixed_settings
 from layerdecomp.training.inpainter import InpainterJob
@@ -186,9 +185,9 @@ def test_weights_carry_the_commits_that_trained_them(
 
     def continue_with(commit: str) -> tuple[str, str]:
         caplog.clear()
-        monkeypatch.setattr("layerdecomp.training.base.source_commit", lambda: commit)
-        monkeypatch.setattr("layerdecomp.training.base.PACKAGE_SHA256", f"the sources of {commit}")
-        monkeypatch.setattr("layerdecomp.training.base.creation_date", lambda: f"the day of {commit}")
+        monkeypatch.setattr("layerdecomp.training.provenance.source_commit", lambda: commit)
+        monkeypatch.setattr("layerdecomp.training.provenance.PACKAGE_SHA256", f"the sources of {commit}")
+        monkeypatch.setattr("layerdecomp.training.provenance.creation_date", lambda: f"the day of {commit}")
         metadata = read_metadata(run("tiny", *settings) / "adapter.safetensors")
         return metadata["commit"], metadata["date"]
 
@@ -209,23 +208,13 @@ def test_a_commit_that_changed_no_source_does_not_warn(
     tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = [*overrides, f"run_dir={tmp_path}/run", "train.steps=3", "evaluate.rows=[]"]
-    monkeypatch.setattr("layerdecomp.training.base.source_commit", lambda: "first")
+    monkeypatch.setattr("layerdecomp.training.provenance.source_commit", lambda: "first")
     with power_cut_at(2):
         run("tiny", *settings)
-    monkeypatch.setattr("layerdecomp.training.base.source_commit", lambda: "of docs")
+    monkeypatch.setattr("layerdecomp.training.provenance.source_commit", lambda: "of docs")
     caplog.clear()
     assert read_metadata(run("tiny", *settings) / "adapter.safetensors")["commit"] == "first"
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
-
-
-def test_the_commit_of_a_repository_around_an_installed_package_is_not_recorded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
-    subprocess.run([*git, "init", "--quiet"], check=True)
-    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "-m", "of another project"], check=True)
-    monkeypatch.setattr("layerdecomp.training.base.__file__", str(tmp_path / "base.py"))
-    assert re.fullmatch("unknown-[0-9a-f]{8}", source_commit())
 
 
 def test_a_directory_with_other_settings_is_refused_or_renamed(tmp_path: Path, overrides: list[str]) -> None:
