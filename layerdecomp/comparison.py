@@ -56,8 +56,8 @@ class EvaluateConfig:
     seed: int = 1234  # for the scenes and the noise
     rows: list[str] = field(default_factory=lambda: ["adapted", "base", "classical"])  # some of ROWS
     maskless: str | None = None  # weights of the row maskless, an image-to-image base without mask; null: MASKLESS
-    objects: str = "drawn"  # drawn: as in training; one or all: per layered picture of the test split
-    stretch: bool = False  # with one or all: resize whole pictures instead of cropping around the object
+    objects: str = "drawn"  # drawn: as in training; one or all: per layered image of the test split
+    stretch: bool = False  # with one or all: resize whole images instead of cropping around the object
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     published: dict[str, dict[str, float]] = field(default_factory=dict)  # row -> metric -> published figure
 
@@ -194,7 +194,7 @@ def compare(
     device: torch.device | str = "cpu",
     share: Share | None = None,
 ) -> Evaluation | None:
-    """Evaluates every row, prints the table, and writes metrics, pictures and a report into `out`.
+    """Evaluates every row, prints the table, and writes metrics, images and a report into `out`.
 
     An interrupted evaluation resumes with the existing layers in ``out / "layers"``; a finished one starts over.
 
@@ -321,12 +321,12 @@ def _write(
     print(f"{len(data)} samples{repeated}; metrics in {out / 'metrics.json'}, report in {out / 'report.html'}")
 
 
-def _repeated(samples: int, pictures: int) -> str:
-    """Says what ± means if several samples are drawn from a picture; empty otherwise."""
-    if pictures >= samples:
+def _repeated(samples: int, images: int) -> str:
+    """Says what ± means if several samples are drawn from an image; empty otherwise."""
+    if images >= samples:
         return ""
-    many = f"{pictures} pictures" if pictures > 1 else "1 picture"
-    return f" drawn from {many} (± is over samples, and says little about other pictures)"
+    many = f"{images} images" if images > 1 else "1 image"
+    return f" drawn from {many} (± is over samples, and says little about other images)"
 
 
 def layer_settings(models: Models | None, data: TestData, config: EvaluateConfig) -> dict[str, Any]:

@@ -274,18 +274,18 @@ def test_one_folder_may_hold_images_of_several_sizes(models: Models, tmp_path: P
     assert (tmp_path / "out" / "samples" / "comparison.png").is_file()
 
 
-@pytest.mark.parametrize(("pictures", "source"), [(1, "1 picture"), (2, "2 pictures"), (3, None)])
+@pytest.mark.parametrize(("images", "source"), [(1, "1 image"), (2, "2 images"), (3, None)])
 def test_samples_from_fewer_images_are_reported_as_such(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    pictures: int,
+    images: int,
     source: str | None,
 ) -> None:
-    protocol = {"split": "test", "resolution": 32, "data": "triplets", "pictures": pictures}
+    protocol = {"split": "test", "resolution": 32, "data": "triplets", "pictures": images}
     monkeypatch.setattr("layerdecomp.comparison.describe_data", lambda _: protocol)
     compare(None, SCENES, config(rows=["classical"]), tmp_path / "out")
-    drawn = f" drawn from {source} (± is over samples, and says little about other pictures)" if source else ""
+    drawn = f" drawn from {source} (± is over samples, and says little about other images)" if source else ""
     assert f"3 samples{drawn}; metrics in" in capsys.readouterr().out
 
 

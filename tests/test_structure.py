@@ -40,7 +40,7 @@ ORDER = [
         "baselines",
         "metric_networks",
         "predictions",
-        "pictures",
+        "grids",
         "tables",
         "evaluation",
         "report",
@@ -121,7 +121,7 @@ def reached(*names: str) -> set[str]:
 
 def test_the_hashed_sources_cover_all_imports_that_affect_layers() -> None:
     neutral = {"__init__", "errors", "files"}
-    scoring = {"metric_networks", "pictures", "report", "tables"}
+    scoring = {"metric_networks", "grids", "report", "tables"}
     scoring |= {name for name in FILES if name.startswith("metrics.")}
     for name, patterns in (("decomposer", SOURCES), ("comparison", ROW_SOURCES)):
         matched = {path for pattern in patterns for path in (ROOT / "layerdecomp").glob(pattern)}

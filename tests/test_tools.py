@@ -132,10 +132,10 @@ def test_decompose_processes_folders(
     with pytest.raises(SystemExit) as stopped:
         run()
     output = capsys.readouterr()
-    assert stopped.value.code == 1 and output.out == "" and output.err.endswith("1 of 2 pictures have no layers: two\n")
+    assert stopped.value.code == 1 and output.out == "" and output.err.endswith("1 of 2 images have no layers: two\n")
     shutil.copy(tmp_path / "a.png", tmp_path / "images" / "two.png")
     run()
-    assert capsys.readouterr().out == f"2 pictures split into {out}\n"
+    assert capsys.readouterr().out == f"2 images split into {out}\n"
     assert all((out / stem / "layers.ora").is_file() for stem in ("one", "two"))
     settings = json.loads((out / "settings.json").read_text())
     assert settings["max_side"] == 32 and settings["steps"] == 1 and len(settings["adapter"]) == 64

@@ -569,7 +569,7 @@ def test_an_rgb_autoencoder_sees_holes_and_its_latents_are_normalised_on_trainin
     job = AutoencoderJob(load_config(REPOSITORY / "configs" / "tiny_autoencoder.yaml", settings))
     data = open_samples(job.run.data, "train", job.run.seed, 64, with_cues=False)
     batch = collate([data[index] for index in range(64)])
-    seen, holes = job.pictures(batch), 1 - batch["inpaint_mask"]
+    seen, holes = job.images(batch), 1 - batch["inpaint_mask"]
     assert seen[2].equal(batch["image"][2]) and seen[3].equal((batch["image"] * holes)[3]), "every fourth has a hole"
     job.normalise_latents()
     with torch.no_grad():
@@ -585,19 +585,19 @@ def test_the_losses_of_an_rgba_autoencoder(tiny_weights: Path) -> None:
     fill(job.autoencoder, seed=1)  # else its latents are those of its teacher
     data = open_samples(job.run.data, "train", 0, 4, with_cues=False)
     batch = collate([{**data[index], "position": index} for index in range(4)])
-    pictures, losses = job.pictures(batch), job.loss(batch)
-    assert pictures[:3].equal(to_autoencoder(batch["foreground"])[:3])
-    assert pictures[3, :3].equal(batch["image"][3]) and (pictures[3, 3] == 1).all(), "every fourth is opaque"
+    images, losses = job.images(batch), job.loss(batch)
+    assert images[:3].equal(to_autoencoder(batch["foreground"])[:3])
+    assert images[3, :3].equal(batch["image"][3]) and (images[3, 3] == 1).all(), "every fourth is opaque"
     assert job.teacher is not None
-    (mean, log_variance), (anchor, _) = job.autoencoder.posterior(pictures), job.teacher.posterior(pictures[:, :3])
+    (mean, log_variance), (anchor, _) = job.autoencoder.posterior(images), job.teacher.posterior(images[:, :3])
     posterior, standard = torch.distributions.Normal(mean, (log_variance / 2).exp()), torch.distributions.Normal(0, 1)
     torch.testing.assert_close(losses["kl"], torch.distributions.kl_divergence(posterior, standard).mean())
     distances = (mean - anchor).square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(losses["anchor"], (torch.tensor([0.5, 0.5, 0.5, 2.0]) * distances).mean())
     whole = losses["composite"] + 0.5 * losses["alpha"] + weights["kl"] * losses["kl"] + losses["anchor"]
     torch.testing.assert_close(losses["loss"], whole)
-    half = torch.cat([pictures[:, :3], pictures[:, 3:] - 0.5], dim=1)  # alpha in [-1, 1]
-    assert reconstruction_metrics(half, pictures)["alpha_l1"].item() == pytest.approx(0.25)
+    half = torch.cat([images[:, :3], images[:, 3:] - 0.5], dim=1)  # alpha in [-1, 1]
+    assert reconstruction_metrics(half, images)["alpha_l1"].item() == pytest.approx(0.25)
 
 
 def test_composite_error_is_the_mean_over_backgrounds() -> None:

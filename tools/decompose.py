@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
     out = out_folder(own)
     folders = any(Path(own[key]).is_dir() for key in ("image", "mask"))
     pairs = pair_up(Path(own["image"]), Path(own["mask"]), out) if folders else []
-    picture = None if folders else read_pair(own["image"], own["mask"])
+    inputs = None if folders else read_pair(own["image"], own["mask"])
     device = device_name(own)
     compiled, quantize = truth(own, "compile"), own["quantize"] or None
     depth = load_depth(own["depth"]) if own["depth"] else None
@@ -62,8 +62,8 @@ def main(arguments: list[str]) -> None:
     if compiled:
         decomposer.transformer.compile_blocks()
     decomposer.sample = merge_config(Overrides(decomposer.sample), [], rest).sample
-    if picture is not None:
-        layers = decomposer.decompose(*picture, seed=seed, depth=depth, progress=STEPS)
+    if inputs is not None:
+        layers = decomposer.decompose(*inputs, seed=seed, depth=depth, progress=STEPS)
         print("wrote", ", ".join(name for one in formats for name in FORMATS[one]), "into", layers.save(out, formats))
         return
     settings = {key: own[key] for key in ("quantize", "depth", "prompt")}
@@ -72,8 +72,8 @@ def main(arguments: list[str]) -> None:
         decomposer, pairs, out, settings, formats=formats, seed=seed, depth=depth, batch_size=batch_size, progress=STEPS
     )
     if failed:
-        raise RunError(f"{len(failed)} of {len(pairs)} pictures have no layers: {', '.join(failed)}")
-    print(f"{len(pairs)} pictures split into {out}")
+        raise RunError(f"{len(failed)} of {len(pairs)} images have no layers: {', '.join(failed)}")
+    print(f"{len(pairs)} images split into {out}")
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from layerdecomp.decomposer import build_decomposer
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import Share
 from layerdecomp.flow import flow_loss
+from layerdecomp.grids import comparison_grid
 from layerdecomp.manifest import DecomposerConfig, adapter_file, open_adapter
 from layerdecomp.metric_networks import open_networks
 from layerdecomp.metrics.layers import LayerMetrics
 from layerdecomp.models.lora import inject_lora
-from layerdecomp.pictures import comparison_grid
 from layerdecomp.sharding import ShardedBase
 from layerdecomp.tensor_files import file_sha256
 from layerdecomp.training.base import local_device, resolve_precision
