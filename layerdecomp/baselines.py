@@ -14,7 +14,7 @@ from layerdecomp.errors import InputError
 from layerdecomp.metrics.region import dilate
 
 # Width of the trimap's unknown band along the mask's outline, as a fraction of the shorter side: wide enough for
-# imperfect masks (docs/results.md measures several on training scenes).
+# imperfect masks (docs/results.md has others, measured on training scenes).
 TRIMAP_BAND = 0.1
 RIM = 1  # pixels around the mask that are also inpainted, because they hold the object's antialiased edge
 
@@ -42,7 +42,7 @@ def classical(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
             f"mask {int(full.int().argmax())} of the batch, grown by {RIM} pixel, covers the whole image; expected "
             "some background around the object to inpaint from: use a smaller mask"
         )
-    filled = [_inpaint(one, region) for one, region in zip(image, hole, strict=True)]
+    filled = [_inpaint(picture, region) for picture, region in zip(image, hole, strict=True)]
     return torch.stack(filled).to(image), base_foreground(image, mask)
 
 
@@ -120,10 +120,10 @@ def trimap(mask: Tensor) -> Tensor:
 
 def _matte(library: ModuleType, image: Tensor, known: Tensor) -> Tensor:
     """The foreground (4, H, W) of an image (3, H, W) with the trimap ``known`` (1, H, W)."""
-    pixels = np.ascontiguousarray(((image.double().cpu().numpy() + 1) / 2).transpose(1, 2, 0))
+    picture = np.ascontiguousarray(((image.double().cpu().numpy() + 1) / 2).transpose(1, 2, 0))
     with redirect_stdout(io.StringIO()):  # pymatting prints each retry of its preconditioner
-        alpha = library.estimate_alpha_cf(pixels, known[0].double().cpu().numpy())  # (H, W)
-    colours = library.estimate_foreground_ml(pixels, alpha)  # (H, W, 3)
+        alpha = library.estimate_alpha_cf(picture, known[0].double().cpu().numpy())  # (H, W)
+    colours = library.estimate_foreground_ml(picture, alpha)  # (H, W, 3)
     return torch.from_numpy(np.concatenate([colours.transpose(2, 0, 1) * 2 - 1, alpha[None]])).to(image)
 
 

@@ -23,7 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from layerdecomp.conditioning import LATENT_FACTOR, TOKEN_FACTOR, ConditioningConfig
 from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError, check_at_least
-from layerdecomp.evaluation import markdown_table
 from layerdecomp.flow import FlowConfig, flow_loss
 from layerdecomp.imaging.cues import CUES
 from layerdecomp.inpainting import Context, Prompt, mixed_precision
@@ -33,6 +32,7 @@ from layerdecomp.models.lora import LoRAConfig, inject_lora, merge_lora, without
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.quantization import adamw, check_format, check_optimizer, check_optimizer_bits, quantize_blocks
 from layerdecomp.sampling import SampleConfig
+from layerdecomp.tables import markdown_table
 
 META = torch.device("meta")
 # Keys that cannot be set with reference=: the reference has no such feature, or the comparison does not use it.

@@ -30,7 +30,7 @@ from layerdecomp.imaging.cues import CUES, check_cues, compute_cues
 from layerdecomp.imaging.geometry import resize, to_pixels, to_tensor
 from layerdecomp.imaging.layers import Layers, Picture, Pixels, read_pair
 from layerdecomp.inpainting import Context, FrozenBase, Prompt, mixed_precision, predict_velocity, token_ids
-from layerdecomp.manifest import DecomposerConfig, describe_adapter
+from layerdecomp.manifest import DecomposerConfig, open_adapter
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.context_fusion import ContextFusion, check_fusion
 from layerdecomp.models.depth import DepthEstimator
@@ -47,7 +47,7 @@ SOURCES = (
     *("conditioning.py", "decomposer.py", "flow.py", "imaging/*.py", "inpainting.py", "layouts.py", "manifest.py"),
     *("models/*.py", "quantization.py", "resizing.py", "sampling.py", "tensor_files.py", "weights.py"),
 )
-SOURCE_SHA256 = {f"layerdecomp/{pattern}": source_sha256(pattern) for pattern in SOURCES}
+SHA256_BY_SOURCE = {f"layerdecomp/{pattern}": source_sha256(pattern) for pattern in SOURCES}
 
 
 @dataclass(frozen=True)
@@ -360,7 +360,7 @@ class Decomposer(nn.Module):
                 f"dtype is {dtype!r}; expected torch.float32 or torch.bfloat16, in which the base is trained"
             )
         check_device(device)
-        adapter, config = describe_adapter(path, **files)
+        adapter, config = open_adapter(path, **files)
         decomposer = build_decomposer(config, dtype=dtype, device=device, quantize=quantize)
         decomposer.load_adapter(adapter, path)
         return decomposer.requires_grad_(False).eval()

@@ -24,11 +24,11 @@ from layerdecomp.benchmark import (
 )
 from layerdecomp.conditioning import TOKEN_FACTOR, position_ids
 from layerdecomp.errors import InputError
-from layerdecomp.evaluation import markdown_table
 from layerdecomp.inpainting import mixed_precision
 from layerdecomp.layouts import diffusers_transformer
 from layerdecomp.models.lora import LoRALinear, merge_lora
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
+from layerdecomp.tables import markdown_table
 
 # Largest accepted difference of outputs and gradients, relative to the largest value.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1}

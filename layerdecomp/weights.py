@@ -112,14 +112,14 @@ def _check_floating(path: str | Path, dtypes: Mapping[str, str]) -> None:
         raise InputError(f"{path}: {len(wrong)} tensors are not of floating-point numbers: {first_few(wrong)}")
 
 
-def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
 def copy_tensors(path: str | Path, found: Mapping[str, Tensor], parameters: Mapping[str, Tensor], what: str) -> None:
     """Copies a file's tensors into parameters of the same names; `InputError` unless names and shapes match."""
-    check_keys(path, shapes(found), shapes(parameters), what)
+    check_keys(path, shapes_of(found), shapes_of(parameters), what)
     for name, parameter in parameters.items():
         parameter.copy_(found[name])
 
@@ -136,7 +136,7 @@ def open_state(
         layout: of the files.
         mapped: as in `TensorFile`.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    shapes = shapes_of(module.state_dict())
     sources = {name: layout(name, shape) for name, shape in shapes.items()}
     file = TensorFile(path, device, mapped)
     expected = {part: shape for source in sources.values() for part, shape in source.shapes.items()}

@@ -17,11 +17,11 @@ from layerdecomp.decomposer import build_decomposer
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import Share
 from layerdecomp.flow import flow_loss
-from layerdecomp.manifest import DecomposerConfig, adapter_file, describe_adapter
+from layerdecomp.grids import comparison_grid
+from layerdecomp.manifest import DecomposerConfig, adapter_file, open_adapter
 from layerdecomp.metric_networks import open_networks
 from layerdecomp.metrics.layers import LayerMetrics
 from layerdecomp.models.lora import inject_lora
-from layerdecomp.pictures import comparison_grid
 from layerdecomp.sharding import ShardedBase
 from layerdecomp.tensor_files import file_sha256
 from layerdecomp.training.base import local_device, resolve_precision
@@ -160,7 +160,7 @@ def fitting_adapter(config: DecomposerJobConfig) -> Adapter | None:
     """The adapter to continue training, if any; `InputError` unless it matches the run's frozen files and settings."""
     if config.adapter is None:
         return None
-    adapter, described = describe_adapter(config.adapter, **config.weights.named())
+    adapter, described = open_adapter(config.adapter, **config.weights.named())
     _check_prompt(config, adapter)
     now, then = fixed_settings(config), fixed_settings(described)
     if config.lora.targets != described.lora.targets and adapted_layers(config) == adapted_layers(described):
