@@ -16,11 +16,11 @@ from typing import Any
 
 from layerdecomp.config import DecomposerJobConfig, changed_keys, load_config
 from layerdecomp.errors import InputError
-from layerdecomp.evaluation import markdown_table, metric_title, metric_value
 from layerdecomp.files import atomic_write
 from layerdecomp.manifest import SHA256_KEYS
 from layerdecomp.metrics.layers import METRICS
 from layerdecomp.overrides import merge_config, read_yaml
+from layerdecomp.tables import markdown_table, metric_title, metric_value
 from layerdecomp.tensor_files import read_metadata
 from layerdecomp.training.runs import build_job, train
 

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -109,7 +110,8 @@ def to_diffusers(changes: Changes, hidden_size: int) -> Tensors:
     tensors: Tensors = {}
     with_bias = any(change.bias is not None for change in changes.values())
     for layer, change in changes.items():
-        change, parts = change.baked(), diffusers_modules(layer)
+        change = change.baked()
+        parts = diffusers_modules(layer)
         bias = change.b.new_zeros(len(change.b)) if change.bias is None else change.bias
         b, bias = (_swapped(tensor) if layer == SWAPPED else tensor for tensor in (change.b, bias))
         rows = row_counts(len(b), len(parts), hidden_size)
@@ -244,12 +246,17 @@ def _take_pair(tensors: Tensors, name: str, down: str, up: str) -> Change | None
     return Change(a, b, scale, bias if bias is not None and bias.any() else None)
 
 
-Write = Callable[[Changes, int], Tensors]
-Read = Callable[[Tensors, Mapping[str, int], int], Changes]
-# By layout: prefix of its names, writer, reader.
-LAYOUTS: dict[str, tuple[str, Write, Read]] = {
-    "diffusers": ("transformer.", to_diffusers, from_diffusers),
-    "kohya": ("lora_unet_", to_kohya, from_kohya),
+class LoRALayout(NamedTuple):
+    """A layout of LoRA files."""
+
+    prefix: str  # of the tensors' names
+    write: Callable[[Changes, int], Tensors]
+    read: Callable[[Tensors, Mapping[str, int], int], Changes]
+
+
+LAYOUTS = {
+    "diffusers": LoRALayout("transformer.", to_diffusers, from_diffusers),
+    "kohya": LoRALayout("lora_unet_", to_kohya, from_kohya),
 }
 
 
@@ -295,7 +302,8 @@ def reduce_rank(changes: Changes, rank: int) -> tuple[Changes, dict[str, float]]
         The changes, and the relative error of each layer's weight change in the Frobenius norm; "all" is that of all
         layers together.
     """
-    reduced, lost, whole = {**changes}, {}, {}
+    reduced = {**changes}
+    lost, whole = {}, {}  # squared norms of what is dropped of a layer's change, and of all of it
     for layer, change in changes.items():
         if layer == INPUT:
             continue
@@ -304,7 +312,8 @@ def reduce_rank(changes: Changes, rank: int) -> tuple[Changes, dict[str, float]]
         u, values, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
         root = values[:rank].sqrt()
         reduced[layer] = Change(root[:, None] * (v[:rank] @ q_a.T), (q_b @ u[:, :rank]) * root, bias=change.bias)
-        lost[layer], whole[layer] = (x.square().sum().item() for x in (values[rank:], values))
+        lost[layer] = values[rank:].square().sum().item()
+        whole[layer] = values.square().sum().item()
     errors = {layer: (lost[layer] / whole[layer]) ** 0.5 if whole[layer] else 0.0 for layer in lost}
     total = sum(whole.values())
     return reduced, {**errors, "all": (sum(lost.values()) / total) ** 0.5 if total else 0.0}

@@ -13,8 +13,8 @@ from torch import Tensor
 from layerdecomp.errors import InputError
 from layerdecomp.metrics.region import dilate
 
-# Width of the trimap's unknown band along the mask's outline, as a fraction of the shorter side: wide enough for imperfect
-# masks (docs/results.md measures several on training scenes).
+# Width of the trimap's unknown band along the mask's outline, as a fraction of the shorter side: wide enough for
+# imperfect masks (docs/results.md has others, measured on training scenes).
 TRIMAP_BAND = 0.1
 RIM = 1  # pixels around the mask that are also inpainted, because they hold the object's antialiased edge
 

@@ -21,17 +21,18 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from layerdecomp.conditioning import LATENT_FACTOR, TOKEN_FACTOR, ConditioningConfig
-from layerdecomp.decomposer import Context, Decomposer, Prompt, mixed_precision
+from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError, check_at_least
-from layerdecomp.evaluation import markdown_table
 from layerdecomp.flow import FlowConfig, flow_loss
 from layerdecomp.imaging.cues import CUES
+from layerdecomp.inpainting import Context, Prompt, mixed_precision
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.context_fusion import ContextFusion, ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig, inject_lora, merge_lora, without_lora
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.quantization import adamw, check_format, check_optimizer, check_optimizer_bits, quantize_blocks
 from layerdecomp.sampling import SampleConfig
+from layerdecomp.tables import markdown_table
 
 META = torch.device("meta")
 # Keys that cannot be set with reference=: the reference has no such feature, or the comparison does not use it.
@@ -86,6 +87,11 @@ class BenchmarkConfig:
             found, neutral = getattr(self, key), getattr(BenchmarkConfig, key)
             if found != neutral:
                 raise InputError(f"{key} is {found}; expected {neutral} with reference=diffusers; leave it out")
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens before those of the image: of the text, and fused ones."""
+        return self.text_tokens + (self.fusion.num_queries if self.fusion.enabled else 0)
 
     @property
     def transformer(self) -> MMDiTConfig:
@@ -165,7 +171,8 @@ class Workload:
     """The pieces of a step on one batch of random images; the inputs of each piece are computed in advance."""
 
     def __init__(self, config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self.config, self.decomposer = config, build(config, device, dtype)
+        self.config = config
+        self.decomposer = build(config, device, dtype)
         B, size = config.batch_size, config.size
         with device:
             self.image = torch.rand(B, 3, size, size) * 2 - 1
@@ -175,9 +182,9 @@ class Workload:
             self.t = torch.rand(B)
         self.foreground = torch.cat([self.image, self.mask], dim=1)
         latent = size // LATENT_FACTOR
-        pictures = 2 + len(config.fusion.cues) * config.fusion.enabled
+        images = 2 + (len(config.fusion.cues) if config.fusion.enabled else 0)
         with device:
-            self.latents = torch.randn(B, pictures, 16, latent, latent)
+            self.latents = torch.randn(B, images, 16, latent, latent)
             self.z = torch.randn(B, latent * latent // 2, 64)  # both layers' tokens
         with torch.no_grad():
             self.context = self.condition()
@@ -363,8 +370,7 @@ def watched(sync_debug: str, device: torch.device) -> Iterator[None]:
 def attention_backend(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> str:
     """The scaled-dot-product attention backend for the tokens of a step: FLASH_ATTENTION, CUDNN_ATTENTION, ..."""
     model = config.transformer
-    text = config.text_tokens + config.fusion.num_queries * config.fusion.enabled
-    tokens = text + 2 * (config.size // TOKEN_FACTOR) ** 2
+    tokens = config.context_tokens + 2 * (config.size // TOKEN_FACTOR) ** 2
     shape = (config.batch_size, model.num_heads, tokens, model.hidden_size // model.num_heads)
     if device.type == "cpu":
         dtype = torch.float32  # as `attention` casts
@@ -408,7 +414,8 @@ def benchmark(config: BenchmarkConfig, device: str, dtype: torch.dtype) -> str:
     counts = count(config)
     header = ["", "TFLOP", "seconds", "TFLOP/s", "of the largest product", "peak memory GB"]
     measured: dict[str, tuple[float, float]] = {}
-    limit, backend = float("nan"), ""
+    limit = float("nan")
+    backend = ""
     if config.measure:
         place = torch.device(device)
         backend = f", attention by {attention_backend(config, place, dtype)}"
@@ -422,7 +429,7 @@ def benchmark(config: BenchmarkConfig, device: str, dtype: torch.dtype) -> str:
     setup = (
         f"{config.size} x {config.size}, batch {config.batch_size}, {transformer.depth} + "
         f"{transformer.depth_single_blocks} blocks of width {transformer.hidden_size}, LoRA rank {config.lora.rank}, "
-        f"{recomputed(config)}, {'compiled, ' * config.compile}{str(dtype).removeprefix('torch.')}"
+        f"{recomputed(config)}, {'compiled, ' if config.compile else ''}{str(dtype).removeprefix('torch.')}"
     )
     if config.quantize:
         setup += f", blocks in {config.quantize}"
@@ -453,8 +460,7 @@ def _cells(operations: float, limit: float, measured: tuple[float, float] | None
 def machine(device: str) -> str:
     """The name of a device for a table."""
     place = torch.device(device)
-    return (
-        torch.cuda.get_device_name(place)
-        if place.type == "cuda"
-        else f"{torch.get_num_threads()} CPU thread{'s' * (torch.get_num_threads() > 1)}"
-    )
+    if place.type == "cuda":
+        return torch.cuda.get_device_name(place)
+    threads = torch.get_num_threads()
+    return f"{threads} CPU thread{'s' if threads > 1 else ''}"

@@ -13,8 +13,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from layerdecomp.conditioning import TOKEN_FACTOR
 from layerdecomp.data.folders import by_stem, upright_size
-from layerdecomp.decomposer import SOURCE_SHA256, Decomposer, Prepared, check_whole_number
-from layerdecomp.errors import InputError, RunError
+from layerdecomp.decomposer import SHA256_BY_SOURCE, Decomposer, Prepared
+from layerdecomp.errors import InputError, RunError, check_whole_number
 from layerdecomp.files import keep_settings
 from layerdecomp.imaging.geometry import fitted_size
 from layerdecomp.imaging.layers import FORMATS, READABLE, Layers
@@ -63,19 +63,19 @@ def pair_up(images: Path, masks: Path, out: Path) -> list[Pair]:
         if not path.is_dir() and other.is_dir():
             raise InputError(f"{key}={path} is not a folder, but {other} is; expected two folders, or two files")
         if out.resolve().is_relative_to(path.resolve()):
-            raise InputError(f"out={out} lies in {key}={path}, whose pictures are read; choose another folder")
-    pictures, marked = by_stem(images), by_stem(masks)
+            raise InputError(f"out={out} lies in {key}={path}, whose images are read; choose another folder")
+    found, marked = by_stem(images), by_stem(masks)
     lacking = [
         f"{len(stems)} of {folder} have no {partner} ({', '.join(stems[:NAMED])}{', ...' if stems[NAMED:] else ''})"
         for folder, partner, stems in (
-            (images, f"mask in {masks}", [name for stem, name in pictures.items() if stem not in marked]),
-            (masks, f"picture in {images}", [name for stem, name in marked.items() if stem not in pictures]),
+            (images, f"mask in {masks}", [name for stem, name in found.items() if stem not in marked]),
+            (masks, f"image in {images}", [name for stem, name in marked.items() if stem not in found]),
         )
         if stems
     ]
     if lacking:
-        raise InputError(f"{' and '.join(lacking)}; expected a picture and a mask of each name")
-    return [Pair(stem, images / name, masks / marked[stem]) for stem, name in pictures.items()]
+        raise InputError(f"{' and '.join(lacking)}; expected an image and a mask of each name")
+    return [Pair(stem, images / name, masks / marked[stem]) for stem, name in found.items()]
 
 
 def decompose_folder(
@@ -110,7 +110,7 @@ def decompose_folder(
     seed, batch_size = check_whole_number("seed", seed), check_whole_number("batch_size", batch_size, 1)
     if not any((out / pair.stem).is_dir() for pair in pairs):  # no layers of other settings
         (out / SETTINGS).unlink(missing_ok=True)
-    keep_settings(out / SETTINGS, {**settings, "seed": seed, **asdict(decomposer.sample), **SOURCE_SHA256})
+    keep_settings(out / SETTINGS, {**settings, "seed": seed, **asdict(decomposer.sample), **SHA256_BY_SOURCE})
     names = [name for format in formats for name in FORMATS[format]]
     left = [pair for pair in pairs if not pair.is_split(out / pair.stem, names)]
     left.sort(key=lambda pair: pair.padded_size(decomposer.sample.max_side))  # fills batches with images of one size
@@ -135,7 +135,7 @@ def _drawn(decomposer: Decomposer, same: Mapping[str, Prepared], seed: int, prog
     except torch.OutOfMemoryError as error:
         height, width = next(iter(same.values())).size
         raise RunError(
-            f"{len(same)} pictures of {width} x {height} pixels do not fit into memory at once; finished layers are "
+            f"{len(same)} images of {width} x {height} pixels do not fit into memory at once; finished layers are "
             "kept: resume with a smaller batch_size=, or start over with a smaller sample.max_side="
         ) from error
     return dict(zip(same, drawn, strict=True))
@@ -150,5 +150,5 @@ def _read(decomposer: Decomposer, pair: Pair, depth: DepthEstimator | None) -> P
 
 
 def _by_size(read: Mapping[str, Prepared]) -> Iterator[dict[str, Prepared]]:
-    for size in dict.fromkeys(picture.size for picture in read.values()):
-        yield {stem: picture for stem, picture in read.items() if picture.size == size}
+    for size in dict.fromkeys(image.size for image in read.values()):
+        yield {stem: image for stem, image in read.items() if image.size == size}

@@ -20,19 +20,12 @@ from layerdecomp.conditioning import ConditioningConfig
 from layerdecomp.data.datamodule import DataConfig, TrainingSamples, open_samples
 from layerdecomp.data.scenes import Scenes
 from layerdecomp.data.testset import OBJECTS, TestFolder, drawn_samples, export_samples, name_of, test_objects
-from layerdecomp.decomposer import SOURCES, Decomposer, FrozenBase, build_decomposer, inpaint, latent_noise
+from layerdecomp.decomposer import SOURCES, Decomposer, build_decomposer
 from layerdecomp.errors import InputError, check_at_least
-from layerdecomp.evaluation import (
-    Evaluation,
-    Method,
-    Share,
-    draw_layers,
-    format_published,
-    score,
-    write_figures,
-)
+from layerdecomp.evaluation import Evaluation, Method, Share, draw_layers, score, write_figures
 from layerdecomp.files import atomic_write, keep_settings, source_sha256
 from layerdecomp.imaging.layers import write_picture
+from layerdecomp.inpainting import FrozenBase, inpaint, latent_noise
 from layerdecomp.manifest import DecomposerConfig
 from layerdecomp.metric_networks import MeasureConfig, Networks, open_networks
 from layerdecomp.metrics.layers import METRICS
@@ -40,6 +33,7 @@ from layerdecomp.models.mmdit import MMDiT
 from layerdecomp.predictions import PredictionFolder, describe
 from layerdecomp.report import case_grid, format_report
 from layerdecomp.resizing import at_original_size
+from layerdecomp.tables import format_published
 from layerdecomp.tensor_files import file_sha256, read_metadata, weight_files
 from layerdecomp.weights import Adapter, load_mmdit
 
@@ -50,7 +44,7 @@ MASKLESS = "checkpoints/tiny/transformer_maskless.safetensors"  # ships with the
 SETTINGS = ".settings.json"  # the settings of a row's layers, in their folder until the evaluation is finished
 RESULTS = ("metrics.json", "table.md", "per_image.csv", "report.html", "published.md")
 ROW_SOURCES = (*SOURCES, "baselines.py", "comparison.py", "data/*.py", "evaluation.py", "predictions.py")
-SOURCE_SHA256 = source_sha256(*ROW_SOURCES)  # of the code that draws the layers of all rows
+ROWS_SHA256 = source_sha256(*ROW_SOURCES)  # of the code that draws the layers of all rows
 TestData = TrainingSamples | TestFolder
 
 
@@ -63,8 +57,8 @@ class EvaluateConfig:
     seed: int = 1234  # for the scenes and the noise
     rows: list[str] = field(default_factory=lambda: ["adapted", "base", "classical"])  # some of ROWS
     maskless: str | None = None  # weights of the row maskless, an image-to-image base without mask; null: MASKLESS
-    objects: str = "drawn"  # drawn: as in training; one or all: per layered picture of the test split
-    stretch: bool = False  # with one or all: resize whole pictures instead of cropping around the object
+    objects: str = "drawn"  # drawn: as in training; one or all: per layered image of the test split
+    stretch: bool = False  # with one or all: resize whole images instead of cropping around the object
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     published: dict[str, dict[str, float]] = field(default_factory=dict)  # row -> metric -> published figure
 
@@ -99,37 +93,34 @@ def load_models(
 ) -> Models:
     """Loads the models for an adapter read from `path`; `config` is the adapter's."""
     weights = config.weights
-    decomposer = build_decomposer(config, dtype, device, quantize)
+    decomposer = build_decomposer(config, dtype=dtype, device=device, quantize=quantize)
     decomposer.load_adapter(adapter, path)
     files = [path, *weights.named().values()]
     base = decomposer.frozen_base(weights.transformer)
     return Models(decomposer, base, {file: file_sha256(Path(file)) for file in files}, quantize)
 
 
+def check_rows(config: EvaluateConfig) -> None:
+    """Raises `InputError` if the library of the row matting is missing, or the weights of the row maskless."""
+    if "matting" in config.rows:
+        matting_library()
+    if "maskless" in config.rows:
+        maskless_weights(config)
+
+
 def methods(models: Models | None, config: EvaluateConfig) -> dict[str, Method]:
     """The rows of a comparison; without `models`, rows that need them are omitted.
 
     The frozen base is used as in the paper: it inpaints the background, and its foreground is the image inside the
-    mask.
-
-    Raises:
-        InputError: the library of the row matting is missing, or the weights of the row maskless.
+    mask. `InputError` if the weights of the row maskless cannot be used.
     """
-    if "maskless" in config.rows:
-        maskless_weights(config)  # fail early
-    found = {row: method for row, method in _plain_methods(config).items() if row in config.rows}
-    if models is not None:
-        found |= _model_methods(models, config)
-    return {row: found[row] for row in config.rows if row in found}
-
-
-def _plain_methods(config: EvaluateConfig) -> dict[str, Method]:
-    if "matting" in config.rows:
-        matting_library()  # fail early
-    return {
+    found = {
         "classical": Method(lambda batch: classical(batch["image"], batch["mask"])),
         "matting": Method(lambda batch: (None, matted_foreground(batch["image"], batch["mask"])), ("foreground",)),
     }
+    if models is not None:
+        found |= _model_methods(models, config)
+    return {row: found[row] for row in config.rows if row in found}
 
 
 def _model_methods(models: Models, config: EvaluateConfig) -> dict[str, Method]:
@@ -143,9 +134,17 @@ def _model_methods(models: Models, config: EvaluateConfig) -> dict[str, Method]:
         base = base.to(device).eval()
 
         def draw(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-            parts = (base, decomposer.autoencoder, decomposer.prompt)
-            settings = (conditioning, decomposer.flow, decomposer.sample)
-            painted = inpaint(*parts, batch["image"], batch["mask"], noise(batch, layers=1)[:, 0], *settings)
+            painted = inpaint(
+                transformer=base,
+                autoencoder=decomposer.autoencoder,
+                prompt=decomposer.prompt,
+                image=batch["image"],
+                mask=batch["mask"],
+                noise=noise(batch, layers=1)[:, 0],
+                conditioning=conditioning,
+                flow=decomposer.flow,
+                sample=decomposer.sample,
+            )
             return painted, base_foreground(batch["image"], batch["mask"])
 
         return Method(lambda batch: at_original_size(draw, batch, decomposer.sample))
@@ -178,10 +177,11 @@ def maskless_weights(config: EvaluateConfig) -> Path:
 
 def _load_maskless(config: EvaluateConfig, models: Models) -> MMDiT:
     """Loads the maskless base; `InputError` if it does not fit the autoencoder and prompt of the adapted base."""
-    path, base, weight = maskless_weights(config), models.base, next(models.decomposer.autoencoder.parameters())
+    path = maskless_weights(config)
+    weight = next(models.decomposer.autoencoder.parameters())
     maskless = load_mmdit(path, dtype=weight.dtype, device=str(weight.device))
     for name in ("in_channels", "out_channels", "context_in_dim", "vec_in_dim"):
-        found, expected = (getattr(model.config, name) for model in (maskless, base))
+        found, expected = (getattr(model.config, name) for model in (maskless, models.base))
         if found != expected:
             raise InputError(
                 f"{path} has {name} {found}, the adapted base {expected}; the row maskless needs a base with the same "
@@ -200,7 +200,7 @@ def compare(
     device: torch.device | str = "cpu",
     share: Share | None = None,
 ) -> Evaluation | None:
-    """Evaluates every row, prints the table, and writes metrics, pictures and a report into `out`.
+    """Evaluates every row, prints the table, and writes metrics, images and a report into `out`.
 
     An interrupted evaluation resumes with the existing layers in ``out / "layers"``; a finished one starts over.
 
@@ -214,6 +214,7 @@ def compare(
     Raises:
         InputError: a file or folder is missing or does not fit, or `out` cannot be written.
     """
+    check_rows(config)
     share = share or Share()
     rows, names = methods(models, config), sample_names(data)
     others = {row: PredictionFolder(path, names) for row, path in row_names(predictions, rows)}
@@ -222,7 +223,8 @@ def compare(
         raise InputError(f"predictions={overlapping[0]} is where this evaluation writes layers; choose another out=")
     if not rows and not others:
         raise InputError("there is nothing to compare; set adapter=, predictions= or evaluate.rows")
-    networks, settings = open_networks(config.measure), layer_settings(models, data, config)
+    networks = open_networks(config.measure)
+    settings = layer_settings(models, data, config)
     if share.rank == 0:
         open_folder(out, rows, settings)
     share.wait()
@@ -246,7 +248,7 @@ def compare(
     return evaluation
 
 
-def export(data: DataConfig, config: EvaluateConfig, folder: Path) -> int:
+def export_test_set(data: DataConfig, config: EvaluateConfig, folder: Path) -> int:
     """Writes the samples of a comparison into a folder, as a test set, and returns their number.
 
     An interrupted export resumes when called again. `InputError` if the folder has samples of other settings.
@@ -326,12 +328,12 @@ def _write(
     print(f"{len(data)} samples{repeated}; metrics in {out / 'metrics.json'}, report in {out / 'report.html'}")
 
 
-def _repeated(samples: int, pictures: int) -> str:
-    """Says what ± means if several samples are drawn from a picture; empty otherwise."""
-    if pictures >= samples:
+def _repeated(samples: int, images: int) -> str:
+    """Says what ± means if several samples are drawn from an image; empty otherwise."""
+    if images >= samples:
         return ""
-    many = f"{pictures} pictures" if pictures > 1 else "1 picture"
-    return f" drawn from {many} (± is over samples, and says little about other pictures)"
+    many = f"{images} images" if images > 1 else "1 image"
+    return f" drawn from {many} (± is over samples, and says little about other images)"
 
 
 def layer_settings(models: Models | None, data: TestData, config: EvaluateConfig) -> dict[str, Any]:
@@ -343,7 +345,7 @@ def layer_settings(models: Models | None, data: TestData, config: EvaluateConfig
         settings |= {"quantize": models.quantize} if models.quantize else {}
     if "maskless" in config.rows:
         settings["maskless"] = file_sha256(maskless_weights(config))
-    return settings | {"layers": "8-bit files", "versions": _versions(config.rows), "source_sha256": SOURCE_SHA256}
+    return settings | {"layers": "8-bit files", "versions": _versions(config.rows), "source_sha256": ROWS_SHA256}
 
 
 def metric_settings(config: MeasureConfig, networks: Networks) -> dict[str, Any]:

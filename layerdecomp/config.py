@@ -51,8 +51,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         spread = ("batch_size", "accumulate", "devices", "nodes")
-        check_at_least(1, self, "train.", *spread, "steps", "checkpoint_every", "validate_every")
-        check_at_least(1, self, "train.", "max_skipped")
+        check_at_least(1, self, "train.", *spread, "steps", "checkpoint_every", "validate_every", "max_skipped")
         check_probabilities(self, "train.", "ema")
         if self.ema == 1:
             raise InputError("train.ema is 1, which keeps the initial weights forever; expected less, such as 0.999")
@@ -72,7 +71,7 @@ class OptimConfig:
     decay: bool = False  # cosine decay, to 2 % at the last step
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 0.0
-    clip: float = 1.0  # maximum norm of the whole gradient
+    clip: float = 1.0  # maximum norm of the whole gradient; 0: no clipping
     bits: int = 32  # of AdamW's moments: 32, or 8 with a scale per 256 values (torchao)
 
     def __post_init__(self) -> None:
@@ -140,8 +139,8 @@ class DecomposerJobConfig(FlowJobConfig, DecomposerConfig):
             self._check_sharding()
 
     def _check_sharding(self) -> None:
-        train, rule = self.train, "shard_base=true shards the frozen transformer across the processes of a run: "
-        if train.devices * train.nodes == 1:
+        rule = "shard_base=true shards the frozen transformer across the processes of a run: "
+        if self.train.devices * self.train.nodes == 1:
             raise InputError(f"{rule}found train.devices=1 and train.nodes=1, expected several; set shard_base=false")
         if self.quantize is not None:
             raise InputError(f"{rule}found quantize={self.quantize}, whose tensors cannot be sharded; expected null")
@@ -199,10 +198,21 @@ JOBS: dict[str, type[Any]] = {
 # Keys that may change when a run is resumed: they do not change the trained tensors (`compile` only by rounding).
 RESUMABLE: frozenset[str] = frozenset(
     {
-        *("resume", "run_dir", "recompute", "recompute_attention", "compile", "shard_base"),
-        *("encode_batch_size", "train.dry_run"),
-        *("data.workers", "data.validation", "data.max_faulty"),
-        *("train.checkpoint_every", "train.validate_every", "train.max_skipped", "train.strategy"),
+        "resume",
+        "run_dir",
+        "recompute",
+        "recompute_attention",
+        "compile",
+        "shard_base",
+        "encode_batch_size",
+        "data.workers",
+        "data.validation",
+        "data.max_faulty",
+        "train.checkpoint_every",
+        "train.validate_every",
+        "train.max_skipped",
+        "train.strategy",
+        "train.dry_run",
     }
 )
 # Of these, only the product matters: the number of samples per step.
@@ -219,7 +229,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     files = _with_base(Path(path))
     given = OmegaConf.merge(*(content for _, content in files))
     job = cast(dict[str, Any], OmegaConf.to_container(given)).get("job")
-    if job not in list(JOBS):
+    if job not in list(JOBS):  # a list, since job may be unhashable
         raise InputError(f"{path}: job is {job!r}; expected one of {', '.join(JOBS)}")
     config = merge_config(JOBS[job], files, overrides)
     if config.job != job:

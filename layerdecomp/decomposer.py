@@ -1,13 +1,10 @@
 """The decomposer: splits an image and an object mask into a clean background and a complete foreground."""
 
 import hashlib
-import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -21,88 +18,36 @@ from layerdecomp.conditioning import (
     TOKEN_FACTOR,
     ConditioningConfig,
     bidirectional_context,
-    inpainting_context,
     masked_images,
     pack,
-    position_ids,
     unpack,
 )
-from layerdecomp.errors import InputError
+from layerdecomp.errors import InputError, check_whole_number
 from layerdecomp.files import source_sha256
-from layerdecomp.flow import FlowConfig, seeded_normal
-from layerdecomp.imaging.compositing import from_autoencoder, to_autoencoder
-from layerdecomp.imaging.cues import CUES, compute_cues
+from layerdecomp.flow import FlowConfig
+from layerdecomp.imaging.compositing import from_autoencoder, to_autoencoder, with_pixel_alpha
+from layerdecomp.imaging.cues import CUES, check_cues, compute_cues
 from layerdecomp.imaging.geometry import resize, to_pixels, to_tensor
 from layerdecomp.imaging.layers import ImageSource, Layers, Pixels, read_pair
-from layerdecomp.manifest import DecomposerConfig, describe_adapter
+from layerdecomp.inpainting import Context, FrozenBase, Prompt, mixed_precision, predict_velocity, token_ids
+from layerdecomp.manifest import DecomposerConfig, open_adapter
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
-from layerdecomp.models.blocks import autocast_device
 from layerdecomp.models.context_fusion import ContextFusion, check_fusion
 from layerdecomp.models.depth import DepthEstimator
-from layerdecomp.models.lora import inject_lora, merge_lora, without_lora
+from layerdecomp.models.lora import inject_lora, merge_lora
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.resizing import model_size, to_model_size, to_original_size
 from layerdecomp.sampling import Progress, SampleConfig, euler, schedule
-from layerdecomp.tensor_files import Metadata, check_device, check_present, open_safetensors
-from layerdecomp.weights import Adapter, check_keys, copy_tensors, empty_mmdit, load_autoencoder, load_mmdit, open_state
+from layerdecomp.tensor_files import Metadata, check_device, check_present
+from layerdecomp.weights import Adapter, copy_tensors, empty_mmdit, load_autoencoder, load_mmdit, open_state
 
 TRAINED = re.compile(r"\.lora_[AB]\.weight$|^transformer\.img_in\.|^context_fusion\.")  # names of trained parameters
 # The source files of the package that decide which layers are drawn.
 SOURCES = (
-    *("conditioning.py", "decomposer.py", "flow.py", "imaging/*.py", "layouts.py", "manifest.py", "models/*.py"),
-    *("quantization.py", "resizing.py", "sampling.py", "tensor_files.py", "weights.py"),
+    *("conditioning.py", "decomposer.py", "flow.py", "imaging/*.py", "inpainting.py", "layouts.py", "manifest.py"),
+    *("models/*.py", "quantization.py", "resizing.py", "sampling.py", "tensor_files.py", "weights.py"),
 )
-SOURCE_SHA256 = {f"layerdecomp/{pattern}": source_sha256(pattern) for pattern in SOURCES}
-
-
-@dataclass(frozen=True)
-class Context:
-    """What the transformer is conditioned on, besides time, guidance and prompt."""
-
-    img_cond: Tensor  # inpainting context (B, layers * L, 320): the background's tokens, then the foreground's
-    ids: Tensor  # (layers * L, 3)
-    fused: Tensor | None = None  # (B, N, D)
-
-    def repeat(self, count: int) -> "Context":
-        """The context of a batch in which every sample is repeated `count` times in a row."""
-        fused = None if self.fused is None else self.fused.repeat_interleave(count, 0)
-        return Context(self.img_cond.repeat_interleave(count, 0), self.ids, fused)
-
-
-class Prompt(nn.Module):
-    """The frozen embedding of the one (empty) prompt that all samples share."""
-
-    txt: Tensor
-    vec: Tensor
-
-    def __init__(self, txt: Tensor, vec: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("txt", txt, persistent=False)  # (T, context_in_dim)
-        self.register_buffer("vec", vec, persistent=False)  # (vec_in_dim,)
-        self._inputs: dict[tuple[int, torch.dtype, torch.device], dict[str, Tensor]] = {}
-
-    @classmethod
-    def load(cls, path: str | None, transformer: MMDiT) -> "Prompt":
-        """Loads a safetensors file with the tensors txt and vec; without a path, the embedding is zero."""
-        config = transformer.config
-        if path is None:
-            return cls(torch.zeros(1, config.context_in_dim), torch.zeros(config.vec_in_dim))
-        with open_safetensors(path) as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            tokens = found.get("txt", (512,))[0]
-            expected = {"txt": (tokens, config.context_in_dim), "vec": (config.vec_in_dim,)}
-            check_keys(path, found, expected, "a prompt embedding for this transformer")
-            return cls(file.get_tensor("txt"), file.get_tensor("vec"))
-
-    def inputs(self, batch: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The transformer's text arguments for a batch, cached by batch size, dtype and device."""
-        key = batch, dtype, self.txt.device
-        if key not in self._inputs:
-            with torch.inference_mode(False):
-                txt, vec = self.txt.to(dtype), self.vec.to(dtype)
-                ids = txt.new_zeros(len(txt), 3)
-                self._inputs[key] = {"txt": txt.expand(batch, -1, -1), "txt_ids": ids, "y": vec.expand(batch, -1)}
-        return self._inputs[key]
+SHA256_BY_SOURCE = {f"layerdecomp/{pattern}": source_sha256(pattern) for pattern in SOURCES}
 
 
 @dataclass(frozen=True)
@@ -121,31 +66,7 @@ class Prepared:
 
     def layers(self, background: Tensor, foreground: Tensor) -> Layers:
         """`Layers` in pixels from a background (1, 3, H, W) and a straight foreground (1, 4, H, W)."""
-        rgba = torch.cat([foreground[:, :3], 2 * foreground[:, 3:] - 1], dim=1)
-        return Layers(self.pixels, self.mask, to_pixels(background[0]), to_pixels(rgba[0]))
-
-
-class FrozenBase(nn.Module):
-    """The transformer as it was before adaptation: without its LoRA, and with its original input projection.
-
-    All other weights are shared with the adapted transformer, whether they are quantised or sharded. Must not be used
-    while that transformer runs, nor after its LoRA has been merged.
-    """
-
-    def __init__(self, adapted: MMDiT, img_in: nn.Linear) -> None:
-        super().__init__()
-        self.config, self.adapted, self.img_in = adapted.config, adapted, img_in
-
-    def forward(self, **inputs: Tensor) -> Tensor:
-        """As `MMDiT.forward`."""
-        adapted_img_in, self.adapted.img_in = self.adapted.img_in, self.img_in
-        try:
-            # Eagerly, or compiled blocks would be recompiled.
-            with without_lora(self.adapted), torch.compiler.set_stance("force_eager"):
-                velocity: Tensor = self.adapted(**inputs)
-        finally:
-            self.adapted.img_in = adapted_img_in
-        return velocity
+        return Layers(self.pixels, self.mask, to_pixels(background[0]), to_pixels(with_pixel_alpha(foreground[0])))
 
 
 class Decomposer(nn.Module):
@@ -338,7 +259,7 @@ class Decomposer(nn.Module):
         return Prepared(pixels, object_mask, full, inputs)
 
     def decompose_batch(
-        self, pictures: Sequence[Prepared], steps: int | None = None, seed: int = 0, progress: Progress = iter
+        self, images: Sequence[Prepared], steps: int | None = None, seed: int = 0, progress: Progress = iter
     ) -> list[Layers]:
         """Decomposes images of equal `Prepared.size` in one batch; arguments as in `decompose`.
 
@@ -346,24 +267,17 @@ class Decomposer(nn.Module):
         """
         steps = None if steps is None else check_whole_number("steps", steps, 1)
         seed = check_whole_number("seed", seed)
-        is_list = isinstance(pictures, Sequence)
-        kinds = [type(picture) for picture in pictures] if is_list else [type(pictures)]
-        if not is_list or {*kinds} != {Prepared}:
-            found = ", ".join(kind.__name__ for kind in kinds) or "nothing"
-            raise InputError(f"pictures holds {found}; expected a list of one or more results of `prepare`")
-        first, *others = dict.fromkeys(f"{width} x {height}" for height, width in (one.size for one in pictures))
-        if others:
-            raise InputError(f"pictures of {first} and of {others[0]} pixels; expected one size for a batch")
+        height, width = common_size(images)
         device = self.prompt.vec.device
-        inputs = [picture.inputs for picture in pictures]
+        inputs = [image.inputs for image in images]
         batch = {name: torch.cat([one[name] for one in inputs]).to(device) for name in inputs[0]}
-        rows, columns = (side // LATENT_FACTOR for side in pictures[0].size)
-        shape = (2 * self.sample.ensemble, self.autoencoder.config.z_channels, rows, columns)
+        channels = self.autoencoder.config.z_channels
+        shape = (2 * self.sample.ensemble, channels, height // LATENT_FACTOR, width // LATENT_FACTOR)
         noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed))
-        background, foreground = self.draw(batch, noise.expand(len(pictures), *shape).to(device), steps, progress)
+        background, foreground = self.draw(batch, noise.expand(len(images), *shape).to(device), steps, progress)
         return [
-            picture.layers(*to_original_size(background[i : i + 1], foreground[i : i + 1], picture.full, self.sample))
-            for i, picture in enumerate(pictures)
+            image.layers(*to_original_size(background[i : i + 1], foreground[i : i + 1], image.full, self.sample))
+            for i, image in enumerate(images)
         ]
 
     def _cues(
@@ -376,7 +290,7 @@ class Decomposer(nn.Module):
             estimated = {} if depth is None else {"depth": depth.estimate(image)[0].numpy()}
             computed, present = compute_cues(to_pixels(image[0]), estimated)
             return {"cues": torch.from_numpy(computed)[None], "cues_present": torch.from_numpy(present)[None]}
-        _check_cues(given, (len(CUES), *full["image"].shape[1:]))
+        check_cues(given, (len(CUES), *full["image"].shape[1:]))
         maps = torch.from_numpy(np.ascontiguousarray(given, np.float32))[None]
         return {"cues": maps, "cues_present": torch.ones(1, len(CUES), dtype=torch.bool)}
 
@@ -400,11 +314,12 @@ class Decomposer(nn.Module):
         )
         copy_tensors(path, adapter.tensors, self.adapter({}).tensors, what)
 
-    def frozen_base(self, path: str | Path) -> "FrozenBase":
+    def frozen_base(self, path: str | Path) -> FrozenBase:
         """The base at `path` before adaptation; it shares all weights except the input projection."""
         base, layout = empty_mmdit(path, self.transformer.config)
-        dtype, device = next(self.autoencoder.parameters()).dtype, self.prompt.vec.device
-        readers, img_in = open_state(base, path, str(device), layout), base.img_in
+        img_in = base.img_in
+        readers = open_state(base, path, str(self.prompt.vec.device), layout)
+        dtype = next(self.autoencoder.parameters()).dtype
         state = {name: readers[f"img_in.{name}"]().to(dtype) for name in img_in.state_dict()}
         img_in.load_state_dict(state, assign=True)
         return FrozenBase(self.transformer, img_in.requires_grad_(False))
@@ -422,7 +337,7 @@ class Decomposer(nn.Module):
     def from_pretrained(
         cls,
         path: str | Path,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         quantize: str | None = None,
         **files: str,
@@ -431,7 +346,7 @@ class Decomposer(nn.Module):
 
         Args:
             path: adapter.safetensors, or the folder that it was published in.
-            dtype: of the frozen parts; default float32.
+            dtype: of the frozen parts, float32 or bfloat16.
             quantize: int8, fp8 or nf4, for the frozen transformer.
             files: other paths of the frozen parts (transformer=, autoencoder=, rgba_autoencoder=, prompt=).
 
@@ -439,20 +354,21 @@ class Decomposer(nn.Module):
             InputError: a file is missing or does not fit, the base is not the one that was adapted, or the device
                 cannot be used.
         """
-        if dtype not in (None, torch.float32, torch.bfloat16):
+        if dtype not in (torch.float32, torch.bfloat16):
             raise InputError(
                 f"dtype is {dtype!r}; expected torch.float32 or torch.bfloat16, in which the base is trained"
             )
         check_device(device)
-        adapter, config = describe_adapter(path, **files)
-        decomposer = build_decomposer(config, dtype, device, quantize)
+        adapter, config = open_adapter(path, **files)
+        decomposer = build_decomposer(config, dtype=dtype, device=device, quantize=quantize)
         decomposer.load_adapter(adapter, path)
         return decomposer.requires_grad_(False).eval()
 
 
 def build_decomposer(
     config: DecomposerConfig,
-    dtype: torch.dtype | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     quantize: str | None = None,
     mapped: bool = False,
@@ -463,22 +379,38 @@ def build_decomposer(
     """
     check_present(*config.weights.named().values())
     check_adaptation(config)
-    transformer = load_mmdit(config.weights.transformer, None, dtype, device, quantize, mapped)
+    path = config.weights.transformer
+    transformer = load_mmdit(path, dtype=dtype, device=device, quantize=quantize, mapped=mapped)
     inject_lora(transformer, config.lora)
     transformer.img_in.float().requires_grad_(True)
     fusion = ContextFusion(config.fusion, transformer.config.hidden_size) if config.fusion.enabled else None
-    autoencoder = _load_autoencoder(config.weights.autoencoder, 3, dtype, device)
-    check_parts(config, transformer.config, autoencoder.config)
+    autoencoder = load_autoencoder(config.weights.autoencoder, dtype=dtype, device=device)
+    rgba_autoencoder = load_autoencoder(config.weights.rgba_autoencoder, dtype=dtype, device=device)
+    check_parts(config, transformer.config, autoencoder.config, rgba_autoencoder.config)
     return Decomposer(
         transformer=transformer,
         autoencoder=autoencoder,
-        rgba_autoencoder=_load_autoencoder(config.weights.rgba_autoencoder, 4, dtype, device),
+        rgba_autoencoder=rgba_autoencoder,
         context_fusion=fusion,
         prompt=Prompt.load(config.weights.prompt, transformer),
         conditioning=config.conditioning,
         flow=config.flow,
         sample=config.sample,
     ).to(device)
+
+
+def common_size(images: Sequence[Prepared]) -> tuple[int, int]:
+    """(height, width) of the images of a batch; `InputError` unless they are results of `prepare` and of one size."""
+    wrong = [image for image in images if not isinstance(image, Prepared)] if isinstance(images, Sequence) else [images]
+    if wrong or not images:
+        found = type(wrong[0]).__name__ if wrong else "nothing"
+        raise InputError(f"images holds {found}; expected a list of one or more results of `prepare`")
+    height, width = images[0].size
+    for image in images:
+        if image.size != (height, width):
+            other = f"{image.size[1]} x {image.size[0]}"
+            raise InputError(f"images of {width} x {height} and of {other} pixels; expected one size for a batch")
+    return height, width
 
 
 def check_adaptation(config: DecomposerConfig) -> None:
@@ -492,107 +424,12 @@ def check_adaptation(config: DecomposerConfig) -> None:
         )
 
 
-def mixed_precision(frozen: nn.Module) -> torch.autocast:
-    """Autocast if the frozen parts are in bf16, since the trained ones are in float32."""
-    weight = next(frozen.parameters())
-    return torch.autocast(autocast_device(weight), torch.bfloat16, enabled=weight.dtype == torch.bfloat16)
-
-
-def token_ids(image: Tensor, *layers: int) -> Tensor:
-    """Positions (layers * L, 3) of the tokens of the given layers of an image (B, C, H, W), cached by size."""
-    rows, columns = (side // TOKEN_FACTOR for side in image.shape[-2:])
-    return cached_token_ids(rows, columns, layers, image.device)
-
-
-@lru_cache(maxsize=64)
-def cached_token_ids(rows: int, columns: int, layers: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.cat([position_ids(rows, columns, layer, device=device) for layer in layers])
-
-
-def latent_noise(autoencoder: Autoencoder, image: Tensor, seed: int, positions: Sequence[int], layers: int) -> Tensor:
-    """Noise (B, layers, C, h, w) for the latents of images (B, 3, H, W); each row depends on (seed, position) alone."""
-    height, width = (side // LATENT_FACTOR for side in image.shape[-2:])
-    shape = (layers, autoencoder.config.z_channels, height, width)
-    return seeded_normal(seed, positions, shape).to(image.device)
-
-
-def predict_velocity(
-    transformer: MMDiT | FrozenBase, prompt: Prompt, x: Tensor, context: Context, timesteps: Tensor, guidance: float
-) -> Tensor:
-    """Velocity (B, S, 64) of noisy tokens x (B, S, 64), given their context."""
-    return transformer(
-        img=torch.cat([x, context.img_cond.to(x.dtype)], dim=-1),
-        img_ids=context.ids,
-        timesteps=timesteps,
-        guidance=torch.full_like(timesteps, guidance),
-        fused=context.fused,
-        **prompt.inputs(x.shape[0], x.dtype),
-    )
-
-
-@torch.no_grad()
-def inpaint(
-    transformer: MMDiT | FrozenBase,
-    autoencoder: Autoencoder,
-    prompt: Prompt,
-    image: Tensor,
-    mask: Tensor,
-    noise: Tensor,
-    conditioning: ConditioningConfig,
-    flow: FlowConfig,
-    sample: SampleConfig,
-) -> Tensor:
-    """Inpaints the mask with the frozen base.
-
-    Args:
-        image: (B, 3, H, W) in [-1, 1], H and W multiples of 16.
-        mask: (B, 1, H, W) in {0, 1}, 1 = to be inpainted.
-        noise: standard normal (B, 16, H/8, W/8).
-
-    Returns:
-        The inpainted image (B, 3, H, W) in [-1, 1], decoded by the autoencoder outside the mask as well.
-    """
-    hole, _ = masked_images(image, mask)
-    x = pack(noise)
-    timesteps = schedule(sample.steps, x.shape[1], flow).to(x)
-    with mixed_precision(autoencoder):
-        latents = autoencoder.encode(hole, tiling=sample.tiling)
-        cond = Context(inpainting_context(latents, mask, conditioning.mask), token_ids(image, 0))
-        x = euler(lambda x, t: predict_velocity(transformer, prompt, x, cond, t, sample.guidance), x, timesteps)
-        painted = autoencoder.decode(unpack(x, *noise.shape[-2:]), tiling=sample.tiling)
-    return painted.float().clamp(-1, 1)
-
-
-def check_whole_number(name: str, value: SupportsIndex, minimum: int = 0) -> int:
-    """An argument, of whatever type of integer, as an int; `InputError` unless from `minimum` to 2^63 - 1."""
-    try:
-        number = int(operator.index(value))
-    except TypeError:
-        number = -1
-    if not minimum <= number < 2**63:
-        raise InputError(f"{name} is {value!r}; expected a whole number from {minimum} to 2^63 - 1")
-    return number
-
-
-def _check_cues(cues: NDArray[np.float32], shape: tuple[int, ...]) -> None:
-    """Raises `InputError` unless `cues` is an array of floats in [-1, 1], of this shape."""
-    if not isinstance(cues, np.ndarray):
-        found = type(cues).__name__
-    elif cues.shape != shape or cues.dtype.kind != "f":
-        found = f"{cues.dtype} of shape {cues.shape}"
-    elif not (np.abs(cues) <= 1).all():  # also finds NaN
-        found = f"values from {cues.min():.4g} to {cues.max():.4g}"
-    else:
-        return
-    raise InputError(
-        f"cues: found {found}; expected an array of floats in [-1, 1] of shape {shape}, the maps {', '.join(CUES)} at "
-        "the image's size"
-    )
-
-
-def check_parts(config: DecomposerConfig, transformer: MMDiTConfig, autoencoder: AutoencoderConfig) -> None:
-    """Raises `InputError` if the transformer is not an inpainting model, or does not fit the other parts."""
+def check_parts(
+    config: DecomposerConfig, transformer: MMDiTConfig, autoencoder: AutoencoderConfig, rgba: AutoencoderConfig
+) -> None:
+    """Raises `InputError` if the transformer is not an inpainting model, or the parts do not fit together."""
+    _check_autoencoder(config.weights.autoencoder, autoencoder, 3, autoencoder.z_channels)
+    _check_autoencoder(config.weights.rgba_autoencoder, rgba, 4, autoencoder.z_channels)
     path, packed = config.weights.transformer, PATCH**2 * autoencoder.z_channels
     found, expected = transformer.in_channels, 2 * packed + TOKEN_FACTOR**2
     if found != expected:
@@ -610,8 +447,18 @@ def check_parts(config: DecomposerConfig, transformer: MMDiTConfig, autoencoder:
         )
 
 
-def _load_autoencoder(path: str, channels: int, dtype: torch.dtype | None, device: str) -> Autoencoder:
-    autoencoder = load_autoencoder(path, dtype=dtype, device=device)
-    if (found := autoencoder.config.in_channels) != channels:
-        raise InputError(f"{path} is an autoencoder of {found} channels, expected {channels}: 3 for RGB, 4 for RGBA")
-    return autoencoder
+def _check_autoencoder(path: str, found: AutoencoderConfig, channels: int, z_channels: int) -> None:
+    if found.in_channels != channels:
+        raise InputError(
+            f"{path} is an autoencoder of {found.in_channels} channels, expected {channels}: 3 for RGB, 4 for RGBA"
+        )
+    if found.factor != LATENT_FACTOR:
+        raise InputError(
+            f"{path} is an autoencoder of {found.factor} pixels per latent, expected {LATENT_FACTOR}: four levels in "
+            "ch_mult"
+        )
+    if found.z_channels != z_channels:
+        raise InputError(
+            f"{path} is an autoencoder of {found.z_channels} latent channels, expected {z_channels}: those of the RGB "
+            "autoencoder, from which it is to be fine-tuned"
+        )

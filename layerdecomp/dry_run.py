@@ -8,10 +8,10 @@ from layerdecomp.benchmark import ENCODING, STEP, count, recomputed
 from layerdecomp.config import DecomposerJobConfig, RunConfig
 from layerdecomp.decomposer import check_adaptation, check_parts
 from layerdecomp.errors import InputError
-from layerdecomp.evaluation import markdown_table
 from layerdecomp.memory import TrainingWork, extrapolate_over_blocks, parameter_counts, training_memory
 from layerdecomp.models.autoencoder import AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiTConfig
+from layerdecomp.tables import markdown_table
 from layerdecomp.tensor_files import read_metadata
 from layerdecomp.weights import config_from
 
@@ -40,7 +40,8 @@ def dry_run(config: RunConfig) -> str:
         )
     check_adaptation(config)
     work = training_work(config)
-    check_parts(config, work.model, work.rgb)
+    rgba = _described(config.weights.rgba_autoencoder, AutoencoderConfig(in_channels=4))
+    check_parts(config, work.model, work.rgb, rgba)
     counts = extrapolate_over_blocks(count, work)
     samples = config.train.global_batch
     encode, per_sample = (counts[name] / work.batch_size for name in (ENCODING, STEP))
@@ -66,7 +67,7 @@ def dry_run(config: RunConfig) -> str:
 def memory_rows(work: TrainingWork, config: DecomposerJobConfig) -> list[list[str]]:
     """Rows of the memory table: what is in a device's memory, its size in GB, and how it is stored."""
     memory = training_memory(work)
-    average = memory.trained * bool(config.train.ema)
+    average = memory.trained if config.train.ema else 0
     rows = [
         ("frozen weights", memory.frozen, _frozen_storage(config)),
         ("trained weights", memory.trained, "float32"),

@@ -1,5 +1,8 @@
 """Exceptions that are not bugs of this package: wrong input, or a failure of the environment."""
 
+import operator
+from typing import SupportsIndex
+
 
 class InputError(ValueError):
     """A file, key or value from the user cannot be used.
@@ -29,3 +32,14 @@ def check_probabilities(config: object, section: str, *names: str) -> None:
     for name in names:
         if not 0 <= (value := getattr(config, name)) <= 1:
             raise InputError(f"{section}{name} is {value}; expected a probability, 0 to 1")
+
+
+def check_whole_number(name: str, value: SupportsIndex, minimum: int = 0) -> int:
+    """An argument, of whatever type of integer, as an int; `InputError` unless from `minimum` to 2^63 - 1."""
+    try:
+        number = int(operator.index(value))
+    except TypeError:
+        number = -1
+    if not minimum <= number < 2**63:
+        raise InputError(f"{name} is {value!r}; expected a whole number from {minimum} to 2^63 - 1")
+    return number

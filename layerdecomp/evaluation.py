@@ -5,8 +5,6 @@ stopped, and every method, built-in or external, is measured in the same way. In
 its name.
 """
 
-import csv
-import io
 import json
 import math
 import os
@@ -27,9 +25,9 @@ from layerdecomp.files import atomic_write
 from layerdecomp.metric_networks import Networks
 from layerdecomp.metrics.layers import METRICS, PER_IMAGE, STDERR_SUFFIX, per_image, set_features, summarize, sums
 from layerdecomp.predictions import LAYERS, Prediction, PredictionFolder, is_written, write_prediction
+from layerdecomp.tables import Results, format_csv, format_table
 
 Batch = dict[str, Tensor]
-Results = Mapping[str, Mapping[str, float]]  # row -> metric -> value
 
 
 class Samples(Protocol):
@@ -193,15 +191,16 @@ def score(
     found: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
     positions = share.positions(len(data))
     for position in tqdm(positions, desc="score", unit="image", disable=share.rank > 0):
-        batch, found[position] = to_batch([data[position]], device), {}
+        batch = to_batch([data[position]], device)
+        found[position] = {}
         true = set_features(batch["background"], batch, networks.measures)
         for row, folder in folders.items():
             layers = folder.read(names[position], batch["image"])
             background, foreground = (None if layer is None else layer.to(device) for layer in layers)
-            values = per_image(background, foreground, batch, networks.measures)
+            measured = per_image(background, foreground, batch, networks.measures)
             predicted = set_features(background, batch, networks.measures)
             features = torch.stack([predicted, true[: len(predicted)]], dim=1)
-            found[position][row] = torch.stack(list(values.values())).cpu(), features.cpu()
+            found[position][row] = torch.stack(list(measured.values())).cpu(), features.cpu()
     with_truth = "foreground" in data[0]
     shares = share.gather((found, [folder.resized for folder in folders.values()]))
     if not shares:
@@ -209,21 +208,16 @@ def score(
     every = {position: rows for part, _ in shares for position, rows in part.items()}
     for place, folder in enumerate(folders.values()):
         folder.resized.update(*(resized[place] for _, resized in shares))
-    joined = {
-        row: [torch.cat(parts, dim=dim) for dim, parts in ((1, values), (0, features))]
-        for row in folders
-        for values, features in [zip(*(every[position][row] for position in range(len(data))), strict=True)]
-    }
-    results = {
-        row: {name: float(x) for name, x in summarize(*sums(values), features).items()}
-        for row, (values, features) in joined.items()
-    }
-    return Evaluation(
-        list(names),
-        results,
-        {row: dict(zip(PER_IMAGE, values.tolist(), strict=True)) for row, (values, _) in joined.items()},
-        {row: _reasons(results[row], folder, with_truth, networks.missing) for row, folder in folders.items()},
-    )
+    evaluation = Evaluation(list(names), {}, {}, {})
+    for row, folder in folders.items():
+        pairs = [every[position][row] for position in range(len(data))]
+        values = torch.cat([values for values, _ in pairs], dim=1)  # (metrics, N)
+        features = torch.cat([features for _, features in pairs])  # (N, 2, 2048)
+        figures = {name: float(x) for name, x in summarize(*sums(values), features).items()}
+        evaluation.results[row] = figures
+        evaluation.per_image[row] = dict(zip(PER_IMAGE, values.tolist(), strict=True))
+        evaluation.reasons[row] = _reasons(figures, folder, with_truth, networks.missing)
+    return evaluation
 
 
 def _reasons(
@@ -252,22 +246,10 @@ def _why_not(name: str, folder: PredictionFolder, with_truth: bool, missing: Map
 def write_figures(out: Path, evaluation: Evaluation, protocol: Mapping[str, Any]) -> str:
     """Writes metrics.json, per_image.csv and table.md into a folder, and returns the table."""
     table = format_table(evaluation.results)
-    atomic_write(out / "per_image.csv", format_csv(evaluation))
+    atomic_write(out / "per_image.csv", format_csv(evaluation.names, evaluation.per_image))
     atomic_write(out / "table.md", table + "\n")
     write_metrics(out / "metrics.json", evaluation.results, protocol, evaluation.reasons)
     return table
-
-
-def format_csv(evaluation: Evaluation) -> str:
-    """CSV with one line per image and row, one column per metric in PER_IMAGE; cells are empty where undefined."""
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(["image", "row", *PER_IMAGE])
-    for place, name in enumerate(evaluation.names):
-        for row, values in evaluation.per_image.items():
-            cells = [values[metric][place] for metric in PER_IMAGE]
-            lines.writerow([name, row, *("" if math.isnan(value) else f"{value:.6g}" for value in cells)])
-    return text.getvalue()
 
 
 def ranked_cases(values: Sequence[float], *, higher_is_better: bool) -> dict[str, int]:
@@ -301,83 +283,3 @@ def write_metrics(
         },
     }
     atomic_write(Path(path), json.dumps(document, indent=2, allow_nan=False) + "\n")
-
-
-def format_table(results: Results) -> str:
-    """An aligned Markdown table, mean ± standard error: one line per metric, one column per row of the results.
-
-    Metrics without a value in any row are omitted.
-    """
-    found = {name for values in results.values() for name, value in values.items() if not math.isnan(value)}
-    names = [name for name in METRICS if name in found]
-    table = [["metric", *results]]
-    table += [[metric_title(name), *(_cell(name, values) for values in results.values())] for name in names]
-    return markdown_table(table)
-
-
-def format_published(results: Results, published: Results) -> str:
-    """A Markdown table with one line per row and metric of the published figures, next to ours if available."""
-    table = [["row", "metric", "published", "ours"]]
-    for row, figures in published.items():
-        for name, value in figures.items():
-            ours = _cell(name, results[row]) if row in results else ""
-            table.append([row, metric_title(name), f"{value:.2f}", ours])
-    return markdown_table(table)
-
-
-def fill(path: Path, name: str, content: str) -> None:
-    """Replaces the text between the lines ``<!-- name -->`` and ``<!-- /name -->`` of a Markdown file."""
-    before, after = split_at_markers(path, name)
-    atomic_write(path, f"{before}\n{content}\n\n{after}")
-
-
-def check_fill(path: Path, name: str, published: Mapping[str, Any]) -> None:
-    """Raises `InputError` unless the file has the lines that `fill` needs and there are published figures."""
-    if not published:
-        raise InputError(f"fill={path} compares with published figures; expected config= with evaluate.published")
-    split_at_markers(path, name)
-
-
-def split_at_markers(path: Path, name: str) -> tuple[str, str]:
-    """The text up to and including the opening line of ``fill``, and the text from the closing line on.
-
-    Raises:
-        InputError: the file does not exist or lacks these lines.
-    """
-    first, last = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    text = path.read_text() if path.is_file() else ""
-    before, begun, rest = text.partition(first)
-    _, ended, after = rest.partition(last)
-    if not begun or not ended:
-        raise InputError(f"{path} has no lines {first.strip()} and {last}; expected them around the text to replace")
-    return before + begun, ended + after
-
-
-def markdown_table(table: Sequence[Sequence[str]]) -> str:
-    """An aligned Markdown table from lines of cells, header first; all columns but the first are right-aligned."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [_line(cells, widths) for cells in table]
-    rule = "|".join(["", "-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:]), ""])
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def metric_title(name: str) -> str:
-    """A metric's name, unit and direction of improvement."""
-    return f"{name} {METRICS[name].unit} {METRICS[name].better}".replace("  ", " ")
-
-
-def _cell(name: str, values: Mapping[str, float]) -> str:
-    return metric_value(name, values.get(name, math.nan), values.get(name + STDERR_SUFFIX, math.nan))
-
-
-def metric_value(name: str, mean: float, spread: float) -> str:
-    """A metric's value ± spread, with two decimals for dB and four otherwise; NaN is "-", a NaN spread is omitted."""
-    digits = 2 if METRICS[name].unit == "dB" else 4
-    if math.isnan(mean):
-        return "-"
-    return f"{mean:.{digits}f}" if math.isnan(spread) else f"{mean:.{digits}f} ± {spread:.{digits}f}"
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *rest = zip(cells, widths, strict=True)
-    return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]) + " |"

@@ -75,8 +75,8 @@ def export(
     if format not in FORMATS:
         raise InputError(f"format={format}: expected one of {', '.join(FORMATS)}")
     write, default = FORMATS[format]
-    known = [*FLOATS, *([FP8] if write is _write_merged else [])]
-    if (dtype or default or known[0]) not in known:
+    known = [*FLOATS, FP8] if format == "merged" else [*FLOATS]
+    if dtype is not None and dtype not in known:
         raise InputError(f"dtype={dtype}: expected one of {', '.join(known)} for format={format}")
     paths = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     adapter, config = read_adapters([Path(path) for path in paths], weights, rank, files)
@@ -92,7 +92,7 @@ def _write_lora(layout: str) -> Callable[[ExportJob], list[Path]]:
     def write(job: ExportJob) -> list[Path]:
         model, base = frozen_input(job.config)
         changes, rest = changes_from_adapter(job.adapter.tensors, job.config.lora, base)
-        tensors = LAYOUTS[layout][1](changes, model.config.hidden_size)
+        tensors = LAYOUTS[layout].write(changes, model.config.hidden_size)
         if INPUT in changes:
             rest |= {name: job.adapter.tensors[name] for name in base}
         others = _write_extras(job, layout, model, rest)
@@ -116,7 +116,8 @@ def _write_extras(job: ExportJob, format: str, model: MMDiT, rest: Tensors) -> l
 
 def _write_merged(job: ExportJob) -> list[Path]:
     """Writes the base with the adapter merged; holds one tensor at a time in memory, besides the adapter."""
-    path, adapted = job.config.weights.transformer, job.adapter.tensors
+    path = job.config.weights.transformer
+    adapted = job.adapter.tensors
     model, layout = empty_mmdit(path)
     trained = {name: adapted[name].float() for name in (f"{INPUT}.weight", f"{INPUT}.bias")}
     changes, rest = changes_from_adapter(adapted, job.config.lora, trained)
@@ -131,7 +132,7 @@ def _write_merged(job: ExportJob) -> list[Path]:
         changed = kind == "weight" and layer in changes
         return read[name]().float() + changes[layer].weight if changed else read[name]().float()
 
-    like, read_cast = _in_dtype(model.state_dict(), merged, job.dtype or "bfloat16")
+    like, read_cast = _cast_lazily(model.state_dict(), merged, job.dtype or "bfloat16")
     write_tensors(job.out, like, read_cast, facts)
     return [job.out, *others]
 
@@ -139,15 +140,15 @@ def _write_merged(job: ExportJob) -> list[Path]:
 Read = Callable[[str], Tensor]
 
 
-def _in_dtype(like: Mapping[str, Tensor], read: Read, dtype: str) -> tuple[dict[str, Tensor], Read]:
+def _cast_lazily(like: Mapping[str, Tensor], read: Read, dtype: str) -> tuple[dict[str, Tensor], Read]:
     """The `like` and `read` of `write_tensors` that convert the tensors of `read` to a dtype."""
     if dtype == FP8:
-        return _in_fp8(like, read)
+        return _cast_lazily_to_fp8(like, read)
     return {n: t.to(FLOATS[dtype]) for n, t in like.items()}, lambda name: read(name).to(FLOATS[dtype])
 
 
-def _in_fp8(like: Mapping[str, Tensor], read: Read) -> tuple[dict[str, Tensor], Read]:
-    """As `_in_dtype`: the blocks' matrices in e4m3 with a scale each, in ComfyUI's layout; the rest in bf16.
+def _cast_lazily_to_fp8(like: Mapping[str, Tensor], read: Read) -> tuple[dict[str, Tensor], Read]:
+    """As `_cast_lazily`: the blocks' matrices in e4m3 with a scale each, in ComfyUI's layout; the rest in bf16.
 
     The tensors outside the blocks are small, and sensitive to quantisation.
     """

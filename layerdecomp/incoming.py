@@ -25,8 +25,8 @@ from layerdecomp.manifest import (
     DecomposerConfig,
     WeightFiles,
     adapter_file,
-    describe_adapter,
-    described_config,
+    config_of,
+    open_adapter,
 )
 from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig
@@ -109,21 +109,23 @@ def read_adapter(path: Path, files: dict[str, str]) -> tuple[Adapter, Decomposer
     path = adapter_file(path)
     with open_safetensors(path) as file:
         names = set(file.keys())
-        layout = next((n for n, (start, *_) in LAYOUTS.items() if any(name.startswith(start) for name in names)), None)
+        layout = next(
+            (key for key, kind in LAYOUTS.items() if any(name.startswith(kind.prefix) for name in names)), None
+        )
         if layout is None:
-            return describe_adapter(path, **files)
+            return open_adapter(path, **files)
         tensors = {name: file.get_tensor(name) for name in names}
     metadata = read_metadata(path)
     if layout == "diffusers":
         tensors |= peft_alphas(tensors, metadata)
     if "lora" in metadata and "weights" in metadata:
-        config = described_config(metadata, path, **files)
+        config = config_of(metadata, path, **files)
     else:
         config = _undescribed(path, files)
         metadata = {**config.to_metadata(), "origin": f"imported from {path.name}"}
     model, base = frozen_input(config)
     layers = {name: module.out_features for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    changes = LAYOUTS[layout][2](tensors, layers, model.config.hidden_size)
+    changes = LAYOUTS[layout].read(tensors, layers, model.config.hidden_size)
     if tensors:
         raise InputError(
             f"{path}: {len(tensors)} of {len(names)} tensors belong to no linear layer of the transformer: "

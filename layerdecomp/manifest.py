@@ -88,7 +88,7 @@ def adapter_file(path: str | Path) -> Path:
     return path / ADAPTER
 
 
-def describe_adapter(path: str | Path, **files: str) -> tuple[Adapter, DecomposerConfig]:
+def open_adapter(path: str | Path, **files: str) -> tuple[Adapter, DecomposerConfig]:
     """An adapter file, and the config of its decomposer with verified paths of the frozen parts.
 
     `path` may be a folder that holds `ADAPTER`. Paths of frozen parts are tried as given, beside the adapter and in the
@@ -99,11 +99,11 @@ def describe_adapter(path: str | Path, **files: str) -> tuple[Adapter, Decompose
     """
     path = adapter_file(path)
     adapter = Adapter.load(path)
-    return adapter, described_config(adapter.metadata, path, **files)
+    return adapter, config_of(adapter.metadata, path, **files)
 
 
-def described_config(metadata: Metadata, path: Path, **files: str) -> DecomposerConfig:
-    """The decomposer config in the metadata of the adapter at `path`; see `describe_adapter`."""
+def config_of(metadata: Metadata, path: Path, **files: str) -> DecomposerConfig:
+    """The decomposer config in the metadata of the adapter at `path`; see `open_adapter`."""
     config = DecomposerConfig()
     for part in fields(DecomposerConfig):
         kind: type[Any] = type(getattr(config, part.name))

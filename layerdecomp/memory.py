@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from layerdecomp.benchmark import META, BenchmarkConfig, Workload
-from layerdecomp.decomposer import cached_token_ids
+from layerdecomp.inpainting import cached_token_ids
 from layerdecomp.models import attention
 from layerdecomp.models.autoencoder import AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
@@ -135,7 +135,9 @@ def extrapolate_over_blocks(values: Callable[[TrainingWork], dict[str, float]], 
     total = dict(first)
     for kind in (0, 1):
         if full[kind] > few[kind]:
-            more = values(with_depths(work, (few[0] + period * (kind == 0), few[1] + period * (kind == 1))))
+            depths = list(few)
+            depths[kind] += period
+            more = values(with_depths(work, (depths[0], depths[1])))
             times = (full[kind] - few[kind]) // period
             total = {name: total[name] + times * (more[name] - first[name]) for name in total}
     return total

@@ -20,7 +20,7 @@ from layerdecomp.metrics.layers import METRICS, Measures
 from layerdecomp.metrics.perceptual import LPIPS, TRUNKS
 from layerdecomp.metrics.region import REGIONS
 from layerdecomp.tensor_files import file_sha256
-from layerdecomp.weights import check_keys, shapes
+from layerdecomp.weights import check_keys, shapes_of
 
 logger = logging.getLogger(__name__)
 FOLDER = "checkpoints/metrics"
@@ -94,7 +94,7 @@ def load_lpips(net: str, path: Path) -> LPIPS:
     with torch.device("meta"):
         trunk, network = TRUNKS[net].build(), LPIPS(net)
     state = _read(path)
-    check_keys(path, shapes(state), shapes(trunk.state_dict()), f"torchvision's {type(trunk).__name__}")
+    check_keys(path, shapes_of(state), shapes_of(trunk.state_dict()), f"torchvision's {type(trunk).__name__}")
     used = {name: state[name] for name in network.state_dict() if name.startswith("features.")}
     network.load_state_dict(used | _heads(network), assign=True)
     return network.requires_grad_(False)
@@ -106,7 +106,7 @@ def _heads(network: LPIPS) -> dict[str, Tensor]:
     found = torch.load(io.BytesIO(file.read_bytes()), map_location="cpu", weights_only=True)
     names = [f"lin{place}.model.1.weight" for place in range(len(network.heads))]
     expected = {name: tuple(head.shape) for name, head in zip(names, network.heads, strict=True)}
-    check_keys(str(file), shapes(found), expected, "the heads of LPIPS")
+    check_keys(str(file), shapes_of(found), expected, "the heads of LPIPS")
     return {f"heads.{place}": found[name] for place, name in enumerate(names)}
 
 

@@ -23,12 +23,12 @@ from layerdecomp.benchmark import (
     stopwatch,
 )
 from layerdecomp.conditioning import TOKEN_FACTOR, position_ids
-from layerdecomp.decomposer import mixed_precision
 from layerdecomp.errors import InputError
-from layerdecomp.evaluation import markdown_table
+from layerdecomp.inpainting import mixed_precision
 from layerdecomp.layouts import diffusers_transformer
 from layerdecomp.models.lora import LoRALinear, merge_lora
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
+from layerdecomp.tables import markdown_table
 
 # Largest accepted difference of outputs and gradients, relative to the largest value.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
@@ -144,8 +144,9 @@ def _frozen(ours: MMDiT) -> dict[str, Tensor]:
 
 def random_inputs(config: BenchmarkConfig, model: MMDiT) -> Inputs:
     """Tokens of both layers and of the text; fused tokens count as text."""
-    side, sizes, weight = config.size // TOKEN_FACTOR, model.config, model.txt_in.weight
-    text, batch = config.text_tokens + config.fusion.num_queries * config.fusion.enabled, config.batch_size
+    side, text, batch = config.size // TOKEN_FACTOR, config.context_tokens, config.batch_size
+    sizes = model.config
+    weight = model.txt_in.weight
     with weight.device:
         ids = torch.cat([position_ids(side, side, layer, weight.device) for layer in (0, 1)])
         inputs = {
@@ -198,8 +199,9 @@ def compare(config: BenchmarkConfig, device: str, dtype: torch.dtype) -> str:
         InputError: their results differ, so that comparing their speed would be meaningless.
     """
     place = torch.device(device)
-    rows, found = [], {}
-    for compiled in (False, True)[: 1 + config.compile]:
+    rows = []
+    found: dict[str, float] = {}
+    for compiled in (False, True) if config.compile else (False,):
         models = pair(config, place, dtype)
         ours, theirs = Side(models[0]), Side(models[1], NAMES)
         inputs = random_inputs(config, models[0])

@@ -16,13 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from layerdecomp.evaluation import Evaluation, Samples, metric_title, metric_value, ranked_cases, to_batch
+from layerdecomp.evaluation import Evaluation, Samples, ranked_cases, to_batch
+from layerdecomp.grids import comparison_grid, error_map, outlined, tiles_of
 from layerdecomp.imaging.compositing import on_checkerboard, resize_straight
 from layerdecomp.imaging.geometry import resize
 from layerdecomp.imaging.layers import Pixels
 from layerdecomp.metrics.layers import METRICS, PER_IMAGE, STDERR_SUFFIX
-from layerdecomp.pictures import comparison_grid, error_map, outlined, tiles_of
 from layerdecomp.predictions import PredictionFolder
+from layerdecomp.tables import metric_title, metric_value
 
 RANKED_BY = ("background/psnr", "foreground/alpha_iou")
 EXTREMES = 10  # number of best and of worst images per metric
@@ -137,10 +138,10 @@ def _joined(layers: Sequence[Tensor | None], channels: int, size: tuple[int, int
     return torch.cat([torch.zeros(1, channels, *size) if layer is None else _at(layer, size) for layer in layers])
 
 
-def _at(picture: Tensor, size: tuple[int, int]) -> Tensor:
+def _at(image: Tensor, size: tuple[int, int]) -> Tensor:
     """A mask (1, 1, H, W), image (1, 3, H, W) or straight foreground (1, 4, H, W), resized if its size differs."""
-    straight = picture.shape[1] == 4 and picture.shape[-2:] != size
-    return resize_straight(picture, size) if straight else resize(picture, size)
+    straight = image.shape[1] == 4 and image.shape[-2:] != size
+    return resize_straight(image, size) if straight else resize(image, size)
 
 
 Cell = tuple[str, float | str]  # content, sort key
@@ -203,40 +204,41 @@ def _cases(
     evaluation: Evaluation, folders: Mapping[str, PredictionFolder], data: Samples, chosen: Mapping[int, Sequence[str]]
 ) -> Iterator[list[Cell]]:
     for place, kinds in chosen.items():
-        batch, name = to_batch([data[place]], "cpu"), evaluation.names[place]
+        batch = to_batch([data[place]], "cpu")
+        name = evaluation.names[place]
         figures = [
             (metric, evaluation.per_image[row][metric][place]) for row in evaluation.results for metric in RANKED_BY
         ]
-        pictures = [
+        images = [
             [batch["image"], outlined(batch["image"], batch["mask"])],
             _stack(batch["background"], batch.get("foreground")),
             *(_layers_and_errors(folder, name, batch) for folder in folders.values()),
         ]
         yield [
             (f"{html.escape(name)}<br>{'<br>'.join(kinds)}", name),
-            *(("".join(map(_image, column)), "") for column in pictures),
+            *(("".join(map(_image_element, column)), "") for column in images),
             *((metric_value(metric, value, math.nan), value) for metric, value in figures),
         ]
 
 
 def _layers_and_errors(folder: PredictionFolder, name: str, batch: Mapping[str, Tensor]) -> list[Tensor]:
     background, foreground = folder.read(name, batch["image"])
-    pictures = _stack(background, foreground)
+    images = _stack(background, foreground)
     if background is not None:
-        pictures.insert(1, error_map(background, batch["background"], 2))
+        images.insert(1, error_map(background, batch["background"], 2))
     if foreground is not None and "foreground" in batch:
-        pictures.append(error_map(foreground[:, 3:], batch["foreground"][:, 3:], 1))
-    return pictures
+        images.append(error_map(foreground[:, 3:], batch["foreground"][:, 3:], 1))
+    return images
 
 
 def _stack(background: Tensor | None, foreground: Tensor | None) -> list[Tensor]:
     shown = None if foreground is None else on_checkerboard(foreground)
-    return [picture for picture in (background, shown) if picture is not None]
+    return [image for image in (background, shown) if image is not None]
 
 
 @torch.no_grad()
-def _image(picture: Tensor) -> str:
+def _image_element(image: Tensor) -> str:
     """An image (1, 3, H, W) in [-1, 1] as an HTML element with embedded data."""
     file = io.BytesIO()
-    Image.fromarray(tiles_of(picture)[0]).save(file, "JPEG", quality=85)
+    Image.fromarray(tiles_of(image)[0]).save(file, "JPEG", quality=85)
     return f'<img loading="lazy" alt="" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'

@@ -112,14 +112,14 @@ def _check_floating(path: str | Path, dtypes: Mapping[str, str]) -> None:
         raise InputError(f"{path}: {len(wrong)} tensors are not of floating-point numbers: {first_few(wrong)}")
 
 
-def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
 def copy_tensors(path: str | Path, found: Mapping[str, Tensor], parameters: Mapping[str, Tensor], what: str) -> None:
     """Copies a file's tensors into parameters of the same names; `InputError` unless names and shapes match."""
-    check_keys(path, shapes(found), shapes(parameters), what)
+    check_keys(path, shapes_of(found), shapes_of(parameters), what)
     for name, parameter in parameters.items():
         parameter.copy_(found[name])
 
@@ -136,7 +136,7 @@ def open_state(
         layout: of the files.
         mapped: as in `TensorFile`.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    shapes = shapes_of(module.state_dict())
     sources = {name: layout(name, shape) for name, shape in shapes.items()}
     file = TensorFile(path, device, mapped)
     expected = {part: shape for source in sources.values() for part, shape in source.shapes.items()}
@@ -158,7 +158,7 @@ def open_state(
 def load_state(
     module: nn.Module,
     path: str | Path,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     layout: Layout = published,
     convert: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
@@ -169,7 +169,6 @@ def load_state(
     Args:
         convert: maps a name and its tensor in `dtype` to the tensor to keep, before the next one is read.
     """
-    dtype = dtype or torch.float32
     readers = open_state(module, path, device, layout, mapped)
     state = {name: convert(name, _in_dtype(reader(), dtype)) for name, reader in readers.items()}
     module.load_state_dict(state, assign=True)
@@ -197,12 +196,12 @@ def config_from(kind: type[ConfigT], text: str | None, where: str) -> ConfigT:
 def load_mmdit(
     path: str | Path,
     config: MMDiTConfig | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     quantize: str | None = None,
     mapped: bool = False,
 ) -> MMDiT:
-    """Loads the transformer of a single file or a diffusers folder, in `dtype` (default float32), frozen.
+    """Loads the transformer of a single file or a diffusers folder, in `dtype`, frozen.
 
     The default `config` is the one in the file's metadata or the folder's config.json; a file without one is
     FLUX.1-Fill-dev. `quantize` (int8, fp8, nf4) quantises the matrices of the blocks as they are read. If `mapped`,
@@ -210,7 +209,7 @@ def load_mmdit(
     """
     convert = block_matrices(quantize)
     model, layout = empty_mmdit(path, config)
-    load_state(model, path, dtype, device, layout, convert, mapped)
+    load_state(model, path, dtype, device, layout, convert=convert, mapped=mapped)
     freeze_quantized(model)
     return model.requires_grad_(False).eval()
 
@@ -225,9 +224,9 @@ def empty_mmdit(path: str | Path, config: MMDiTConfig | None = None) -> tuple[MM
 
 
 def load_autoencoder(
-    path: str | Path, config: AutoencoderConfig | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
+    path: str | Path, config: AutoencoderConfig | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Autoencoder:
-    """Loads the autoencoder of a single file or a diffusers folder, in `dtype` (default float32), frozen.
+    """Loads the autoencoder of a single file or a diffusers folder, in `dtype`, frozen.
 
     The default `config` is the one in the file's metadata or the folder's config.json; a file without one is FLUX's.
     """
@@ -235,7 +234,8 @@ def load_autoencoder(
     with torch.device("meta"):
         model = Autoencoder(config)
     is_diffusers = "encoder.conv_norm_out.weight" in TensorFile(path).shapes
-    load_state(model, path, dtype, device, diffusers_autoencoder(len(config.ch_mult)) if is_diffusers else published)
+    layout = diffusers_autoencoder(len(config.ch_mult)) if is_diffusers else published
+    load_state(model, path, dtype, device, layout)
     return model.requires_grad_(False).eval()
 
 
@@ -251,9 +251,9 @@ def _described(path: Path, kind: type[ConfigT], from_diffusers: Callable[[Mappin
 
 
 def load_depth(
-    path: str | Path, config: DepthConfig | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
+    path: str | Path, config: DepthConfig | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> DepthEstimator:
-    """Loads the depth estimator of a published file, in `dtype` (default float32), frozen.
+    """Loads the depth estimator of a published file, in `dtype`, frozen.
 
     The default `config` is Depth-Anything-V2-Small's.
     """

@@ -90,7 +90,7 @@ def test_kohya_keeps_alpha_and_diffusers_folds_it_in() -> None:
     tensors = to_kohya(changes, HIDDEN)
     assert tensors["lora_unet_double_blocks_0_img_attn_qkv.alpha"] == 1.5  # of rank 3
     assert tensors["lora_unet_img_in.alpha"] == 6
-    assert _same(LAYOUTS["kohya"][2](tensors, LAYERS, HIDDEN), changes)
+    assert _same(LAYOUTS["kohya"].read(tensors, LAYERS, HIDDEN), changes)
     back = from_diffusers(to_diffusers(changes, HIDDEN), LAYERS, HIDDEN)
     assert all(change.scale == 1 for change in back.values())
     assert all(back[name].weight.equal(change.weight) for name, change in changes.items())

@@ -13,7 +13,7 @@ from layerdecomp.models.blocks import (
     Modulation,
     RMSNorm,
     SingleStreamBlock,
-    modulate,
+    adaptive_layer_norm,
     timestep_embedding,
 )
 from layerdecomp.models.lora import LoRAConfig, inject_lora
@@ -141,6 +141,6 @@ def test_autocast_saves_no_float32_copy_of_the_normalised_input() -> None:
     x = torch.randn(1, IMG, D).bfloat16().requires_grad_()
     shift, scale = torch.randn(2, 1, 1, D).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        assert modulate(x, shift, scale).dtype == torch.bfloat16
-        numbers = saved_numbers(lambda: modulate(x, shift, scale), nn.Identity())
+        assert adaptive_layer_norm(x, shift, scale).dtype == torch.bfloat16
+        numbers = saved_numbers(lambda: adaptive_layer_norm(x, shift, scale), nn.Identity())
     assert numbers <= (IMG * D + D) // 2 + 2 * IMG  # bf16 counts half

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from layerdecomp.bulk import SETTINGS, decompose_folder, pair_up
-from layerdecomp.decomposer import SOURCE_SHA256, Decomposer
+from layerdecomp.decomposer import SHA256_BY_SOURCE, Decomposer
 from layerdecomp.errors import InputError, RunError
 from layerdecomp.imaging.layers import Layers
 
@@ -94,7 +94,7 @@ def test_an_interrupted_run_resumes_and_other_settings_are_rejected(
     with pytest.raises(InputError, match="made with adapter=a sum, now it is another"):
         decompose_folder(tiny_decomposer, pairs, out, {"adapter": "another"})
     with monkeypatch.context() as patch:
-        patch.setitem(SOURCE_SHA256, "layerdecomp/sampling.py", "of a changed file")
+        patch.setitem(SHA256_BY_SOURCE, "layerdecomp/sampling.py", "of a changed file")
         with pytest.raises(InputError, match=r"made with layerdecomp/sampling\.py=[0-9a-f]{64}, now it is of a"):
             decompose_folder(tiny_decomposer, pairs, out, ADAPTER)
     assert json.loads((out / SETTINGS).read_text())["steps"] == 2
@@ -125,7 +125,7 @@ def test_a_batch_that_does_not_fit_into_memory_suggests_a_smaller_one(
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(Decomposer, "draw", full)
-    with pytest.raises(RunError, match=r"1 pictures of 32 x 32 pixels do not fit .* smaller batch_size="):
+    with pytest.raises(RunError, match=r"1 images of 32 x 32 pixels do not fit .* smaller batch_size="):
         decompose_folder(tiny_decomposer, pair_up(*folders), folders[2], ADAPTER, batch_size=5)
 
 
@@ -136,7 +136,7 @@ def test_images_and_masks_without_a_partner_are_reported(folders: tuple[Path, Pa
     (images / "e.jpg").unlink()
     with pytest.raises(InputError) as error:
         pair_up(images, masks, out)
-    message = f"3 of {images} have no mask in {masks} (a.jpg, c.jpg, deep/d.jpg) and 1 of {masks} have no picture in "
+    message = f"3 of {images} have no mask in {masks} (a.jpg, c.jpg, deep/d.jpg) and 1 of {masks} have no image in "
     assert str(error.value).startswith(f"{message}{images} (e.png); ")
     assert not out.exists()
 
@@ -147,7 +147,7 @@ def test_invalid_folders_are_rejected(folders: tuple[Path, Path, Path]) -> None:
         pair_up(images / "a.jpg", masks, out)
     with pytest.raises(InputError, match=r"mask=.*a\.png is not a folder"):
         pair_up(images, masks / "a.png", out)
-    with pytest.raises(InputError, match=r"out=.*layers lies in image=.*images, whose pictures are read"):
+    with pytest.raises(InputError, match=r"out=.*layers lies in image=.*images, whose images are read"):
         pair_up(images, masks, images / "layers")
     (images / "a.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"a\.jpg and a\.png differ only in their extension"):

@@ -19,7 +19,7 @@ from layerdecomp.comparison import (
     EvaluateConfig,
     Models,
     compare,
-    export,
+    export_test_set,
     layer_settings,
     methods,
     row_names,
@@ -207,7 +207,7 @@ def test_an_interrupted_evaluation_resumes_and_a_finished_one_is_redone(
     with pytest.raises(PowerCutError):
         compare(models, SCENES, settings, tmp_path / "out")
     cut[0] = False
-    monkeypatch.setattr("layerdecomp.comparison.SOURCE_SHA256", "of changed files")
+    monkeypatch.setattr("layerdecomp.comparison.ROWS_SHA256", "of changed files")
     compare(models, SCENES, settings, tmp_path / "out")
     assert drawn == [2, 1, 2, 1], "expected no layers of other code to be reused"
 
@@ -251,7 +251,7 @@ def test_the_settings_of_layers_cover_what_they_depend_on(models: Models, tiny_w
 
 
 def test_exported_scenes_give_the_same_figures(models: Models, tmp_path: Path) -> None:
-    assert export(DATA, config(), tmp_path / "inputs") == 3
+    assert export_test_set(DATA, config(), tmp_path / "inputs") == 3
     straight = compare(models, SCENES, config(), tmp_path / "straight")
     exported = compare(models, TestFolder(tmp_path / "inputs"), config(), tmp_path / "exported")
     assert straight is not None and exported is not None
@@ -265,7 +265,7 @@ def test_exported_scenes_give_the_same_figures(models: Models, tmp_path: Path) -
 
 
 def test_one_folder_may_hold_images_of_several_sizes(models: Models, tmp_path: Path) -> None:
-    export(DATA, config(), tmp_path / "inputs")
+    export_test_set(DATA, config(), tmp_path / "inputs")
     for path in (tmp_path / "inputs").glob("*/00001.png"):
         Image.open(path).crop((0, 0, 32, 20)).save(path)
     found = compare(models, TestFolder(tmp_path / "inputs"), config(), tmp_path / "out")
@@ -274,18 +274,18 @@ def test_one_folder_may_hold_images_of_several_sizes(models: Models, tmp_path: P
     assert (tmp_path / "out" / "samples" / "comparison.png").is_file()
 
 
-@pytest.mark.parametrize(("pictures", "source"), [(1, "1 picture"), (2, "2 pictures"), (3, None)])
+@pytest.mark.parametrize(("images", "source"), [(1, "1 image"), (2, "2 images"), (3, None)])
 def test_samples_from_fewer_images_are_reported_as_such(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    pictures: int,
+    images: int,
     source: str | None,
 ) -> None:
-    protocol = {"split": "test", "resolution": 32, "data": "triplets", "pictures": pictures}
+    protocol = {"split": "test", "resolution": 32, "data": "triplets", "pictures": images}
     monkeypatch.setattr("layerdecomp.comparison.describe_data", lambda _: protocol)
     compare(None, SCENES, config(rows=["classical"]), tmp_path / "out")
-    drawn = f" drawn from {source} (± is over samples, and says little about other pictures)" if source else ""
+    drawn = f" drawn from {source} (± is over samples, and says little about other images)" if source else ""
     assert f"3 samples{drawn}; metrics in" in capsys.readouterr().out
 
 
@@ -308,7 +308,7 @@ def test_invalid_settings_are_rejected(tmp_path: Path, monkeypatch: pytest.Monke
     for absent in (None, "absent.safetensors"):
         expected = f"{absent or MASKLESS} does not exist, .*make {MASKLESS}.*conditioning.mask=false"
         with pytest.raises(InputError, match=expected):  # also without a model
-            methods(None, config(rows=["maskless"], maskless=absent))
+            compare(None, SCENES, config(rows=["maskless"], maskless=absent), tmp_path / "out")
     with pytest.raises(InputError, match="there is nothing to compare"):
         compare(None, SCENES, config(rows=[]), tmp_path / "out")
     assert not (tmp_path / "out").exists()

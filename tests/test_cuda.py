@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from layerdecomp.benchmark import BenchmarkConfig, Workload
 from layerdecomp.config import load_config
-from layerdecomp.decomposer import mixed_precision
+from layerdecomp.inpainting import mixed_precision
 from layerdecomp.memory import TrainingWork, _memory
 from layerdecomp.models.attention import attention
 from layerdecomp.models.autoencoder import Autoencoder

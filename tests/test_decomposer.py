@@ -10,21 +10,22 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import fill
+from conftest import RGB, RGBA, fill
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from layerdecomp.conditioning import ConditioningConfig, pack
+from layerdecomp.conditioning import pack
 from layerdecomp.data.datamodule import collate
 from layerdecomp.data.scenes import SceneConfig, Scenes
-from layerdecomp.decomposer import Decomposer, build_decomposer, inpaint, token_ids
+from layerdecomp.decomposer import Decomposer, build_decomposer
 from layerdecomp.errors import InputError
 from layerdecomp.flow import FlowConfig
 from layerdecomp.imaging.compositing import to_autoencoder
 from layerdecomp.imaging.cues import CUES, compute_cues
 from layerdecomp.imaging.geometry import grow_and_feather, to_tensor
 from layerdecomp.imaging.layers import Layers
+from layerdecomp.inpainting import inpaint, token_ids
 from layerdecomp.manifest import DecomposerConfig
 from layerdecomp.metrics.background import psnr
 from layerdecomp.metrics.foreground import alpha_iou
@@ -34,7 +35,7 @@ from layerdecomp.models.depth import DepthConfig, DepthEstimator
 from layerdecomp.models.lora import LoRAConfig, LoRALinear
 from layerdecomp.resizing import keep_pixels
 from layerdecomp.sampling import schedule
-from layerdecomp.weights import Adapter, load_mmdit
+from layerdecomp.weights import Adapter, load_mmdit, save_model
 
 SIZES = [(32, 48), (37, 53), (17, 16), (1, 20), (300, 200)]
 STEPS = 2
@@ -76,9 +77,17 @@ def noise_of(count: int, size: int = 32) -> Tensor:
 
 def inpaint_with(decomposer: Decomposer, batch: dict[str, Tensor], noise: Tensor) -> Tensor:
     """The image inpainted with the parts and the settings of a decomposer."""
-    parts = decomposer.transformer, decomposer.autoencoder, decomposer.prompt
-    settings = decomposer.conditioning, decomposer.flow, decomposer.sample
-    return inpaint(*parts, batch["image"], batch["mask"], noise, *settings)
+    return inpaint(
+        transformer=decomposer.transformer,
+        autoencoder=decomposer.autoencoder,
+        prompt=decomposer.prompt,
+        image=batch["image"],
+        mask=batch["mask"],
+        noise=noise,
+        conditioning=decomposer.conditioning,
+        flow=decomposer.flow,
+        sample=decomposer.sample,
+    )
 
 
 def differ(first: Layers, second: Layers) -> bool:
@@ -116,7 +125,7 @@ def test_a_batch_rejects_images_of_different_sizes(tiny_decomposer: Decomposer) 
     assert [one.size for one in prepared] == [(32, 48), (48, 64), (32, 48)]
     first, third = tiny_decomposer.decompose_batch([prepared[0], prepared[2]], steps=1)
     assert first.foreground.shape == (32, 48, 4) and third.background.shape == (30, 40, 3)
-    with pytest.raises(InputError, match=r"pictures of 48 x 32 and of 64 x 48 pixels; expected one size"):
+    with pytest.raises(InputError, match=r"images of 48 x 32 and of 64 x 48 pixels; expected one size"):
         tiny_decomposer.decompose_batch(prepared[:2], steps=1)
 
 
@@ -246,12 +255,10 @@ def test_numpy_integers_are_accepted(tiny_decomposer: Decomposer) -> None:
     np.testing.assert_array_equal(ours.foreground, numpys.foreground)
 
 
-@pytest.mark.parametrize(("pictures", "found"), [([], "nothing"), ([picture(32, 48)], "ndarray"), (None, "NoneType")])
-def test_a_batch_of_unprepared_images_is_rejected(tiny_decomposer: Decomposer, pictures: Any, found: str) -> None:
-    with pytest.raises(
-        InputError, match=f"pictures holds {found}; expected a list of one or more results of `prepare`"
-    ):
-        tiny_decomposer.decompose_batch(pictures)
+@pytest.mark.parametrize(("images", "found"), [([], "nothing"), ([picture(32, 48)], "ndarray"), (None, "NoneType")])
+def test_a_batch_of_unprepared_images_is_rejected(tiny_decomposer: Decomposer, images: Any, found: str) -> None:
+    with pytest.raises(InputError, match=f"images holds {found}; expected a list of one or more results of `prepare`"):
+        tiny_decomposer.decompose_batch(images)
 
 
 def test_fusion_can_be_disabled(tiny_config: DecomposerConfig, tiny_weights: Path) -> None:
@@ -434,10 +441,28 @@ def test_settings_that_do_not_fit_the_frozen_models_are_rejected(
         build_decomposer(replace(tiny_config, **changes))
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("autoencoder", {"in_channels": 4}, "of 4 channels, expected 3: 3 for RGB"),
+        ("autoencoder", {"ch_mult": [1, 2, 2]}, "of 4 pixels per latent, expected 8: four levels in ch_mult"),
+        ("rgba_autoencoder", {"ch_mult": [1, 2, 2]}, "of 4 pixels per latent, expected 8: four levels in ch_mult"),
+        ("rgba_autoencoder", {"z_channels": 8}, "of 8 latent channels, expected 16: those of the RGB autoencoder"),
+    ],
+)
+def test_autoencoders_with_other_latents_are_rejected(
+    tiny_config: DecomposerConfig, tmp_path: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
+    path = str(tmp_path / "other.safetensors")
+    save_model(path, Autoencoder(replace(RGB if name == "autoencoder" else RGBA, **changes)), {})
+    with pytest.raises(InputError, match=f"{path} is an autoencoder {message}"):
+        build_decomposer(replace(tiny_config, weights=replace(tiny_config.weights, **{name: path})))
+
+
 def test_missing_files_are_reported_before_the_transformer_is_loaded(
     tiny_config: DecomposerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("layerdecomp.decomposer.load_mmdit", lambda *_: pytest.fail("24 GB"))
+    monkeypatch.setattr("layerdecomp.decomposer.load_mmdit", lambda *_, **__: pytest.fail("24 GB"))
     for names in (["rgba_autoencoder"], ["prompt"], ["autoencoder", "prompt"]):
         weights = replace(tiny_config.weights, **{name: f"{name}.gone" for name in names})
         expected = "; ".join(f"{name}.gone does not exist" for name in names)
@@ -463,40 +488,6 @@ def test_frozen_models_in_bf16_give_nearly_the_same_layers(tiny_weights: Path, t
     half, full = (d.decompose(image, mask, steps=STEPS) for d in (decomposer, tiny_decomposer))
     error = np.abs(half.foreground.astype(float) - full.foreground)
     assert 0 < error.mean() < 8
-
-
-def test_the_base_inpaints_with_and_without_a_mask(tiny_config: DecomposerConfig, tiny_decomposer: Decomposer) -> None:
-    base, batch = load_mmdit(tiny_config.weights.transformer), batch_of(2)
-    parts = (base, tiny_decomposer.autoencoder, tiny_decomposer.prompt, batch["image"], batch["mask"])
-    settings = (tiny_decomposer.flow, replace(tiny_decomposer.sample, steps=STEPS))
-    filled, maskless = (
-        inpaint(*parts, noise_of(2)[:, 0], ConditioningConfig(mask=mask), *settings) for mask in (True, False)
-    )
-    assert filled.shape == (2, 3, 32, 32) and filled.std() > 0.05
-    assert not maskless.equal(filled)
-    with torch.no_grad():
-        base.img_in.weight[:, -256:] = 0  # the mask's channels
-    assert maskless.equal(inpaint(*parts, noise_of(2)[:, 0], ConditioningConfig(), *settings))
-
-
-def test_a_prompt_is_loaded_from_its_file(tiny_config: DecomposerConfig, tmp_path: Path) -> None:
-    path = str(tmp_path / "prompt.safetensors")
-    config = replace(tiny_config, weights=replace(tiny_config.weights, prompt=path))
-    save_file({"txt": torch.ones(5, 8), "vec": torch.ones(8)}, path)
-    prompt = build_decomposer(config).prompt
-    assert prompt.inputs(2, torch.bfloat16)["txt"].dtype == torch.bfloat16
-    inputs = prompt.inputs(2, torch.float32)
-    assert inputs["txt"].dtype == inputs["y"].dtype == torch.float32
-    assert {name: tuple(value.shape) for name, value in inputs.items()} == {
-        "txt": (2, 5, 8),
-        "txt_ids": (5, 3),
-        "y": (2, 8),
-    }
-    assert inputs["txt"].min() == 1 and inputs["y"].min() == 1 and not inputs["txt_ids"].any()
-    save_file({"txt": torch.ones(5, 9)}, path)
-    with pytest.raises(InputError, match="does not fit a prompt embedding") as error:
-        build_decomposer(config)
-    assert "1 missing: vec" in str(error.value) and "txt [5, 9] for [5, 8]" in str(error.value)
 
 
 def test_an_adapter_rejects_another_prompt(tiny_config: DecomposerConfig, tmp_path: Path) -> None:
@@ -547,6 +538,7 @@ def test_times_follow_the_flow_and_the_tokens_of_one_layer(tiny_decomposer: Deco
 
     with mock.patch("layerdecomp.decomposer.predict_velocity", velocity):
         decomposer.draw(batch, noise)
+    with mock.patch("layerdecomp.inpainting.predict_velocity", velocity):
         inpaint_with(decomposer, batch, noise[:, 0])
     assert times == 2 * schedule(5, (64 // 16) ** 2, decomposer.flow)[:-1].tolist()
 

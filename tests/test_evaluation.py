@@ -1,7 +1,5 @@
 """Drawing layers into files, scoring files, and writing the figures."""
 
-import csv
-import io
 import json
 import math
 import os
@@ -23,10 +21,6 @@ from layerdecomp.evaluation import (
     Method,
     Share,
     draw_layers,
-    fill,
-    format_csv,
-    format_published,
-    format_table,
     ranked_cases,
     score,
     write_figures,
@@ -35,6 +29,7 @@ from layerdecomp.evaluation import (
 from layerdecomp.metric_networks import Networks
 from layerdecomp.metrics.layers import METRICS, PER_IMAGE, STDERR_SUFFIX, LayerMetrics, Measures
 from layerdecomp.predictions import Prediction, PredictionFolder
+from layerdecomp.tables import format_csv
 
 NAMES = [f"{position:05d}" for position in range(5)]
 METHODS = {"noisy": Method(noisy_truth), "base": Method(do_nothing)}
@@ -297,57 +292,12 @@ def test_metrics_json_refuses_a_protocol_that_is_not_json(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_format_table_is_aligned_markdown():
-    results = {
-        "adapted": {
-            "background/psnr": 27.304, "background/psnr_stderr": 0.123, "foreground/rgb_l1": 0.05,
-            "foreground/alpha_iou": math.nan, "background/sharpness": 0.75,
-        },
-        "base": {"background/psnr": 25.59, "background/psnr_stderr": 1.5, "foreground/rgb_l1": 0.25},
-    }  # fmt: skip
-    assert format_table(results).splitlines() == [
-        "| metric                  |      adapted |         base |",
-        "|-------------------------|-------------:|-------------:|",
-        "| background/psnr dB ↑    | 27.30 ± 0.12 | 25.59 ± 1.50 |",
-        "| background/sharpness →1 |       0.7500 |            - |",
-        "| foreground/rgb_l1 ↓     |       0.0500 |       0.2500 |",
-    ]
-
-
-def test_published_figures_are_listed_next_to_ours(tmp_path: Path):
-    published = {"base": {"background/psnr": 25.59, "background/fid": 35.96}, "adapted": {"background/psnr": 27.3}}
-    results = {"base": {"background/psnr": 25.5, "background/psnr_stderr": 0.125, "background/fid": math.nan}}
-    table = format_published(results, published)
-    assert table.splitlines()[2:] == [
-        "| base    | background/psnr dB ↑ |     25.59 | 25.50 ± 0.12 |",
-        "| base    |     background/fid ↓ |     35.96 |            - |",
-        "| adapted | background/psnr dB ↑ |     27.30 |              |",
-    ]
-    path = tmp_path / "results.md"
-    path.write_text("before\n<!-- published -->\nold\n<!-- /published -->\nafter\n")
-    for _ in range(2):
-        fill(path, "published", table)
-        assert path.read_text() == f"before\n<!-- published -->\n\n{table}\n\n<!-- /published -->\nafter\n"
-    with pytest.raises(InputError, match="results.md has no lines <!-- other --> and <!-- /other -->"):
-        fill(path, "other", table)
-
-
-def test_per_image_csv_has_a_line_per_image_and_row(tmp_path: Path):
-    evaluation = evaluated(tmp_path)
-    lines = list(csv.DictReader(io.StringIO(format_csv(evaluation))))
-    assert [(line["image"], line["row"]) for line in lines] == [(name, row) for name in NAMES for row in METHODS]
-    for place, line in enumerate(lines):
-        for name in PER_IMAGE:
-            value = evaluation.per_image[line["row"]][name][place // 2]
-            assert line[name] == "" if math.isnan(value) else float(line[name]) == pytest.approx(value, rel=1e-5)
-
-
 def test_figures_are_written_as_json_csv_and_markdown(tmp_path: Path):
     evaluation = evaluated(tmp_path / "layers")
     table = write_figures(tmp_path / "out", evaluation, {"count": 5})
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.json", "per_image.csv", "table.md"}
     assert (tmp_path / "out" / "table.md").read_text() == table + "\n" and "| metric " in table
-    assert (tmp_path / "out" / "per_image.csv").read_text() == format_csv(evaluation)
+    assert (tmp_path / "out" / "per_image.csv").read_text() == format_csv(NAMES, evaluation.per_image)
     document = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert document["results"]["noisy"].keys() >= METRICS.keys() and document["protocol"]["count"] == 5
     assert document["protocol"]["undefined"]["noisy"]["background/fid"].startswith("undefined for every image")

@@ -10,8 +10,8 @@ from reference import build_reference_autoencoder, build_reference_transformer, 
 from torch import Tensor
 
 from layerdecomp.conditioning import ConditioningConfig, pack
-from layerdecomp.decomposer import Prompt, inpaint
 from layerdecomp.flow import FlowConfig
+from layerdecomp.inpainting import Prompt, inpaint
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.sampling import SampleConfig
@@ -70,10 +70,17 @@ def test_inpainting_equals_the_fill_pipeline(batch: int, monkeypatch: pytest.Mon
             output_type=output_type,
         ).images
 
-    settings = ConditioningConfig(), FlowConfig(), SampleConfig(steps=STEPS, guidance=GUIDANCE)
     with mock.patch.object(autoencoder, "decode", wraps=autoencoder.decode) as decode:
         found = inpaint(
-            mmdit, autoencoder, Prompt(x["txt"], x["vec"]), 2 * x["image"] - 1, x["mask"], x["noise"], *settings
+            transformer=mmdit,
+            autoencoder=autoencoder,
+            prompt=Prompt(x["txt"], x["vec"]),
+            image=2 * x["image"] - 1,
+            mask=x["mask"],
+            noise=x["noise"],
+            conditioning=ConditioningConfig(),
+            flow=FlowConfig(),
+            sample=SampleConfig(steps=STEPS, guidance=GUIDANCE),
         )
     latents, image = pack(decode.call_args.args[0]), found / 2 + 0.5
     assert (latents - pack(x["noise"])).abs().max() > 0.1  # the model did something

@@ -33,7 +33,7 @@ def test_other_settings_or_code_do_not_reuse_latents(tmp_path: Path, monkeypatch
     LatentCache(tmp_path, {"seed": 0}).add([0, 1], _batch())
     assert LatentCache(tmp_path, {"seed": 0}).has([0, 1])
     assert not LatentCache(tmp_path, {"seed": 1}).has([0])
-    monkeypatch.setattr(latents, "SOURCE_SHA256", "of changed files")
+    monkeypatch.setattr(latents, "ENCODING_SHA256", "of changed files")
     assert not LatentCache(tmp_path, {"seed": 0}).has([0])
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from layerdecomp.comparison import EvaluateConfig, export
+from layerdecomp.comparison import EvaluateConfig, export_test_set
 from layerdecomp.data.datamodule import DataConfig
 from layerdecomp.data.index import write_index
 from layerdecomp.data.mulan import MulanLayers
@@ -53,11 +53,11 @@ def test_an_interrupted_export_resumes(tmp_path: Path) -> None:
 
 def test_an_export_does_not_mix_test_sets(tmp_path: Path) -> None:
     data, config = DataConfig(scenes=SceneConfig(size=32)), EvaluateConfig(samples=2)
-    assert export(data, config, tmp_path) == 2 == export(data, config, tmp_path)
+    assert export_test_set(data, config, tmp_path) == 2 == export_test_set(data, config, tmp_path)
     with pytest.raises(InputError, match="existing files were made with data_seed=1234, now it is 5"):
-        export(data, replace(config, seed=5), tmp_path)
+        export_test_set(data, replace(config, seed=5), tmp_path)
     with pytest.raises(InputError, match="made with count=2, now it is 1"):
-        export(data, replace(config, samples=1), tmp_path)
+        export_test_set(data, replace(config, samples=1), tmp_path)
 
 
 def test_digests_distinguish_test_sets(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from diffusers import FluxFillPipeline
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-from layerdecomp.decomposer import Prompt, build_decomposer
+from layerdecomp.decomposer import build_decomposer
 from layerdecomp.errors import InputError
+from layerdecomp.inpainting import Prompt
 from layerdecomp.manifest import DecomposerConfig
 from layerdecomp.tensor_files import file_sha256, read_metadata
 from layerdecomp.text import embed_prompt, save_prompt

@@ -23,8 +23,8 @@ from layerdecomp.comparison import EvaluateConfig
 from layerdecomp.data.index import Index
 from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError, RunError
-from layerdecomp.evaluation import format_published
 from layerdecomp.overrides import merge_config, read_yaml
+from layerdecomp.tables import format_published
 from layerdecomp.weights import Adapter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,10 +132,10 @@ def test_decompose_processes_folders(
     with pytest.raises(SystemExit) as stopped:
         run()
     output = capsys.readouterr()
-    assert stopped.value.code == 1 and output.out == "" and output.err.endswith("1 of 2 pictures have no layers: two\n")
+    assert stopped.value.code == 1 and output.out == "" and output.err.endswith("1 of 2 images have no layers: two\n")
     shutil.copy(tmp_path / "a.png", tmp_path / "images" / "two.png")
     run()
-    assert capsys.readouterr().out == f"2 pictures split into {out}\n"
+    assert capsys.readouterr().out == f"2 images split into {out}\n"
     assert all((out / stem / "layers.ora").is_file() for stem in ("one", "two"))
     settings = json.loads((out / "settings.json").read_text())
     assert settings["max_side"] == 32 and settings["steps"] == 1 and len(settings["adapter"]) == 64

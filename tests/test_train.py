@@ -29,7 +29,7 @@ from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError
 from layerdecomp.flow import sample_times, seeded_normal
 from layerdecomp.imaging.compositing import to_autoencoder
-from layerdecomp.manifest import describe_adapter
+from layerdecomp.manifest import open_adapter
 from layerdecomp.metric_networks import open_networks
 from layerdecomp.metrics.background import psnr
 from layerdecomp.metrics.layers import METRICS, LayerMetrics
@@ -44,7 +44,6 @@ from layerdecomp.training.autoencoder import (
     composite_error,
     reconstruction_metrics,
 )
-from layerdecomp.training.base import source_commit
 from layerdecomp.training.checkpoints import newest_checkpoint
 from layerdecomp.training.decomposer import DecomposerJob, fixed_settings
 from layerdecomp.training.inpainter import InpainterJob
@@ -186,9 +185,9 @@ def test_weights_carry_the_commits_that_trained_them(
 
     def continue_with(commit: str) -> tuple[str, str]:
         caplog.clear()
-        monkeypatch.setattr("layerdecomp.training.base.source_commit", lambda: commit)
-        monkeypatch.setattr("layerdecomp.training.base.SOURCE_SHA256", f"the sources of {commit}")
-        monkeypatch.setattr("layerdecomp.training.base.creation_date", lambda: f"the day of {commit}")
+        monkeypatch.setattr("layerdecomp.training.provenance.source_commit", lambda: commit)
+        monkeypatch.setattr("layerdecomp.training.provenance.PACKAGE_SHA256", f"the sources of {commit}")
+        monkeypatch.setattr("layerdecomp.training.provenance.creation_date", lambda: f"the day of {commit}")
         metadata = read_metadata(run("tiny", *settings) / "adapter.safetensors")
         return metadata["commit"], metadata["date"]
 
@@ -209,23 +208,13 @@ def test_a_commit_that_changed_no_source_does_not_warn(
     tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = [*overrides, f"run_dir={tmp_path}/run", "train.steps=3", "evaluate.rows=[]"]
-    monkeypatch.setattr("layerdecomp.training.base.source_commit", lambda: "first")
+    monkeypatch.setattr("layerdecomp.training.provenance.source_commit", lambda: "first")
     with power_cut_at(2):
         run("tiny", *settings)
-    monkeypatch.setattr("layerdecomp.training.base.source_commit", lambda: "of docs")
+    monkeypatch.setattr("layerdecomp.training.provenance.source_commit", lambda: "of docs")
     caplog.clear()
     assert read_metadata(run("tiny", *settings) / "adapter.safetensors")["commit"] == "first"
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
-
-
-def test_the_commit_of_a_repository_around_an_installed_package_is_not_recorded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
-    subprocess.run([*git, "init", "--quiet"], check=True)
-    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "-m", "of another project"], check=True)
-    monkeypatch.setattr("layerdecomp.training.base.__file__", str(tmp_path / "base.py"))
-    assert re.fullmatch("unknown-[0-9a-f]{8}", source_commit())
 
 
 def test_a_directory_with_other_settings_is_refused_or_renamed(tmp_path: Path, overrides: list[str]) -> None:
@@ -556,7 +545,7 @@ def test_refining_an_autoencoder_keeps_its_latents(tmp_path: Path, tiny_weights:
     kept = load_file(run(f"tiny_{name}", *SMALL, *settings) / "autoencoder.safetensors")
     assert all(kept[key].equal(tensor) for key, tensor in exact.items() if key.startswith("encoder."))
     for path in (file, again):  # the adapter accepts either
-        _, config = describe_adapter(tiny_weights / "adapter.safetensors", **{name: str(path)})
+        _, config = open_adapter(tiny_weights / "adapter.safetensors", **{name: str(path)})
         assert getattr(config.weights, name) == str(path)
 
 
@@ -580,7 +569,7 @@ def test_an_rgb_autoencoder_sees_holes_and_its_latents_are_normalised_on_trainin
     job = AutoencoderJob(load_config(REPOSITORY / "configs" / "tiny_autoencoder.yaml", settings))
     data = open_samples(job.run.data, "train", job.run.seed, 64, with_cues=False)
     batch = collate([data[index] for index in range(64)])
-    seen, holes = job.pictures(batch), 1 - batch["inpaint_mask"]
+    seen, holes = job.images(batch), 1 - batch["inpaint_mask"]
     assert seen[2].equal(batch["image"][2]) and seen[3].equal((batch["image"] * holes)[3]), "every fourth has a hole"
     job.normalise_latents()
     with torch.no_grad():
@@ -596,19 +585,19 @@ def test_the_losses_of_an_rgba_autoencoder(tiny_weights: Path) -> None:
     fill(job.autoencoder, seed=1)  # else its latents are those of its teacher
     data = open_samples(job.run.data, "train", 0, 4, with_cues=False)
     batch = collate([{**data[index], "position": index} for index in range(4)])
-    pictures, losses = job.pictures(batch), job.loss(batch)
-    assert pictures[:3].equal(to_autoencoder(batch["foreground"])[:3])
-    assert pictures[3, :3].equal(batch["image"][3]) and (pictures[3, 3] == 1).all(), "every fourth is opaque"
+    images, losses = job.images(batch), job.loss(batch)
+    assert images[:3].equal(to_autoencoder(batch["foreground"])[:3])
+    assert images[3, :3].equal(batch["image"][3]) and (images[3, 3] == 1).all(), "every fourth is opaque"
     assert job.teacher is not None
-    (mean, log_variance), (anchor, _) = job.autoencoder.posterior(pictures), job.teacher.posterior(pictures[:, :3])
+    (mean, log_variance), (anchor, _) = job.autoencoder.posterior(images), job.teacher.posterior(images[:, :3])
     posterior, standard = torch.distributions.Normal(mean, (log_variance / 2).exp()), torch.distributions.Normal(0, 1)
     torch.testing.assert_close(losses["kl"], torch.distributions.kl_divergence(posterior, standard).mean())
     distances = (mean - anchor).square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(losses["anchor"], (torch.tensor([0.5, 0.5, 0.5, 2.0]) * distances).mean())
     whole = losses["composite"] + 0.5 * losses["alpha"] + weights["kl"] * losses["kl"] + losses["anchor"]
     torch.testing.assert_close(losses["loss"], whole)
-    half = torch.cat([pictures[:, :3], pictures[:, 3:] - 0.5], dim=1)  # alpha in [-1, 1]
-    assert reconstruction_metrics(half, pictures)["alpha_l1"].item() == pytest.approx(0.25)
+    half = torch.cat([images[:, :3], images[:, 3:] - 0.5], dim=1)  # alpha in [-1, 1]
+    assert reconstruction_metrics(half, images)["alpha_l1"].item() == pytest.approx(0.25)
 
 
 def test_composite_error_is_the_mean_over_backgrounds() -> None:
@@ -802,7 +791,7 @@ def test_an_adapter_that_does_not_fit_the_run_is_refused(
     tmp_path: Path, overrides: list[str], tiny_weights: Path, change: str, message: str
 ) -> None:
     file = tiny_weights / "adapter.safetensors"
-    fitting = [f"{key}={value}" for key, value in fixed_settings(describe_adapter(file)[1]).items()]
+    fitting = [f"{key}={value}" for key, value in fixed_settings(open_adapter(file)[1]).items()]
     settings = [*overrides, *fitting, f"adapter={file}", "train.steps=1", f"run_dir={tmp_path}/run"]
     same_layers = "lora.targets=[double_blocks.*_attn.*, double_blocks.*_mlp.?, single_blocks.*.linear?]"
     for targets in ([], [same_layers]):
@@ -818,7 +807,7 @@ def test_an_adapter_of_other_code_is_refused(
     overrides: list[str], tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tiny_weights / "adapter.safetensors"
-    fitting = [f"{key}={value}" for key, value in fixed_settings(describe_adapter(file)[1]).items()]
+    fitting = [f"{key}={value}" for key, value in fixed_settings(open_adapter(file)[1]).items()]
     config = load_config(REPOSITORY / "configs" / "tiny.yaml", [*overrides, *fitting, f"adapter={file}"])
     build = ContextFusion.__init__
 

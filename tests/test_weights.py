@@ -19,7 +19,7 @@ from torch import Tensor
 from layerdecomp.decomposer import Decomposer, build_decomposer
 from layerdecomp.errors import InputError
 from layerdecomp.layouts import diffusers_transformer, published
-from layerdecomp.manifest import DecomposerConfig, describe_adapter
+from layerdecomp.manifest import DecomposerConfig, open_adapter
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.tensor_files import TensorFile, file_sha256, read_metadata
@@ -316,7 +316,7 @@ def test_another_base_is_refused(tiny_weights: Path, tmp_path: Path) -> None:
     other = MMDiT(TRANSFORMER)
     save_model(tmp_path / "other.safetensors", other, {})
     with pytest.raises(InputError, match=r"other.safetensors is not the transformer that .*sha256 .*expected") as error:
-        describe_adapter(tiny_weights / "adapter.safetensors", transformer=str(tmp_path / "other.safetensors"))
+        open_adapter(tiny_weights / "adapter.safetensors", transformer=str(tmp_path / "other.safetensors"))
     assert "transformer=" in str(error.value)
 
 
@@ -327,7 +327,7 @@ def test_frozen_parts_are_found_in_the_folder_of_the_adapter(tiny_weights: Path,
     elsewhere = {name: f"gone/{file}" for name, file in files.items()}
     path = tmp_path / "adapter.safetensors"
     Adapter(adapter.tensors, {**adapter.metadata, "weights": json.dumps(elsewhere)}).save(path)
-    _, config = describe_adapter(path)
+    _, config = open_adapter(path)
     assert {Path(getattr(config.weights, name)) for name in files} == {tmp_path / file for file in files.values()}
     (tmp_path / "autoencoder.safetensors").unlink()
     with pytest.raises(InputError, match="gone/autoencoder.safetensors does not exist .*checkpoints/README.md"):

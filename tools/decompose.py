@@ -29,11 +29,9 @@ from layerdecomp.tensor_files import file_sha256
 from layerdecomp.weights import load_depth
 
 PARTS = ("transformer", "autoencoder", "rgba_autoencoder", "prompt")
-ARGUMENTS: dict[str, str | None] = {
-    **{"adapter": f"{REPOSITORY}/checkpoints/tiny/adapter.safetensors", "image": None, "mask": None, "out": "layers"},
-    **{"format": "png", "seed": "0", "batch_size": "1", "device": "cpu", "compile": "false"},
-    **dict.fromkeys(("steps", "quantize", "depth", *PARTS), ""),
-}
+DEFAULTS = {"out": "layers", "format": "png", "seed": "0", "batch_size": "1", "device": "cpu", "compile": "false"}
+ARGUMENTS = {"adapter": f"{REPOSITORY}/checkpoints/tiny/adapter.safetensors", "image": None, "mask": None, **DEFAULTS}
+OPTIONAL = dict.fromkeys(("steps", "quantize", "depth", *PARTS), "")
 STEPS = partial(tqdm, desc="sample", unit="step", leave=False, disable=None)  # a bar if stderr is a terminal
 
 
@@ -45,25 +43,27 @@ class Overrides:
 
 
 def main(arguments: list[str]) -> None:
-    own, rest = take(arguments, **ARGUMENTS)
+    own, rest = take(arguments, **ARGUMENTS, **OPTIONAL)
     if unknown := [argument for argument in rest if not argument.startswith("sample.")]:
-        raise InputError(f"unknown argument {unknown[0]}; expected {'= '.join([*ARGUMENTS, 'sample.*'])}=")
+        raise InputError(f"unknown argument {unknown[0]}; expected {'= '.join([*ARGUMENTS, *OPTIONAL, 'sample.*'])}=")
     check_formats(formats := own["format"].split(","))
     seed, batch_size = whole_number(own, "seed"), whole_number(own, "batch_size")
     rest += [f"sample.steps={whole_number(own, 'steps')}"] if own["steps"] else []
     merge_config(Overrides(), [], rest)  # raises errors now, not after loading
-    out, folders = out_folder(own), any(Path(own[key]).is_dir() for key in ("image", "mask"))
+    out = out_folder(own)
+    folders = any(Path(own[key]).is_dir() for key in ("image", "mask"))
     pairs = pair_up(Path(own["image"]), Path(own["mask"]), out) if folders else []
-    picture = None if folders else read_pair(own["image"], own["mask"])
-    device, compiled, quantize = device_name(own), truth(own, "compile"), own["quantize"] or None
+    inputs = None if folders else read_pair(own["image"], own["mask"])
+    device = device_name(own)
+    compiled, quantize = truth(own, "compile"), own["quantize"] or None
     depth = load_depth(own["depth"]) if own["depth"] else None
     files = {part: own[part] for part in PARTS if own[part]}
     decomposer = Decomposer.from_pretrained(own["adapter"], frozen_dtype(device), device, quantize, **files).merge()
     if compiled:
         decomposer.transformer.compile_blocks()
     decomposer.sample = merge_config(Overrides(decomposer.sample), [], rest).sample
-    if picture is not None:
-        layers = decomposer.decompose(*picture, seed=seed, depth=depth, progress=STEPS)
+    if inputs is not None:
+        layers = decomposer.decompose(*inputs, seed=seed, depth=depth, progress=STEPS)
         print("wrote", ", ".join(name for one in formats for name in FORMATS[one]), "into", layers.save(out, formats))
         return
     settings = {key: own[key] for key in ("quantize", "depth", "prompt")}
@@ -72,8 +72,8 @@ def main(arguments: list[str]) -> None:
         decomposer, pairs, out, settings, formats=formats, seed=seed, depth=depth, batch_size=batch_size, progress=STEPS
     )
     if failed:
-        raise RunError(f"{len(failed)} of {len(pairs)} pictures have no layers: {', '.join(failed)}")
-    print(f"{len(pairs)} pictures split into {out}")
+        raise RunError(f"{len(failed)} of {len(pairs)} images have no layers: {', '.join(failed)}")
+    print(f"{len(pairs)} images split into {out}")
 
 
 if __name__ == "__main__":

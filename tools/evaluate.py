@@ -14,14 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from layerdecomp.cli import device_name, frozen_dtype, run_command, take
-from layerdecomp.comparison import WITH_MODEL, EvaluateConfig, TestData, compare, export, load_models
+from layerdecomp.comparison import WITH_MODEL, EvaluateConfig, TestData, compare, export_test_set, load_models
 from layerdecomp.data.datamodule import DataConfig, open_samples
 from layerdecomp.data.testset import TestFolder
 from layerdecomp.errors import InputError
-from layerdecomp.evaluation import Share, check_fill, fill, format_published
-from layerdecomp.manifest import describe_adapter
+from layerdecomp.evaluation import Share
+from layerdecomp.manifest import open_adapter
 from layerdecomp.overrides import merge_config, read_yaml
 from layerdecomp.sampling import SampleConfig
+from layerdecomp.tables import check_fill, fill, format_published
 from layerdecomp.weights import config_from
 
 PATHS = dict.fromkeys(("adapter", "predictions", "data", "config", "export", "fill"), "")
@@ -43,13 +44,13 @@ def main(arguments: list[str]) -> None:
     path = own["adapter"] or ("" if own["predictions"] or own["export"] else SHIPPED)
     defaults, fused = EvaluationConfig(), False
     if path:
-        adapter, described = describe_adapter(path)
+        adapter, described = open_adapter(path)
         defaults = EvaluationConfig(described.sample, config_from(DataConfig, adapter.metadata.get("data"), path))
         fused = described.fusion.enabled
     files = [(own["config"], read_yaml(Path(own["config"])))] if own["config"] else []
     config = merge_config(defaults, files, overrides)
     if own["export"]:
-        print(f"{export(config.data, config.evaluate, Path(own['export']))} samples in {own['export']}")
+        print(f"{export_test_set(config.data, config.evaluate, Path(own['export']))} samples in {own['export']}")
         return
     if config.evaluate.objects != "drawn" and not own["data"]:
         raise InputError("evaluate.objects is for making a test set: export=FOLDER first, then evaluate data=FOLDER")

@@ -13,7 +13,7 @@ from layerdecomp.files import source_sha256
 from layerdecomp.tensor_files import open_safetensors, save_tensors
 
 SOURCES = ("data/*.py", "imaging/*.py", "conditioning.py", "decomposer.py", "models/autoencoder.py")
-SOURCE_SHA256 = source_sha256(*SOURCES)  # of the code that makes and encodes samples
+ENCODING_SHA256 = source_sha256(*SOURCES)  # of the code that makes and encodes samples
 
 
 class LatentCache:
@@ -27,7 +27,7 @@ class LatentCache:
     """
 
     def __init__(self, folder: str | Path, described: Mapping[str, Any]) -> None:
-        text = json.dumps([described, SOURCE_SHA256], sort_keys=True)
+        text = json.dumps([described, ENCODING_SHA256], sort_keys=True)
         self.folder = Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
         self._known: set[int] = set()
 

@@ -15,6 +15,7 @@ from skimage.feature import canny
 from skimage.segmentation import felzenszwalb
 from torch import Tensor
 
+from layerdecomp.errors import InputError
 from layerdecomp.imaging.geometry import Box, ResizePicture, resize_picture, to_pixels, to_tensor
 from layerdecomp.imaging.layers import Pixels
 
@@ -108,3 +109,19 @@ def resize_cues(cues: Tensor, size: tuple[int, int]) -> Tensor:
     pictures = [cue.resize(Image.fromarray(to_pixels(values)), size, None) for cue, values in pairs]
     resized = torch.cat([to_tensor(np.asarray(picture)) for picture in pictures])
     return resized.view(*cues.shape[:-2], *size).to(cues)
+
+
+def check_cues(cues: NDArray[np.float32], shape: tuple[int, ...]) -> None:
+    """Raises `InputError` unless `cues` is an array of floats in [-1, 1], of this shape."""
+    if not isinstance(cues, np.ndarray):
+        found = type(cues).__name__
+    elif cues.shape != shape or cues.dtype.kind != "f":
+        found = f"{cues.dtype} of shape {cues.shape}"
+    elif not (np.abs(cues) <= 1).all():  # also finds NaN
+        found = f"values from {cues.min():.4g} to {cues.max():.4g}"
+    else:
+        return
+    raise InputError(
+        f"cues: found {found}; expected an array of floats in [-1, 1] of shape {shape}, the maps {', '.join(CUES)} at "
+        "the image's size"
+    )

@@ -43,7 +43,8 @@ _TRANSPARENT = "the true foreground is fully transparent"
 _HIDDEN_TOO_SMALL = f"the object's hidden part has fewer than {foreground.MIN_HIDDEN_PIXELS} pixels"
 _EMPTY = "the region is empty"
 _COVERED = "the occluder covers the whole image"
-_SMALL_FOR_SSIM, _SMALL_FOR_LPIPS = (f"the image has a side shorter than {side} pixels" for side in (11, 32))
+_SMALL_FOR_SSIM = "the image has a side shorter than 11 pixels"
+_SMALL_FOR_LPIPS = "the image has a side shorter than 32 pixels"
 _TOO_FEW = "there are fewer than two images"
 METRICS = {
     "background/psnr": MetricInfo(background.psnr, _REGION, "dB", "↑", _EMPTY),

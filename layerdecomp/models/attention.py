@@ -1,7 +1,7 @@
 """Rotary position embedding and scaled-dot-product attention, in FLUX's conventions."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,4 +81,4 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) ->
             x = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(q.dtype)
     else:
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return cast(Tensor, _ContiguousGradient.apply(rearrange(x, "B H L D -> B L (H D)")))
+    return _ContiguousGradient.apply(rearrange(x, "B H L D -> B L (H D)"))

@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +88,7 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return cast(Tensor, self.nin_shortcut(x) + h)
+        return self.nin_shortcut(x) + h
 
 
 class AttnBlock(nn.Module):
@@ -107,7 +106,7 @@ class AttnBlock(nn.Module):
         h = self.norm(x)
         q, k, v = (rearrange(proj(h), "b c h w -> b 1 (h w) c").contiguous() for proj in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)
-        return cast(Tensor, x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2])))
+        return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
 
 class Downsample(nn.Module):
@@ -116,7 +115,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.conv(F.pad(x, (0, 1, 0, 1))))  # right and bottom only, as published
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, as published
 
 
 class Upsample(nn.Module):
@@ -125,7 +124,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Mid(nn.Module):
@@ -138,7 +137,7 @@ class Mid(nn.Module):
         self.block_2 = ResnetBlock(channels, channels, groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.block_2(self.attn_1(self.block_1(x))))
+        return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class Level(nn.Module):
@@ -174,7 +173,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.mid(self.down(self.conv_in(x)))
-        return cast(Tensor, self.conv_out(F.silu(self.norm_out(h))))
+        return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class Decoder(nn.Module):
@@ -198,7 +197,7 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
-        return cast(Tensor, self.conv_out(F.silu(self.norm_out(h))))
+        return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class Autoencoder(nn.Module):
@@ -283,14 +282,18 @@ def blend_tiles(run: Callable[[Tensor], Tensor], x: Tensor, *, dim: int, size: i
     starts = [grid * round(tile / last * (length - size) / grid) for tile in range(last + 1)]
     tile = run(x.narrow(dim, 0, size))
     end = tile.shape[dim]
-    out = tile.new_empty([length * n // size if axis == dim else n for axis, n in enumerate(tile.shape, -tile.dim())])
+    shape = list(tile.shape)
+    shape[dim] = length * end // size
+    out = tile.new_empty(shape)
     out.narrow(dim, 0, end).copy_(tile)
     for start in starts[1:]:
         tile = run(x.narrow(dim, start, size))
         place, extent = start * tile.shape[dim] // size, tile.shape[dim]
         shared = end - place
         ramp = (torch.arange(shared, device=tile.device) / shared).to(tile.dtype)
-        out.narrow(dim, place, shared).lerp_(tile.narrow(dim, 0, shared), ramp.view(-1, *[1] * (-1 - dim)))
+        if dim == -2:
+            ramp = ramp[:, None]
+        out.narrow(dim, place, shared).lerp_(tile.narrow(dim, 0, shared), ramp)
         out.narrow(dim, end, extent - shared).copy_(tile.narrow(dim, shared, extent - shared))
         end = place + extent
     return out
@@ -338,7 +341,7 @@ def rescale_latents(autoencoder: Autoencoder, factors: Tensor) -> None:
     """Multiplies each unscaled latent channel by its factor (z_channels,) > 0; the decoder inverts this."""
     last, first = autoencoder.encoder.conv_out, autoencoder.decoder.conv_in
     assert last.bias is not None
-    for parameter in (last.weight, last.bias):
-        parameter[: len(factors)] *= factors.view(-1, *[1] * (parameter.dim() - 1))
+    last.weight[: len(factors)] *= factors.view(-1, 1, 1, 1)
+    last.bias[: len(factors)] *= factors
     last.bias[len(factors) :] += 2 * factors.log()  # log variances
     first.weight /= factors.view(1, -1, 1, 1)

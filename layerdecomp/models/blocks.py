@@ -90,7 +90,7 @@ class ModulationOut(NamedTuple):
 
     def apply(self, x: Tensor) -> Tensor:
         """The branch's input: `x` (B, L, D), normalised and modulated."""
-        return modulate(x, self.shift, self.scale)
+        return adaptive_layer_norm(x, self.shift, self.scale)
 
     def add(self, x: Tensor, branch: Tensor) -> Tensor:
         """The residual stream `x` plus the gated output of the branch, both (B, L, D)."""
@@ -115,8 +115,8 @@ def layer_norm(x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Normalises `x` (B, L, D), then applies the modulation's `shift` and `scale`, (B, 1, D) each."""
+def adaptive_layer_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm of `x` (B, L, D) whose affine map is the modulation's `shift` and `scale`, (B, 1, D) each."""
     return torch.addcmul(shift, 1 + scale, layer_norm(x))
 
 
@@ -221,4 +221,4 @@ class LastLayer(nn.Module):
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(x, shift, scale))
+        return self.linear(adaptive_layer_norm(x, shift, scale))

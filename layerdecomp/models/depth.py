@@ -86,7 +86,7 @@ class ReassembleLayer(nn.Module):
             self.resize = nn.Conv2d(width, width, 3, stride=int(1 / factor), padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.resize(self.projection(x)))
+        return self.resize(self.projection(x))
 
 
 class ReassembleStage(nn.Module):
@@ -109,7 +109,7 @@ class ResidualLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.convolution1(F.relu(x))
-        return cast(Tensor, x + self.convolution2(F.relu(h)))
+        return x + self.convolution2(F.relu(h))
 
 
 class FusionLayer(nn.Module):
@@ -124,7 +124,7 @@ class FusionLayer(nn.Module):
     def forward(self, x: Tensor | None, feature: Tensor, size: tuple[int, int]) -> Tensor:
         """x and feature (B, fusion_width, h, w) -> (B, fusion_width, *size); x is None for the coarsest feature."""
         x = self.residual_layer2(feature if x is None else x + self.residual_layer1(feature))
-        return cast(Tensor, self.projection(enlarge(x, size)))
+        return self.projection(enlarge(x, size))
 
 
 class FusionStage(nn.Module):
@@ -156,7 +156,7 @@ class Neck(nn.Module):
 
     def forward(self, features: list[Tensor]) -> Tensor:
         features = self.reassemble_stage(features)
-        return cast(Tensor, self.fusion_stage([conv(x) for conv, x in zip(self.convs, features, strict=True)]))
+        return self.fusion_stage([conv(x) for conv, x in zip(self.convs, features, strict=True)])
 
 
 class Head(nn.Module):
@@ -188,7 +188,7 @@ class DepthEstimator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Non-negative depth (B, H, W) of `preprocess`ed images (B, 3, H, W), H and W multiples of the patch size."""
-        return cast(Tensor, self.head(self.neck(self.features(x)), x.shape[-2:]))
+        return self.head(self.neck(self.features(x)), x.shape[-2:])
 
     def features(self, x: Tensor) -> list[Tensor]:
         """The backbone's maps (B, embed_dim, H/14, W/14) that the neck reads."""

@@ -71,44 +71,44 @@ class AutoencoderJob(Job):
     def frozen_files(self) -> list[str]:
         return [path for path in (self.run.extend, self.run.refine) if path is not None]
 
-    def pictures(self, batch: dict[str, Tensor]) -> Tensor:
+    def images(self, batch: dict[str, Tensor]) -> Tensor:
         """The images to reconstruct, (B, 3 or 4, H, W) in [-1, 1]."""
         rare = self._rare(batch)
         if not self.rgba:  # some with a hole, as in the transformer's conditioning
-            pictures = batch["image"] * (1 - batch["inpaint_mask"] * rare)
+            images = batch["image"] * (1 - batch["inpaint_mask"] * rare)
         else:  # some fully opaque
             opaque = F.pad(batch["image"], (0, 0, 0, 0, 0, 1), value=1.0)
-            pictures = torch.where(rare, opaque, to_autoencoder(batch["foreground"]))
-        return pictures.contiguous(memory_format=torch.channels_last)
+            images = torch.where(rare, opaque, to_autoencoder(batch["foreground"]))
+        return images.contiguous(memory_format=torch.channels_last)
 
     @staticmethod
     def _rare(batch: dict[str, Any]) -> Tensor:
         return every_fourth(batch.get("position", batch["index"]), batch["image"])
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        pictures = self.pictures(batch)
+        images = self.images(batch)
         with torch.set_grad_enabled(self.run.refine is None and torch.is_grad_enabled()):
-            mean, log_variance = self.autoencoder.posterior(pictures)
+            mean, log_variance = self.autoencoder.posterior(images)
         decoded = self.autoencoder.decoder(mean + self._deviation(mean, log_variance, batch["position"])).float()
-        losses = self._reconstruction_losses(decoded, pictures)
+        losses = self._reconstruction_losses(decoded, images)
         if self.run.refine is not None:
             return losses
         losses["kl"] = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).float().mean()
         losses["loss"] = losses["loss"] + self.run.kl * losses["kl"]
         if self.projection is not None:
-            losses["projection"] = self.projection.error(mean, pictures)
+            losses["projection"] = self.projection.error(mean, images)
             losses["loss"] = losses["loss"] + self.run.projection * losses["projection"]
         elif self.rgba:
-            losses["anchor"] = self._anchor(pictures, mean, self._rare(batch).flatten())
+            losses["anchor"] = self._anchor(images, mean, self._rare(batch).flatten())
             losses["loss"] = losses["loss"] + losses["anchor"]
         return losses
 
-    def _reconstruction_losses(self, decoded: Tensor, pictures: Tensor) -> dict[str, Tensor]:
+    def _reconstruction_losses(self, decoded: Tensor, images: Tensor) -> dict[str, Tensor]:
         if not self.rgba:
-            error = F.mse_loss(decoded, pictures)
+            error = F.mse_loss(decoded, images)
             return {"loss": error, "mse": error}
-        composite = composite_error(decoded, pictures)
-        alpha = F.l1_loss(decoded[:, 3], pictures[:, 3])
+        composite = composite_error(decoded, images)
+        alpha = F.l1_loss(decoded[:, 3], images[:, 3])
         return {"loss": composite + 0.5 * alpha, "composite": composite, "alpha": alpha}
 
     def _deviation(self, mean: Tensor, log_variance: Tensor, positions: Sequence[int]) -> Tensor:
@@ -118,32 +118,32 @@ class AutoencoderJob(Job):
         return (torch.exp(0.5 * log_variance) + level * self.run.noise / self.autoencoder.config.scale_factor) * noise
 
     def _fit_projection(self) -> BlockProjection:
-        pictures = self.pictures(self._training_scenes(256))
+        images = self.images(self._training_scenes(256))
         config = self.autoencoder.config
         if self.teacher is None:
-            return BlockProjection.fit(pictures, config.z_channels, config.factor)
+            return BlockProjection.fit(images, config.z_channels, config.factor)
         with torch.no_grad():
-            return BlockProjection.fit_alpha(pictures, self.teacher.posterior(pictures[:, :3])[0])
+            return BlockProjection.fit_alpha(images, self.teacher.posterior(images[:, :3])[0])
 
     def _training_scenes(self, count: int) -> dict[str, Any]:
         data = open_samples(self.run.data, "train", self.run.seed, count, with_cues=False)
         return self.on_device(collate([data[i] for i in range(count)]))
 
-    def _anchor(self, pictures: Tensor, mean: Tensor, opaque: Tensor) -> Tensor:
+    def _anchor(self, images: Tensor, mean: Tensor, opaque: Tensor) -> Tensor:
         """The weighted squared distance from the RGB autoencoder's latents of the same colours: a scalar."""
         assert self.teacher is not None
         with torch.no_grad():
-            anchor, _ = self.teacher.posterior(pictures[:, :3])
+            anchor, _ = self.teacher.posterior(images[:, :3])
         distance = (mean - anchor).float().square().mean(dim=(1, 2, 3))  # (B,)
         return (torch.where(opaque, self.run.anchor, self.run.foreground_anchor) * distance).mean()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        pictures = self.pictures(batch)
-        decoded = self.autoencoder.decode(self.autoencoder.encode(pictures)).float().clamp(-1, 1)
-        for name, value in reconstruction_metrics(decoded, pictures).items():
-            self.log(f"validation/{name}", value, prog_bar=True, sync_dist=True, batch_size=len(pictures))
+        images = self.images(batch)
+        decoded = self.autoencoder.decode(self.autoencoder.encode(images)).float().clamp(-1, 1)
+        for name, value in reconstruction_metrics(decoded, images).items():
+            self.log(f"validation/{name}", value, prog_bar=True, sync_dist=True, batch_size=len(images))
         if batch_idx == 0 and self.trainer.is_global_zero:
-            self.show("validation/reconstruction", reconstruction_grid(decoded, pictures))
+            self.show("validation/reconstruction", reconstruction_grid(decoded, images))
 
     def finish(self, run_dir: Path, share: Share) -> None:
         if share.rank > 0:  # one rank is enough for a few scenes
@@ -151,22 +151,22 @@ class AutoencoderJob(Job):
         self.autoencoder.eval()
         if self.run.extend is None and self.run.refine is None:
             self.normalise_latents()
-        pictures = self.pictures(self.held_out())
+        images = self.images(self.held_out())
         with torch.no_grad():
             decoded = torch.cat(
                 [
                     self.autoencoder.decode(self.autoencoder.encode(x))
-                    for x in pictures.split(self.run.evaluate.batch_size)
+                    for x in images.split(self.run.evaluate.batch_size)
                 ]
             ).clamp(-1, 1)
-        figures = {name: value.item() for name, value in reconstruction_metrics(decoded, pictures).items()}
+        figures = {name: value.item() for name, value in reconstruction_metrics(decoded, images).items()}
         metadata = self.provenance(figures)
         dtype = torch.bfloat16
         if self.run.refine is not None:
             metadata |= {REFINES: " ".join(checksums(Path(self.run.refine)))}
             dtype = stored_dtype(self.run.refine)  # keeps the encoder's weights bit-identical
         save_model(run_dir / "autoencoder.safetensors", self.autoencoder, metadata, dtype)
-        self.report(run_dir, "autoencoder", figures, reconstruction_grid(decoded, pictures))
+        self.report(run_dir, "autoencoder", figures, reconstruction_grid(decoded, images))
 
     @torch.no_grad()
     def normalise_latents(self) -> None:
@@ -182,18 +182,18 @@ class AutoencoderJob(Job):
         )
 
 
-def reconstruction_metrics(decoded: Tensor, pictures: Tensor) -> dict[str, Tensor]:
+def reconstruction_metrics(decoded: Tensor, images: Tensor) -> dict[str, Tensor]:
     """Mean PSNR of the colours in dB, of (B, C, H, W) in [-1, 1]; with alpha, also its mean error in [0, 1]."""
-    metrics = {"psnr": psnr(decoded[:, :3], pictures[:, :3]).mean()}
-    if pictures.shape[1] == 4:
-        metrics["alpha_l1"] = (decoded[:, 3] - pictures[:, 3]).abs().mean() / 2
+    metrics = {"psnr": psnr(decoded[:, :3], images[:, :3]).mean()}
+    if images.shape[1] == 4:
+        metrics["alpha_l1"] = (decoded[:, 3] - images[:, 3]).abs().mean() / 2
     return metrics
 
 
-def reconstruction_grid(decoded: Tensor, pictures: Tensor, count: int = 8) -> Any:
+def reconstruction_grid(decoded: Tensor, images: Tensor, count: int = 8) -> Any:
     """Inputs above their reconstructions; (2 H, count W, 3) uint8."""
     rows = []
-    for row in (pictures[:count], decoded[:count]):
+    for row in (images[:count], decoded[:count]):
         shown = row if row.shape[1] == 3 else on_checkerboard(from_autoencoder(row))
         rows.append(torch.cat(list(shown.float()), dim=-1))
     return to_pixels(torch.cat(rows, dim=-2))

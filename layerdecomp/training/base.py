@@ -1,15 +1,12 @@
 """The base class of the three training jobs: checkpoint contents, optimizer, logging."""
 
 import json
-import logging
 import math
 import os
-import subprocess
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self
@@ -28,7 +25,6 @@ from layerdecomp.config import RunConfig
 from layerdecomp.data.datamodule import RepeatedSamples, collate, open_samples
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import Share, write_metrics
-from layerdecomp.files import source_sha256
 from layerdecomp.flow import seed_at, seeded_normal
 from layerdecomp.quantization import adamw, check_optimizer
 from layerdecomp.tensor_files import Metadata, file_sha256
@@ -36,10 +32,8 @@ from layerdecomp.training.checkpoints import loops_at
 from layerdecomp.training.deferred import Deferred, all_reduce_sum, to_device
 from layerdecomp.training.faults import FaultCount, StepGuard, fitting_settings, nan_if_not_finite
 from layerdecomp.training.muon import Muon, is_hidden
-from layerdecomp.weights import copy_tensors, creation_date
-
-logger = logging.getLogger(__name__)
-SOURCE_SHA256 = source_sha256("**/*.py")
+from layerdecomp.training.provenance import Provenance
+from layerdecomp.weights import copy_tensors
 
 
 def resolve_precision(setting: str) -> str:
@@ -63,20 +57,6 @@ def every_fourth(places: Sequence[int], like: Tensor) -> Tensor:
     return to_device(torch.tensor([place % 4 == 3 for place in places]), like.device).view(-1, 1, 1, 1)
 
 
-def source_commit() -> str:
-    """The commit of the running code, marked -dirty if files differ from it; "unknown" if git does not track this file.
-
-    These two are followed by the start of the sources' hash.
-    """
-    git = partial(subprocess.run, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
-    try:
-        git(("git", "ls-files", "--error-unmatch", Path(__file__).name))  # or it is another repository's .venv
-        commit = git(("git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return f"{commit}-{SOURCE_SHA256[:8]}" if commit.endswith(("-dirty", "unknown")) else commit
-
-
 def _like(old: Any, value: Any) -> Any:
     """An optimizer setting, as a tensor if the old value is one (as torchao's learning rates are)."""
     return torch.as_tensor(value).to(old) if isinstance(old, Tensor) else value
@@ -95,16 +75,14 @@ class Job(LightningModule):
         if config.optim.bits == 8:
             check_optimizer("optim.bits=8")  # imports torchao, without which its checkpoints do not load
         torch.manual_seed(config.seed)  # for the initial weights
-        self._commit = source_commit()  # read now: the checkout may change during the run
-        self._trained_by: list[str] = []  # the commits that trained the run so far
-        self._trained_on: str | None = None  # the date of its last checkpoint
-        self._trained_source: str | None = None  # the hash of the sources then
+        self._provenance = Provenance()
         self._step_started: float | None = None
         self._losses: list[Tensor] = []  # of the batches of the current step
         self._means: dict[str, Tensor] = {}  # losses of the last step, averaged over batches and ranks
         self._pending: tuple[int, list[str], Deferred] | None = None  # the step whose values are not logged yet
         self.shown: dict[str, float] = {}  # in the progress bar
-        self.guard, self.faults = StepGuard(config.train.max_skipped), FaultCount(config.data.max_faulty)
+        self.guard = StepGuard(config.train.max_skipped)
+        self.faults = FaultCount(config.data.max_faulty)
 
     @abstractmethod
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -150,7 +128,8 @@ class Job(LightningModule):
         self._losses.append(torch.stack([value.detach() for value in losses.values()]))
         if len(self._losses) == self.trainer.accumulate_grad_batches:
             means = all_reduce_sum(torch.stack(self._losses).mean(dim=0)) / self.trainer.world_size
-            self._losses, self._means = [], dict(zip(losses, means, strict=True))
+            self._means = dict(zip(losses, means, strict=True))
+            self._losses = []
         self._rate_samples(size * self.trainer.world_size)
         return nan_if_not_finite(losses["loss"])
 
@@ -247,21 +226,10 @@ class Job(LightningModule):
         self.frozen_sha256()  # now, since reading 24 GB would delay the first save on every rank
 
     def on_train_start(self) -> None:  # not called if the run has finished
-        if self._trained_source == SOURCE_SHA256:  # other commits may have changed only docs
-            return
-        if self._trained_by and self.trainer.is_global_zero:
-            logger.warning(
-                "commit %s trained this run up to step %d, from where commit %s continues: if what they train differs, "
-                "the weights are a mix (resume=never starts over)",
-                self._trained_by[-1],
-                self.global_step,
-                self._commit,
-            )
-        self._trained_by.append(self._commit)
+        self._provenance.begin(self.global_step, warns=self.trainer.is_global_zero)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._trained_on = creation_date()
-        checkpoint["trained"] = {"by": list(self._trained_by), "on": self._trained_on, "source": SOURCE_SHA256}
+        checkpoint["trained"] = self._provenance.state()
         checkpoint["frozen_sha256"] = self.frozen_sha256()
         checkpoint["optimizer"] = self._optimizer_kind
         checkpoint["skipped_steps"] = self.guard.skipped
@@ -270,10 +238,9 @@ class Job(LightningModule):
         self._check_frozen(checkpoint.get("frozen_sha256", {}))
         self._set_hyperparameters(checkpoint)
         self.guard.skipped = checkpoint.get("skipped_steps", 0)
-        trained = checkpoint.get("trained", {"by": ["unknown"]})  # older checkpoints do not record it
-        self._trained_by = trained["by"]
-        self._trained_on, self._trained_source = trained.get("on"), trained.get("source")
-        step, train = checkpoint["global_step"], self.run.train
+        self._provenance.load(checkpoint.get("trained", {"by": ["unknown"]}))  # older checkpoints do not record it
+        train = self.run.train
+        step = checkpoint["global_step"]
         checkpoint["loops"]["fit_loop"] = loops_at(
             self.trainer.fit_loop.state_dict(),
             step=step,
@@ -302,7 +269,8 @@ class Job(LightningModule):
 
     def _set_hyperparameters(self, checkpoint: dict[str, Any]) -> None:
         """Replaces the optimizer's hyperparameters by the config's, which may have changed; its moments stay."""
-        found, config = checkpoint.get("optimizer", self._optimizer_kind), self.run.optim
+        config = self.run.optim
+        found = checkpoint.get("optimizer", self._optimizer_kind)
         if found != self._optimizer_kind:
             raise InputError(
                 f"the checkpoint's optimizer is {found}, but this run's is {self._optimizer_kind}; resume with "
@@ -336,11 +304,11 @@ class Job(LightningModule):
 
     def _rate(self, step: int) -> float:
         """The learning rate of a step as a fraction of `optim.lr`."""
-        config, steps = self.run.optim, self.run.train.steps
+        config = self.run.optim
         warmup = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
         if not config.decay:
             return warmup
-        return warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+        return warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.run.train.steps))))
 
     def provenance(self, figures: Mapping[str, float]) -> Metadata:
         """Metadata for a weight file on the run that produced it."""
@@ -348,9 +316,8 @@ class Job(LightningModule):
             "steps": str(self.run.train.steps),
             "seed": str(self.run.seed),
             "data": json.dumps(asdict(self.run.data)),
-            "commit": " + ".join(dict.fromkeys(self._trained_by)),
             "ema": str(self.run.train.ema),
-            "date": self._trained_on or creation_date(),
+            **self._provenance.metadata(),
             "figures": json.dumps({name: value for name, value in figures.items() if math.isfinite(value)}),
         }
 

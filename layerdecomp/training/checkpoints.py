@@ -73,16 +73,17 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     """
     faults = []
     for path in (run_dir / LAST, run_dir / PREVIOUS):
-        if path.is_file():
-            try:
-                read_checkpoint(path, device="meta")
-            except InputError as error:
-                faults.append(str(error))
-            else:
-                if faults:
-                    logger.warning("%s; resuming from the previous one, %s", faults[0], path)
-                    _put_aside(run_dir / LAST)
-                return path
+        if not path.is_file():
+            continue
+        try:
+            read_checkpoint(path, device="meta")
+        except InputError as error:
+            faults.append(str(error))
+            continue
+        if faults:
+            logger.warning("%s; resuming from the previous one, %s", faults[0], path)
+            _put_aside(run_dir / LAST)
+        return path
     if faults:
         raise InputError(f"{'; '.join(faults)}; resume=never starts over and moves the old run aside")
     return None

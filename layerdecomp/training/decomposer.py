@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerdecomp.comparison import Models, compare, methods
+from layerdecomp.comparison import Models, check_rows, compare, methods
 from layerdecomp.config import DecomposerJobConfig
 from layerdecomp.data.datamodule import open_samples
 from layerdecomp.decomposer import build_decomposer
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import Share
 from layerdecomp.flow import flow_loss
-from layerdecomp.manifest import DecomposerConfig, adapter_file, describe_adapter
+from layerdecomp.grids import comparison_grid
+from layerdecomp.manifest import DecomposerConfig, adapter_file, open_adapter
 from layerdecomp.metric_networks import open_networks
 from layerdecomp.metrics.layers import LayerMetrics
 from layerdecomp.models.lora import inject_lora
-from layerdecomp.pictures import comparison_grid
 from layerdecomp.sharding import ShardedBase
 from layerdecomp.tensor_files import file_sha256
 from layerdecomp.training.base import local_device, resolve_precision
@@ -29,7 +29,6 @@ from layerdecomp.training.flow import FlowJob
 from layerdecomp.weights import Adapter, empty_mmdit, latents_sha256
 
 logger = logging.getLogger(__name__)
-ENCODED = ("image", "mask", "cues", "background", "foreground")
 
 
 class DecomposerJob(FlowJob):
@@ -47,11 +46,11 @@ class DecomposerJob(FlowJob):
         if not config.lora.targets:
             logger.warning("lora.targets is empty: no layer gets LoRA; only img_in and, if enabled, fusion are trained")
         start = fitting_adapter(config)  # checked first: the base may take minutes to load
-        self.decomposer = build_decomposer(config, dtype, device, config.quantize, mapped)
+        self.decomposer = build_decomposer(config, dtype=dtype, device=device, quantize=config.quantize, mapped=mapped)
         if start is not None:
             self.decomposer.load_adapter(start, str(config.adapter))
         self.sharded: ShardedBase | None = None
-        methods(None, config.evaluate)  # raises now, not after training, if a row cannot be computed
+        check_rows(config.evaluate)  # now, not after training
         self.metrics = LayerMetrics(open_networks(config.evaluate.measure).measures)
         self.decomposer.transformer.recompute = config.recompute
         self.decomposer.transformer.recompute_attention = config.recompute_attention
@@ -72,12 +71,15 @@ class DecomposerJob(FlowJob):
     def encoding(self) -> dict[str, Any]:
         weights, fusion = self.run.weights, self.run.fusion
         files = (weights.autoencoder, weights.rgba_autoencoder)
-        return {"autoencoders": [latents_sha256(Path(file)) for file in files], "cues": fusion.cues * fusion.enabled}
+        cues = fusion.cues if fusion.enabled else []
+        return {"autoencoders": [latents_sha256(Path(file)) for file in files], "cues": cues}
 
     def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        cond, z = self.decomposer.encode_sample(*(batch[name] for name in ENCODED))
+        cond, z = self.decomposer.encode_sample(
+            batch["image"], batch["mask"], batch["cues"], batch["background"], batch["foreground"]
+        )
         return {
-            "cond": cond,  # masked images and cues
+            "cond": cond,  # masked images and cues, (B, 2 + M, 16, H/8, W/8)
             "z": z.float(),  # (B, 2L, 64)
             "mask": batch["mask"].bool(),
             "cues_present": batch["cues_present"],
@@ -88,9 +90,10 @@ class DecomposerJob(FlowJob):
         context = self.decomposer.condition(latents["cond"], mask, latents["cues_present"])
         x, t, target = self.noisy(z, z.shape[1] // 2, positions)
         velocity = self.decomposer.velocity(x, context, t, self.run.training_guidance)
-        layers = zip(("background", "foreground"), velocity.chunk(2, 1), target.chunk(2, 1), strict=True)
-        losses = {name: flow_loss(predicted, true) for name, predicted, true in layers}
-        return {"loss": (losses["background"] + losses["foreground"]) / 2, **losses}
+        velocity_b, velocity_f = velocity.chunk(2, dim=1)
+        target_b, target_f = target.chunk(2, dim=1)
+        background, foreground = flow_loss(velocity_b, target_b), flow_loss(velocity_f, target_f)
+        return {"loss": (background + foreground) / 2, "background": background, "foreground": foreground}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         # Until the first step LoRA adds zero, unless training starts from an adapter: this is the frozen base's row.
@@ -157,7 +160,7 @@ def fitting_adapter(config: DecomposerJobConfig) -> Adapter | None:
     """The adapter to continue training, if any; `InputError` unless it matches the run's frozen files and settings."""
     if config.adapter is None:
         return None
-    adapter, described = describe_adapter(config.adapter, **config.weights.named())
+    adapter, described = open_adapter(config.adapter, **config.weights.named())
     _check_prompt(config, adapter)
     now, then = fixed_settings(config), fixed_settings(described)
     if config.lora.targets != described.lora.targets and adapted_layers(config) == adapted_layers(described):

@@ -74,13 +74,17 @@ class FlowJob(Job):
         """What a sample's latents depend on, apart from the package's code that makes and encodes it."""
         run, sample = self.run, self.run.sample
         described = {
-            **{"job": run.job, "seed": run.seed, "code": inspect.getsource(type(self).encode), **self.encoding},
-            **{"precision": resolve_precision(run.train.precision), "tiles": [sample.tile, sample.tile_overlap]},
+            "job": run.job,
+            "seed": run.seed,
+            "code": inspect.getsource(type(self).encode),
+            **self.encoding,
+            "precision": resolve_precision(run.train.precision),
+            "tiles": [sample.tile, sample.tile_overlap],
         }
         data = asdict(run.data)
         if run.data.source == "scenes":  # a function of the seed and index alone
-            return {**described, "scenes": data["scenes"]}
+            return described | {"scenes": data["scenes"]}
         names = ("source", "samples", "scenes", "triplets")
         indexes = {path: file_sha256(Index(path).path) for path in run.data.triplets.indexes}
         described |= {"step": run.train.global_batch, "indexes": indexes}  # all samples of a step share one size
-        return {**described, **{name: data[name] for name in names}}
+        return described | {name: data[name] for name in names}

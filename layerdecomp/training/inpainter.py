@@ -9,10 +9,10 @@ from torch import Tensor
 
 from layerdecomp.conditioning import inpainting_context, masked_images, pack
 from layerdecomp.config import InpainterJobConfig
-from layerdecomp.decomposer import Context, Prompt, inpaint, latent_noise, predict_velocity, token_ids
 from layerdecomp.evaluation import Share
 from layerdecomp.flow import flow_loss
 from layerdecomp.imaging.geometry import to_pixels
+from layerdecomp.inpainting import Context, Prompt, inpaint, latent_noise, predict_velocity, token_ids
 from layerdecomp.metrics.background import psnr
 from layerdecomp.models.mmdit import MMDiT
 from layerdecomp.training.base import every_fourth
@@ -53,9 +53,9 @@ class InpainterJob(FlowJob):
 
     def flow_losses(self, latents: dict[str, Tensor], positions: Sequence[int]) -> dict[str, Tensor]:
         z, hole = pack(latents["z"]), latents["hole"].float()
-        cond = Context(inpainting_context(latents["masked"], hole, self.run.conditioning.mask), token_ids(hole, 0))
+        context = Context(inpainting_context(latents["masked"], hole, self.run.conditioning.mask), token_ids(hole, 0))
         x, t, target = self.noisy(z, z.shape[1], positions)
-        velocity = predict_velocity(self.transformer, self.prompt, x, cond, t, guidance=1.0)
+        velocity = predict_velocity(self.transformer, self.prompt, x, context, t, guidance=1.0)
         return {"loss": flow_loss(velocity, target)}
 
     @staticmethod
@@ -68,8 +68,17 @@ class InpainterJob(FlowJob):
         """The images of a batch with their holes filled, (B, 3, H, W)."""
         image, mask = batch["image"], batch["inpaint_mask"]
         noise = latent_noise(self.autoencoder, image, self.run.evaluate.seed, batch["index"], layers=1)[:, 0]
-        parts = (self.transformer, self.autoencoder, self.prompt)
-        filled = inpaint(*parts, image, mask, noise, self.run.conditioning, self.run.flow, self.run.sample)
+        filled = inpaint(
+            transformer=self.transformer,
+            autoencoder=self.autoencoder,
+            prompt=self.prompt,
+            image=image,
+            mask=mask,
+            noise=noise,
+            conditioning=self.run.conditioning,
+            flow=self.run.flow,
+            sample=self.run.sample,
+        )
         return image * (1 - mask) + filled * mask
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

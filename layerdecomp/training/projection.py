@@ -25,28 +25,28 @@ class BlockProjection(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
 
     @classmethod
-    def fit(cls, pictures: Tensor, channels: int, factor: int) -> Self:
+    def fit(cls, images: Tensor, channels: int, factor: int) -> Self:
         """Fits the projection to images (B, C, H, W); their latents have mean 0 and mean variance 1."""
-        blocks = _blocks(pictures, factor)
+        blocks = _blocks(images, factor)
         variances, basis = _principal_components(blocks)
         basis = basis[:channels] / variances[:channels].mean().sqrt()
         weight = rearrange(basis, "z (c p q) -> z c p q", p=factor, q=factor)
         return cls(weight.float(), (-basis @ blocks.mean(dim=0)).float())
 
     @classmethod
-    def fit_alpha(cls, pictures: Tensor, latents: Tensor) -> Self:
+    def fit_alpha(cls, images: Tensor, latents: Tensor) -> Self:
         """Fits a projection of RGBA images that gives opaque ones the latents of their colours alone.
 
         The faintest channels hold principal components of alpha in place of colour; their number minimises the squared
         error. In these channels, opaque blocks have the mean of the latents that were replaced.
 
         Args:
-            pictures: (B, 4, H, W) in autoencoder space, alpha 1 = opaque.
+            images: (B, 4, H, W) in autoencoder space, alpha 1 = opaque.
             latents: (B, z_channels, H/factor, W/factor) of the colours (B, 3, H, W) alone, with the spectrum of
                 `SPECTRUM`.
         """
-        factor = pictures.shape[-1] // latents.shape[-1]
-        colours, transparency = _blocks(pictures[:, :3], factor), _blocks(pictures[:, 3:] - 1, factor)
+        factor = images.shape[-1] // latents.shape[-1]
+        colours, transparency = _blocks(images[:, :3], factor), _blocks(images[:, 3:] - 1, factor)
         z = rearrange(latents, "b z h w -> (b h w) z").double()
         fitted = torch.linalg.lstsq(F.pad(colours, (0, 1), value=1.0), z).solution.T  # (z_channels, 3 factor^2 + 1)
         weight, bias = fitted[:, :-1], fitted[:, -1].clone()
@@ -70,16 +70,16 @@ class BlockProjection(nn.Module):
         """Latents (B, z_channels, H/factor, W/factor) of images x (B, C, H, W)."""
         return F.conv2d(x, self.weight, self.bias, stride=self.weight.shape[-1])
 
-    def error(self, latents: Tensor, pictures: Tensor) -> Tensor:
+    def error(self, latents: Tensor, images: Tensor) -> Tensor:
         """The squared error per pixel and channel due to the latents' distance from the projection's: a scalar."""
         gain = self.weight.square().sum(dim=(1, 2, 3)).view(-1, 1, 1)  # from squared pixels to squared latents
-        squares = (latents.float() - self(pictures.float())).square() / gain
+        squares = (latents.float() - self(images.float())).square() / gain
         return squares.mean() * len(self.weight) / self.weight[0].numel()
 
 
-def _blocks(pictures: Tensor, factor: int) -> Tensor:
+def _blocks(images: Tensor, factor: int) -> Tensor:
     """(B, C, H, W) -> (B * H/factor * W/factor, C * factor * factor) in float64."""
-    return rearrange(pictures.double(), "b c (h p) (w q) -> (b h w) (c p q)", p=factor, q=factor)
+    return rearrange(images.double(), "b c (h p) (w q) -> (b h w) (c p q)", p=factor, q=factor)
 
 
 def _principal_components(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -128,7 +128,8 @@ def find_checkpoint(run_dir: Path, config: RunConfig) -> Path | None:
         return None
     if config.resume != "auto":
         return _given_checkpoint(config.resume)
-    checkpoint, described = newest_checkpoint(run_dir), run_dir / "config.yaml"
+    checkpoint = newest_checkpoint(run_dir)
+    described = run_dir / "config.yaml"
     if checkpoint is not None and described.is_file():
         _check_unchanged(checkpoint, changed_keys(config, described))
     return checkpoint
@@ -163,8 +164,9 @@ def _make_room(run_dir: Path, checkpoint: Path | None) -> None:
 
 def _abandon_later(run_dir: Path, checkpoint: Path) -> None:
     """Renames checkpoints later than the given one, so that they are not taken for those of the resumed run."""
-    last, previous = run_dir / LAST, run_dir / PREVIOUS
-    for later in {last: (), previous: (last,)}.get(checkpoint, (last, previous)):
+    newest_first = [run_dir / LAST, run_dir / PREVIOUS]
+    later_ones = newest_first[: newest_first.index(checkpoint)] if checkpoint in newest_first else newest_first
+    for later in later_ones:
         if later.is_file():
             names = chain([f"abandoned-{later.name}"], (f"abandoned-{n}-{later.name}" for n in count(2)))
             later.rename(_first_free(map(run_dir.joinpath, names)))
@@ -227,8 +229,10 @@ def build_trainer(config: RunConfig, run_dir: Path, job: Job) -> Trainer:
     """The Lightning trainer: one epoch of `train.steps` steps, with validation and checkpoints at fixed steps."""
     train = config.train
     validate_every = min(train.validate_every, train.steps)
-    files, every = CheckpointFiles(), train.checkpoint_every
-    checkpoints = Checkpoints(files, run_dir, every=every, validate_every=validate_every, sound=job.sound)
+    files = CheckpointFiles()
+    checkpoints = Checkpoints(
+        files, run_dir, every=train.checkpoint_every, validate_every=validate_every, sound=job.sound
+    )
     available = torch.cuda.device_count()
     if available and train.devices > available:
         raise InputError(

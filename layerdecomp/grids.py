@@ -1,4 +1,4 @@
-"""Pictures for evaluations: grids of layers side by side, and error maps."""
+"""Images for evaluations: grids of layers side by side, and error maps."""
 
 from collections.abc import Mapping, Sequence
 
@@ -21,7 +21,7 @@ ERROR_GAIN = 4  # an error of a quarter of the range saturates
 def comparison_grid(
     batch: Mapping[str, Tensor], predictions: Mapping[str, Prediction], labels: Sequence[str] = ()
 ) -> NDArray[np.uint8]:
-    """Draw a picture with one line per sample: input, mask outline, the layers of every prediction, the true layers.
+    """Draws an image with one line per sample: input, mask outline, the layers of every prediction, the true layers.
 
     Args:
         batch: B collated samples with image, mask, foreground and background.

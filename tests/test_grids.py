@@ -5,13 +5,13 @@ import torch
 from squares import SIZE, collate, do_nothing, noisy_truth
 from torch import Tensor
 
-from layerdecomp.pictures import ERROR_GAIN, GAP, GUTTER, HEADER, MAX_TILE, comparison_grid, error_map
+from layerdecomp.grids import ERROR_GAIN, GAP, GUTTER, HEADER, MAX_TILE, comparison_grid, error_map
 
 
-def tile(picture: np.ndarray, row: int, column: int, side: int = SIZE, left: int = GUTTER) -> np.ndarray:
+def tile(image: np.ndarray, row: int, column: int, side: int = SIZE, left: int = GUTTER) -> np.ndarray:
     step = side + GAP
     top, left = HEADER + row * step, left + column * step
-    return picture[top : top + side, left : left + side]
+    return image[top : top + side, left : left + side]
 
 
 def to_levels(image: Tensor) -> np.ndarray:
@@ -21,25 +21,25 @@ def to_levels(image: Tensor) -> np.ndarray:
 def test_comparison_grid_shows_input_mask_predictions_and_truth_in_order():
     batch = collate(1, 3)
     predictions = {"adapted": noisy_truth(batch), "base": do_nothing(batch)}
-    picture = comparison_grid(batch, predictions, labels=["good", "worst"])
-    assert picture.dtype == np.uint8
+    image = comparison_grid(batch, predictions, labels=["good", "worst"])
+    assert image.dtype == np.uint8
     step = SIZE + GAP
-    assert picture.shape == (HEADER + 2 * step, GUTTER + 8 * step, 3)
+    assert image.shape == (HEADER + 2 * step, GUTTER + 8 * step, 3)
     for row in range(2):
         shown = {0: batch["image"], 2: predictions["adapted"][0], 4: batch["image"], 6: batch["background"]}
         for column, images in shown.items():
-            assert np.array_equal(tile(picture, row, column), to_levels(images[row]))
+            assert np.array_equal(tile(image, row, column), to_levels(images[row]))
         inside = batch["mask"][row, 0].numpy() > 0
-        outlined = tile(picture, row, 1)
+        outlined = tile(image, row, 1)
         magenta = (outlined == (255, 0, 255)).all(axis=-1)
         height = 12 + (1, 3)[row]
         assert magenta.sum() == 2 * (height + 2) + 2 * 16
-        assert np.array_equal(outlined[inside], tile(picture, row, 0)[inside])
+        assert np.array_equal(outlined[inside], tile(image, row, 0)[inside])
         for column in (3, 5, 7):  # the object over a grey and white checkerboard
-            foreground = tile(picture, row, column)
+            foreground = tile(image, row, column)
             assert np.array_equal(foreground[inside], to_levels(batch["foreground"][row, :3])[inside])
             assert len(np.unique(foreground[~inside])) == 2
-    header, gutter = picture[:HEADER], picture[HEADER:, :GUTTER]
+    header, gutter = image[:HEADER], image[HEADER:, :GUTTER]
     for column in range(8):  # every column has a name, every row a label
         assert (header[:, GUTTER + column * step :][:, :SIZE] < 128).sum() > 10
     assert (gutter[:SIZE] < 128).any()
@@ -49,12 +49,12 @@ def test_comparison_grid_shows_input_mask_predictions_and_truth_in_order():
 def test_comparison_grid_reduces_large_samples():
     batch = {key: value.repeat_interleave(16, -1).repeat_interleave(16, -2) for key, value in
              collate(1).items() if key != "index"}  # fmt: skip
-    picture = comparison_grid(batch, {})
-    assert picture.shape[:2] == (
+    image = comparison_grid(batch, {})
+    assert image.shape[:2] == (
         HEADER + MAX_TILE + GAP,
         GAP + 4 * (MAX_TILE + GAP),
     )
-    reduced = tile(picture, 0, 0, MAX_TILE, GAP)
+    reduced = tile(image, 0, 0, MAX_TILE, GAP)
     assert np.array_equal(reduced[::8, ::8], to_levels(collate(1)["image"][0]))
 
 

@@ -1,0 +1,49 @@
+"""Which code trained a run; test_train.py follows it through runs."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from layerdecomp.training import provenance
+from layerdecomp.training.provenance import Provenance, source_commit
+
+
+def running(monkeypatch: pytest.MonkeyPatch, commit: str, source: str) -> Provenance:
+    """The provenance in a process that runs this code."""
+    monkeypatch.setattr(provenance, "source_commit", lambda: commit)
+    monkeypatch.setattr(provenance, "PACKAGE_SHA256", source)
+    return Provenance()
+
+
+def test_a_resumed_run_names_every_commit_whose_sources_trained_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = running(monkeypatch, "first", source="a")
+    first.begin(0, warns=True)
+    saved = first.state()
+    docs = running(monkeypatch, "of docs", source="a")
+    docs.load(saved)
+    docs.begin(2, warns=True)
+    assert docs.metadata() == {"commit": "first", "date": saved["on"]} and not caplog.records
+    second = running(monkeypatch, "second", source="b")
+    second.load(saved)
+    second.begin(2, warns=False)
+    assert second.metadata()["commit"] == "first + second" and not caplog.records
+    saved = second.state()
+    third = running(monkeypatch, "third", source="a")
+    third.load(saved)
+    third.begin(4, warns=True)
+    assert third.metadata()["commit"] == "first + second + third"
+    assert "commit second trained this run up to step 4, from where commit third continues" in caplog.text
+
+
+def test_the_commit_of_a_repository_around_an_installed_package_is_not_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "-m", "of another project"], check=True)
+    monkeypatch.setattr("layerdecomp.training.provenance.__file__", str(tmp_path / "provenance.py"))
+    assert re.fullmatch("unknown-[0-9a-f]{8}", source_commit())
