@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerdecomp.errors import InputError
+from layerdecomp.models.blocks import autocast_device
 
 
 @dataclass
@@ -87,6 +88,33 @@ class FrozenLinear(nn.Linear):
         return out
 
 
+class _AdaptedLinear(torch.autograd.Function):
+    """x W^T + b + scale (x A^T) B^T for x (N, in_features), with gradients for x, A and B.
+
+    Autograd saves x, x A^T and the parameters themselves: neither their casts, which would add half of LoRA's memory,
+    nor a dense copy of a quantised W. In place, `addmm_` saves a pass over the output for the sum, and over x's gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
+    ) -> Tensor:
+        low_rank = F.linear(x, A.to(x.dtype))  # (N, rank)
+        ctx.save_for_backward(x, low_rank, A, B)
+        ctx.weight, ctx.scale = weight, scale
+        return F.linear(x, dense(weight), bias).addmm_(low_rank, B.to(x.dtype).t(), alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
+        x, low_rank, A, B = ctx.saved_tensors
+        of_low_rank = ctx.scale * (gradient @ B.to(gradient.dtype))  # (N, rank)
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = (gradient @ dense(ctx.weight).to(gradient.dtype)).addmm_(of_low_rank, A.to(gradient.dtype))
+        of_A, of_B = of_low_rank.t() @ x, ctx.scale * (gradient.t() @ low_rank)
+        return of_x, None, None, of_A.to(A.dtype), of_B.to(B.dtype), None
+
+
 def freeze_quantized(model: nn.Module) -> None:
     """Turns every plain linear layer of `model` with a quantised weight into a `FrozenLinear`, in place."""
     for module in model.modules():
@@ -120,10 +148,11 @@ class LoRALinear(FrozenLinear):
             return super().forward(x)
         if self._merged_is_cheaper(x.numel() // self.in_features):
             return F.linear(x, self._sum().to(x.dtype), self.bias)
-        rows = x.flatten(0, -2)  # (N, in_features)
-        low_rank = F.linear(rows, self.lora_A.weight.to(x.dtype))  # (N, rank)
-        # In place: addmm_ accumulates into the output, which saves a separate pass over it for the sum.
-        out = super().forward(rows).addmm_(low_rank, self.lora_B.weight.to(low_rank.dtype).t(), alpha=self.scale)
+        rows = x.flatten(0, -2)
+        if torch.is_autocast_enabled(device := autocast_device(x)):
+            rows = rows.to(torch.get_autocast_dtype(device))
+        factors = self.lora_A.weight, self.lora_B.weight
+        out: Tensor = _AdaptedLinear.apply(rows, self.weight, self.bias, *factors, self.scale)
         return out.view(*x.shape[:-1], self.out_features)
 
     def _merged_is_cheaper(self, tokens: int) -> bool:
