@@ -193,3 +193,38 @@ def test_injecting_twice_is_refused() -> None:
 def test_rank_below_one_is_refused() -> None:
     with pytest.raises(InputError, match="rank"):
         LoRAConfig(rank=0)
+
+
+def test_autocast_saves_no_cast_of_a_and_b() -> None:
+    """For the backward pass in bf16: the input and the low-rank product, beside the float32 parameters themselves."""
+    layer = LoRALinear(nn.Linear(64, 32, dtype=torch.bfloat16), rank=16, scale=0.5)
+    x = torch.randn(2, 64, dtype=torch.bfloat16, requires_grad=True)
+    parameters = {parameter.data_ptr() for parameter in layer.parameters()}
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with torch.autocast("cpu", torch.bfloat16), hooks:
+        output = layer(x)
+    assert sum(size for address, size in saved.items() if address not in parameters) == 2 * 2 * (64 + 16)
+    torch.autograd.backward(output.float().square().mean())
+    assert {p.grad.dtype for p in layer.parameters() if p.grad is not None} == {torch.float32}
+
+
+def test_gradients_under_autocast_equal_those_in_float32() -> None:
+    layer = LoRALinear(nn.Linear(64, 32, dtype=torch.bfloat16), rank=16, scale=0.5)
+    for seed, part in enumerate((layer.lora_A, layer.lora_B)):
+        randomize(part, seed)
+    x = torch.randn(4, 2, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    leaves = [x, layer.lora_A.weight, layer.lora_B.weight]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x).float()
+    update = x @ layer.lora_A.weight.T @ layer.lora_B.weight.T
+    expected = F.linear(x, layer.weight.float(), layer.bias.float()) + 0.5 * update
+    gradients = (torch.autograd.grad(output.square().sum(), leaves) for output in (found, expected))
+    assert relative_error(found, expected) < 1e-2
+    for ours, theirs in zip(*gradients, strict=True):
+        assert relative_error(ours, theirs) < 2e-2

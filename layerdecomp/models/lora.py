@@ -89,30 +89,29 @@ class FrozenLinear(nn.Linear):
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """x W^T + b + scale (x A^T) B^T for x (N, in_features), with gradients for x, A and B.
+    """x W^T + b + scale (x A^T) B^T of rows x (N, in_features), with gradients for x, A and B.
 
-    Autograd saves x, x A^T and the parameters themselves: neither their casts, which would add half of LoRA's memory,
-    nor a dense copy of a quantised W. In place, `addmm_` saves a pass over the output for the sum, and over x's gradient.
+    Autograd saves x, x A^T and the parameters themselves: neither casts of A and B, half as large as these, nor a dense
+    copy of a quantised W. `addmm_` saves a separate pass for each sum: over the output, and over the gradient of x.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
-    ) -> Tensor:
-        low_rank = F.linear(x, A.to(x.dtype))  # (N, rank)
-        ctx.save_for_backward(x, low_rank, A, B)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        low_rank = F.linear(x, a.to(x.dtype))  # (N, rank)
+        ctx.save_for_backward(x, low_rank, a, b)
         ctx.weight, ctx.scale = weight, scale
-        return F.linear(x, dense(weight), bias).addmm_(low_rank, B.to(x.dtype).t(), alpha=scale)
+        return F.linear(x, dense(weight), bias).addmm_(low_rank, b.to(x.dtype).t(), alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
-        x, low_rank, A, B = ctx.saved_tensors
-        of_low_rank = ctx.scale * (gradient @ B.to(gradient.dtype))  # (N, rank)
-        of_x = None
+        x, low_rank, a, b = ctx.saved_tensors
+        dtype = gradient.dtype
+        d_low_rank = ctx.scale * (gradient @ b.to(dtype))  # (N, rank)
+        d_a, d_b = d_low_rank.t() @ x, ctx.scale * (gradient.t() @ low_rank)
+        d_x = None
         if ctx.needs_input_grad[0]:
-            of_x = (gradient @ dense(ctx.weight).to(gradient.dtype)).addmm_(of_low_rank, A.to(gradient.dtype))
-        of_A, of_B = of_low_rank.t() @ x, ctx.scale * (gradient.t() @ low_rank)
-        return of_x, None, None, of_A.to(A.dtype), of_B.to(B.dtype), None
+            d_x = (gradient @ dense(ctx.weight).to(dtype)).addmm_(d_low_rank, a.to(dtype))
+        return d_x, None, None, d_a.to(a.dtype), d_b.to(b.dtype), None
 
 
 def freeze_quantized(model: nn.Module) -> None:
