@@ -128,12 +128,14 @@ import torch
 from layerdecomp.evaluation import Share, draw_layers, score
 from layerdecomp.predictions import PredictionFolder
 from squares import Squares
-from test_evaluation import METHODS, NAMES
+from layerdecomp.metric_networks import Networks
+from test_evaluation import MEASURES, METHODS, NAMES
 torch.set_num_threads(1)
 folder, share = Path(sys.argv[1]), Share.join()
 draw_layers(METHODS, Squares(), NAMES, folder, batch_size=2, share=share)
 share.wait()
-found = score({row: PredictionFolder(folder / row, NAMES) for row in METHODS}, Squares(), NAMES, share=share)
+folders = {row: PredictionFolder(folder / row, NAMES) for row in METHODS}
+found = score(folders, Squares(), NAMES, Networks(MEASURES), share=share)
 assert (found is None) == (share.rank == 1)
 if found is not None:
     torch.save([found.results, found.per_image], folder / "found.pt")
@@ -300,4 +302,4 @@ def test_figures_are_written_as_json_csv_and_markdown(tmp_path: Path):
     assert (tmp_path / "out" / "per_image.csv").read_text() == format_csv(NAMES, evaluation.per_image)
     document = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert document["results"]["noisy"].keys() >= METRICS.keys() and document["protocol"]["count"] == 5
-    assert document["protocol"]["undefined"]["noisy"]["background/fid"].startswith("undefined for every image")
+    assert document["protocol"]["undefined"]["noisy"]["background/lpips"].startswith("undefined for every image")
