@@ -4,9 +4,7 @@ Counts are of multiplications and additions in matrix products, attention and co
 The rest (norms, gates, the optimizer) is limited by bandwidth, and shows in the distance from the largest product.
 """
 
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -275,6 +273,8 @@ def count(config: BenchmarkConfig) -> dict[str, float]:
     counts = {name: float(_operations(workload, piece)) for name, piece in TRAINING_PIECES.items()}
     with without_lora(workload.decomposer.transformer):
         counts["of which LoRA"] = counts[TRAINING] - _operations(workload, Workload.train)
+    linear = _operations(workload, Workload.train, of=("aten.mm", "aten.addmm"))
+    counts["of which linear, without LoRA"] = linear - counts["of which LoRA"]
     counts["of which attention"] = _operations(workload, Workload.train, of=("bmm", "attention"))
     once = Workload(replace(config, recompute=0), META, torch.float32)
     counts["of which recomputed"] = counts[TRAINING] - _operations(once, Workload.train)
@@ -330,8 +330,8 @@ def largest_product(device: torch.device, dtype: torch.dtype, repeats: int = 5) 
     return best
 
 
-def measure(workload: Workload, device: torch.device) -> dict[str, tuple[float, float]]:
-    """Median seconds and peak memory in bytes of each piece."""
+def measure(workload: Workload, device: torch.device) -> dict[str, tuple[float, float | None]]:
+    """Median seconds of each piece and, on a GPU, its peak memory in bytes."""
     measured = _measured(workload, {**TRAINING_PIECES, STEP: Workload.step}, device)
     workload.merge()
     return measured | _measured(workload, SAMPLING_PIECES, device)
@@ -339,7 +339,7 @@ def measure(workload: Workload, device: torch.device) -> dict[str, tuple[float, 
 
 def _measured(
     workload: Workload, pieces: dict[str, Callable[[Workload], None]], device: torch.device
-) -> dict[str, tuple[float, float]]:
+) -> dict[str, tuple[float, float | None]]:
     measured = {}
     for name, piece in pieces.items():
         if device.type == "cuda":
@@ -399,12 +399,9 @@ def _seconds(function: Callable[[], Tensor | None], device: torch.device, repeat
     return [stopwatch(function, device) for _ in range(repeats)]
 
 
-def _peak_memory(device: torch.device) -> float:
-    """Bytes: on a GPU since the last reset; on a CPU, of this process so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, kilobytes elsewhere
+def _peak_memory(device: torch.device) -> float | None:
+    """Bytes allocated on a GPU since the last reset; a CPU does not tell what one piece took."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def benchmark(config: BenchmarkConfig, device: str, dtype: torch.dtype) -> str:
@@ -413,7 +410,7 @@ def benchmark(config: BenchmarkConfig, device: str, dtype: torch.dtype) -> str:
         check_optimizer("bits=8")
     counts = count(config)
     header = ["", "TFLOP", "seconds", "TFLOP/s", "of the largest product", "peak memory GB"]
-    measured: dict[str, tuple[float, float]] = {}
+    measured: dict[str, tuple[float, float | None]] = {}
     limit = float("nan")
     backend = ""
     if config.measure:
@@ -449,12 +446,13 @@ def benchmark(config: BenchmarkConfig, device: str, dtype: torch.dtype) -> str:
     )
 
 
-def _cells(operations: float, limit: float, measured: tuple[float, float] | None) -> list[str]:
+def _cells(operations: float, limit: float, measured: tuple[float, float | None] | None) -> list[str]:
     if measured is None:
         return [""] * 4
     seconds, memory = measured
     rate = operations / seconds
-    return [f"{seconds:.3g}", f"{rate / 1e12:.3g}", f"{rate / limit:.0%}", f"{memory / 1e9:.3g}"]
+    peak = "" if memory is None else f"{memory / 1e9:.3g}"
+    return [f"{seconds:.3g}", f"{rate / 1e12:.3g}", f"{rate / limit:.0%}", peak]
 
 
 def machine(device: str) -> str:

@@ -101,6 +101,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_at_least(0, self, "", "seed")
+        processes = self.train.devices * self.train.nodes
+        if self.data.validation < processes:  # a rank without samples would make the others hang
+            raise InputError(
+                f"data.validation is {self.data.validation}; expected at least one for each of {processes} processes"
+            )
 
 
 @dataclass

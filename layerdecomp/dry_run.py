@@ -21,6 +21,7 @@ MAKE = {
     "weights.rgba_autoencoder": "made by tools/train.py config=configs/flux_rgba_autoencoder.yaml; copy its result",
     "weights.prompt": "made by make embed-prompt",
     "adapter": "written by a run, or published; null starts from the base",
+    "data.triplets": "an index, written by tools/prepare_data.py",
 }
 
 
@@ -129,10 +130,14 @@ def _described(path: str, default: ModelT) -> ModelT:
 
 def missing_files(config: DecomposerJobConfig) -> list[str]:
     """A line for each missing file, with where it comes from; or one that says that all are there."""
-    lines = []
-    places = {f"weights.{name}": path for name, path in config.weights.named().items()}
-    for key, path in (places | {"adapter": config.adapter}).items():
-        if path is not None and not Path(path).exists():
-            how = MAKE.get(key, "checkpoints/README.md says where to get it")
-            lines.append(f"missing: {path} ({key}); {how}")
-    return lines or ["all weight files are there"]
+    places = [(f"weights.{name}", path) for name, path in config.weights.named().items()]
+    if config.adapter is not None:
+        places.append(("adapter", config.adapter))
+    if config.data.source == "triplets":
+        places += [("data.triplets", path) for path in config.data.triplets.indexes]
+    lines = [
+        f"missing: {path} ({key}); {MAKE.get(key, 'checkpoints/README.md says where to get it')}"
+        for key, path in places
+        if not Path(path).exists()
+    ]
+    return lines or ["no file is missing"]

@@ -200,7 +200,7 @@ def test_settings_that_do_not_affect_results_may_change_on_resume(tmp_path: Path
             "encode_batch_size": 1,
             "train.dry_run": True,
             "data.workers": 7,
-            "data.validation": 3,
+            "data.validation": 9,
             "data.max_faulty": 0.5,
         },
         **{"train.checkpoint_every": 3, "train.validate_every": 3, "train.max_skipped": 3, "train.strategy": "ddp"},
@@ -262,3 +262,8 @@ def test_invalid_bases_are_rejected_by_name(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("job: decomposer\nlora: {rnak: 3}")
     with pytest.raises(InputError, match=r"b\.yaml: unknown key lora\.rnak"):
         load_config(_written(tmp_path, "base: b.yaml"))
+
+
+def test_every_process_needs_a_validation_sample() -> None:
+    with pytest.raises(InputError, match="data.validation is 16; expected at least one for each of 64 processes"):
+        load_config(TINY.parent / "flux_fill.yaml", ["train.nodes=8"])

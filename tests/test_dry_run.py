@@ -15,15 +15,17 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def test_missing_files_are_listed_with_their_origin(tmp_path: Path) -> None:
-    config = load_config(CONFIGS / "flux_fill.yaml", [f"adapter={tmp_path}/adapter.safetensors"])
+    triplets = ["data.source=triplets", f"data.triplets.folders=[{tmp_path}/mine.safetensors]"]
+    config = load_config(CONFIGS / "flux_fill.yaml", [f"adapter={tmp_path}/adapter.safetensors", *triplets])
     for name, path in vars(config.weights).items():
         setattr(config.weights, name, str(tmp_path / Path(path).name))
     lines = missing_files(config)
-    assert len(lines) == 5 and all(line.startswith(f"missing: {tmp_path}") for line in lines)
+    assert len(lines) == 6 and all(line.startswith(f"missing: {tmp_path}") for line in lines)
     assert lines[0].endswith("transformer); checkpoints/README.md says where to get it")
     assert "made by tools/train.py config=configs/flux_rgba_autoencoder.yaml" in lines[2]
     assert lines[3].endswith("(weights.prompt); made by make embed-prompt")
     assert "adapter.safetensors (adapter); written by a run" in lines[4]
+    assert lines[5].endswith("mine.safetensors (data.triplets); an index, written by tools/prepare_data.py")
 
 
 def test_a_dry_run_rejects_frozen_models_in_float32() -> None:
@@ -63,13 +65,14 @@ def test_models_are_described_by_their_files_or_else_the_published_ones(tiny_wei
     config.weights.transformer = config.weights.autoencoder = "nowhere.safetensors"
     work = training_work(config)
     assert (work.model, work.rgb, work.text_tokens) == (MMDiTConfig(), AutoencoderConfig(), 512)
-    assert work.size == config.data.triplets.size != config.data.scenes.size
+    assert work.size == config.data.scenes.size
     assert (work.quantize, work.bits, work.recompute, work.encode_batch_size) == ("nf4", 8, 1, 1)
     assert (
         work.recompute_attention and not training_work(load_config(CONFIGS / "flux_fill_80gb.yaml")).recompute_attention
     )
     config.quantize, config.shard_base, config.train.nodes = None, True, 2
-    assert training_work(config).shards == 16
+    config.data.source, config.data.triplets.size = "triplets", 512
+    assert (training_work(config).shards, training_work(config).size) == (16, 512)
     config.weights.transformer = str(tiny_weights / "transformer.safetensors")
     config.weights.autoencoder = str(tiny_weights / "autoencoder.safetensors")
     config.weights.prompt = None

@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from layerdecomp.conditioning import position_ids
 from layerdecomp.errors import InputError
 from layerdecomp.models.attention import rope
-from layerdecomp.models.lora import LoRAConfig, inject_lora, merge_lora
+from layerdecomp.models.lora import LoRAConfig, LoRALinear, inject_lora, merge_lora
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
+from layerdecomp.quantization import quantize_blocks
 
 TINY = MMDiTConfig(
     in_channels=24, out_channels=8, vec_in_dim=12, context_in_dim=20, hidden_size=64, num_heads=4, depth=2,
@@ -145,17 +146,21 @@ def adapted_gradients(model: MMDiT, x: Inputs, wrapped: nn.Module | None = None)
     return [velocity.detach(), img.grad, *gradients]
 
 
-@pytest.mark.parametrize("variant", ["plain", "recompute", "keep attention", "ddp"])
+@pytest.mark.parametrize("variant", ["plain", "recompute", "keep attention", "ddp", "int8", "nf4"])
 def test_compiled_blocks_equal_eager_ones_at_any_size(fresh_compiler: None, variant: str) -> None:
     """Tests tracing and differentiation; `test_blocks` compiles one block to machine code."""
     model = build(replace(TINY, depth=2, depth_single_blocks=2)).requires_grad_(False)
+    if variant in ("int8", "nf4"):
+        quantize_blocks(model, variant)
     inject_lora(model, LoRAConfig(rank=2))
-    randomize(model)
+    for layer in model.modules():
+        if isinstance(layer, LoRALinear):
+            randomize(layer.lora_B)
     sizes = [inputs(height=height, width=width, text=text) for height, width, text in ((3, 5, 7), (4, 6, 5), (2, 7, 3))]
     expected, names = [adapted_gradients(model, x) for x in sizes], list(model.state_dict())
     model.compile_blocks(backend="aot_eager" if variant == "plain" else "eager")  # eager only traces, which is quick
-    model.recompute = int(variant in ("recompute", "keep attention"))
-    model.recompute_attention = variant != "keep attention"
+    model.recompute = int(variant not in ("plain", "ddp"))
+    model.recompute_attention = variant == "recompute"
     wrapped: nn.Module = model
     if variant == "ddp":
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)

@@ -78,7 +78,7 @@ def test_autograd_keeps_no_dense_weight(name: str) -> None:
     x = torch.randn(1, 3, 256, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         layer(x)
-    assert kept and max(tensor.numel() for tensor in kept) < 128 * 256
+    assert kept and max(tensor.numel() for tensor in kept if not is_quantized(tensor)) < 128 * 256
 
 
 MODEL = MMDiTConfig(

@@ -53,14 +53,16 @@ class LoRAConfig:
 
 def is_quantized(weight: Tensor) -> bool:
     """Whether `weight` is one of torchao's tensor subclasses."""
-    return type(weight) not in (Tensor, nn.Parameter) and hasattr(weight, "__tensor_flatten__")
+    # Asks the type: a compiler does not see attributes of the tensor.
+    return type(weight) not in (Tensor, nn.Parameter) and hasattr(type(weight), "__tensor_flatten__")
 
 
 def dense(weight: Tensor) -> Tensor:
     """`weight`, dequantised if it is quantised."""
     if not is_quantized(weight):
         return weight
-    plain: Tensor = getattr(weight, "get_original_weight", weight.dequantize)()  # NF4Tensor's name for it
+    nf4 = "get_original_weight"  # NF4Tensor's name for it
+    plain: Tensor = getattr(weight, nf4 if hasattr(type(weight), nf4) else "dequantize")()
     return plain
 
 
@@ -98,19 +100,19 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         low_rank = F.linear(x, a.to(x.dtype))  # (N, rank)
-        ctx.save_for_backward(x, low_rank, a, b)
-        ctx.weight, ctx.scale = weight, scale
+        ctx.save_for_backward(x, low_rank, weight, a, b)
+        ctx.scale = scale
         return F.linear(x, dense(weight), bias).addmm_(low_rank, b.to(x.dtype).t(), alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
-        x, low_rank, a, b = ctx.saved_tensors
+        x, low_rank, weight, a, b = ctx.saved_tensors
         dtype = gradient.dtype
         d_low_rank = ctx.scale * (gradient @ b.to(dtype))  # (N, rank)
         d_a, d_b = d_low_rank.t() @ x, ctx.scale * (gradient.t() @ low_rank)
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = (gradient @ dense(ctx.weight).to(dtype)).addmm_(d_low_rank, a.to(dtype))
+            d_x = (gradient @ dense(weight).to(dtype)).addmm_(d_low_rank, a.to(dtype))
         return d_x, None, None, d_a.to(a.dtype), d_b.to(b.dtype), None
 
 

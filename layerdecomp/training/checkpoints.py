@@ -58,7 +58,8 @@ def read_checkpoint(path: Path, device: str = "cpu") -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             if (record := archive.testzip()) is not None:
                 raise ValueError(f"the checksum of {record} does not match")
-        checkpoint: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        # Memory-mapped: the ranks of a machine share one copy.
+        checkpoint: dict[str, Any] = torch.load(path, map_location=device, weights_only=True, mmap=True)
         _ = checkpoint["state_dict"], checkpoint["global_step"]
     except Exception as error:  # a damaged file can raise anything
         raise InputError(f"{path} is not a checkpoint of this package, or is damaged: {error}") from error
