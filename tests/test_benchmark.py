@@ -102,14 +102,16 @@ def test_a_small_model_is_measured() -> None:
     )
     rows = [line.split("|") for line in report.splitlines() if line.startswith("|")][2:]
     measured = [row for row in rows if row[3].strip()]
-    assert len(rows) == 10 and len(measured) == 7
-    assert all(float(row[3]) > 0 and float(row[6]) > 0 for row in measured)
+    assert len(rows) == 11 and len(measured) == 7
+    assert all(float(row[3]) > 0 and not row[6].strip() for row in measured)  # no memory of a part on a CPU
     assert "a training step, the optimizer included" in report
     assert re.search(r"a decomposition in 28 steps: [0-9.]+ TFLOP", report)
 
 
 def test_a_training_step_counts_its_parts_and_updates_the_weights() -> None:
     counts = count(SMALL)
+    parts = (counts[f"of which {part}"] for part in ("linear, without LoRA", "LoRA", "attention"))
+    assert sum(parts) == counts[TRAINING]
     assert counts[STEP] == counts[ENCODING] + counts[TRAINING] and counts[ENCODING] > counts["encode image, mask, cues"]
     torch.manual_seed(0)
     few_bits = replace(SMALL, quantize="int8", bits=8, encode_batch_size=1)
