@@ -41,7 +41,7 @@ def dry_run(config: RunConfig) -> str:
         )
     check_adaptation(config)
     work = training_work(config)
-    rgba = _described(config.weights.rgba_autoencoder, AutoencoderConfig(in_channels=4))
+    rgba = _described(config.weights.rgba_autoencoder, replace(work.rgb, in_channels=4))
     check_parts(config, work.model, work.rgb, rgba)
     counts = extrapolate_over_blocks(count, work)
     samples = config.train.global_batch

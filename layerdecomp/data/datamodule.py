@@ -157,7 +157,8 @@ class SampleData(LightningDataModule):
         """Splits the samples over the ranks, without padding or repetition."""
         assert self.trainer is not None
         rank, processes = self.trainer.global_rank, self.trainer.world_size
-        if len(self.held_out) < processes:  # a rank without samples would make the others hang
+        # A rank without samples would make the others hang. The config is checked at once; an index may hold fewer.
+        if len(self.held_out) < processes:
             raise InputError(
                 f"data.validation is {len(self.held_out)}, but {processes} processes share them; expected one for each"
             )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerdecomp.errors import InputError
-from layerdecomp.models.blocks import autocast_device
+from layerdecomp.models.blocks import autocast_device, autocast_disabled
 
 
 @dataclass
@@ -107,12 +107,12 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
         x, low_rank, weight, a, b = ctx.saved_tensors
-        dtype = gradient.dtype
-        d_low_rank = ctx.scale * (gradient @ b.to(dtype))  # (N, rank)
-        d_a, d_b = d_low_rank.t() @ x, ctx.scale * (gradient.t() @ low_rank)
-        d_x = None
-        if ctx.needs_input_grad[0]:
-            d_x = (gradient @ dense(weight).to(dtype)).addmm_(d_low_rank, a.to(dtype))
+        dtype, d_x = gradient.dtype, None
+        with autocast_disabled(gradient):  # in-place operations do not cast
+            d_low_rank = ctx.scale * (gradient @ b.to(dtype))  # (N, rank)
+            d_a, d_b = d_low_rank.t() @ x, ctx.scale * (gradient.t() @ low_rank)
+            if ctx.needs_input_grad[0]:
+                d_x = (gradient @ dense(weight).to(dtype)).addmm_(d_low_rank, a.to(dtype))
         return d_x, None, None, d_a.to(a.dtype), d_b.to(b.dtype), None
 
 
