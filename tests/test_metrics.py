@@ -212,6 +212,12 @@ def test_alpha_metrics_equal_their_definitions():
         assert foreground.alpha_mse(prediction, target)[index] == pytest.approx(((a - b) ** 2).mean(), rel=1e-5)
 
 
+def test_alpha_iou_is_undefined_without_a_true_object_only() -> None:
+    object_, nothing = torch.ones(1, 4, SIZE, SIZE), torch.zeros(1, 4, SIZE, SIZE)
+    assert foreground.alpha_iou(nothing, object_).item() == 0
+    assert foreground.alpha_iou(object_, nothing).isnan().all()
+
+
 def test_alpha_sad_counts_thousands_of_fully_wrong_pixels():
     target, prediction = torch.zeros(1, 4, 50, 60), torch.zeros(1, 4, 50, 60)
     prediction[:, 3] = 1
@@ -600,6 +606,23 @@ def test_a_resolution_resizes_everything_before_measuring():
     torch.testing.assert_close(same, per_image(*layers, batch), rtol=0, atol=0, equal_nan=True)
     perfect = per_image(batch["background"], batch["foreground"], batch, Measures(resolution=2 * SIZE))
     assert (perfect["background/psnr"] == background.PSNR_CEILING).all() and (perfect["foreground/rgb_l1"] == 0).all()
+
+
+def test_a_resolution_is_that_of_the_longer_side() -> None:
+    batch = {name: layer[..., : SIZE // 2, :] for name, layer in make_batch().items()}
+    predicted = worsened({name: layer.clone() for name, layer in batch.items()})
+    for side in (SIZE, SIZE // 2):
+        found = per_image(*predicted, batch, Measures(resolution=side))["foreground/alpha_sad"]
+        halved = [torch.nn.functional.avg_pool2d(layer, SIZE // side) for layer in (predicted[1], batch["foreground"])]
+        torch.testing.assert_close(found, foreground.alpha_sad(*halved), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_single_value_that_is_not_finite_is_an_error(value: float) -> None:
+    batch, (rgb, rgba) = make_batch(), worsened(make_batch())
+    rgb[0, 0, 0, 0] = value
+    with pytest.raises(ValueError, match="contain NaN or infinity"):
+        per_image(rgb, rgba, batch)
 
 
 def test_a_mask_keeps_its_relative_size_at_another_resolution():
