@@ -273,9 +273,10 @@ def count(config: BenchmarkConfig) -> dict[str, float]:
     counts = {name: float(_operations(workload, piece)) for name, piece in TRAINING_PIECES.items()}
     with without_lora(workload.decomposer.transformer):
         counts["of which LoRA"] = counts[TRAINING] - _operations(workload, Workload.train)
-    linear = _operations(workload, Workload.train, of=("aten.mm", "aten.addmm"))
+    by_operation = _by_operation(workload, Workload.train)
+    linear = sum(n for name, n in by_operation.items() if name.startswith(("aten.mm", "aten.addmm")))
     counts["of which linear, without LoRA"] = linear - counts["of which LoRA"]
-    counts["of which attention"] = _operations(workload, Workload.train, of=("bmm", "attention"))
+    counts["of which attention"] = sum(n for name, n in by_operation.items() if "bmm" in name or "attention" in name)
     once = Workload(replace(config, recompute=0), META, torch.float32)
     counts["of which recomputed"] = counts[TRAINING] - _operations(once, Workload.train)
     counts[STEP] = counts[ENCODING] + counts[TRAINING]
@@ -314,11 +315,15 @@ def _added_in_place(out: Sequence[int], a: Sequence[int], b: Sequence[int], **kw
     return 2 * a[0] * a[1] * b[1]
 
 
-def _operations(workload: Workload, piece: Callable[[Workload], None], of: Sequence[str] = ("",)) -> int:
+def _by_operation(workload: Workload, piece: Callable[[Workload], None]) -> dict[str, int]:
+    """Multiplications and additions of a piece by the operation's name, such as aten.mm."""
     with flop_counter() as counter:
         piece(workload)
-    found: dict[Any, int] = counter.get_flop_counts().get("Global", {})
-    return sum(n for operation, n in found.items() if any(part in str(operation) for part in of))
+    return {str(operation): n for operation, n in counter.get_flop_counts().get("Global", {}).items()}
+
+
+def _operations(workload: Workload, piece: Callable[[Workload], None]) -> int:
+    return sum(_by_operation(workload, piece).values())
 
 
 def largest_product(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
