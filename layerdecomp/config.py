@@ -18,7 +18,7 @@ from layerdecomp.data.datamodule import DataConfig
 from layerdecomp.errors import InputError, check_at_least, check_probabilities
 from layerdecomp.files import atomic_write
 from layerdecomp.flow import FlowConfig
-from layerdecomp.manifest import DecomposerConfig, WeightFiles
+from layerdecomp.manifest import DecomposerConfig, WeightFiles, adapter_file
 from layerdecomp.models.autoencoder import AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiTConfig
 from layerdecomp.overrides import RENAMED, dotted, merge_config, read_yaml
@@ -99,6 +99,11 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
+    @property
+    def start(self) -> Path | None:
+        """The weight file or folder whose tensors the run goes on training; None: it trains new ones."""
+        return None
+
     def __post_init__(self) -> None:
         check_at_least(0, self, "", "seed")
         processes = self.train.devices * self.train.nodes
@@ -136,6 +141,10 @@ class DecomposerJobConfig(FlowJobConfig, DecomposerConfig):
     shard_base: bool = False  # shard the frozen transformer across processes, if one device cannot hold it
     encode_batch_size: int = 0  # images that an autoencoder encodes at once, to save memory; 0: all of a batch
 
+    @property
+    def start(self) -> Path | None:
+        return None if self.adapter is None else adapter_file(self.adapter)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(0, self, "", "encode_batch_size")
@@ -169,6 +178,11 @@ class AutoencoderJobConfig(RunConfig):
     anchor: float = 1.0  # RGBA without `projection`: weight of the distance from RGB latents for opaque images,
     foreground_anchor: float = 0.02  # and for foregrounds, where alpha needs some room
     noise: float = 0.0  # typical deviation of noise on the scaled latents, since a transformer's are never exact
+
+    @property
+    def start(self) -> Path | None:
+        source = self.refine or self.extend
+        return None if source is None else Path(source)
 
     def __post_init__(self) -> None:
         super().__post_init__()

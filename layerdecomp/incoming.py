@@ -1,5 +1,6 @@
 """Adapters read from files: this package's own, LoRA files in other layouts, and sums of several."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +33,7 @@ from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig
 from layerdecomp.models.mmdit import MMDiT
 from layerdecomp.tensor_files import Metadata, open_safetensors, read_metadata
-from layerdecomp.weights import Adapter, empty_mmdit, find_weights, open_state
+from layerdecomp.weights import HISTORY, Adapter, empty_mmdit, find_weights, history, open_state
 
 
 def read_adapters(
@@ -61,6 +62,7 @@ def read_adapters(
     if len(paths) > 1 or weights[0] != 1:
         shares = (f"{share:g} x {path.name}" for path, share in zip(paths, weights, strict=True))
         notes = {"merged_from": " + ".join(shares), **_joint_provenance([other.metadata for other, _ in read])}
+        notes[HISTORY] = json.dumps([stage for path in paths for stage in history(adapter_file(path))])
     if rank is not None:
         changes, notes["reduced"] = _reduce(changes, rank)
     figures = {"figures": "{}"}  # the recorded ones belong to another adapter
@@ -69,7 +71,7 @@ def read_adapters(
 
 def _joint_provenance(metadata: Sequence[Metadata]) -> Metadata:
     """How several adapters were trained: per key, the distinct values joined."""
-    keys = [key for key in ("data", "steps", "seed", "ema", "commit") if any(key in one for one in metadata)]
+    keys = [key for key in ("data", "steps", "seed", "train", "optim", "commit") if any(key in one for one in metadata)]
     return {key: " + ".join(dict.fromkeys(one.get(key, "unknown") for one in metadata)) for key in keys}
 
 

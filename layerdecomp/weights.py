@@ -51,6 +51,8 @@ from layerdecomp.tensor_files import (
 FORMAT_VERSION = "1"
 TOOL_VERSION = f"layerdecomp {__version__}"
 REFINES = "refines"  # metadata key of a fine-tuned autoencoder: `checksums` of the one it started from
+HISTORY = "history"  # metadata key: the stages that trained what a file was made from, as JSON
+STAGE = ("steps", "seed", "data", "train", "optim", "commit", "date", "figures")  # metadata keys that describe one
 LICENCE = (
     "Weights derived from FLUX.1-Fill-dev are governed by the FLUX.1 [dev] Non-Commercial License and are marked as "
     "modified; weights of the tiny track were trained from scratch and are Apache-2.0."
@@ -70,6 +72,20 @@ def checksums(path: Path) -> list[str]:
 def latents_sha256(path: Path) -> str:
     """Identifies an autoencoder's latents: the checksum of the file, or of the original that it refines."""
     return checksums(path)[-1]
+
+
+def history(path: Path) -> list[dict[str, str]]:
+    """The training stages that made a weight file, oldest first: each one's entries `STAGE`, and its file's checksum.
+
+    Raises:
+        InputError: the file is missing or damaged, or its own history is no such list.
+    """
+    metadata = read_metadata(weight_files(path)[0])
+    try:
+        earlier = [dict(stage) for stage in json.loads(metadata.get(HISTORY, "[]"))]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {HISTORY} in its metadata is not a JSON list of objects ({error})") from error
+    return [*earlier, {"sha256": file_sha256(path), **{key: metadata[key] for key in STAGE if key in metadata}}]
 
 
 def creation_date(otherwise: str | None = None) -> str:

@@ -160,6 +160,9 @@ def test_adapters_are_summed_with_weights(adapter_file: Path, ours: MMDiT, tmp_p
     )
     assert read_metadata(tmp_path / "sum.safetensors")["figures"] == "{}" != first.metadata["figures"]
     assert read_metadata(tmp_path / "sum.safetensors")["data"] == f"{first.metadata['data']} + others"
+    stages = json.loads(read_metadata(tmp_path / "sum.safetensors")["history"])
+    assert [stage["sha256"] for stage in stages] == [file_sha256(file) for file in files]
+    assert [stage["data"] for stage in stages] == [first.metadata["data"], "others"]
     assert json.loads(read_metadata(tmp_path / "sum.safetensors")["lora"])["targets"] == lora_targets(first)
     parts = [merge_lora(Decomposer.from_pretrained(file).transformer).state_dict() for file in files]
     base = load_mmdit(json.loads(first.metadata["weights"])["transformer"]).state_dict()

@@ -1,13 +1,19 @@
 """Which code trained a run; test_train.py follows it through runs."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from layerdecomp.errors import InputError
+from layerdecomp.tensor_files import file_sha256
 from layerdecomp.training import provenance
 from layerdecomp.training.provenance import Provenance, source_commit
+from layerdecomp.weights import history
 
 
 def running(monkeypatch: pytest.MonkeyPatch, commit: str, source: str) -> Provenance:
@@ -37,6 +43,30 @@ def test_a_resumed_run_names_every_commit_whose_sources_trained_it(
     third.begin(4, warns=True)
     assert third.metadata()["commit"] == "first + second + third"
     assert "commit second trained this run up to step 4, from where commit third continues" in caplog.text
+
+
+def test_the_stages_of_a_file_are_those_before_it_and_its_own(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    save_file({"a": torch.rand(2)}, first, {"steps": "10", "seed": "3", "licence": "none"})
+    run = Provenance(first)
+    first_stage = {"sha256": file_sha256(first), "steps": "10", "seed": "3"}
+    assert json.loads(run.metadata()["history"]) == [first_stage]
+    save_file({"a": torch.rand(2)}, second, {"steps": "20", **run.metadata()})
+    *before, last = history(second)
+    assert before == [first_stage]
+    assert last["steps"] == "20" and last["sha256"] == file_sha256(second) and "history" not in last
+    saved = run.state()
+    resumed = Provenance(second)  # another file is now where the run started from
+    resumed.load(saved)
+    assert json.loads(resumed.metadata()["history"]) == [first_stage]
+
+
+@pytest.mark.parametrize("value", ["{", "3", "[3]"])
+def test_a_damaged_history_is_reported(tmp_path: Path, value: str) -> None:
+    file = tmp_path / "file.safetensors"
+    save_file({"a": torch.rand(2)}, file, {"history": value})
+    with pytest.raises(InputError, match="file.safetensors: history in its metadata is not a JSON list of objects"):
+        Provenance(file)
 
 
 def test_the_commit_of_a_repository_around_an_installed_package_is_not_recorded(

@@ -48,7 +48,7 @@ from layerdecomp.training.checkpoints import newest_checkpoint
 from layerdecomp.training.decomposer import DecomposerJob, fixed_settings
 from layerdecomp.training.inpainter import InpainterJob
 from layerdecomp.training.runs import build_strategy, open_run, train
-from layerdecomp.weights import load_autoencoder, load_mmdit
+from layerdecomp.weights import history, load_autoencoder, load_mmdit
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 AUTOENCODER = ["model.ch=8", "model.ch_mult=[1,1,2,2]", "model.norm_groups=4"]
@@ -561,6 +561,8 @@ def test_refining_an_autoencoder_keeps_its_latents(tmp_path: Path, tiny_weights:
     settings = [f"refine={tmp_path}/exact.safetensors", "extend=null", "train.steps=1", f"run_dir={tmp_path}/exact"]
     kept = load_file(run(f"tiny_{name}", *SMALL, *settings) / "autoencoder.safetensors")
     assert all(kept[key].equal(tensor) for key, tensor in exact.items() if key.startswith("encoder."))
+    stages = [stage["sha256"] for stage in history(again)]
+    assert stages[1:] == [file_sha256(file), file_sha256(again)] and stages[0] == file_sha256(weights)
     for path in (file, again):  # the adapter accepts either
         _, config = open_adapter(tiny_weights / "adapter.safetensors", **{name: str(path)})
         assert getattr(config.weights, name) == str(path)
@@ -775,6 +777,10 @@ def test_a_run_continues_training_another_runs_adapter(
     for name, tensor in load_file(first).items():
         torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-7)
     assert read_metadata(second / "adapter.safetensors")["continues"] == file_sha256(first)
+    described = read_metadata(first)
+    stage = {key: described[key] for key in ("steps", "seed", "data", "train", "optim", "commit", "date", "figures")}
+    assert json.loads(stage["train"])["steps"] == 2 and json.loads(stage["figures"]) and "history" not in described
+    assert history(second / "adapter.safetensors")[:-1] == [{"sha256": file_sha256(first), **stage}]
     # its first validation uses the adapter, not the base
     config = load_config(second / "config.yaml")
     data = open_samples(config.data, "test", config.seed + 1, 2)

@@ -75,7 +75,7 @@ class Job(LightningModule):
         if config.optim.bits == 8:
             check_optimizer("optim.bits=8")  # imports torchao, without which its checkpoints do not load
         torch.manual_seed(config.seed)  # for the initial weights
-        self._provenance = Provenance()
+        self._provenance = Provenance(config.start)
         self._step_started: float | None = None
         self._losses: list[Tensor] = []  # of the batches of the current step
         self._means: dict[str, Tensor] = {}  # losses of the last step, averaged over batches and ranks
@@ -322,7 +322,8 @@ class Job(LightningModule):
             "steps": str(self.run.train.steps),
             "seed": str(self.run.seed),
             "data": json.dumps(asdict(self.run.data)),
-            "ema": str(self.run.train.ema),
+            "train": json.dumps(asdict(self.run.train)),
+            "optim": json.dumps(asdict(self.run.optim)),
             **self._provenance.metadata(),
             "figures": json.dumps({name: value for name, value in figures.items() if math.isfinite(value)}),
         }

@@ -18,12 +18,11 @@ from layerdecomp.errors import InputError
 from layerdecomp.evaluation import Share
 from layerdecomp.flow import flow_loss
 from layerdecomp.grids import comparison_grid
-from layerdecomp.manifest import DecomposerConfig, adapter_file, open_adapter
+from layerdecomp.manifest import DecomposerConfig, open_adapter
 from layerdecomp.metric_networks import open_networks
 from layerdecomp.metrics.layers import LayerMetrics
 from layerdecomp.models.lora import inject_lora
 from layerdecomp.sharding import ShardedBase
-from layerdecomp.tensor_files import file_sha256
 from layerdecomp.training.base import local_device, resolve_precision
 from layerdecomp.training.flow import FlowJob
 from layerdecomp.weights import Adapter, empty_mmdit, latents_sha256
@@ -151,8 +150,8 @@ class DecomposerJob(FlowJob):
 
     def _save_adapter(self, run_dir: Path, figures: Mapping[str, float]) -> None:
         metadata = {**self.run.to_metadata(), **self.provenance(figures)}
-        if self.run.adapter is not None:
-            metadata["continues"] = file_sha256(adapter_file(self.run.adapter))
+        if self._provenance.history:
+            metadata["continues"] = self._provenance.history[-1]["sha256"]
         self.decomposer.adapter(metadata).save(run_dir / "adapter.safetensors")
 
 

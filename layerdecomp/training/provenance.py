@@ -1,5 +1,6 @@
 """Which code trained a run, and when: recorded in its checkpoints and weight files."""
 
+import json
 import logging
 import subprocess
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from typing import Any
 
 from layerdecomp.files import source_sha256
 from layerdecomp.tensor_files import Metadata
-from layerdecomp.weights import creation_date
+from layerdecomp.weights import HISTORY, creation_date, history
 
 logger = logging.getLogger(__name__)
 PACKAGE_SHA256 = source_sha256("**/*.py")
@@ -30,10 +31,16 @@ def source_commit() -> str:
 
 
 class Provenance:
-    """The commits that trained a run so far, and the date of its last checkpoint."""
+    """The commits that trained a run so far, the date of its last checkpoint, and the stages before the run.
 
-    def __init__(self) -> None:
-        self._commit = source_commit()  # read now: the checkout may change during the run
+    Args:
+        start: the weight file whose tensors the run goes on training, if any.
+    """
+
+    def __init__(self, start: Path | None = None) -> None:
+        # Read now, since file and checkout may change during the run.
+        self.history = [] if start is None else history(start)
+        self._commit = source_commit()
         self._trained_by: list[str] = []
         self._trained_on: str | None = None  # the date of the last checkpoint
         self._source: str | None = None  # the hash of the sources that wrote the checkpoint to resume from
@@ -55,15 +62,22 @@ class Provenance:
     def state(self) -> dict[str, Any]:
         """What a checkpoint that is written now keeps."""
         self._trained_on = creation_date()
-        return {"by": list(self._trained_by), "on": self._trained_on, "source": PACKAGE_SHA256}
+        return {
+            "by": list(self._trained_by),
+            "on": self._trained_on,
+            "source": PACKAGE_SHA256,
+            HISTORY: self.history,
+        }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continues from the `state` in a checkpoint."""
         self._trained_by = list(state["by"])
         self._trained_on = state.get("on")
         self._source = state.get("source")
+        self.history = state.get(HISTORY, self.history)
 
     def metadata(self) -> Metadata:
         """The entries of a weight file's metadata."""
         commits = dict.fromkeys(self._trained_by)  # distinct ones, in order
-        return {"commit": " + ".join(commits), "date": self._trained_on or creation_date()}
+        facts = {"commit": " + ".join(commits), "date": self._trained_on or creation_date()}
+        return {**facts, HISTORY: json.dumps(self.history)} if self.history else facts
