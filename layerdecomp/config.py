@@ -214,8 +214,8 @@ JOBS: dict[str, type[Any]] = {
     "autoencoder": AutoencoderJobConfig,
     "inpainter": InpainterJobConfig,
 }
-# Keys that may change when a run is resumed, besides all of `evaluate`: they do not change the trained tensors (`compile`
-# only by rounding).
+# Keys that may change when a run is resumed, besides all of `evaluate`: they do not change the trained tensors
+# (`compile` only by rounding).
 RESUMABLE: frozenset[str] = frozenset(
     {
         "resume",
