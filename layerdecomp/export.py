@@ -15,11 +15,11 @@ from layerdecomp.adapters import INPUT, LAYOUTS, Tensors, changes_from_adapter, 
 from layerdecomp.errors import InputError
 from layerdecomp.files import atomic_path
 from layerdecomp.incoming import extras_path, frozen_input, read_adapters
-from layerdecomp.manifest import ADAPTER, REPOSITORY, DecomposerConfig
+from layerdecomp.manifest import ADAPTER, REPOSITORY, DecomposerConfig, adapter_file
 from layerdecomp.modelcard import model_card, notice
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
-from layerdecomp.tensor_files import Metadata, save_tensors, write_tensors
-from layerdecomp.weights import TOOL_VERSION, Adapter, creation_date, empty_mmdit, open_state
+from layerdecomp.tensor_files import Metadata, file_sha256, read_json, save_tensors, write_tensors
+from layerdecomp.weights import HISTORY, TOOL_VERSION, Adapter, creation_date, empty_mmdit, open_state
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ def export(
     weights: Sequence[float] | None = None,
     rank: int | None = None,
     with_base: bool = False,
+    figures: str | Path | None = None,
     **files: str,
 ) -> list[Path]:
     """Writes an adapter, or the weighted sum of several, in another format. The same input gives the same bytes.
@@ -64,13 +65,14 @@ def export(
         weights: one per adapter; 1 each by default.
         rank: reduce the LoRA layers to this rank by truncated SVD; the resulting error is printed.
         with_base: whether to include the frozen base in a "decomposer" folder.
+        figures: the metrics.json of an evaluation of the one adapter, whose figures the metadata then hold.
         files: other paths of the frozen parts (transformer=, autoencoder=, rgba_autoencoder=, prompt=).
 
     Returns:
         The files written.
 
     Raises:
-        InputError: an unknown format, or an adapter whose frozen parts are missing or do not fit.
+        InputError: an unknown format, an adapter whose frozen parts are missing or do not fit, or another's figures.
     """
     if format not in FORMATS:
         raise InputError(f"format={format}: expected one of {', '.join(FORMATS)}")
@@ -80,7 +82,21 @@ def export(
         raise InputError(f"dtype={dtype}: expected one of {', '.join(known)} for format={format}")
     paths = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     adapter, config = read_adapters([Path(path) for path in paths], weights, rank, files)
+    if figures is not None:
+        adapter.metadata["figures"] = _measured(Path(figures), adapter_file(paths[0]))
     return write(ExportJob(adapter, config, Path(out), dtype or default, with_base))
+
+
+def _measured(path: Path, adapter: Path) -> str:
+    """The figures of the row adapted in the metrics.json of an evaluation of `adapter`, as JSON."""
+    document = read_json(path)
+    files, row = document.get("protocol", {}).get("weights", {}), document.get("results", {}).get("adapted")
+    if row is None or file_sha256(adapter) not in files.values():
+        raise InputError(
+            f"figures={path} has no row adapted that was measured with {adapter}; expected the metrics.json that "
+            f"tools/evaluate.py adapter={adapter} writes"
+        )
+    return json.dumps({name: value for name, value in row.items() if value is not None})
 
 
 def _write_adapter(job: ExportJob) -> list[Path]:
@@ -242,7 +258,8 @@ MODIFIED = {
 
 def _metadata(job: ExportJob, format: str) -> Metadata:
     """The adapter's metadata, completed with entries that older adapters lack."""
-    metadata = {"data": "unknown", **job.config.lora_metadata(), **job.adapter.metadata}
+    data = f"see {HISTORY}" if HISTORY in job.adapter.metadata else "unknown"
+    metadata = {"data": data, **job.config.lora_metadata(), **job.adapter.metadata}
     metadata["date"] = creation_date(metadata.get("date", "unknown"))  # so that a file depends on its input alone
     metadata["tool_version"] = TOOL_VERSION
     metadata["modified"] = MODIFIED.get(format, metadata.get("modified", "yes"))

@@ -33,7 +33,7 @@ from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig
 from layerdecomp.models.mmdit import MMDiT
 from layerdecomp.tensor_files import Metadata, open_safetensors, read_metadata
-from layerdecomp.weights import HISTORY, Adapter, empty_mmdit, find_weights, history, open_state
+from layerdecomp.weights import HISTORY, TRAINING, Adapter, empty_mmdit, find_weights, history, open_state
 
 
 def read_adapters(
@@ -58,21 +58,14 @@ def read_adapters(
         taken.append(changes_from_adapter(other.tensors, other_config.lora, base))
     changes = add_changes([(changes, share) for (changes, _), share in zip(taken, weights, strict=True)])
     rest = average([(rest, share) for (_, rest), share in zip(taken, weights, strict=True)]) if taken[0][1] else {}
-    notes: Metadata = {}
+    metadata = {**adapter.metadata, "figures": "{}"}  # the recorded ones belong to another adapter
     if len(paths) > 1 or weights[0] != 1:
-        shares = (f"{share:g} x {path.name}" for path, share in zip(paths, weights, strict=True))
-        notes = {"merged_from": " + ".join(shares), **_joint_provenance([other.metadata for other, _ in read])}
-        notes[HISTORY] = json.dumps(_joint_history(paths))
+        shares = " + ".join(f"{share:g} x {path.name}" for path, share in zip(paths, weights, strict=True))
+        metadata = {key: text for key, text in metadata.items() if key not in TRAINING}  # the history tells them all
+        metadata |= {"merged_from": shares, HISTORY: json.dumps(_joint_history(paths))}
     if rank is not None:
-        changes, notes["reduced"] = _reduce(changes, rank)
-    figures = {"figures": "{}"}  # the recorded ones belong to another adapter
-    return _adapter(changes, rest, base, config, {**adapter.metadata, **notes, **figures}), config
-
-
-def _joint_provenance(metadata: Sequence[Metadata]) -> Metadata:
-    """How several adapters were trained: per key, the distinct values joined."""
-    keys = [key for key in ("data", "steps", "seed", "train", "optim", "commit") if any(key in one for one in metadata)]
-    return {key: " + ".join(dict.fromkeys(one.get(key, "unknown") for one in metadata)) for key in keys}
+        changes, metadata["reduced"] = _reduce(changes, rank)
+    return _adapter(changes, rest, base, config, metadata), config
 
 
 def _joint_history(paths: Sequence[Path]) -> list[dict[str, str]]:

@@ -11,6 +11,7 @@ from reference import output_error, same_tensors
 from safetensors.torch import load_file, save_file
 
 from layerdecomp.adapters import INPUT, Changes, changes_from_adapter
+from layerdecomp.data.datamodule import DataConfig, recorded_data
 from layerdecomp.decomposer import Decomposer, build_decomposer
 from layerdecomp.errors import InputError
 from layerdecomp.export import export
@@ -151,7 +152,7 @@ def test_lora_files_are_not_loaded_as_adapters(tiny_weights: Path, tmp_path: Pat
 def test_adapters_are_summed_with_weights(adapter_file: Path, ours: MMDiT, tmp_path: Path) -> None:
     first = Adapter.load(adapter_file)
     other = {name: tensor.flip(0) for name, tensor in first.tensors.items()}
-    continued = {"data": "others", "history": json.dumps(history(adapter_file))}
+    continued = {"data": "others", "steps": "3", "history": json.dumps(history(adapter_file))}
     Adapter(other, {**first.metadata, **continued}).save(tmp_path / "other.safetensors")
     files = [adapter_file, tmp_path / "other.safetensors"]
     export(files, "import", tmp_path / "sum.safetensors", weights=[0.75, 0.5])
@@ -160,7 +161,9 @@ def test_adapters_are_summed_with_weights(adapter_file: Path, ours: MMDiT, tmp_p
         "0.75 x adapter.safetensors + 0.5 x other.safetensors"
     )
     assert read_metadata(tmp_path / "sum.safetensors")["figures"] == "{}" != first.metadata["figures"]
-    assert read_metadata(tmp_path / "sum.safetensors")["data"] == f"{first.metadata['data']} + others"
+    described = read_metadata(tmp_path / "sum.safetensors")
+    assert described["data"] == "see history" and "steps" not in described
+    assert recorded_data(described, "sum.safetensors") == DataConfig()
     stages = json.loads(read_metadata(tmp_path / "sum.safetensors")["history"])
     assert [stage["sha256"] for stage in stages] == [file_sha256(file) for file in files]
     assert [stage["data"] for stage in stages] == [first.metadata["data"], "others"]

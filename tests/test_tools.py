@@ -25,6 +25,7 @@ from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError, RunError
 from layerdecomp.overrides import merge_config, read_yaml
 from layerdecomp.tables import format_published
+from layerdecomp.tensor_files import read_metadata
 from layerdecomp.weights import Adapter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,6 +174,20 @@ def test_evaluate_writes_metrics_and_images(
     assert {path.name for path in tiny_weights.iterdir()} == {
         f"{name}.safetensors" for name in ("transformer", "autoencoder", "rgba_autoencoder", "adapter")
     }
+
+
+def test_an_exported_adapter_holds_the_figures_of_its_own_evaluation(tmp_path: Path, tiny_weights: Path) -> None:
+    adapter = f"adapter={tiny_weights / 'adapter.safetensors'}"
+    small = ["data.scenes.size=32", "evaluate.samples=1", "sample.steps=1", "evaluate.rows=[adapted]"]
+    run_command(TOOLS["evaluate"].main, [adapter, f"out={tmp_path}", *small])
+    measured = json.loads((tmp_path / "metrics.json").read_text())["results"]["adapted"]
+    export = ["format=adapter", f"figures={tmp_path}/metrics.json", f"out={tmp_path}/out.safetensors"]
+    run_command(TOOLS["export"].main, [adapter, *export])
+    figures = json.loads(read_metadata(tmp_path / "out.safetensors")["figures"])
+    assert figures and figures == {name: value for name, value in measured.items() if value is not None}
+    other = f"adapter={tmp_path}/out.safetensors"
+    with pytest.raises(InputError, match=r"metrics.json has no row adapted that was measured with .*out.safetensors"):
+        TOOLS["export"].main([other, *export[:2], f"out={tmp_path}/other.safetensors"])
 
 
 def test_evaluate_exports_inputs_and_scores_predictions_of_another_method(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from layerdecomp.cli import device_name, frozen_dtype, run_command, take
 from layerdecomp.comparison import WITH_MODEL, EvaluateConfig, TestData, compare, export_test_set, load_models
-from layerdecomp.data.datamodule import DataConfig, open_samples
+from layerdecomp.data.datamodule import DataConfig, open_samples, recorded_data
 from layerdecomp.data.testset import TestFolder
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import Share
@@ -23,7 +23,6 @@ from layerdecomp.manifest import open_adapter
 from layerdecomp.overrides import merge_config, read_yaml
 from layerdecomp.sampling import SampleConfig
 from layerdecomp.tables import check_fill, fill, format_published
-from layerdecomp.weights import config_from
 
 PATHS = dict.fromkeys(("adapter", "predictions", "data", "config", "export", "fill"), "")
 SHIPPED = "checkpoints/tiny/adapter.safetensors"
@@ -45,7 +44,7 @@ def main(arguments: list[str]) -> None:
     defaults, fused = EvaluationConfig(), False
     if path:
         adapter, described = open_adapter(path)
-        defaults = EvaluationConfig(described.sample, config_from(DataConfig, adapter.metadata.get("data"), path))
+        defaults = EvaluationConfig(described.sample, recorded_data(adapter.metadata, path))
         fused = described.fusion.enabled
     files = [(own["config"], read_yaml(Path(own["config"])))] if own["config"] else []
     config = merge_config(defaults, files, overrides)

@@ -2,7 +2,7 @@
 
 python tools/export.py adapter=... format=diffusers|kohya|merged|decomposer|adapter|import out=...
     [adapter=a.safetensors,b.safetensors weights=0.7,0.3] [rank=64] [dtype=float32|bfloat16|float16|fp8]
-    [base=true] [transformer=... autoencoder=... rgba_autoencoder=... prompt=...]
+    [base=true] [figures=metrics.json] [transformer=... autoencoder=... rgba_autoencoder=... prompt=...]
 """
 
 import sys
@@ -15,7 +15,7 @@ PARTS = ("transformer", "autoencoder", "rgba_autoencoder", "prompt")
 
 
 def main(arguments: list[str]) -> None:
-    optional = dict.fromkeys(("dtype", "weights", "rank", "base", *PARTS), "")
+    optional = dict.fromkeys(("dtype", "weights", "rank", "base", "figures", *PARTS), "")
     own, rest = take(arguments, adapter=None, format="adapter", out=None, **optional)
     if rest:
         known = ("adapter", "format", "out", *optional)
@@ -30,6 +30,7 @@ def main(arguments: list[str]) -> None:
         weights=_numbers(own["weights"]) if own["weights"] else None,
         rank=whole_number(own, "rank") if own["rank"] else None,
         with_base=own["base"] == "true",
+        figures=own["figures"] or None,
         **{part: own[part] for part in PARTS if own[part]},
     )
     for path in written:

@@ -16,6 +16,8 @@ from layerdecomp.data.latents import LatentCache
 from layerdecomp.data.scenes import SceneConfig, Scenes
 from layerdecomp.data.triplets import TRIES, TripletConfig, Triplets
 from layerdecomp.errors import InputError, check_at_least, check_probabilities
+from layerdecomp.tensor_files import Metadata
+from layerdecomp.weights import config_from
 
 
 @dataclass
@@ -36,6 +38,12 @@ class DataConfig:
         check_at_least(1, self, "data.", "samples", "validation")
         check_at_least(0, self, "data.", "workers")
         check_probabilities(self, "data.", "max_faulty")
+
+
+def recorded_data(metadata: Metadata, path: str) -> DataConfig:
+    """The data that an adapter at `path` was trained on; the defaults if it does not say (from elsewhere, or a sum)."""
+    text = metadata.get("data", "")
+    return config_from(DataConfig, text if text.startswith("{") else None, f"{path}: data")
 
 
 TrainingSamples = Scenes | Triplets
