@@ -118,7 +118,7 @@ class Decomposer(nn.Module):
         Returns:
             The result of `encode_images`, and both layers' packed latents (B, 2L, 64).
         """
-        latents = self._encode_rgb([*self._conditioning_images(image, mask, cues), background])
+        latents = self.encode_images(image, mask, cues, background)
         z_f = self.rgba_autoencoder.encode(to_autoencoder(foreground), tiling=self.sample.tiling)
         return latents[:, :-1], torch.cat([pack(latents[:, -1]), pack(z_f)], dim=1)
 
@@ -136,28 +136,20 @@ class Decomposer(nn.Module):
         return self.condition(self.encode_images(image, mask, cues), mask, cues_present)
 
     @torch.no_grad()
-    def encode_images(self, image: Tensor, mask: Tensor, cues: Tensor | None = None) -> Tensor:
+    def encode_images(self, image: Tensor, mask: Tensor, cues: Tensor | None = None, *more: Tensor) -> Tensor:
         """Latents of the two masked images, then of the cues that the fusion uses: (B, 2 + M, 16, H/8, W/8).
 
-        Arguments as in `encode`.
+        Arguments as in `encode`; the latents of `more` images (B, 3, H, W) follow. All are encoded as one batch.
         """
-        return self._encode_rgb(self._conditioning_images(image, mask, cues))
-
-    def _conditioning_images(self, image: Tensor, mask: Tensor, cues: Tensor | None) -> list[Tensor]:
-        """The two masked images and the cues that the fusion uses, each (B, 3, H, W)."""
-        if self.context_fusion is None:
-            return [*masked_images(image, mask)]
-        assert cues is not None
-        return [*masked_images(image, mask), *self._select_cues(cues)]
-
-    def _encode_rgb(self, images: list[Tensor]) -> Tensor:
-        """Latents (B, M, 16, H/8, W/8) of M batches of images (B, 3, H, W), encoded as one batch."""
+        images = [*masked_images(image, mask), *self._select_cues(cues), *more]
         latents = self.autoencoder.encode(torch.stack(images, dim=1).flatten(0, 1), tiling=self.sample.tiling)
         return rearrange(latents, "(B M) C h w -> B M C h w", M=len(images))
 
-    def _select_cues(self, cues: Tensor) -> list[Tensor]:
+    def _select_cues(self, cues: Tensor | None) -> list[Tensor]:
         """The slices of `cues` (B, len(CUES), ...) that the fusion uses, one per cue."""
-        assert self.context_fusion is not None
+        if self.context_fusion is None:
+            return []
+        assert cues is not None
         # One by one: indexing with a list would synchronise with the GPU.
         return [cues[:, CUES.index(name)] for name in self.context_fusion.config.cues]
 
@@ -167,7 +159,6 @@ class Decomposer(nn.Module):
         ids = token_ids(mask, 0, 1)
         if self.context_fusion is None:
             return Context(img_cond, ids)
-        assert cues_present is not None
         tokens = torch.stack([pack(cue) for cue in latents[:, 2:].unbind(1)], dim=1)  # (B, M, L, 64)
         present = torch.stack(self._select_cues(cues_present), dim=1)
         return Context(img_cond, ids, self.context_fusion(tokens, present, token_ids(mask, 0)))
