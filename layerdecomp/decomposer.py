@@ -38,7 +38,7 @@ from layerdecomp.models.lora import inject_lora, merge_lora
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.resizing import model_size, to_model_size, to_original_size
 from layerdecomp.sampling import Progress, SampleConfig, euler, schedule
-from layerdecomp.tensor_files import Metadata, check_device, check_present
+from layerdecomp.tensor_files import Metadata, check_device, check_present, frozen_dtype
 from layerdecomp.weights import Adapter, copy_tensors, empty_mmdit, load_autoencoder, load_mmdit, open_state
 
 TRAINED = re.compile(r"\.lora_[AB]\.weight$|^transformer\.img_in\.|^context_fusion\.")  # names of trained parameters
@@ -328,7 +328,7 @@ class Decomposer(nn.Module):
     def from_pretrained(
         cls,
         path: str | Path,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         device: str = "cpu",
         quantize: str | None = None,
         **files: str,
@@ -337,7 +337,7 @@ class Decomposer(nn.Module):
 
         Args:
             path: adapter.safetensors, or the folder that it was published in.
-            dtype: of the frozen parts, float32 or bfloat16.
+            dtype: of the frozen parts, float32 or bfloat16; by default, float32 on a CPU and bfloat16 elsewhere.
             quantize: int8, fp8 or nf4, for the frozen transformer.
             files: other paths of the frozen parts (transformer=, autoencoder=, rgba_autoencoder=, prompt=).
 
@@ -345,13 +345,13 @@ class Decomposer(nn.Module):
             InputError: a file is missing or does not fit, the base is not the one that was adapted, or the device
                 cannot be used.
         """
-        if dtype not in (torch.float32, torch.bfloat16):
+        if dtype not in (None, torch.float32, torch.bfloat16):
             raise InputError(
                 f"dtype is {dtype!r}; expected torch.float32 or torch.bfloat16, in which the base is trained"
             )
         check_device(device)
         adapter, config = open_adapter(path, **files)
-        decomposer = build_decomposer(config, dtype=dtype, device=device, quantize=quantize)
+        decomposer = build_decomposer(config, dtype=dtype or frozen_dtype(device), device=device, quantize=quantize)
         decomposer.load_adapter(adapter, path)
         return decomposer.requires_grad_(False).eval()
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from layerdecomp.comparison import load_models
 from layerdecomp.conditioning import pack
 from layerdecomp.data.datamodule import collate
 from layerdecomp.data.scenes import SceneConfig, Scenes
@@ -26,7 +27,7 @@ from layerdecomp.imaging.cues import CUES, compute_cues
 from layerdecomp.imaging.geometry import grow_and_feather, to_tensor
 from layerdecomp.imaging.layers import Layers
 from layerdecomp.inpainting import inpaint, token_ids
-from layerdecomp.manifest import DecomposerConfig
+from layerdecomp.manifest import DecomposerConfig, open_adapter
 from layerdecomp.metrics.background import psnr
 from layerdecomp.metrics.foreground import alpha_iou
 from layerdecomp.models.autoencoder import Autoencoder, Tiling
@@ -473,6 +474,29 @@ def test_missing_files_are_reported_before_the_transformer_is_loaded(
 def test_float16_is_rejected(tiny_weights: Path) -> None:
     with pytest.raises(InputError, match="dtype is torch.float16; expected torch.float32 or torch.bfloat16"):
         Decomposer.from_pretrained(tiny_weights / "adapter.safetensors", dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [("cpu", torch.float32), ("cpu:0", torch.float32), ("cuda", torch.bfloat16), ("cuda:1", torch.bfloat16)],
+)
+def test_the_frozen_parts_are_in_bf16_on_accelerators(
+    tiny_weights: Path, monkeypatch: pytest.MonkeyPatch, device: str, expected: torch.dtype
+) -> None:
+    built: list[torch.dtype] = []
+
+    def build(config: DecomposerConfig, *, dtype: torch.dtype, **_: Any) -> Decomposer:
+        built.append(dtype)
+        return build_decomposer(config)  # on the CPU
+
+    monkeypatch.setattr("layerdecomp.decomposer.check_device", lambda _: None)
+    for module in ("decomposer", "comparison"):
+        monkeypatch.setattr(f"layerdecomp.{module}.build_decomposer", build)
+    path = str(tiny_weights / "adapter.safetensors")
+    Decomposer.from_pretrained(path, device=device)
+    adapter, config = open_adapter(path)
+    load_models(adapter, path, config, device)
+    assert built == [expected, expected]
 
 
 @pytest.mark.parametrize("device", ["cudaa", "meta", 1.5])
