@@ -1,7 +1,6 @@
 """The decomposer: splits an image and an object mask into a clean background and a complete foreground."""
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,14 +33,13 @@ from layerdecomp.manifest import DecomposerConfig, open_adapter
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.context_fusion import ContextFusion, check_fusion
 from layerdecomp.models.depth import DepthEstimator
-from layerdecomp.models.lora import inject_lora, merge_lora
+from layerdecomp.models.lora import LoRAConfig, inject_lora, merge_lora
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.resizing import model_size, to_model_size, to_original_size
 from layerdecomp.sampling import Progress, SampleConfig, euler, schedule
 from layerdecomp.tensor_files import Metadata, check_device, check_present, frozen_dtype
 from layerdecomp.weights import Adapter, copy_tensors, empty_mmdit, load_autoencoder, load_mmdit, open_state
 
-TRAINED = re.compile(r"\.lora_[AB]\.weight$|^transformer\.img_in\.|^context_fusion\.")  # names of trained parameters
 # The source files of the package that decide which layers are drawn.
 SOURCES = (
     *("conditioning.py", "decomposer.py", "flow.py", "imaging/*.py", "inpainting.py", "layouts.py", "manifest.py"),
@@ -74,6 +72,9 @@ class Decomposer(nn.Module):
 
     After "From Inpainting to Layer Decomposition" (arXiv 2511.20996). The tokens of both layers form one sequence for
     the adapted transformer and are distinguished by their positions and their inpainting contexts.
+
+    Parameters that require gradients when it is made are its trained ones, which adapter files hold, even if they are
+    frozen later.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Decomposer(nn.Module):
         self.conditioning = conditioning
         self.flow = flow
         self.sample = sample
+        self._trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def compile_parts(self, backend: str = "inductor") -> None:
         """Compiles the parts that every training step runs, on first use: transformer blocks and both encoders."""
@@ -287,7 +289,7 @@ class Decomposer(nn.Module):
 
     def adapter(self, metadata: Metadata) -> Adapter:
         """The trained tensors, under their names in the adapter file."""
-        trained = {name: p for name, p in self.named_parameters() if TRAINED.search(name)}
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad or name in self._trained}
         return Adapter({name.removeprefix("transformer."): p for name, p in trained.items()}, metadata)
 
     def digest(self) -> str:
@@ -306,14 +308,12 @@ class Decomposer(nn.Module):
         copy_tensors(path, adapter.tensors, self.adapter({}).tensors, what)
 
     def frozen_base(self, path: str | Path) -> FrozenBase:
-        """The base at `path` before adaptation; it shares all weights except the input projection."""
+        """The base at `path` before adaptation; it shares all weights except those trained in full, as img_in is."""
         base, layout = empty_mmdit(path, self.transformer.config)
-        img_in = base.img_in
         readers = open_state(base, path, str(self.prompt.vec.device), layout)
         dtype = next(self.autoencoder.parameters()).dtype
-        state = {name: readers[f"img_in.{name}"]().to(dtype) for name in img_in.state_dict()}
-        img_in.load_state_dict(state, assign=True)
-        return FrozenBase(self.transformer, img_in.requires_grad_(False))
+        original = {name: readers[name]().to(dtype) for name in self.adapter({}).tensors if name in readers}
+        return FrozenBase(self.transformer, original)
 
     def merge(self) -> "Decomposer":
         """Merges the LoRA into the transformer's weights, so that a sampling step costs no more than the base's.
@@ -372,8 +372,7 @@ def build_decomposer(
     check_adaptation(config)
     path = config.weights.transformer
     transformer = load_mmdit(path, dtype=dtype, device=device, quantize=quantize, mapped=mapped)
-    inject_lora(transformer, config.lora)
-    transformer.img_in.float().requires_grad_(True)
+    adapt(transformer, config.lora)
     fusion = ContextFusion(config.fusion, transformer.config.hidden_size) if config.fusion.enabled else None
     autoencoder = load_autoencoder(config.weights.autoencoder, dtype=dtype, device=device)
     rgba_autoencoder = load_autoencoder(config.weights.rgba_autoencoder, dtype=dtype, device=device)
@@ -388,6 +387,16 @@ def build_decomposer(
         flow=config.flow,
         sample=config.sample,
     ).to(device)
+
+
+def adapt(transformer: MMDiT, lora: LoRAConfig) -> None:
+    """Makes the transformer's trained parameters, in place, in float32: LoRA and the input projection.
+
+    Whatever requires gradients here is trained, saved and loaded. The frozen base gets back the original values of its
+    own parameters; what is new, like LoRA, must have no effect within `without_lora`, or it would affect the base.
+    """
+    inject_lora(transformer, lora)
+    transformer.img_in.float().requires_grad_(True)
 
 
 def common_size(images: Sequence[Prepared]) -> tuple[int, int]:

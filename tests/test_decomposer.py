@@ -19,7 +19,7 @@ from layerdecomp.comparison import load_models
 from layerdecomp.conditioning import pack
 from layerdecomp.data.datamodule import collate
 from layerdecomp.data.scenes import SceneConfig, Scenes
-from layerdecomp.decomposer import Decomposer, build_decomposer
+from layerdecomp.decomposer import Decomposer, adapt, build_decomposer
 from layerdecomp.errors import InputError
 from layerdecomp.flow import FlowConfig
 from layerdecomp.imaging.compositing import to_autoencoder
@@ -34,6 +34,7 @@ from layerdecomp.models.autoencoder import Autoencoder, Tiling
 from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.depth import DepthConfig, DepthEstimator
 from layerdecomp.models.lora import LoRAConfig, LoRALinear
+from layerdecomp.models.mmdit import MMDiT
 from layerdecomp.resizing import keep_pixels
 from layerdecomp.sampling import schedule
 from layerdecomp.weights import Adapter, load_mmdit, save_model
@@ -415,6 +416,31 @@ def test_an_adapter_holds_only_trained_tensors(tiny_config: DecomposerConfig) ->
     assert {name for name in names if name in base} == {"img_in.weight", "img_in.bias"}
     assert all(p.dtype == torch.float32 and p.requires_grad for p in decomposer.adapter({}).tensors.values())
     assert sum(p.requires_grad for p in decomposer.parameters()) == len(names)
+
+
+def test_a_new_trained_layer_is_saved_and_loaded_and_is_not_part_of_the_frozen_base(
+    tiny_config: DecomposerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def adapt_more(transformer: MMDiT, lora: LoRAConfig) -> None:
+        adapt(transformer, lora)
+        transformer.final_layer.requires_grad_(True)
+        transformer.register_parameter("new", torch.nn.Parameter(torch.zeros(3)))
+
+    monkeypatch.setattr("layerdecomp.decomposer.adapt", adapt_more)
+    decomposer, path = build_decomposer(tiny_config), tmp_path / "adapter.safetensors"
+    with torch.no_grad():
+        for parameter in (*decomposer.transformer.final_layer.parameters(), decomposer.transformer.new):
+            parameter.add_(1)
+    decomposer.adapter(tiny_config.to_metadata()).save(path)
+    assert {"final_layer.linear.weight", "final_layer.linear.bias", "new"} <= load_file(path).keys()
+    loaded, base = Decomposer.from_pretrained(path), load_mmdit(tiny_config.weights.transformer)
+    assert loaded.digest() == decomposer.digest() and (loaded.transformer.new == 1).all()
+    inputs = {
+        **{"img": torch.randn(1, 4, base.config.in_channels), "img_ids": torch.zeros(4, 3)},
+        **{"timesteps": torch.ones(1), **loaded.prompt.inputs(1, torch.float32)},
+    }
+    velocity = loaded.frozen_base(tiny_config.weights.transformer)(**inputs)
+    assert velocity.equal(base(**inputs)) and not velocity.equal(loaded.transformer(**inputs))
 
 
 def test_a_loaded_adapter_equals_its_file_and_determines_the_digest(tiny_weights: Path) -> None:
