@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
     compiled, quantize = truth(own, "compile"), own["quantize"] or None
     depth = load_depth(own["depth"]) if own["depth"] else None
     files = {part: own[part] for part in PARTS if own[part]}
-    decomposer = Decomposer.from_pretrained(own["adapter"], device=device, quantize=quantize, **files).merge()
+    decomposer = Decomposer.from_pretrained(own["adapter"], None, device, quantize, **files).merge()
     if compiled:
         decomposer.transformer.compile_blocks()
     decomposer.sample = merge_config(Overrides(decomposer.sample), [], rest).sample
