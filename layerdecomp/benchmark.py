@@ -19,14 +19,14 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from layerdecomp.conditioning import LATENT_FACTOR, TOKEN_FACTOR, ConditioningConfig
-from layerdecomp.decomposer import Decomposer
+from layerdecomp.decomposer import Decomposer, adapt
 from layerdecomp.errors import InputError, check_at_least
 from layerdecomp.flow import FlowConfig, flow_loss
 from layerdecomp.imaging.cues import CUES
 from layerdecomp.inpainting import Context, Prompt, mixed_precision
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.context_fusion import ContextFusion, ContextFusionConfig
-from layerdecomp.models.lora import LoRAConfig, inject_lora, merge_lora, without_lora
+from layerdecomp.models.lora import LoRAConfig, merge_lora, without_lora
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.quantization import adamw, check_format, check_optimizer, check_optimizer_bits, quantize_blocks
 from layerdecomp.sampling import SampleConfig
@@ -126,8 +126,7 @@ def random_transformer(config: BenchmarkConfig, device: torch.device, dtype: tor
     """The adapted transformer with random weights: frozen parts in `dtype`, trained ones in float32."""
     with made_as(device, dtype):
         transformer = MMDiT(config.transformer).requires_grad_(False)
-    inject_lora(transformer, config.lora)
-    transformer.img_in.float().requires_grad_(True)
+    adapt(transformer, config.lora)
     transformer.recompute, transformer.recompute_attention = config.recompute, config.recompute_attention
     return transformer
 

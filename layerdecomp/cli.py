@@ -79,11 +79,6 @@ def named_dtype(arguments: dict[str, str]) -> torch.dtype:
     return known[name]
 
 
-def frozen_dtype(device: str) -> torch.dtype:
-    """The precision of the frozen parts: bf16 on any accelerator."""
-    return torch.float32 if device == "cpu" else torch.bfloat16
-
-
 def run_command(main: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Runs a tool, or prints its module docstring if help is requested.
 

@@ -35,7 +35,7 @@ from layerdecomp.predictions import PredictionFolder, describe
 from layerdecomp.report import case_grid, format_report
 from layerdecomp.resizing import at_original_size
 from layerdecomp.tables import format_published
-from layerdecomp.tensor_files import file_sha256, read_metadata, weight_files
+from layerdecomp.tensor_files import file_sha256, frozen_dtype, read_metadata, weight_files
 from layerdecomp.weights import Adapter, load_mmdit
 
 logger = logging.getLogger(__name__)
@@ -85,16 +85,11 @@ class Models:
 
 
 def load_models(
-    adapter: Adapter,
-    path: str,
-    config: DecomposerConfig,
-    dtype: torch.dtype,
-    device: str,
-    quantize: str | None = None,
+    adapter: Adapter, path: str, config: DecomposerConfig, device: str, quantize: str | None = None
 ) -> Models:
     """Loads the models for an adapter read from `path`; `config` is the adapter's."""
     weights = config.weights
-    decomposer = build_decomposer(config, dtype=dtype, device=device, quantize=quantize)
+    decomposer = build_decomposer(config, dtype=frozen_dtype(device), device=device, quantize=quantize)
     decomposer.load_adapter(adapter, path)
     files = [path, *weights.named().values()]
     base = decomposer.frozen_base(weights.transformer)

@@ -1,7 +1,6 @@
 """The decomposer: splits an image and an object mask into a clean background and a complete foreground."""
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,14 +33,13 @@ from layerdecomp.manifest import DecomposerConfig, open_adapter
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
 from layerdecomp.models.context_fusion import ContextFusion, check_fusion
 from layerdecomp.models.depth import DepthEstimator
-from layerdecomp.models.lora import inject_lora, merge_lora
+from layerdecomp.models.lora import LoRAConfig, inject_lora, merge_lora
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.resizing import model_size, to_model_size, to_original_size
 from layerdecomp.sampling import Progress, SampleConfig, euler, schedule
-from layerdecomp.tensor_files import Metadata, check_device, check_present
+from layerdecomp.tensor_files import Metadata, check_device, check_present, frozen_dtype
 from layerdecomp.weights import Adapter, copy_tensors, empty_mmdit, load_autoencoder, load_mmdit, open_state
 
-TRAINED = re.compile(r"\.lora_[AB]\.weight$|^transformer\.img_in\.|^context_fusion\.")  # names of trained parameters
 # The source files of the package that decide which layers are drawn.
 SOURCES = (
     *("conditioning.py", "decomposer.py", "flow.py", "imaging/*.py", "inpainting.py", "layouts.py", "manifest.py"),
@@ -74,6 +72,9 @@ class Decomposer(nn.Module):
 
     After "From Inpainting to Layer Decomposition" (arXiv 2511.20996). The tokens of both layers form one sequence for
     the adapted transformer and are distinguished by their positions and their inpainting contexts.
+
+    Parameters that require gradients when it is made are its trained ones, which adapter files hold, even if they are
+    frozen later.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Decomposer(nn.Module):
         self.conditioning = conditioning
         self.flow = flow
         self.sample = sample
+        self._trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def compile_parts(self, backend: str = "inductor") -> None:
         """Compiles the parts that every training step runs, on first use: transformer blocks and both encoders."""
@@ -118,7 +120,7 @@ class Decomposer(nn.Module):
         Returns:
             The result of `encode_images`, and both layers' packed latents (B, 2L, 64).
         """
-        latents = self._encode_rgb([*self._conditioning_images(image, mask, cues), background])
+        latents = self.encode_images(image, mask, cues, background)
         z_f = self.rgba_autoencoder.encode(to_autoencoder(foreground), tiling=self.sample.tiling)
         return latents[:, :-1], torch.cat([pack(latents[:, -1]), pack(z_f)], dim=1)
 
@@ -136,28 +138,20 @@ class Decomposer(nn.Module):
         return self.condition(self.encode_images(image, mask, cues), mask, cues_present)
 
     @torch.no_grad()
-    def encode_images(self, image: Tensor, mask: Tensor, cues: Tensor | None = None) -> Tensor:
+    def encode_images(self, image: Tensor, mask: Tensor, cues: Tensor | None = None, *more: Tensor) -> Tensor:
         """Latents of the two masked images, then of the cues that the fusion uses: (B, 2 + M, 16, H/8, W/8).
 
-        Arguments as in `encode`.
+        Arguments as in `encode`; the latents of `more` images (B, 3, H, W) follow. All are encoded as one batch.
         """
-        return self._encode_rgb(self._conditioning_images(image, mask, cues))
-
-    def _conditioning_images(self, image: Tensor, mask: Tensor, cues: Tensor | None) -> list[Tensor]:
-        """The two masked images and the cues that the fusion uses, each (B, 3, H, W)."""
-        if self.context_fusion is None:
-            return [*masked_images(image, mask)]
-        assert cues is not None
-        return [*masked_images(image, mask), *self._select_cues(cues)]
-
-    def _encode_rgb(self, images: list[Tensor]) -> Tensor:
-        """Latents (B, M, 16, H/8, W/8) of M batches of images (B, 3, H, W), encoded as one batch."""
+        images = [*masked_images(image, mask), *self._select_cues(cues), *more]
         latents = self.autoencoder.encode(torch.stack(images, dim=1).flatten(0, 1), tiling=self.sample.tiling)
         return rearrange(latents, "(B M) C h w -> B M C h w", M=len(images))
 
-    def _select_cues(self, cues: Tensor) -> list[Tensor]:
+    def _select_cues(self, cues: Tensor | None) -> list[Tensor]:
         """The slices of `cues` (B, len(CUES), ...) that the fusion uses, one per cue."""
-        assert self.context_fusion is not None
+        if self.context_fusion is None:
+            return []
+        assert cues is not None
         # One by one: indexing with a list would synchronise with the GPU.
         return [cues[:, CUES.index(name)] for name in self.context_fusion.config.cues]
 
@@ -167,7 +161,6 @@ class Decomposer(nn.Module):
         ids = token_ids(mask, 0, 1)
         if self.context_fusion is None:
             return Context(img_cond, ids)
-        assert cues_present is not None
         tokens = torch.stack([pack(cue) for cue in latents[:, 2:].unbind(1)], dim=1)  # (B, M, L, 64)
         present = torch.stack(self._select_cues(cues_present), dim=1)
         return Context(img_cond, ids, self.context_fusion(tokens, present, token_ids(mask, 0)))
@@ -296,7 +289,7 @@ class Decomposer(nn.Module):
 
     def adapter(self, metadata: Metadata) -> Adapter:
         """The trained tensors, under their names in the adapter file."""
-        trained = {name: p for name, p in self.named_parameters() if TRAINED.search(name)}
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad or name in self._trained}
         return Adapter({name.removeprefix("transformer."): p for name, p in trained.items()}, metadata)
 
     def digest(self) -> str:
@@ -315,14 +308,12 @@ class Decomposer(nn.Module):
         copy_tensors(path, adapter.tensors, self.adapter({}).tensors, what)
 
     def frozen_base(self, path: str | Path) -> FrozenBase:
-        """The base at `path` before adaptation; it shares all weights except the input projection."""
+        """The base at `path` before adaptation; it shares all weights except those trained in full, as img_in is."""
         base, layout = empty_mmdit(path, self.transformer.config)
-        img_in = base.img_in
         readers = open_state(base, path, str(self.prompt.vec.device), layout)
         dtype = next(self.autoencoder.parameters()).dtype
-        state = {name: readers[f"img_in.{name}"]().to(dtype) for name in img_in.state_dict()}
-        img_in.load_state_dict(state, assign=True)
-        return FrozenBase(self.transformer, img_in.requires_grad_(False))
+        original = {name: readers[name]().to(dtype) for name in self.adapter({}).tensors if name in readers}
+        return FrozenBase(self.transformer, original)
 
     def merge(self) -> "Decomposer":
         """Merges the LoRA into the transformer's weights, so that a sampling step costs no more than the base's.
@@ -337,7 +328,7 @@ class Decomposer(nn.Module):
     def from_pretrained(
         cls,
         path: str | Path,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         device: str = "cpu",
         quantize: str | None = None,
         **files: str,
@@ -346,7 +337,7 @@ class Decomposer(nn.Module):
 
         Args:
             path: adapter.safetensors, or the folder that it was published in.
-            dtype: of the frozen parts, float32 or bfloat16.
+            dtype: of the frozen parts, float32 or bfloat16; by default, float32 on a CPU and bfloat16 elsewhere.
             quantize: int8, fp8 or nf4, for the frozen transformer.
             files: other paths of the frozen parts (transformer=, autoencoder=, rgba_autoencoder=, prompt=).
 
@@ -354,13 +345,13 @@ class Decomposer(nn.Module):
             InputError: a file is missing or does not fit, the base is not the one that was adapted, or the device
                 cannot be used.
         """
-        if dtype not in (torch.float32, torch.bfloat16):
+        if dtype not in (None, torch.float32, torch.bfloat16):
             raise InputError(
                 f"dtype is {dtype!r}; expected torch.float32 or torch.bfloat16, in which the base is trained"
             )
         check_device(device)
         adapter, config = open_adapter(path, **files)
-        decomposer = build_decomposer(config, dtype=dtype, device=device, quantize=quantize)
+        decomposer = build_decomposer(config, dtype=dtype or frozen_dtype(device), device=device, quantize=quantize)
         decomposer.load_adapter(adapter, path)
         return decomposer.requires_grad_(False).eval()
 
@@ -381,8 +372,7 @@ def build_decomposer(
     check_adaptation(config)
     path = config.weights.transformer
     transformer = load_mmdit(path, dtype=dtype, device=device, quantize=quantize, mapped=mapped)
-    inject_lora(transformer, config.lora)
-    transformer.img_in.float().requires_grad_(True)
+    adapt(transformer, config.lora)
     fusion = ContextFusion(config.fusion, transformer.config.hidden_size) if config.fusion.enabled else None
     autoencoder = load_autoencoder(config.weights.autoencoder, dtype=dtype, device=device)
     rgba_autoencoder = load_autoencoder(config.weights.rgba_autoencoder, dtype=dtype, device=device)
@@ -397,6 +387,16 @@ def build_decomposer(
         flow=config.flow,
         sample=config.sample,
     ).to(device)
+
+
+def adapt(transformer: MMDiT, lora: LoRAConfig) -> None:
+    """Makes the transformer's trained parameters, in place, in float32: LoRA and the input projection.
+
+    Whatever requires gradients here is trained, saved and loaded. The frozen base gets back the original values of its
+    own parameters; what is new, like LoRA, must have no effect within `without_lora`, or it would affect the base.
+    """
+    inject_lora(transformer, lora)
+    transformer.img_in.float().requires_grad_(True)
 
 
 def common_size(images: Sequence[Prepared]) -> tuple[int, int]:

@@ -135,9 +135,9 @@ def _write_merged(job: ExportJob) -> list[Path]:
     path = job.config.weights.transformer
     adapted = job.adapter.tensors
     model, layout = empty_mmdit(path)
-    trained = {name: adapted[name].float() for name in (f"{INPUT}.weight", f"{INPUT}.bias")}
+    trained = {name: adapted[name].float() for name in model.state_dict() if name in adapted}  # in full, as img_in is
     changes, rest = changes_from_adapter(adapted, job.config.lora, trained)
-    others = _write_extras(job, "merged", model, rest)
+    others = _write_extras(job, "merged", model, {name: t for name, t in rest.items() if name not in trained})
     facts = {**_metadata(job, "merged"), "merged": "yes", "config": json.dumps(asdict(model.config))}
     read = open_state(model, path, layout=layout)
 

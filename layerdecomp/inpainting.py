@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from layerdecomp.conditioning import (
     LATENT_FACTOR,
@@ -78,28 +79,23 @@ class Prompt(nn.Module):
 
 
 class FrozenBase(nn.Module):
-    """The transformer as it was before adaptation: without its LoRA, and with its original input projection.
+    """The transformer as it was before adaptation: without its LoRA, and with the `original` values of other tensors.
 
-    All other weights are shared with the adapted transformer, whether they are quantised or sharded. Must not be used
-    while that transformer runs, nor after its LoRA has been merged.
+    It shares all remaining weights with the adapted transformer, whether they are quantised or sharded. Must not be
+    used while that transformer runs, nor after its LoRA has been merged.
     """
 
-    def __init__(self, adapted: MMDiT, img_in: nn.Linear) -> None:
+    def __init__(self, adapted: MMDiT, original: dict[str, Tensor]) -> None:
         super().__init__()
         self.config = adapted.config
         self.adapted = adapted
-        self.img_in = img_in
+        self.original = original
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """As `MMDiT.forward`."""
-        adapted_img_in = self.adapted.img_in
-        self.adapted.img_in = self.img_in
-        try:
-            # Eagerly, or compiled blocks would be recompiled.
-            with without_lora(self.adapted), torch.compiler.set_stance("force_eager"):
-                velocity: Tensor = self.adapted(**inputs)
-        finally:
-            self.adapted.img_in = adapted_img_in
+        # Eagerly, or compiled blocks would be recompiled.
+        with without_lora(self.adapted), torch.compiler.set_stance("force_eager"):
+            velocity: Tensor = functional_call(self.adapted, self.original, kwargs=inputs)
         return velocity
 
 

@@ -77,6 +77,11 @@ def check_device(device: str) -> None:
         raise InputError(f"device={device}: {reason}; expected cpu, or cuda or mps if available") from error
 
 
+def frozen_dtype(device: str) -> torch.dtype:
+    """The default precision of the frozen parts: bf16 on accelerators; CPUs often have no fast bf16."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
 def _why_unreadable(path: Path) -> str:
     """Why safetensors cannot read a file."""
     size = path.stat().st_size

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from layerdecomp.comparison import load_models
 from layerdecomp.conditioning import pack
 from layerdecomp.data.datamodule import collate
 from layerdecomp.data.scenes import SceneConfig, Scenes
-from layerdecomp.decomposer import Decomposer, build_decomposer
+from layerdecomp.decomposer import Decomposer, adapt, build_decomposer
 from layerdecomp.errors import InputError
 from layerdecomp.flow import FlowConfig
 from layerdecomp.imaging.compositing import to_autoencoder
@@ -26,13 +27,14 @@ from layerdecomp.imaging.cues import CUES, compute_cues
 from layerdecomp.imaging.geometry import grow_and_feather, to_tensor
 from layerdecomp.imaging.layers import Layers
 from layerdecomp.inpainting import inpaint, token_ids
-from layerdecomp.manifest import DecomposerConfig
+from layerdecomp.manifest import DecomposerConfig, open_adapter
 from layerdecomp.metrics.background import psnr
 from layerdecomp.metrics.foreground import alpha_iou
 from layerdecomp.models.autoencoder import Autoencoder, Tiling
 from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.depth import DepthConfig, DepthEstimator
 from layerdecomp.models.lora import LoRAConfig, LoRALinear
+from layerdecomp.models.mmdit import MMDiT
 from layerdecomp.resizing import keep_pixels
 from layerdecomp.sampling import schedule
 from layerdecomp.weights import Adapter, load_mmdit, save_model
@@ -416,6 +418,31 @@ def test_an_adapter_holds_only_trained_tensors(tiny_config: DecomposerConfig) ->
     assert sum(p.requires_grad for p in decomposer.parameters()) == len(names)
 
 
+def test_a_new_trained_layer_is_saved_and_loaded_and_is_not_part_of_the_frozen_base(
+    tiny_config: DecomposerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def adapt_more(transformer: MMDiT, lora: LoRAConfig) -> None:
+        adapt(transformer, lora)
+        transformer.final_layer.requires_grad_(True)
+        transformer.register_parameter("new", torch.nn.Parameter(torch.zeros(3)))
+
+    monkeypatch.setattr("layerdecomp.decomposer.adapt", adapt_more)
+    decomposer, path = build_decomposer(tiny_config), tmp_path / "adapter.safetensors"
+    with torch.no_grad():
+        for parameter in (*decomposer.transformer.final_layer.parameters(), decomposer.transformer.new):
+            parameter.add_(1)
+    decomposer.adapter(tiny_config.to_metadata()).save(path)
+    assert {"final_layer.linear.weight", "final_layer.linear.bias", "new"} <= load_file(path).keys()
+    loaded, base = Decomposer.from_pretrained(path), load_mmdit(tiny_config.weights.transformer)
+    assert loaded.digest() == decomposer.digest() and (loaded.transformer.new == 1).all()
+    inputs = {
+        **{"img": torch.randn(1, 4, base.config.in_channels), "img_ids": torch.zeros(4, 3)},
+        **{"timesteps": torch.ones(1), **loaded.prompt.inputs(1, torch.float32)},
+    }
+    velocity = loaded.frozen_base(tiny_config.weights.transformer)(**inputs)
+    assert velocity.equal(base(**inputs)) and not velocity.equal(loaded.transformer(**inputs))
+
+
 def test_a_loaded_adapter_equals_its_file_and_determines_the_digest(tiny_weights: Path) -> None:
     path = tiny_weights / "adapter.safetensors"
     decomposer = Decomposer.from_pretrained(path)  # all its parameters are frozen
@@ -473,6 +500,29 @@ def test_missing_files_are_reported_before_the_transformer_is_loaded(
 def test_float16_is_rejected(tiny_weights: Path) -> None:
     with pytest.raises(InputError, match="dtype is torch.float16; expected torch.float32 or torch.bfloat16"):
         Decomposer.from_pretrained(tiny_weights / "adapter.safetensors", dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [("cpu", torch.float32), ("cpu:0", torch.float32), ("cuda", torch.bfloat16), ("cuda:1", torch.bfloat16)],
+)
+def test_the_frozen_parts_are_in_bf16_on_accelerators(
+    tiny_weights: Path, monkeypatch: pytest.MonkeyPatch, device: str, expected: torch.dtype
+) -> None:
+    built: list[torch.dtype] = []
+
+    def build(config: DecomposerConfig, *, dtype: torch.dtype, **_: Any) -> Decomposer:
+        built.append(dtype)
+        return build_decomposer(config)  # on the CPU
+
+    monkeypatch.setattr("layerdecomp.decomposer.check_device", lambda _: None)
+    for module in ("decomposer", "comparison"):
+        monkeypatch.setattr(f"layerdecomp.{module}.build_decomposer", build)
+    path = str(tiny_weights / "adapter.safetensors")
+    Decomposer.from_pretrained(path, device=device)
+    adapter, config = open_adapter(path)
+    load_models(adapter, path, config, device)
+    assert built == [expected, expected]
 
 
 @pytest.mark.parametrize("device", ["cudaa", "meta", 1.5])

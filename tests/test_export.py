@@ -249,6 +249,21 @@ print(peak() - before)
     assert memory < 90 < out.stat().st_size / 2**20 / 1.8
 
 
+def test_a_layer_that_is_trained_in_full_is_merged_and_kept_by_other_formats(
+    tiny_config: DecomposerConfig, tmp_path: Path
+) -> None:
+    decomposer, path = build_decomposer(tiny_config), tmp_path / "adapter.safetensors"
+    last = decomposer.transformer.final_layer.linear.requires_grad_(True)
+    fill(last, seed=1)
+    decomposer.adapter(tiny_config.to_metadata()).save(path)
+    export(path, "merged", tmp_path / "merged.safetensors", dtype="float32")
+    assert load_mmdit(tmp_path / "merged.safetensors").final_layer.linear.weight.equal(last.weight)
+    assert not any("final_layer" in name for name in load_file(tmp_path / "merged.extras.safetensors"))
+    export(path, "kohya", tmp_path / "lora.safetensors")
+    export(tmp_path / "lora.safetensors", "import", tmp_path / "back.safetensors")
+    assert load_file(tmp_path / "back.safetensors")["final_layer.linear.weight"].equal(last.weight)
+
+
 def test_without_fusion_no_extras_are_written(tiny_config: DecomposerConfig, tmp_path: Path) -> None:
     config = replace(tiny_config, fusion=ContextFusionConfig(enabled=False))
     decomposer = build_decomposer(config)

@@ -123,6 +123,13 @@ def test_checkpoints_contain_only_trained_tensors(tmp_path: Path, overrides: lis
         assert torch.equal(tensor, adapter[name.removeprefix("decomposer.").removeprefix("transformer.")])
 
 
+def test_what_is_unfrozen_after_building_is_saved_too(overrides: list[str]) -> None:
+    job = DecomposerJob(load_config(REPOSITORY / "configs" / "tiny.yaml", overrides))
+    job.decomposer.transformer.final_layer.requires_grad_(True)
+    trained = {name.removeprefix("decomposer.").removeprefix("transformer.") for name, _ in job.trained()}
+    assert trained == job.decomposer.adapter({}).tensors.keys() and "final_layer.linear.weight" in trained
+
+
 def test_frozen_parts_are_not_among_the_trained_tensors(tmp_path: Path, overrides: list[str]) -> None:
     job = DecomposerJob(load_config(REPOSITORY / "configs" / "tiny.yaml", [*overrides, f"run_dir={tmp_path}/run"]))
     trained = {name for name, _ in job.trained()}

@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from layerdecomp.bulk import decompose_folder, pair_up
-from layerdecomp.cli import device_name, frozen_dtype, out_folder, run_command, take, truth, whole_number
+from layerdecomp.cli import device_name, out_folder, run_command, take, truth, whole_number
 from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError, RunError
 from layerdecomp.imaging.layers import FORMATS, check_formats, read_pair
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
     compiled, quantize = truth(own, "compile"), own["quantize"] or None
     depth = load_depth(own["depth"]) if own["depth"] else None
     files = {part: own[part] for part in PARTS if own[part]}
-    decomposer = Decomposer.from_pretrained(own["adapter"], frozen_dtype(device), device, quantize, **files).merge()
+    decomposer = Decomposer.from_pretrained(own["adapter"], None, device, quantize, **files).merge()
     if compiled:
         decomposer.transformer.compile_blocks()
     decomposer.sample = merge_config(Overrides(decomposer.sample), [], rest).sample

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from layerdecomp.cli import device_name, frozen_dtype, run_command, take
+from layerdecomp.cli import device_name, run_command, take
 from layerdecomp.comparison import WITH_MODEL, EvaluateConfig, TestData, compare, export_test_set, load_models
 from layerdecomp.data.datamodule import DataConfig, open_samples, recorded_data
 from layerdecomp.data.testset import TestFolder
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
     device, models = device_name(own), None
     if path:
         described.sample = config.sample
-        models = load_models(adapter, path, described, frozen_dtype(device), device, own["quantize"] or None)
+        models = load_models(adapter, path, described, device, own["quantize"] or None)
     else:
         config.evaluate.rows = [row for row in config.evaluate.rows if row not in WITH_MODEL]
     settings = config.evaluate
