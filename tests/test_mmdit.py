@@ -222,7 +222,15 @@ def test_missing_guidance_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"hidden_size": 66}, {"axes_dim": [4, 6, 8]}, {"axes_dim": [8, 8]}, {"axes_dim": [5, 5, 6]}]
+    "wrong",
+    [
+        {"hidden_size": 66},
+        {"num_heads": 0},
+        {"axes_dim": [4, 6, 8]},
+        {"axes_dim": [4, 6, 4]},
+        {"axes_dim": [8, 8]},
+        {"axes_dim": [5, 5, 6]},
+    ],
 )
 def test_inconsistent_sizes_are_refused(wrong: dict[str, Any]) -> None:
     (key,) = wrong
