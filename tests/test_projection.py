@@ -75,6 +75,7 @@ def with_alpha(rgb: Tensor, seed: int = 4) -> Tensor:
 def test_opaque_images_have_the_latents_of_their_colours() -> None:
     x = with_alpha(images())
     colours = BlockProjection.fit(x[:, :3], CHANNELS, FACTOR)
+    colours.bias += 0.4  # a mean other than zero
     projection = BlockProjection.fit_alpha(x, colours(x[:, :3]))
     opaque = torch.cat([x[:, :3], torch.ones_like(x[:, 3:])], dim=1)
     kept = projection.weight[:, :3].flatten(1).any(dim=1)
