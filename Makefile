@@ -31,7 +31,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 	touch $@
 
 train: .venv/installed  ## adapts the tiny base: make train CONFIG=configs/flux_fill.yaml DEVICES=8 ARGS="name=mine optim.lr=1e-4"
-	$(RUN) tools/train.py config=$(CONFIG) $(if $(DEVICES),train.devices=$(DEVICES) train.strategy=ddp) $(ARGS)
+	$(RUN) tools/train.py config=$(CONFIG) $(if $(DEVICES),train.devices=$(DEVICES)) $(ARGS)
 
 # The whole chain from scratch. Stages whose weights exist are skipped, unfinished ones are resumed. ARGS apply to every
 # stage; AUTOENCODER_ARGS, INPAINTER_ARGS, RGBA_ARGS, REFINE_ARGS, ADAPTER_ARGS and FURTHER_ARGS to one kind each.

@@ -6,6 +6,7 @@ import platform
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -124,41 +125,45 @@ def methods(models: Models | None, config: EvaluateConfig) -> dict[str, Method]:
 
 
 def _model_methods(models: Models, config: EvaluateConfig) -> dict[str, Method]:
-    decomposer = models.decomposer.eval()
-    device = decomposer.prompt.vec.device
-
-    def noise(batch: Mapping[str, Tensor], layers: int) -> Tensor:
-        return latent_noise(decomposer.autoencoder, batch["image"], config.seed, batch["index"].tolist(), layers)
-
-    def inpainting(base: MMDiT | FrozenBase, conditioning: ConditioningConfig) -> Method:
-        base = base.to(device).eval()
-
-        def draw(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-            painted = inpaint(
-                transformer=base,
-                autoencoder=decomposer.autoencoder,
-                prompt=decomposer.prompt,
-                image=batch["image"],
-                mask=batch["mask"],
-                noise=noise(batch, layers=1)[:, 0],
-                conditioning=conditioning,
-                flow=decomposer.flow,
-                sample=decomposer.sample,
-            )
-            return painted, base_foreground(batch["image"], batch["mask"])
-
-        return Method(lambda batch: at_original_size(draw, batch, decomposer.sample))
-
-    def decomposing(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return decomposer.draw(batch, noise(batch, layers=2 * decomposer.sample.ensemble))
-
-    found = {
-        "adapted": Method(lambda batch: at_original_size(decomposing, batch, decomposer.sample)),
-        "base": inpainting(models.base, decomposer.conditioning),
+    decomposer, seed = models.decomposer.eval(), config.seed
+    draws = {
+        "adapted": partial(_draw_adapted, decomposer, seed),
+        "base": partial(_draw_inpainted, decomposer, models.base.eval(), decomposer.conditioning, seed),
     }
     if "maskless" in config.rows:
-        found["maskless"] = inpainting(_load_maskless(config, models), ConditioningConfig(mask=False))
-    return found
+        maskless = _load_maskless(config, models).eval()
+        draws["maskless"] = partial(_draw_inpainted, decomposer, maskless, ConditioningConfig(mask=False), seed)
+    return {row: Method(partial(at_original_size, draw, sample=decomposer.sample)) for row, draw in draws.items()}
+
+
+def _draw_adapted(decomposer: Decomposer, seed: int, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    noise = _noise(decomposer, seed, batch, layers=2 * decomposer.sample.ensemble)
+    return decomposer.draw(batch, noise)
+
+
+def _draw_inpainted(
+    decomposer: Decomposer,
+    base: MMDiT | FrozenBase,
+    conditioning: ConditioningConfig,
+    seed: int,
+    batch: Mapping[str, Tensor],
+) -> tuple[Tensor, Tensor]:
+    painted = inpaint(
+        transformer=base,
+        autoencoder=decomposer.autoencoder,
+        prompt=decomposer.prompt,
+        image=batch["image"],
+        mask=batch["mask"],
+        noise=_noise(decomposer, seed, batch, layers=1)[:, 0],
+        conditioning=conditioning,
+        flow=decomposer.flow,
+        sample=decomposer.sample,
+    )
+    return painted, base_foreground(batch["image"], batch["mask"])
+
+
+def _noise(decomposer: Decomposer, seed: int, batch: Mapping[str, Tensor], layers: int) -> Tensor:
+    return latent_noise(decomposer.autoencoder, batch["image"], seed, batch["index"].tolist(), layers)
 
 
 def maskless_weights(config: EvaluateConfig) -> Path:

@@ -21,7 +21,7 @@ from layerdecomp.flow import FlowConfig
 from layerdecomp.manifest import DecomposerConfig, WeightFiles, adapter_file
 from layerdecomp.models.autoencoder import AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiTConfig
-from layerdecomp.overrides import RENAMED, dotted, merge_config, read_yaml
+from layerdecomp.overrides import dotted, merge_config, read_yaml
 from layerdecomp.quantization import check_format, check_optimizer_bits
 from layerdecomp.sampling import SampleConfig
 
@@ -214,7 +214,8 @@ JOBS: dict[str, type[Any]] = {
     "autoencoder": AutoencoderJobConfig,
     "inpainter": InpainterJobConfig,
 }
-# Keys that may change when a run is resumed: they do not change the trained tensors (`compile` only by rounding).
+# Keys that may change when a run is resumed, besides all of `evaluate`: they do not change the trained tensors
+# (`compile` only by rounding).
 RESUMABLE: frozenset[str] = frozenset(
     {
         "resume",
@@ -279,13 +280,12 @@ def changed_keys(config: RunConfig, path: Path) -> dict[str, str]:
     A key that is missing from an older config counts as having its default there.
     """
     now = dotted(asdict(config))
-    saved = {RENAMED.get(key, key): value for key, value in dotted(OmegaConf.to_container(read_yaml(path))).items()}
+    saved = dotted(OmegaConf.to_container(read_yaml(path)))
     before = dotted(asdict(type(config)())) | saved
-    free = set(RESUMABLE)
+    free = set(RESUMABLE) | {key for key in (*before, *now) if key.startswith("evaluate.")}
     if _product(before) == _product(now):
         free |= SPREAD
-    known = {key for tree in (before, now) for key, value in tree.items() if value != {}}  # {}: no keys of its own
-    changed = sorted(key for key in known if before.get(key) != now.get(key) and key not in free)
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in free)
     return {key: f"{before.get(key, 'absent')} then, {now.get(key, 'absent')} now" for key in changed}
 
 

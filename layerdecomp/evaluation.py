@@ -254,11 +254,16 @@ def write_figures(out: Path, evaluation: Evaluation, protocol: Mapping[str, Any]
 
 def ranked_cases(values: Sequence[float], *, higher_is_better: bool) -> dict[str, int]:
     """Indices of a good (90th percentile), the median and the worst case, ignoring NaN."""
+    ranking = best_first(values, higher_is_better=higher_is_better)
+    assert ranking, "no image defines this metric; rank by another one"
+    last = len(ranking) - 1
+    return {"good": ranking[last // 10], "median": ranking[last // 2], "worst": ranking[last]}
+
+
+def best_first(values: Sequence[float], *, higher_is_better: bool) -> list[int]:
+    """Indices of the values that are not NaN, best first."""
     defined = [index for index, value in enumerate(values) if not math.isnan(value)]
-    assert defined, "no image defines this metric; rank by another one"
-    best_first = sorted(defined, key=lambda index: values[index], reverse=higher_is_better)
-    last = len(best_first) - 1
-    return {"good": best_first[last // 10], "median": best_first[last // 2], "worst": best_first[last]}
+    return sorted(defined, key=lambda index: values[index], reverse=higher_is_better)
 
 
 def write_metrics(

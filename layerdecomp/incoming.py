@@ -62,7 +62,7 @@ def read_adapters(
     if len(paths) > 1 or weights[0] != 1:
         shares = (f"{share:g} x {path.name}" for path, share in zip(paths, weights, strict=True))
         notes = {"merged_from": " + ".join(shares), **_joint_provenance([other.metadata for other, _ in read])}
-        notes[HISTORY] = json.dumps([stage for path in paths for stage in history(adapter_file(path))])
+        notes[HISTORY] = json.dumps(_joint_history(paths))
     if rank is not None:
         changes, notes["reduced"] = _reduce(changes, rank)
     figures = {"figures": "{}"}  # the recorded ones belong to another adapter
@@ -73,6 +73,12 @@ def _joint_provenance(metadata: Sequence[Metadata]) -> Metadata:
     """How several adapters were trained: per key, the distinct values joined."""
     keys = [key for key in ("data", "steps", "seed", "train", "optim", "commit") if any(key in one for one in metadata)]
     return {key: " + ".join(dict.fromkeys(one.get(key, "unknown") for one in metadata)) for key in keys}
+
+
+def _joint_history(paths: Sequence[Path]) -> list[dict[str, str]]:
+    """The distinct training stages of several adapters, which may share their first ones."""
+    stages = [stage for path in paths for stage in history(adapter_file(path))]
+    return [stage for index, stage in enumerate(stages) if stage not in stages[:index]]
 
 
 def _reduce(changes: Changes, rank: int) -> tuple[Changes, str]:

@@ -16,7 +16,6 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from layerdecomp.errors import InputError
 
 ConfigT = TypeVar("ConfigT")
-RENAMED = {"pictures_at_once": "encode_batch_size"}  # keys in the config.yaml of older runs: what they are now
 
 
 def merge_config(
@@ -92,8 +91,6 @@ def dotted(tree: Any, prefix: str = "") -> dict[str, Any]:
 def _check_known(key: str, known: list[str], source: str) -> None:
     if key in known:
         return
-    if key in RENAMED:
-        raise InputError(f"{source}: {key} has been renamed; write {RENAMED[key]}")
     sections = [name for name in known if name.startswith(f"{key}.")]
     if sections:
         raise InputError(f"{source}: {key} is a section; expected one of its keys: {', '.join(sections)}")

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from layerdecomp.evaluation import Evaluation, Samples, ranked_cases, to_batch
+from layerdecomp.evaluation import Evaluation, Samples, best_first, ranked_cases, to_batch
 from layerdecomp.grids import comparison_grid, error_map, outlined, tiles_of
 from layerdecomp.imaging.compositing import on_checkerboard, resize_straight
 from layerdecomp.imaging.geometry import resize
@@ -91,10 +91,8 @@ def extremes(evaluation: Evaluation, count: int = EXTREMES) -> dict[int, list[st
     found: dict[int, list[str]] = {}
     values_of = next(iter(evaluation.per_image.values()))
     for metric in RANKED_BY:
-        values = values_of[metric]
-        defined = [place for place, value in enumerate(values) if not math.isnan(value)]
-        best_first = sorted(defined, key=lambda place: values[place], reverse=METRICS[metric].better == "↑")
-        for kind, places in (("best", best_first[:count]), ("worst", best_first[::-1][:count])):
+        ranking = best_first(values_of[metric], higher_is_better=METRICS[metric].better == "↑")
+        for kind, places in (("best", ranking[:count]), ("worst", ranking[::-1][:count])):
             for rank, place in enumerate(places, start=1):
                 found.setdefault(place, []).append(f"{kind} {rank} by {metric}")
     return found

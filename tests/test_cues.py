@@ -100,6 +100,8 @@ def test_given_maps_are_used_and_the_others_computed(given: tuple[str, ...]) -> 
     maps = {cue: rng.uniform(-1, 1, (1 if cue == "depth" else 3, 64, 96)).astype(np.float32) for cue in given}
     computed = compute_cues(image)[0]
     cues, present = compute_cues(image, maps)
+    some, used = compute_cues(image, maps, [True, False, True])  # the second is neither computed nor taken from maps
+    assert (some[[0, 2]] == cues[[0, 2]]).all() and not some[1].any() and used.tolist() == [True, False, present[2]]
     assert present.tolist() == [cue != "depth" or cue in given for cue in CUES]
     for cue, found, otherwise in zip(CUES, cues, computed, strict=True):
         assert (found == maps.get(cue, otherwise)).all()

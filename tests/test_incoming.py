@@ -20,7 +20,7 @@ from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig, merge_lora
 from layerdecomp.models.mmdit import MMDiT
 from layerdecomp.tensor_files import file_sha256, read_metadata
-from layerdecomp.weights import Adapter, load_mmdit
+from layerdecomp.weights import Adapter, history, load_mmdit
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -151,7 +151,8 @@ def test_lora_files_are_not_loaded_as_adapters(tiny_weights: Path, tmp_path: Pat
 def test_adapters_are_summed_with_weights(adapter_file: Path, ours: MMDiT, tmp_path: Path) -> None:
     first = Adapter.load(adapter_file)
     other = {name: tensor.flip(0) for name, tensor in first.tensors.items()}
-    Adapter(other, {**first.metadata, "data": "others"}).save(tmp_path / "other.safetensors")
+    continued = {"data": "others", "history": json.dumps(history(adapter_file))}
+    Adapter(other, {**first.metadata, **continued}).save(tmp_path / "other.safetensors")
     files = [adapter_file, tmp_path / "other.safetensors"]
     export(files, "import", tmp_path / "sum.safetensors", weights=[0.75, 0.5])
     total = Decomposer.from_pretrained(tmp_path / "sum.safetensors")

@@ -507,6 +507,16 @@ def test_the_learning_rate_warms_up_from_the_first_step_and_decays_to_2_percent(
     assert [job._rate(step) for step in (50, 100, 101)] == pytest.approx([0.51, 0.02, 0.02])
 
 
+def test_too_many_devices_are_refused_before_weights_are_loaded(
+    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("layerdecomp.training.runs.build_job", lambda config: pytest.fail("expected no model yet"))
+    with pytest.raises(InputError, match="train.devices is 3, but there are 2 GPUs; set train.devices=2"):
+        run("tiny", *overrides, "train.devices=3", "data.validation=3", f"run_dir={tmp_path}/run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_several_processes_use_ddp_with_gradients_as_bucket_views() -> None:
     alone, several = TrainConfig(), TrainConfig(devices=2)
     assert build_strategy(alone) == "auto"

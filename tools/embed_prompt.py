@@ -7,13 +7,9 @@ python tools/embed_prompt.py [root=checkpoints/flux1-fill-dev out=ROOT/prompt.sa
 import sys
 from pathlib import Path
 
-import torch
-
-from layerdecomp.cli import device_name, run_command, take, whole_number
+from layerdecomp.cli import device_name, named_dtype, run_command, take, whole_number
 from layerdecomp.errors import InputError
 from layerdecomp.text import embed_prompt, save_prompt
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main(arguments: list[str]) -> None:
@@ -21,14 +17,12 @@ def main(arguments: list[str]) -> None:
     own, rest = take(arguments, **defaults, device="cpu")
     if rest:
         raise InputError(f"unknown argument {rest[0]}; expected {' '.join(f'{key}=' for key in own)}")
-    if own["dtype"] not in DTYPES:
-        raise InputError(f"dtype={own['dtype']}: expected one of {', '.join(DTYPES)}")
-    tokens = whole_number(own, "tokens")
+    dtype, tokens = named_dtype(own), whole_number(own, "tokens")
     if tokens < 1:
         raise InputError(f"tokens={tokens}: expected at least 1")
     root = Path(own["root"])
     out = Path(own["out"] or root / "prompt.safetensors")
-    embedding = embed_prompt(root, own["prompt"], tokens, DTYPES[own["dtype"]], device_name(own))
+    embedding = embed_prompt(root, own["prompt"], tokens, dtype, device_name(own))
     save_prompt(out, embedding, own["prompt"], root)
     print(f"wrote {out}; training takes it as weights.prompt={out}")
 

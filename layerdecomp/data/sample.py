@@ -90,9 +90,8 @@ def build_cues(
             "cues_present": torch.zeros(len(CUES), dtype=torch.bool),
         }
     given = {name: values.numpy() for name, values in (maps or {}).items()}
-    cues, present = compute_cues(to_pixels(image), given)
-    present &= rng.random(len(CUES)) >= dropout
-    cues[~present] = 0
+    kept = rng.random(len(CUES)) >= dropout
+    cues, present = compute_cues(to_pixels(image), given, kept)
     return {"cues": torch.from_numpy(cues), "cues_present": torch.from_numpy(present)}
 
 

@@ -3,7 +3,7 @@
 A cue of your own is one function and one entry in `REGISTRY`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,7 +76,7 @@ CUES = tuple(REGISTRY)
 
 
 def compute_cues(
-    image: Pixels, maps: Mapping[str, NDArray[np.float32]] | None = None
+    image: Pixels, maps: Mapping[str, NDArray[np.float32]] | None = None, kept: Iterable[bool] | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Compute the cue maps of an RGB image.
 
@@ -84,14 +84,17 @@ def compute_cues(
         image: (H, W, 3).
         maps: precomputed maps by name, (1 or 3, H, W) in [-1, 1]. Depth is absent unless given here, since computing it
             needs a network.
+        kept: which cues to use, in the order of `CUES`; None: all.
 
     Returns:
         The maps (len(CUES), 3, H, W) in [-1, 1], zeros where absent, and which of them are present (len(CUES),).
     """
-    found = dict(maps or {})
-    for name, cue in REGISTRY.items():
-        if name not in found and cue.compute is not None:
-            found[name] = cue.compute(image)
+    wanted = CUES if kept is None else [name for name, used in zip(CUES, kept, strict=True) if used]
+    found = {name: values for name, values in (maps or {}).items() if name in wanted}
+    for name in wanted:
+        compute = REGISTRY[name].compute
+        if name not in found and compute is not None:
+            found[name] = compute(image)
     cues = np.zeros((len(CUES), 3, *image.shape[:2]), dtype=np.float32)
     for name, values in found.items():
         cues[CUES.index(name)] = values

@@ -67,6 +67,7 @@ def train(config: RunConfig) -> None:
     if config.train.dry_run:
         print(dry_run(config))
         return
+    check_devices(config.train)  # before 24 GB are loaded
     run_dir = Path(config.run_dir)
     quiet_lightning()
     job = build_job(config)  # before open_run, so that a missing file or device leaves no directory behind
@@ -91,6 +92,16 @@ def train(config: RunConfig) -> None:
         trainer.fit(job, data, ckpt_path=checkpoint, weights_only=True)
         with averaged(trainer, job):
             job.finish(run_dir, Share.join() if trainer.world_size > 1 else Share())
+
+
+def check_devices(train: TrainConfig) -> None:
+    """Raises `InputError` if this machine has GPUs, but fewer than `train.devices`."""
+    available = torch.cuda.device_count()
+    if available and train.devices > available:
+        raise InputError(
+            f"train.devices is {train.devices}, but there are {available} GPUs; set train.devices={available}, and "
+            "train.accumulate so that a step has as many samples as before"
+        )
 
 
 def averaged(trainer: Trainer, job: Job) -> AbstractContextManager[None]:
@@ -233,16 +244,10 @@ def build_trainer(config: RunConfig, run_dir: Path, job: Job) -> Trainer:
     checkpoints = Checkpoints(
         files, run_dir, every=train.checkpoint_every, validate_every=validate_every, sound=job.sound
     )
-    available = torch.cuda.device_count()
-    if available and train.devices > available:
-        raise InputError(
-            f"train.devices is {train.devices}, but there are {available} GPUs; set train.devices={available}, and "
-            "train.accumulate so that a step has as many samples as before"
-        )
     return Trainer(
         default_root_dir=run_dir,
         max_steps=train.steps,
-        accelerator="cuda" if available else "cpu",  # metrics sum in float64, which mps lacks
+        accelerator="cuda" if torch.cuda.is_available() else "cpu",  # metrics sum in float64, which mps lacks
         devices=train.devices,
         num_nodes=train.nodes,
         strategy=build_strategy(train),
