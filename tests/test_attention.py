@@ -12,10 +12,10 @@ AXES = [2, 4, 4]
 
 
 def test_rope_rotates_channel_pairs_by_position_times_frequency() -> None:
-    ids = torch.tensor([[0.0, 0.0, 0.0], [2.0, 0.0, 3.0]])
+    ids = torch.tensor([[0.0, 0.0, 0.0], [2.0, 0.0, 301.0]])  # 301 is not a bf16 number
     x = torch.zeros(1, 1, 2, 10)
     x[..., 0::2] = 1.0  # every pair points along its first axis
-    angles = torch.tensor([[0, 0, 0, 0, 0], [2.0, 0, 0, 3.0, 3.0 / 100**0.5]])  # theta = 100
+    angles = torch.tensor([[0, 0, 0, 0, 0], [2.0, 0, 0, 301.0, 301.0 / 100**0.5]])  # theta = 100
     expected = torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(-2)
     torch.testing.assert_close(apply_rope(x, rope(ids, AXES, theta=100))[0, 0], expected)
 
@@ -63,6 +63,17 @@ def test_masked_attention_equals_attention_over_the_unmasked_keys() -> None:
     kept = [0, 1, 3]
     torch.testing.assert_close(attention(q, k, v, mask=mask), attention(q, k[:, :, kept], v[:, :, kept]))
     assert attention(q, k, v).shape == (2, 6, 32)
+
+
+def test_attention_in_bf16_on_a_cpu_is_computed_in_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 6, 8, generator=generator).bfloat16()
+    mask = torch.rand(2, 1, 6, 6, generator=generator) < 0.6
+    mask[..., 0] = True
+    expected = attention(q.float(), k.float(), v.float(), mask=mask).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention(q, k, v, mask=mask)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
 
 
 def test_gradients_reach_the_attention_kernel_in_one_memory_layout(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,18 +4,29 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import skimage.data
 import torch
 from reference import build_reference_autoencoder, randomize, relative_error
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from layerdecomp.errors import InputError
 from layerdecomp.imaging.geometry import to_tensor
 from layerdecomp.memory import Peak
 from layerdecomp.metrics.background import psnr
-from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig, Tiling, rescale_latents
+from layerdecomp.models.autoencoder import (
+    AttnBlock,
+    Autoencoder,
+    AutoencoderConfig,
+    ResnetBlock,
+    Tiling,
+    extend_to_rgba,
+    rescale_latents,
+)
 from layerdecomp.weights import load_autoencoder
 
 TINY = AutoencoderConfig(ch=8, ch_mult=[1, 2, 3, 3], num_res_blocks=2, z_channels=16, norm_groups=4)
@@ -29,8 +40,10 @@ def build(config: AutoencoderConfig = TINY) -> Autoencoder:
 
 def test_full_size_has_the_published_names_and_shapes() -> None:
     published = json.loads((Path(__file__).parent / "published_keys.json").read_text())["autoencoder"]
+    config = AutoencoderConfig()
     with torch.device("meta"):
-        model = Autoencoder(AutoencoderConfig())
+        model = Autoencoder(config)
+    assert (config.scale_factor, config.shift_factor) == (0.3611, 0.1159)  # which no tensor holds
     assert {name: list(tensor.shape) for name, tensor in model.state_dict().items()} == published
     assert len(published) == 244
     assert sum(parameter.numel() for parameter in model.parameters()) == 83_819_683
@@ -58,6 +71,75 @@ def test_encode_and_decode_equal_diffusers(config: AutoencoderConfig, batch: int
     assert relative_error(model.encode(x, noise=noise), scaled(posterior.mean + posterior.std * noise)) < 2e-5
     z = scaled(noise)
     assert relative_error(model.decode(z), reference.decode(noise).sample) < 2e-5
+
+
+@torch.no_grad()
+def test_log_variances_are_clamped_like_diffusers() -> None:
+    model = build()
+    model.encoder.conv_out.bias[16:] += torch.tensor([-100.0, 100.0]).repeat(8)
+    x = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = build_reference_autoencoder(model).encode(x).latent_dist.logvar
+    assert (expected.min(), expected.max()) == (-30, 20)
+    torch.testing.assert_close(model.posterior(x)[1], expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"in_channels": 1}, "in_channels is 1; expected 3"),
+        ({"ch": 6, "ch_mult": [2, 1]}, "a level is 6 channels wide, which norm_groups = 4 does not divide"),
+        ({"norm_groups": 5}, "a level is 8 channels wide"),
+    ],
+)
+def test_invalid_sizes_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        replace(TINY, **change)
+
+
+def test_every_level_is_a_multiple_of_the_groups_though_their_unit_is_not() -> None:
+    assert replace(TINY, ch=2, ch_mult=[2, 4]).factor == 2
+
+
+@torch.no_grad()
+def test_initial_weights_preserve_images() -> None:
+    model = Autoencoder(TINY)
+    randomize(model)
+    model.init_weights()
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, ResnetBlock | AttnBlock):
+            width = module.norm1.num_channels if isinstance(module, ResnetBlock) else module.norm.num_channels
+            features = torch.randn(1, width, 6, 6, generator=generator)
+            shortcut = module.nin_shortcut if isinstance(module, ResnetBlock) else nn.Identity()
+            assert torch.equal(module(features), shortcut(features))
+        elif isinstance(module, nn.GroupNorm):
+            assert (module.weight == 1).all() and not module.bias.any()
+    for conv in (model.encoder.down[0].downsample.conv, model.decoder.up[1].upsample.conv, model.decoder.conv_in):
+        taps = slice(0, 2) if conv.stride[0] == 2 else slice(1, 2)
+        kernel = conv.weight[:, :, taps, taps].flatten(1)
+        side = min(kernel.shape)
+        gram = kernel @ kernel.T if len(kernel) == side else kernel.T @ kernel
+        assert (gram - torch.eye(side)).abs().max() < 0.4
+        shares = conv.weight[:, :, taps, taps].square().sum(dim=(0, 1)) / kernel.square().sum()
+        assert shares.min() > 0.1  # every pixel counts
+        assert conv.weight[:, :, 2].any() and conv.weight[:, :, 2].abs().max() < 0.15 and not conv.bias.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_an_extended_autoencoder_equals_the_original_on_opaque_images(dtype: torch.dtype) -> None:
+    rgb = build().to(dtype)
+    rgba = extend_to_rgba(rgb)
+    x = (torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1).to(dtype)
+    z = rgb.encode(x)
+    torch.testing.assert_close(rgba.encode(F.pad(x, (0, 0, 0, 0, 0, 1), value=1.0)), z)
+    decoded = rgba.decode(z)
+    torch.testing.assert_close(decoded[:, :3], rgb.decode(z))
+    assert decoded.dtype == dtype and (decoded[:, 3] == 1).all()
+    rgba.decoder.conv_in.weight.zero_()
+    assert rgb.decoder.conv_in.weight.any()  # a copy
+    with pytest.raises(InputError, match="4 channels cannot be extended"):
+        extend_to_rgba(rgba)
 
 
 @torch.no_grad()

@@ -107,7 +107,7 @@ def test_a_resumed_run_has_the_same_average(tmp_path: Path, settings: list[str])
 
 def test_accumulated_batches_count_as_one_step(tiny_overrides: list[str]) -> None:
     class Clock:
-        global_step = 0
+        global_step = 3  # resumed
 
     job = DecomposerJob(load_config(CONFIG, tiny_overrides))
     average, clock = RunningAverage(0.5), Clock()
@@ -116,8 +116,9 @@ def test_accumulated_batches_count_as_one_step(tiny_overrides: list[str]) -> Non
     before = {name: tensor.clone() for name, tensor in average.tensors.items()}
     average.on_train_batch_end(clock, job)  # type: ignore[arg-type]
     assert average.steps == 0 and all(average.tensors[name].equal(before[name]) for name in before)
-    clock.global_step = 1
-    average.on_train_batch_end(clock, job)  # type: ignore[arg-type]
+    clock.global_step = 4
+    for _ in range(2):  # one step, and a batch of the next
+        average.on_train_batch_end(clock, job)  # type: ignore[arg-type]
     name = "decomposer.transformer.img_in.weight"
     expected = 0.1 * before[name] + 0.9 * dict(job.trained())[name]
     assert average.steps == 1 and torch.allclose(average.tensors[name], expected)
@@ -130,7 +131,14 @@ def test_an_interrupted_validation_restores_the_trained_tensors(tiny_overrides: 
     average.on_validation_start(None, job)  # type: ignore[arg-type]
     assert all(tensor.equal(trained[name] + 1) for name, tensor in _trained(job).items())
     average.on_exception(None, job, PowerCutError())  # type: ignore[arg-type]
+    assert all(tensor.equal(trained[name]) for name, tensor in _trained(job).items())
+    fill(job.decomposer.transformer.img_in, seed=8)
+    trained = _trained(job)
     average.on_exception(None, job, PowerCutError())  # type: ignore[arg-type]
+    assert all(tensor.equal(trained[name]) for name, tensor in _trained(job).items())
+    with pytest.raises(PowerCutError), average.applied(job):
+        assert all(tensor.equal(average.tensors[name]) for name, tensor in _trained(job).items())
+        raise PowerCutError
     assert all(tensor.equal(trained[name]) for name, tensor in _trained(job).items())
 
 

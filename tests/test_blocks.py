@@ -27,7 +27,9 @@ def test_timestep_embedding_is_cosines_then_sines() -> None:
 
 
 def test_timestep_embedding_of_bf16_is_float32() -> None:
-    assert timestep_embedding(torch.ones(1, dtype=torch.bfloat16), 8).dtype == torch.float32
+    t = torch.tensor([0.7109375], dtype=torch.bfloat16)  # 1000 times it is not a bf16 number
+    embedding = timestep_embedding(t, 8)
+    assert embedding.dtype == torch.float32 and torch.equal(embedding, timestep_embedding(t.float(), 8))
 
 
 def test_rms_norm_is_computed_in_float32() -> None:
@@ -38,6 +40,15 @@ def test_rms_norm_is_computed_in_float32() -> None:
     actual = norm.bfloat16()(x.bfloat16())
     assert actual.dtype == torch.bfloat16
     torch.testing.assert_close(actual.float(), expected, rtol=2**-7, atol=0)
+
+
+def test_rms_norm_of_bf16_with_a_float32_gain_is_rounded_once() -> None:
+    norm = RMSNorm(64)
+    randomize(norm)
+    x = 1e-3 * torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = F.rms_norm(x.float(), (64,), norm.scale, eps=1e-6)  # as large as the mean square
+    torch.testing.assert_close(norm(x.float()), expected)
+    assert torch.equal(norm(x), expected.bfloat16()) and norm(x).dtype == torch.bfloat16
 
 
 def test_modulation_gives_shift_scale_gate_per_branch() -> None:

@@ -58,7 +58,8 @@ def test_position_ids_equal_diffusers_but_for_the_layer(height: int, width: int)
     expected = FluxPipeline._prepare_latent_image_ids(1, height, width, "cpu", torch.float32)
     assert torch.equal(position_ids(height, width), expected)
     expected[:, 0] = 1
-    assert torch.equal(position_ids(height, width, layer=1), expected)
+    found = position_ids(height, width, layer=1)
+    assert torch.equal(found, expected) and found.dtype == torch.float32
 
 
 def test_a_token_and_its_position_match_its_pixels() -> None:
@@ -83,6 +84,7 @@ def test_each_layer_is_conditioned_on_its_masked_image_and_mask() -> None:
     assert both.shape == (2, 2 * 6, 64 + 256)
     assert torch.equal(both[:, :6], inpainting_context(background, mask))
     assert torch.equal(both[:, 6:], inpainting_context(foreground, 1 - mask))
+    assert inpainting_context(background.bfloat16(), mask).dtype == torch.bfloat16
 
 
 def test_without_foreground_context_its_latents_are_zero_and_its_mask_is_one() -> None:

@@ -14,7 +14,7 @@ from layerdecomp.conditioning import position_ids
 from layerdecomp.errors import InputError
 from layerdecomp.models.context_fusion import ContextFusion, ContextFusionConfig
 
-TINY = ContextFusionConfig(num_queries=4, num_heads=2, depth=2, in_channels=6)
+TINY = ContextFusionConfig(num_queries=4, num_heads=2, depth=2, mlp_ratio=3.0, in_channels=6)
 
 
 def build(config: ContextFusionConfig = TINY) -> ContextFusion:
@@ -77,6 +77,7 @@ def normed(x: Tensor) -> Tensor:
 
 def test_fusion_equals_its_definition() -> None:
     model, cues, height, width = build(), draw_cues()[0], 3, 4
+    assert len(model.blocks) == 2 and model.blocks[0].mlp[0].out_features == 3 * 16
     waves = 10_000 ** -(torch.arange(4.0) / 4)  # a quarter of the width: cosines and sines, of row and column
     tokens = [model.null_token]
     for cue in (0, 2):  # the second is absent
@@ -129,17 +130,20 @@ def test_compiles_to_one_graph() -> None:
     torch.testing.assert_close(compiled(cues, present, ids), model(cues, present, ids))
 
 
-def test_bf16_autocast_is_near_float32() -> None:
+def test_bf16_and_bf16_autocast_are_near_float32() -> None:
     model, cues, ids = build(), draw_cues(), position_ids(3, 4)
     present = torch.tensor([[True, False, True]])
     expected = model(cues, present, ids)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = model(cues, present, ids)
-    torch.testing.assert_close(actual.float(), expected, atol=0.1 * expected.abs().max().item(), rtol=0)
+        autocast = model(cues, present, ids)
+    half = model.bfloat16()(cues.bfloat16(), present, ids)
+    assert half.dtype == torch.bfloat16
+    for actual in (autocast, half):
+        torch.testing.assert_close(actual.float(), expected, atol=0.1 * expected.abs().max().item(), rtol=0)
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"num_heads": 5}, {"num_queries": 0}, {"depth": 0}, {"cues": []}], ids=lambda wrong: next(iter(wrong))
+    "wrong", [{"num_heads": 5}, {"num_heads": 0}, {"num_queries": 0}, {"depth": 0}, {"cues": []}], ids=str
 )
 def test_invalid_sizes_are_rejected_by_name(wrong: dict[str, Any]) -> None:
     (key,) = wrong
@@ -152,6 +156,8 @@ def test_a_width_without_room_for_both_position_axes_is_rejected() -> None:
         ContextFusion(TINY, hidden_size=18)
 
 
-def test_fresh_queries_and_cues_differ() -> None:
+def test_fresh_queries_and_cues_differ_and_are_small() -> None:
     model = ContextFusion(TINY, hidden_size=16)  # equal ones would get equal gradients for ever
     assert len(model.queries.unique(dim=0)) == 4 and len(model.cue_embedding.unique(dim=0)) == 3
+    for parameter in (model.queries, model.cue_embedding, model.null_token):
+        assert 0.01 < parameter.std() < 0.04

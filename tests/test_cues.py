@@ -1,11 +1,13 @@
 """Cue maps of images with known edges and segments."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from layerdecomp.imaging.cues import CUES, compute_cues, edge_map, resize_lines, segmentation_map
+from layerdecomp.imaging.cues import CUES, REGISTRY, compute_cues, edge_map, resize_lines, segmentation_map
 
 
 def _two_halves() -> NDArray[np.uint8]:
@@ -43,6 +45,46 @@ def test_segments_have_the_mean_colour_of_their_pixels() -> None:
         painted = segments[(slice(None), *part)].reshape(3, -1)
         np.testing.assert_allclose(painted[:, len(painted[0]) // 2], mean, atol=0.05)
         assert len(np.unique(painted[0])) <= 3
+
+
+@pytest.mark.parametrize(
+    ("size", "segmented"), [((400, 1200), (128, 384)), ((1, 1200), (1, 384)), ((64, 96), (64, 96))]
+)
+def test_large_images_are_segmented_at_a_longer_side_of_384(
+    size: tuple[int, int], segmented: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def halves(image: NDArray[np.uint8], **_: Any) -> NDArray[np.int64]:
+        seen.append(image.shape[:2])
+        return np.broadcast_to(np.arange(image.shape[1]) >= image.shape[1] // 2, image.shape[:2]).astype(int)
+
+    monkeypatch.setattr("layerdecomp.imaging.cues.felzenszwalb", halves)
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    segments = segmentation_map(image)
+    assert seen == [segmented]
+    for part in np.split(np.arange(size[1]), 2):
+        mean = image[:, part].mean(axis=(0, 1)) / 127.5 - 1
+        np.testing.assert_allclose(
+            segments[:, :, part], mean[:, None, None].repeat(size[0], 1).repeat(len(part), 2), atol=1e-5
+        )
+
+
+def test_a_patch_of_one_percent_is_a_segment() -> None:
+    image = np.full((100, 100, 3), 60, np.uint8)
+    image[40:50, 40:50] = 250
+    painted = segmentation_map(image)
+    assert painted[0, 45, 45] - painted[0, 10, 10] > 1
+
+
+@pytest.mark.parametrize("cue", CUES)
+def test_a_resized_box_equals_the_resized_crop(cue: str) -> None:
+    rng, box = np.random.default_rng(0), (8, 4, 56, 36)
+    picture = Image.fromarray(255 * rng.integers(0, 2, (48, 64, 3), dtype=np.uint8))
+    resize = REGISTRY[cue].resize
+    inside, outside = resize(picture, (16, 24), box), resize(picture, (16, 24), None)
+    assert np.abs(np.asarray(inside).astype(int) - np.asarray(resize(picture.crop(box), (16, 24), None))).mean() < 10
+    assert np.abs(np.asarray(inside).astype(int) - np.asarray(outside)).max() > 50
 
 
 def test_lines_of_grey_levels_become_two_levels() -> None:

@@ -190,6 +190,15 @@ def test_constant_depth_gives_zero(path: Path, value: float) -> None:
     assert not model.estimate(images(2, 50, 70)).any()
 
 
+@pytest.mark.parametrize("spread", [1e-3, 1e-4])
+def test_almost_constant_depth_is_scaled(path: Path, spread: float) -> None:
+    model = load_depth(path, TINY)
+    model.head.conv3.weight *= spread
+    model.head.conv3.bias.fill_(7.7)
+    estimate = model.estimate(images(1, 50, 70))
+    assert (estimate.min(), estimate.max()) == (-1, 1)
+
+
 def _without(name: str) -> Callable[[dict[str, Tensor]], object]:
     return lambda state: state.pop(name)
 

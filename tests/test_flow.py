@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from layerdecomp.errors import InputError
 from layerdecomp.flow import (
     FlowConfig,
     flow_loss,
@@ -60,6 +62,18 @@ def test_without_shift_the_default_density_is_the_plain_logit_normal() -> None:
     plain = replace(FlowConfig(), base_shift=0.0, max_shift=0.0)
     torch.testing.assert_close(sample_times(normal, 4096, plain), torch.sigmoid(normal))
     assert (sample_times(normal, 4096) > sample_times(normal, 4096, plain)).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base_tokens": 256, "max_tokens": 256}, "flow.max_tokens is 256; expected at least 257"),
+        ({"logit_std": -1.0}, "flow.logit_std is -1.0; expected at least 0"),
+    ],
+)
+def test_invalid_settings_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        FlowConfig(**change)
 
 
 def test_noise_is_a_function_of_seed_position_and_stream() -> None:

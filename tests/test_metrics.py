@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.linalg import sqrtm
 from scipy.ndimage import gaussian_filter, label
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -15,7 +16,17 @@ from torchmetrics.image.kid import poly_mmd
 from layerdecomp.imaging.compositing import over
 from layerdecomp.metrics import background, foreground, recomposition
 from layerdecomp.metrics.distribution import FEATURES, frechet_distance, kernel_distance
-from layerdecomp.metrics.layers import METRICS, PER_IMAGE, STDERR_SUFFIX, LayerMetrics, Measures, per_image
+from layerdecomp.metrics.layers import (
+    METRICS,
+    PER_IMAGE,
+    STDERR_SUFFIX,
+    LayerMetrics,
+    Measures,
+    _scaled,
+    per_image,
+    summarize,
+    sums,
+)
 from layerdecomp.metrics.perceptual import LPIPS
 from layerdecomp.metrics.region import dilate, mean_over, paste, select
 
@@ -122,11 +133,16 @@ def test_psnr_of_a_region_ignores_the_rest():
     assert background.psnr(prediction, target)[0] == pytest.approx(20 + 10 * math.log10(SIZE / 4), abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["noise", "gradient", "border"])
+@pytest.mark.parametrize("kind", ["noise", "gradient", "border", "dark"])
 def test_ssim_equals_scikit_image(kind: str):
     target = make_batch(2)["background"]
     ramp = torch.linspace(-0.9, 0.5, SIZE).expand_as(target)
-    prediction = {"noise": 0.7 * target + 0.1, "gradient": 0.5 * target + ramp / 2, "border": target.clone()}[kind]
+    prediction = {"noise": 0.7 * target + 0.1, "gradient": 0.5 * target + ramp / 2, "border": target.clone()}.get(
+        kind, target
+    )
+    if kind == "dark":  # where the constants count
+        target = 0.02 * target - 0.97
+        prediction = 0.5 * target - 0.49
     if kind == "border":
         prediction[..., :7] = -1  # windows at the border must be treated as in scikit-image
     expected = [
@@ -353,6 +369,7 @@ def test_hidden_iou_penalises_missing_and_excess_pixels():
     mask, occluder = torch.zeros(1, 1, SIZE, SIZE), torch.zeros(1, 1, SIZE, SIZE)
     mask[:, :, 8:16, 8:18] = 1  # misses 8 x 6
     occluder[:, :, 8:16, 16:18] = 1  # the mask wrongly includes 8 x 2 of the occluder: 8 x 8 are hidden
+    occluder[:, :, 8:16, 10:12] = 0.5  # the object shows through
 
     def value(rows: slice, columns: slice) -> float:
         prediction = torch.zeros_like(target)
@@ -420,6 +437,7 @@ def test_mean_over_and_dilate_handle_regions():
     values = torch.stack([torch.ones(2, 4), 3 * torch.ones(2, 4)])[None].repeat(2, 1, 1, 1)
     region = torch.zeros(2, 1, 2, 4, dtype=torch.bool)
     region[0, :, 0] = True
+    values[0, :, 1] = torch.nan  # outside
     mean, empty = mean_over(values, region)
     assert mean == 2
     assert empty.isnan()
@@ -448,6 +466,49 @@ def test_every_metric_reports_worse_layers_as_worse():
         if info.whole_set:
             continue
         assert (badness[info.better](a_lot[name]) > badness[info.better](a_little[name])).all(), name
+
+
+def test_every_metric_gets_its_own_layers_and_region():
+    batch, (rgb, rgba) = make_batch(), worsened(make_batch())
+    batch["occluder"][..., 11] = 0.3
+    measures = with_networks(region="outside")
+    truth, true_foreground, mask, occluder = (batch[key] for key in ("background", "foreground", "mask", "occluder"))
+    inside, hidden, free = mask > 0.5, {"mask": mask, "occluder": occluder}, occluder == 0
+    composite = over(rgba, rgb)
+    expected = {
+        "background/psnr": background.psnr(rgb, truth, ~inside),
+        "background/psnr_mask": background.psnr(rgb, truth, inside),
+        "background/ssim": background.ssim(rgb, truth, ~inside),
+        "background/lpips": measures.lpips(rgb, truth, ~inside),
+        "background/sharpness": background.sharpness(rgb, truth, inside),
+        "foreground/rgb_l1": foreground.rgb_l1(rgba, true_foreground),
+        "foreground/hidden_iou": foreground.hidden_iou(rgba, true_foreground, **hidden),
+        "foreground/hidden_rgb_l1": foreground.hidden_rgb_l1(rgba, true_foreground, **hidden),
+        "boundary/rgb_l1": foreground.boundary_rgb_l1(rgba, true_foreground),
+        "recomposition/psnr": background.psnr(composite, batch["image"], free),
+        "recomposition/lpips": measures.lpips(composite, batch["image"], free),
+    }
+    for name in ("alpha_iou", "alpha_sad", "alpha_mse", "alpha_grad", "alpha_conn"):
+        expected[f"foreground/{name}"] = getattr(foreground, name)(rgba, true_foreground)
+    torch.testing.assert_close(per_image(rgb, rgba, batch, measures), expected, rtol=0, atol=0)
+
+
+def test_layers_in_bf16_are_measured_in_float32():
+    batch, layers = make_batch(), worsened(make_batch())
+    batch, half = {key: value.bfloat16() for key, value in batch.items()}, [layer.bfloat16() for layer in layers]
+    expected = per_image(*(layer.float() for layer in half), {key: value.float() for key, value in batch.items()})
+    torch.testing.assert_close(per_image(*half, batch), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("channel", "value"), [(0, 1.002), (2, -1.002), (3, 1.002), (6, -0.002)])
+def test_values_out_of_range_are_refused_but_rounding_is_not(channel: int, value: float):
+    batch = make_batch()
+    layers = torch.cat([batch["background"], batch["foreground"]], dim=1)
+    layers[0, channel, 0, 0] = value
+    with pytest.raises(AssertionError, match="range"):
+        per_image(layers[:, :3], layers[:, 3:], batch)
+    layers[0, channel, 0, 0] = value - math.copysign(0.0015, value)
+    per_image(layers[:, :3], layers[:, 3:], batch)
 
 
 def test_a_metric_of_your_own_is_one_entry(monkeypatch: pytest.MonkeyPatch):
@@ -498,6 +559,13 @@ def test_layer_metrics_without_any_defining_image_are_nan():
     assert computed["background/psnr"] > 0
     assert computed["background/psnr" + STDERR_SUFFIX].isnan()  # a single image has no standard error
     assert not metric.state_dict()
+
+
+def test_equal_values_have_a_standard_error_of_zero():
+    for count in (2, 3, 7):
+        values = torch.linspace(0.1, 40, len(PER_IMAGE))[:, None].expand(-1, count)
+        results = summarize(*sums(values), torch.empty(0, 2, FEATURES))
+        assert all(results[name + STDERR_SUFFIX] < 1e-6 for name in PER_IMAGE)
 
 
 def _compute_in_process(rank: int, folder: str) -> None:
@@ -625,10 +693,25 @@ def test_a_single_value_that_is_not_finite_is_an_error(value: float) -> None:
         per_image(rgb, rgba, batch)
 
 
-def test_a_mask_keeps_its_relative_size_at_another_resolution():
+def test_layers_are_resized_without_aliasing_overshoot_or_bleeding():
+    mask = torch.rand(1, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    expected = Image.fromarray(mask[0, 0].numpy()).resize((12, 10), Image.Resampling.BILINEAR)
+    torch.testing.assert_close(_scaled(mask, (10, 12))[0, 0], torch.from_numpy(np.array(expected)), rtol=0, atol=1e-5)
+    step = torch.full((1, 3, SIZE, SIZE), -1.0)
+    step[..., 7:] = 1
+    small = _scaled(step, (24, 24))
+    assert (small.min(), small.max()) == (-1, 1)
+    red = torch.zeros(1, 4, SIZE, SIZE)
+    red[:, 1:3], red[:, 0, :, 7:], red[:, 3, :, 7:] = -1, 1, 1  # transparent pixels are of another colour
+    visible = _scaled(red, (24, 24))
+    assert (visible[:, 0][visible[:, 3] > 0.1] > 0.99).all()
+
+
+@pytest.mark.parametrize("rows", [10, 9])  # of 9, the fifth pair is half covered
+def test_a_mask_keeps_its_relative_size_at_another_resolution(rows: int):
     batch, layers = make_batch(), worsened(make_batch())
     batch["mask"] = torch.zeros_like(batch["mask"])
-    batch["mask"][..., :10] = 1
+    batch["mask"][..., :rows] = 1
     half = per_image(*layers, batch, Measures(resolution=SIZE // 2))
     small = torch.nn.functional.interpolate(
         torch.cat([batch["background"], layers[0]]), (SIZE // 2,) * 2, mode="bicubic", antialias=True

@@ -101,7 +101,9 @@ def test_fused_tokens_are_appended_text_tokens() -> None:
     model, x = build(), inputs()
     more_text = torch.randn(2, 4, TINY.context_in_dim, generator=torch.Generator().manual_seed(3))
     fused = model.txt_in(more_text)
-    as_text = {**x, "txt": torch.cat([x["txt"], more_text], dim=1), "txt_ids": torch.zeros(11, 3)}
+    x["txt_ids"] = torch.arange(21.0).view(7, 3)  # not zero, so that the order of text and fused tokens matters
+    ids = torch.cat([x["txt_ids"], torch.zeros(4, 3)])
+    as_text = {**x, "txt": torch.cat([x["txt"], more_text], dim=1), "txt_ids": ids}
     torch.testing.assert_close(model(**x, fused=fused), model(**as_text))
     assert relative_error(model(**x, fused=fused), model(**x)) > 1e-2
 
@@ -115,6 +117,7 @@ def test_bf16_model_and_bf16_autocast_agree_with_float32() -> None:
     velocity = model.bfloat16()(**half)
     assert velocity.dtype == torch.bfloat16
     assert relative_error(velocity.float(), expected) < 0.1
+    assert model(**half, fused=torch.randn(2, 4, TINY.hidden_size)).dtype == torch.bfloat16
 
 
 def test_model_compiles_to_one_graph() -> None:
@@ -184,12 +187,13 @@ def test_compiled_blocks_equal_eager_ones_at_any_size(fresh_compiler: None, vari
 def test_the_rotary_table_is_computed_once_for_the_same_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[int] = []
 
-    def counting(ids: Tensor, *args: Any) -> Tensor:
+    def counting(ids: Tensor, axes_dim: list[int], theta: float) -> Tensor:
+        assert (axes_dim, theta) == ([4, 6, 6], 500)
         computed.append(len(ids))
-        return rope(ids, *args)
+        return rope(ids, axes_dim, theta)
 
     monkeypatch.setattr("layerdecomp.models.mmdit.rope", counting)
-    model, x = build(), inputs()
+    model, x = build(replace(TINY, theta=500)), inputs()
     first = model(**x)
     assert torch.equal(model(**x), first) and len(computed) == 1
     fused = torch.zeros(2, 4, TINY.hidden_size)
@@ -198,12 +202,27 @@ def test_the_rotary_table_is_computed_once_for_the_same_positions(monkeypatch: p
     moved = {**x, "img_ids": x["img_ids"] + torch.tensor([0, 0, 1]) * x["img_ids"][:, :1]}
     assert not torch.equal(model(**moved), first) and len(computed) == 3
     assert torch.equal(model(**x), first)
+    assert not torch.equal(model(**{**x, "txt_ids": x["txt_ids"] + 1}), first) and len(computed) == 5
+
+
+def test_a_rotary_table_computed_in_inference_mode_serves_training() -> None:
+    model, x = build(), inputs()
+    with torch.inference_mode():
+        expected = model(**x)
+    velocity = model(**x)
+    velocity.sum().backward()
+    torch.testing.assert_close(velocity, expected)
 
 
 def test_initial_weights_give_zero_velocity_and_can_learn() -> None:
     model, x = build(), inputs()
     model.init_weights()
     assert not model(**x).any()
+    for name, linear in model.named_modules():
+        if isinstance(linear, nn.Linear):
+            zero = name.startswith("final_layer.") or name.endswith(("_mod.lin", "modulation.lin"))
+            bound = 0 if zero else (6 / (linear.in_features + linear.out_features)) ** 0.5  # Xavier-uniform
+            assert 0.9 * bound <= linear.weight.abs().max() <= 1.001 * bound and not linear.bias.any()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):  # zero layers pass gradients on only once they are no longer zero
         optimizer.zero_grad()
@@ -222,7 +241,15 @@ def test_missing_guidance_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"hidden_size": 66}, {"axes_dim": [4, 6, 8]}, {"axes_dim": [8, 8]}, {"axes_dim": [5, 5, 6]}]
+    "wrong",
+    [
+        {"hidden_size": 66},
+        {"num_heads": 0},
+        {"axes_dim": [4, 6, 8]},
+        {"axes_dim": [4, 6, 4]},
+        {"axes_dim": [8, 8]},
+        {"axes_dim": [5, 5, 6]},
+    ],
 )
 def test_inconsistent_sizes_are_refused(wrong: dict[str, Any]) -> None:
     (key,) = wrong

@@ -46,8 +46,8 @@ def test_stacked_matrices_get_the_same_steps_as_single_ones(monkeypatch: pytest.
         weights = [nn.Parameter(normal(*shape, seed=i)) for i, shape in enumerate([(8, 24), (24, 8), (8, 24), (8, 24)])]
         optimizer = Muon(weights, [], RATE)
         for seed in range(3):
-            for i, weight in enumerate(weights[: 4 - seed]):  # some without a gradient
-                weight.grad = normal(*weight.shape, seed=10 * seed + i)
+            for i, weight in enumerate(weights):
+                weight.grad = normal(*weight.shape, seed=10 * seed + i) if i < 4 - seed else None
             optimizer.step()
         return weights
 
@@ -79,14 +79,32 @@ def test_first_and_last_layers_are_not_hidden() -> None:
     assert not is_hidden("img_in.weight", normal(4, 4)) and is_hidden("double_blocks.0.img_mlp.0.weight", normal(4, 4))
 
 
-def test_the_step_of_a_matrix_is_as_large_as_adams() -> None:
-    model = nn.Linear(512, 128, bias=False)
+@pytest.mark.parametrize("shape", [(128, 512), (512, 128)])
+def test_the_step_of_a_matrix_is_as_large_as_adams(shape: tuple[int, int]) -> None:
+    model = nn.Linear(*shape, bias=False)
     before = model.weight.detach().clone()
-    model.weight.grad = normal(128, 512)
+    model.weight.grad = normal(*model.weight.shape)
     Muon(model.parameters(), [], RATE).step()
     step = (model.weight.detach() - before).square().mean().sqrt()
     assert 0.1 < step / RATE < 0.3
     assert ((before - model.weight) * model.weight.grad).sum() > 0  # downhill
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_a_matrix_is_stepped_like_torch_muon_in_float32(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # which torch's iteration calls
+    ours, theirs = nn.Parameter(normal(*shape)), nn.Parameter(normal(*shape))
+    optimizers = (
+        Muon([ours], [], RATE),
+        torch.optim.Muon([theirs], RATE, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
+    )
+    for seed in range(5):
+        ours.grad = theirs.grad = normal(*shape, seed=seed + 1)
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, atol=1e-3 * RATE, rtol=0)
 
 
 def test_other_parameters_are_stepped_like_torch_adam() -> None:

@@ -1,16 +1,18 @@
 """Schedule against diffusers' scheduler with FLUX's settings; Euler against known solutions; invalid settings."""
 
 from collections.abc import Iterator
+from inspect import signature
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxFillPipeline
 from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift
 from torch import Tensor
 
 from layerdecomp.errors import InputError
 from layerdecomp.flow import FlowConfig
+from layerdecomp.models.autoencoder import Tiling
 from layerdecomp.sampling import SampleConfig, euler, schedule
 
 
@@ -75,6 +77,25 @@ def test_progress_iterates_over_the_steps() -> None:
     assert seen == [5] * 5
 
 
+def test_euler_evaluates_the_velocity_at_the_start_of_each_step() -> None:
+    times, seen = schedule(5, 256), []
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(t)
+        return x
+
+    euler(velocity, torch.ones(2, 3), times)
+    assert torch.equal(torch.stack(seen), times[:-1, None].expand(-1, 2))
+
+
+def test_the_default_guidance_is_that_of_the_fill_pipeline() -> None:
+    assert SampleConfig().guidance == signature(FluxFillPipeline.__call__).parameters["guidance_scale"].default
+
+
+def test_tiles_may_overlap_by_half() -> None:
+    assert SampleConfig(tile=256, tile_overlap=128).tiling == Tiling(256, 128)
+
+
 def test_less_than_one_step_is_refused() -> None:
     with pytest.raises(InputError, match="steps"):
         schedule(0, 256)
@@ -87,6 +108,9 @@ def test_less_than_one_step_is_refused() -> None:
         ({"tile": 256}, "sample.tile_overlap is 256; expected at most half of a tile, 256"),
         ({"tile_overlap": -8}, "sample.tile_overlap is -8; expected at least 0"),
         ({"alpha_margin": 0.5}, "sample.alpha_margin is 0.5; expected less than 0.5"),
+        ({"ensemble": 0}, "sample.ensemble is 0; expected at least 1"),
+        ({"grow": -0.1}, "sample.grow is -0.1; expected at least 0"),
+        ({"feather": -0.1}, "sample.feather is -0.1; expected at least 0"),
     ],
 )
 def test_invalid_settings_are_refused(change: dict[str, float], message: str) -> None:
