@@ -38,8 +38,8 @@ train: .venv/installed  ## adapts the tiny base: make train CONFIG=configs/flux_
 TINY := checkpoints/tiny
 # The shipped adapter is trained on more samples than the default one of `make train`, which takes a quarter of an hour.
 ADAPTER_ARGS ?= train.batch_size=128 train.steps=917 data.samples=12288 data.scenes.many_coloured_probability=0.35
-# It then continues three times, each time on new scenes, with many small steps.
-FURTHER_ARGS ?= optim.lr=2e-3 data.scenes.many_coloured_probability=0.35
+# It then continues four times, each time on new scenes, with many small steps; the last three results are averaged.
+FURTHER_ARGS ?= optim.lr=2e-3 data.scenes.many_coloured_probability=0.35 sample.ensemble=9
 # The last stage of both autoencoders trains only their decoders, by Muon; latents do not change.
 REFINE_ARGS ?= train.batch_size=16 train.steps=600 optim.lr=3e-3 optim.muon=true
 ship = cp $(1) $@.partial && mv $@.partial $@
@@ -69,7 +69,13 @@ $(TINY)/adapter.safetensors: | $(TINY)/transformer.safetensors $(TINY)/rgba_auto
 		train.steps=11000 data.samples=8192 $(ARGS) $(FURTHER_ARGS)
 	$(RUN) tools/train.py config=configs/tiny.yaml name=tiny_fourth adapter=runs/tiny_third/adapter.safetensors seed=3 \
 		train.steps=12000 data.samples=8192 $(ARGS) $(FURTHER_ARGS)
-	$(RUN) tools/export.py adapter=runs/tiny_fourth/adapter.safetensors format=adapter out=$@
+	$(RUN) tools/train.py config=configs/tiny.yaml name=tiny_fifth adapter=runs/tiny_fourth/adapter.safetensors seed=4 \
+		train.steps=12000 data.samples=8192 $(ARGS) $(FURTHER_ARGS)
+	$(RUN) tools/export.py \
+		adapter=runs/tiny_third/adapter.safetensors,runs/tiny_fourth/adapter.safetensors,runs/tiny_fifth/adapter.safetensors \
+		weights=0.2,0.35,0.45 rank=64 format=adapter out=runs/tiny_average.safetensors
+	$(RUN) tools/evaluate.py adapter=runs/tiny_average.safetensors out=runs/tiny_average
+	$(RUN) tools/export.py adapter=runs/tiny_average.safetensors figures=runs/tiny_average/metrics.json format=adapter out=$@
 
 decompose: OUT ?= layers
 decompose: .venv/installed $(if $(findstring psd,$(LAYERS)),.venv/installed-psd)  ## splits an image into layers: make decompose IMAGE=a.jpg MASK=a.png OUT=layers LAYERS=png,ora,psd
