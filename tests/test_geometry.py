@@ -66,6 +66,14 @@ def test_resize_is_antialiased() -> None:
     assert resize(stripes, (20, 20))[..., 2:-2].abs().max() < 0.05  # whole ratios would hit the stripes' mean anyway
 
 
+@pytest.mark.parametrize("size", [(20, 20), (150, 170)])
+def test_resized_images_stay_in_range(size: tuple[int, int]) -> None:
+    photograph = torch.ones(1, 3, 64, 64)
+    photograph[..., 21:40, 23:] = -1  # bicubic resizing overshoots beside the edges
+    resized = resize(photograph, size)
+    assert resized.min() == -1 and resized.max() == 1
+
+
 def test_shrink_mask_loses_no_part_of_a_mask() -> None:
     mask = torch.zeros(1, 1, 90, 70)
     for index in range(70):

@@ -26,11 +26,11 @@ def to_pixels(image: Tensor) -> NDArray[np.uint8]:
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """(..., C, H, W) -> (..., C, *size), bicubic with antialiasing; unchanged if it already has that size."""
+    """Images (..., C, H, W) in [-1, 1] -> (..., C, *size), bicubic with antialiasing; unchanged if they have that size."""
     if images.shape[-2:] == size:
         return images
     flat = images.reshape(-1, *images.shape[-3:])
-    resized = F.interpolate(flat, size, mode="bicubic", antialias=True)
+    resized = F.interpolate(flat, size, mode="bicubic", antialias=True).clamp(-1, 1)  # it overshoots at edges
     return resized.reshape(*images.shape[:-2], *size)
 
 
