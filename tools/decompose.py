@@ -22,7 +22,7 @@ from layerdecomp.cli import device_name, frozen_dtype, out_folder, run_command, 
 from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError, RunError
 from layerdecomp.imaging.layers import FORMATS, check_formats, read_pair
-from layerdecomp.manifest import REPOSITORY, adapter_file
+from layerdecomp.manifest import REPOSITORY, parts_sha256
 from layerdecomp.overrides import merge_config
 from layerdecomp.sampling import SampleConfig
 from layerdecomp.tensor_files import file_sha256
@@ -54,11 +54,11 @@ def main(arguments: list[str]) -> None:
     folders = any(Path(own[key]).is_dir() for key in ("image", "mask"))
     pairs = pair_up(Path(own["image"]), Path(own["mask"]), out) if folders else []
     inputs = None if folders else read_pair(own["image"], own["mask"])
-    device = device_name(own)
+    dtype = frozen_dtype(device := device_name(own))
     compiled, quantize = truth(own, "compile"), own["quantize"] or None
     depth = load_depth(own["depth"]) if own["depth"] else None
     files = {part: own[part] for part in PARTS if own[part]}
-    decomposer = Decomposer.from_pretrained(own["adapter"], frozen_dtype(device), device, quantize, **files).merge()
+    decomposer = Decomposer.from_pretrained(own["adapter"], dtype, device, quantize, **files).merge()
     if compiled:
         decomposer.transformer.compile_blocks()
     decomposer.sample = merge_config(Overrides(decomposer.sample), [], rest).sample
@@ -66,8 +66,8 @@ def main(arguments: list[str]) -> None:
         layers = decomposer.decompose(*inputs, seed=seed, depth=depth, progress=STEPS)
         print("wrote", ", ".join(name for one in formats for name in FORMATS[one]), "into", layers.save(out, formats))
         return
-    settings = {key: own[key] for key in ("quantize", "depth", "prompt")}
-    settings["adapter"] = file_sha256(adapter_file(own["adapter"]))
+    settings = {"quantize": own["quantize"], "precision": str(dtype), **parts_sha256(own["adapter"], **files)}
+    settings["depth"] = file_sha256(Path(own["depth"])) if own["depth"] else ""
     failed = decompose_folder(
         decomposer, pairs, out, settings, formats=formats, seed=seed, depth=depth, batch_size=batch_size, progress=STEPS
     )
