@@ -103,7 +103,7 @@ def open_adapter(path: str | Path, **files: str) -> tuple[Adapter, DecomposerCon
 
 
 def parts_sha256(path: str | Path, **files: str) -> dict[str, str]:
-    """Checksums by key of an adapter and of all frozen parts of its decomposer, "" without prompt; see `open_adapter`."""
+    """Checksums of an adapter and of its decomposer's frozen parts ("": no prompt); arguments as in `open_adapter`."""
     path = adapter_file(path)
     named = {"adapter": path, **vars(config_of(read_metadata(path), path, **files).weights)}
     return {name: file_sha256(Path(file)) if file else "" for name, file in named.items()}

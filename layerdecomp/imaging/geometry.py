@@ -26,7 +26,7 @@ def to_pixels(image: Tensor) -> NDArray[np.uint8]:
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images (..., C, H, W) in [-1, 1] -> (..., C, *size), bicubic with antialiasing; unchanged if they have that size."""
+    """(..., C, H, W) in [-1, 1] -> (..., C, *size), bicubic with antialiasing; unchanged if it has that size."""
     if images.shape[-2:] == size:
         return images
     flat = images.reshape(-1, *images.shape[-3:])
