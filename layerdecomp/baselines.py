@@ -11,7 +11,7 @@ from skimage.restoration import inpaint_biharmonic
 from torch import Tensor
 
 from layerdecomp.errors import InputError
-from layerdecomp.metrics.region import dilate
+from layerdecomp.imaging.geometry import dilate
 
 # Width of the trimap's unknown band along the mask's outline, as a fraction of the shorter side: wide enough for
 # imperfect masks (docs/results.md has others, measured on training scenes).

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -116,16 +117,19 @@ def decompose_folder(
     left.sort(key=lambda pair: pair.padded_size(decomposer.sample.max_side))  # fills batches with images of one size
     failed: list[str] = []
     done = len(pairs) - len(left)
-    with logging_redirect_tqdm(), tqdm(total=len(pairs), initial=done, desc="decompose", unit="image") as bar:
+    bar = tqdm(total=len(pairs), initial=done, desc="decompose", unit="image")
+    with logging_redirect_tqdm(), bar, ThreadPoolExecutor(max_workers=1) as writer:
+        saving: Iterator[Path] = iter(())  # the batch that is being written while the next one is drawn
         for start in range(0, len(left), batch_size):
             chunk = left[start : start + batch_size]
             read = {pair.stem: found for pair in chunk if (found := _read(decomposer, pair, depth))}
             failed += [pair.stem for pair in chunk if pair.stem not in read]
             bar.update(len(chunk) - len(read))
             for same in _by_size(read):
-                for stem, layers in _drawn(decomposer, same, seed, progress).items():
-                    layers.save(out / stem, formats)
-                    bar.update()
+                drawn = _drawn(decomposer, same, seed, progress)
+                bar.update(len([*saving]))  # waits, so that no more than two batches are in memory
+                saving = writer.map(lambda stem, layers: layers.save(out / stem, formats), drawn, drawn.values())
+        bar.update(len([*saving]))
     return failed
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from layerdecomp.imaging.compositing import on_checkerboard
-from layerdecomp.metrics.region import dilate
+from layerdecomp.imaging.geometry import dilate
 from layerdecomp.predictions import Prediction
 
 MAX_TILE = 256  # pixels; larger samples are downscaled

@@ -61,7 +61,8 @@ def read_adapters(
     metadata = {**adapter.metadata, "figures": "{}"}  # the recorded ones belong to another adapter
     if len(paths) > 1 or weights[0] != 1:
         shares = " + ".join(f"{share:g} x {path.name}" for path, share in zip(paths, weights, strict=True))
-        metadata = {key: text for key, text in metadata.items() if key not in TRAINING}  # the history tells them all
+        of_one = (*TRAINING, "continues")  # of the first adapter only; the history tells those of all
+        metadata = {key: text for key, text in metadata.items() if key not in of_one}
         metadata |= {"merged_from": shares, HISTORY: json.dumps(_joint_history(paths))}
     if rank is not None:
         changes, metadata["reduced"] = _reduce(changes, rank)

@@ -102,6 +102,13 @@ def open_adapter(path: str | Path, **files: str) -> tuple[Adapter, DecomposerCon
     return adapter, config_of(adapter.metadata, path, **files)
 
 
+def parts_sha256(path: str | Path, **files: str) -> dict[str, str]:
+    """Checksums of an adapter and of its decomposer's frozen parts ("": no prompt); arguments as in `open_adapter`."""
+    path = adapter_file(path)
+    named = {"adapter": path, **vars(config_of(read_metadata(path), path, **files).weights)}
+    return {name: file_sha256(Path(file)) if file else "" for name, file in named.items()}
+
+
 def config_of(metadata: Metadata, path: Path, **files: str) -> DecomposerConfig:
     """The decomposer config in the metadata of the adapter at `path`; see `open_adapter`."""
     config = DecomposerConfig()

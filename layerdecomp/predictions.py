@@ -73,7 +73,7 @@ class PredictionFolder:
         self._check_shape(path, values, size)
         self.resized.add(name)
         if layer == "background":
-            return resize(values, size).clamp(-1, 1)
+            return resize(values, size)
         return resize_straight(values, size)
 
     def _check_shape(self, path: Path, values: Tensor, size: tuple[int, int]) -> None:
@@ -90,7 +90,7 @@ def _read_foreground(path: Path, image: Tensor) -> Tensor:
     picture = open_picture(path, upright=True)
     if picture.mode in ("1", "L", "I", "F") or picture.mode.startswith("I;16"):
         alpha = (to_tensor(read_image(picture)[..., :1]) + 1) / 2
-        return torch.cat([resize(image.cpu(), (alpha.shape[-2], alpha.shape[-1])).clamp(-1, 1), alpha], dim=1)
+        return torch.cat([resize(image.cpu(), (alpha.shape[-2], alpha.shape[-1])), alpha], dim=1)
     if not picture.has_transparency_data:
         raise InputError(f"{path} has no alpha channel (its mode is {picture.mode}); expected RGBA, or a grey matte")
     return with_unit_alpha(to_tensor(np.asarray(to_srgb(picture).convert("RGBA"))))

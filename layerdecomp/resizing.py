@@ -40,7 +40,7 @@ def to_original_size(
     foreground = foreground[..., :height, :width].to(image.device)
     if (height, width) != full:
         foreground = resize_straight(foreground, full)
-    background = resize(background, full).clamp(-1, 1)
+    background = resize(background, full)
     hole = torch.maximum(batch["mask"], missed_object_mask(image, background, foreground))
     return keep_pixels(image, hole, background, sample), foreground
 

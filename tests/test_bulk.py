@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from layerdecomp.bulk import SETTINGS, decompose_folder, pair_up
 from layerdecomp.decomposer import SHA256_BY_SOURCE, Decomposer
 from layerdecomp.errors import InputError, RunError
-from layerdecomp.imaging.layers import Layers
+from layerdecomp.imaging.layers import FORMATS, Layers
 
 SIZES = {"a": (40, 56), "b": (24, 30), "c": (39, 50), "deep/d": (40, 56), "e": (33, 60)}  # all but b padded to 48 x 64
 ADAPTER = {"adapter": "a sum"}
@@ -69,16 +70,16 @@ def test_an_interrupted_run_resumes_and_other_settings_are_rejected(
 ) -> None:
     pairs, out, save = pair_up(*folders), folders[2], Layers.save
 
-    def interrupted(self: Layers, folder: Path, formats: object) -> Path:
-        if folder == out / "c":
-            raise KeyboardInterrupt
+    def full(self: Layers, folder: Path, formats: object) -> Path:
+        if folder in (out / "c", out / "deep" / "d"):
+            raise InputError(f"{folder} could not be written")
         return save(self, folder, formats)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(Layers, "save", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(Layers, "save", full)
+        with pytest.raises(InputError, match="c could not be written"):
             decompose_folder(tiny_decomposer, pairs, out, ADAPTER, batch_size=2)
-    assert drawn == [1, 1, 2] and not (out / "c").exists()
+    assert drawn == [1, 1, 2, 1] and not (out / "c").exists() and not (out / "e").exists()
     drawn.clear()
     assert decompose_folder(tiny_decomposer, pairs, out, ADAPTER, batch_size=2) == []
     assert drawn == [2, 1]
@@ -102,6 +103,41 @@ def test_an_interrupted_run_resumes_and_other_settings_are_rejected(
         shutil.rmtree((out / pair.stem), ignore_errors=True)
     decompose_folder(tiny_decomposer, pairs[:1], out, ADAPTER, seed=1)  # no layers made with seed 0 are left
     assert json.loads((out / SETTINGS).read_text())["seed"] == 1
+
+
+def test_files_are_written_while_the_next_image_is_drawn(
+    tiny_decomposer: Decomposer, folders: tuple[Path, Path, Path], drawn: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second, draw, save = Event(), Decomposer.draw, Layers.save
+
+    def interrupted(self: Decomposer, *args: object) -> object:
+        if len(drawn) == 1:
+            second.set()
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return draw(self, *args)  # type: ignore[arg-type]
+
+    def late(self: Layers, folder: Path, formats: object) -> Path:
+        assert second.wait(10), "the second image is drawn after the first is written"
+        return save(self, folder, formats)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Decomposer, "draw", interrupted)
+    monkeypatch.setattr(Layers, "save", late)
+    with pytest.raises(KeyboardInterrupt):
+        decompose_folder(tiny_decomposer, pair_up(*folders), folders[2], ADAPTER)
+    written = {path.relative_to(folders[2]).as_posix() for path in folders[2].rglob("*.*")}
+    assert written == {SETTINGS, *(f"{stem}/{name}" for stem in "ab" for name in FORMATS["png"])}
+
+
+def test_a_full_disk_is_reported_for_the_last_image_too(
+    tiny_decomposer: Decomposer, folders: tuple[Path, Path, Path], drawn: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Layers, folder: Path, formats: object) -> Path:
+        raise InputError(f"{folder} could not be written")
+
+    monkeypatch.setattr(Layers, "save", full)
+    with pytest.raises(InputError, match="a could not be written"):
+        decompose_folder(tiny_decomposer, pair_up(*folders)[:1], folders[2], ADAPTER)
 
 
 def test_bad_images_are_skipped_and_the_others_decomposed(

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import maximum_filter, uniform_filter
 
 from layerdecomp.imaging.geometry import (
+    dilate,
     fitted_size,
     grow_and_feather,
     pad_to_multiple,
@@ -66,6 +68,14 @@ def test_resize_is_antialiased() -> None:
     assert resize(stripes, (20, 20))[..., 2:-2].abs().max() < 0.05  # whole ratios would hit the stripes' mean anyway
 
 
+@pytest.mark.parametrize("size", [(20, 20), (150, 170)])
+def test_resized_images_stay_in_range(size: tuple[int, int]) -> None:
+    photograph = torch.ones(1, 3, 64, 64)
+    photograph[..., 21:40, 23:] = -1  # bicubic resizing overshoots beside the edges
+    resized = resize(photograph, size)
+    assert resized.min() == -1 and resized.max() == 1
+
+
 def test_shrink_mask_loses_no_part_of_a_mask() -> None:
     mask = torch.zeros(1, 1, 90, 70)
     for index in range(70):
@@ -78,6 +88,18 @@ def test_shrink_mask_loses_no_part_of_a_mask() -> None:
 def _disc(size: tuple[int, int], radius: float) -> torch.Tensor:
     rows, columns = torch.meshgrid(*(torch.arange(side) - side // 2 for side in size), indexing="ij")
     return (torch.hypot(rows.float(), columns.float()) <= radius).float()[None, None]
+
+
+def test_dilation_and_feathering_equal_scipy() -> None:
+    rng = np.random.default_rng(0)
+    for height, width, radius in ((1, 1, 3), (1, 40, 2), (9, 7, 12), (61, 90, 0), (80, 53, 6), (300, 2000, 41)):
+        masks = rng.random((2, 1, height, width)) < 1.5 / (2 * radius + 1) ** 2  # a square has about one pixel
+        square = (1, 1, 2 * radius + 1, 2 * radius + 1)
+        wide = maximum_filter(masks, square)
+        np.testing.assert_array_equal(dilate(torch.from_numpy(masks), radius).numpy(), wide)
+        faded = uniform_filter(wide.astype(float), square, mode="nearest")
+        share = grow_and_feather(torch.from_numpy(masks).float(), 0, radius / max(height, width))
+        np.testing.assert_allclose(share.numpy(), np.where(masks, 1, faded), rtol=0, atol=1e-6)
 
 
 def test_grow_and_feather_grows_the_mask_then_fades() -> None:

@@ -28,7 +28,7 @@ from layerdecomp.metrics.layers import (
     sums,
 )
 from layerdecomp.metrics.perceptual import LPIPS
-from layerdecomp.metrics.region import dilate, mean_over, paste, select
+from layerdecomp.metrics.region import mean_over, paste, select
 
 SIZE = 32
 
@@ -433,7 +433,7 @@ def test_recomposition_ignores_the_soft_edge_of_occluders():
     assert (recomposition.psnr(rgba, rgb, image, occluder=occluder) > 99).all()
 
 
-def test_mean_over_and_dilate_handle_regions():
+def test_mean_over_handles_regions():
     values = torch.stack([torch.ones(2, 4), 3 * torch.ones(2, 4)])[None].repeat(2, 1, 1, 1)
     region = torch.zeros(2, 1, 2, 4, dtype=torch.bool)
     region[0, :, 0] = True
@@ -441,11 +441,6 @@ def test_mean_over_and_dilate_handle_regions():
     mean, empty = mean_over(values, region)
     assert mean == 2
     assert empty.isnan()
-    point = torch.zeros(1, 1, 9, 9, dtype=torch.bool)
-    point[..., 1, 4] = True
-    grown = torch.zeros_like(point)
-    grown[..., 0:4, 2:7] = True
-    assert torch.equal(dilate(point, 2), grown)
 
 
 def test_perfect_layers_have_perfect_values():

@@ -15,6 +15,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from conftest import TRANSFORMER
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -25,8 +26,8 @@ from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError, RunError
 from layerdecomp.overrides import merge_config, read_yaml
 from layerdecomp.tables import format_published
-from layerdecomp.tensor_files import read_metadata
-from layerdecomp.weights import Adapter
+from layerdecomp.tensor_files import file_sha256, read_metadata
+from layerdecomp.weights import REFINES, Adapter
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -140,6 +141,41 @@ def test_decompose_processes_folders(
     assert all((out / stem / "layers.ora").is_file() for stem in ("one", "two"))
     settings = json.loads((out / "settings.json").read_text())
     assert settings["max_side"] == 32 and settings["steps"] == 1 and len(settings["adapter"]) == 64
+
+
+@pytest.mark.parametrize("part", ["rgba_autoencoder", "prompt", "depth", "precision"])
+def test_decompose_does_not_mix_models_in_a_folder(
+    tiny_weights: Path,
+    tmp_path: Path,
+    pictures: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fails: Fails,
+    part: str,
+) -> None:
+    def write(value: float) -> None:
+        """A refined autoencoder, or a prompt embedding, under the same name."""
+        original = tiny_weights / "rgba_autoencoder.safetensors"
+        tensors, metadata = load_file(original), {**read_metadata(original), REFINES: file_sha256(original)}
+        if part != "rgba_autoencoder":
+            tensors = {"txt": torch.ones(1, TRANSFORMER.context_in_dim), "vec": torch.ones(TRANSFORMER.vec_in_dim)}
+        save_file({name: value * tensor for name, tensor in tensors.items()}, "other.safetensors", metadata)
+        file_sha256.cache_clear()
+
+    monkeypatch.setattr(TOOLS["decompose"], "load_depth", lambda path: None)
+    for folder, source in (("images", "a.png"), ("masks", "m.png")):
+        (tmp_path / folder).mkdir()
+        shutil.copy(tmp_path / source, tmp_path / folder / "one.png")
+    arguments = [f"adapter={tiny_weights / 'adapter.safetensors'}", "image=images", "mask=masks", "steps=1"]
+    arguments += [] if part == "precision" else [f"{part}=other.safetensors"]
+    write(0.5)
+    run_command(TOOLS["decompose"].main, arguments)
+    capsys.readouterr()
+    if part == "precision":
+        monkeypatch.setattr(TOOLS["decompose"], "frozen_dtype", lambda device: torch.bfloat16)
+    else:
+        write(0.6)
+    assert f"settings.json: existing files were made with {part}=" in fails("decompose", *arguments)
 
 
 def test_decompose_loads_a_published_folder_and_writes_layered_files(

@@ -22,10 +22,10 @@ from layerdecomp.cli import device_name, out_folder, run_command, take, truth, w
 from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError, RunError
 from layerdecomp.imaging.layers import FORMATS, check_formats, read_pair
-from layerdecomp.manifest import REPOSITORY, adapter_file
+from layerdecomp.manifest import REPOSITORY, parts_sha256
 from layerdecomp.overrides import merge_config
 from layerdecomp.sampling import SampleConfig
-from layerdecomp.tensor_files import file_sha256
+from layerdecomp.tensor_files import file_sha256, frozen_dtype
 from layerdecomp.weights import load_depth
 
 PARTS = ("transformer", "autoencoder", "rgba_autoencoder", "prompt")
@@ -66,8 +66,9 @@ def main(arguments: list[str]) -> None:
         layers = decomposer.decompose(*inputs, seed=seed, depth=depth, progress=STEPS)
         print("wrote", ", ".join(name for one in formats for name in FORMATS[one]), "into", layers.save(out, formats))
         return
-    settings = {key: own[key] for key in ("quantize", "depth", "prompt")}
-    settings["adapter"] = file_sha256(adapter_file(own["adapter"]))
+    settings = {"quantize": own["quantize"], **parts_sha256(own["adapter"], **files)}
+    settings["precision"] = str(frozen_dtype(device))
+    settings["depth"] = file_sha256(Path(own["depth"])) if own["depth"] else ""
     failed = decompose_folder(
         decomposer, pairs, out, settings, formats=formats, seed=seed, depth=depth, batch_size=batch_size, progress=STEPS
     )

@@ -26,11 +26,11 @@ def to_pixels(image: Tensor) -> NDArray[np.uint8]:
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """(..., C, H, W) -> (..., C, *size), bicubic with antialiasing; unchanged if it already has that size."""
+    """(..., C, H, W) in [-1, 1] -> (..., C, *size), bicubic with antialiasing; unchanged if it has that size."""
     if images.shape[-2:] == size:
         return images
     flat = images.reshape(-1, *images.shape[-3:])
-    resized = F.interpolate(flat, size, mode="bicubic", antialias=True)
+    resized = F.interpolate(flat, size, mode="bicubic", antialias=True).clamp(-1, 1)  # it overshoots at edges
     return resized.reshape(*images.shape[:-2], *size)
 
 
@@ -66,17 +66,26 @@ def grow_and_feather(mask: Tensor, grow: float, feather: float) -> Tensor:
     The widths `grow` and `feather` (half of the fade) are fractions of the longer side.
     """
     longer = max(mask.shape[-2:])
-    wide = _dilate(mask, round(grow * longer))
+    wide = dilate(mask, round(grow * longer))
     reach = round(feather * longer)
-    if reach == 0:
-        return wide
-    wider = _dilate(wide, reach)  # so that the fade lies outside the grown mask
-    padded = F.pad(wider, (reach,) * 4, mode="replicate")
-    faded = F.avg_pool2d(F.avg_pool2d(padded, (2 * reach + 1, 1), 1), (1, 2 * reach + 1), 1)
-    return torch.maximum(faded.clamp(0, 1), wide)
+    wider = dilate(wide, reach)  # so that the fade lies outside the grown mask
+    faded = _box_sum(wider, reach) / (2 * reach + 1) ** 2
+    return torch.where(wide, 1, faded)
 
 
-def _dilate(mask: Tensor, radius: int) -> Tensor:
-    """Dilation by a square, separable: the cost is linear in the radius."""
-    rows = F.max_pool2d(mask, (2 * radius + 1, 1), 1, (radius, 0))
-    return F.max_pool2d(rows, (1, 2 * radius + 1), 1, (0, radius))
+def dilate(mask: Tensor, radius: int) -> Tensor:
+    """Dilates a mask (B, 1, H, W) by a square of `radius` pixels in every direction; bool."""
+    return _box_sum(mask, radius) > 0
+
+
+def _box_sum(mask: Tensor, radius: int) -> Tensor:
+    """How many pixels of each square of 2 radius + 1 are 1, at a cost that does not depend on the radius.
+
+    The border's values continue beyond it. Counts are integers: exact, and summed deterministically on a GPU.
+    """
+    for axis in (-2, -1):
+        length = mask.shape[axis]
+        places = torch.arange(-radius - 1, length + radius, device=mask.device).clamp(0, length - 1)
+        total = mask.index_select(axis, places).cumsum(axis, dtype=torch.int32)
+        mask = total.narrow(axis, 2 * radius + 1, length) - total.narrow(axis, 0, length)
+    return mask

@@ -12,7 +12,8 @@ from skimage.measure import label
 from torch import Tensor
 from torch.nn import functional as F
 
-from layerdecomp.metrics.region import dilate, mean_over, weighted
+from layerdecomp.imaging.geometry import dilate
+from layerdecomp.metrics.region import mean_over, weighted
 
 OPAQUE = 0.5  # alpha above which a pixel belongs to an object
 VISIBLE = 0.05  # smallest visible alpha, or change of alpha

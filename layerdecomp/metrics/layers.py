@@ -182,7 +182,7 @@ def _scaled(layer: Tensor, size: tuple[int, int]) -> Tensor:
         return F.interpolate(layer, size, mode="bilinear", antialias=True)
     if layer.shape[1] == 4:
         return resize_straight(layer, size)
-    return resize(layer, size).clamp(-1, 1)
+    return resize(layer, size)
 
 
 def _check(rgb: Layer, rgba: Layer, batch: Mapping[str, Tensor]) -> None:

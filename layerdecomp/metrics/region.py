@@ -1,10 +1,9 @@
-"""Regions of an image: selection, means over a region, dilation."""
+"""Regions of an image: selection, means over a region."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 REGIONS = ("full", "mask", "outside")
 
@@ -43,8 +42,3 @@ def weighted(values: Tensor, weights: Sequence[float], dim: int) -> Tensor:
     for start, weight in enumerate(weights):
         total.add_(values.narrow(dim, start, length), alpha=weight)
     return total
-
-
-def dilate(region: Tensor, radius: int) -> Tensor:
-    """Dilate a region (B, 1, H, W) bool by a square of ``radius`` pixels in every direction."""
-    return F.max_pool2d(region.float(), 2 * radius + 1, stride=1, padding=radius) > 0.5
