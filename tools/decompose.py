@@ -66,9 +66,8 @@ def main(arguments: list[str]) -> None:
         layers = decomposer.decompose(*inputs, seed=seed, depth=depth, progress=STEPS)
         print("wrote", ", ".join(name for one in formats for name in FORMATS[one]), "into", layers.save(out, formats))
         return
-    settings = {"quantize": own["quantize"], **parts_sha256(own["adapter"], **files)}
-    settings["precision"] = str(frozen_dtype(device))
-    settings["depth"] = file_sha256(Path(own["depth"])) if own["depth"] else ""
+    settings = {"quantize": own["quantize"], "precision": str(frozen_dtype(device))}
+    settings |= {**parts_sha256(own["adapter"], **files), "depth": own["depth"] and file_sha256(Path(own["depth"]))}
     failed = decompose_folder(
         decomposer, pairs, out, settings, formats=formats, seed=seed, depth=depth, batch_size=batch_size, progress=STEPS
     )
