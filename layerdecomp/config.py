@@ -282,11 +282,13 @@ def changed_keys(config: RunConfig, path: Path) -> dict[str, str]:
     now = dotted(asdict(config))
     saved = dotted(OmegaConf.to_container(read_yaml(path)))
     before = dotted(asdict(type(config)())) | saved
-    free = set(RESUMABLE) | {key for key in (*before, *now) if key.startswith("evaluate.")}
-    if _product(before) == _product(now):
-        free |= SPREAD
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in free)
-    return {key: f"{before.get(key, 'absent')} then, {now.get(key, 'absent')} now" for key in changed}
+    free = RESUMABLE | SPREAD if _product(before) == _product(now) else RESUMABLE
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    return {
+        key: f"{before.get(key, 'absent')} then, {now.get(key, 'absent')} now"
+        for key in changed
+        if key not in free and not key.startswith("evaluate.")
+    }
 
 
 def _product(flat: dict[str, Any]) -> int:
