@@ -36,19 +36,19 @@ train: .venv/installed  ## adapts the tiny base: make train CONFIG=configs/flux_
 # The whole chain from scratch. Stages whose weights exist are skipped, unfinished ones are resumed. ARGS apply to every
 # stage; AUTOENCODER_ARGS, INPAINTER_ARGS, RGBA_ARGS, REFINE_ARGS, ADAPTER_ARGS and FURTHER_ARGS to one kind each.
 TINY := checkpoints/tiny
-# The shipped adapter is trained on more samples than the default one of `make train`, which takes a quarter of an hour.
-ADAPTER_ARGS ?= train.batch_size=128 train.steps=917 data.samples=12288 data.scenes.many_coloured_probability=0.35
-# It then continues four times, each time on new scenes, with many small steps; the last three results are averaged.
-FURTHER_ARGS ?= optim.lr=2e-3 data.scenes.many_coloured_probability=0.35 sample.ensemble=9
 # The last stage of both autoencoders trains only their decoders, by Muon; latents do not change.
-REFINE_ARGS ?= train.batch_size=16 train.steps=600 optim.lr=3e-3 optim.muon=true
+REFINE := train.batch_size=16 train.steps=600 optim.lr=3e-3 optim.muon=true
+# The shipped adapter is trained on more samples than the default one of `make train`, which takes a quarter of an hour.
+FIRST := train.batch_size=128 train.steps=917 data.samples=12288 data.scenes.many_coloured_probability=0.35
+# It then continues four times, each time on new scenes, with many small steps; the last three results are averaged.
+FURTHER := optim.lr=2e-3 data.scenes.many_coloured_probability=0.35 sample.ensemble=9
 ship = cp $(1) $@.partial && mv $@.partial $@
 tiny: $(TINY)/adapter.safetensors  ## trains the tiny base, its autoencoders and its adapter from scratch
 
 $(TINY)/autoencoder.safetensors: | .venv/installed
 	$(RUN) tools/train.py config=configs/tiny_autoencoder.yaml $(ARGS) $(AUTOENCODER_ARGS)
 	$(RUN) tools/train.py config=configs/tiny_autoencoder.yaml name=tiny_autoencoder_refined \
-		refine=runs/tiny_autoencoder/autoencoder.safetensors noise=0.05 $(ARGS) $(REFINE_ARGS)
+		refine=runs/tiny_autoencoder/autoencoder.safetensors noise=0.05 $(REFINE) $(ARGS) $(REFINE_ARGS)
 	$(call ship,runs/tiny_autoencoder_refined/autoencoder.safetensors)
 
 $(TINY)/transformer.safetensors: | $(TINY)/autoencoder.safetensors
@@ -58,19 +58,19 @@ $(TINY)/transformer.safetensors: | $(TINY)/autoencoder.safetensors
 $(TINY)/rgba_autoencoder.safetensors: | $(TINY)/autoencoder.safetensors
 	$(RUN) tools/train.py config=configs/tiny_rgba_autoencoder.yaml $(ARGS) $(RGBA_ARGS)
 	$(RUN) tools/train.py config=configs/tiny_rgba_autoencoder.yaml name=tiny_rgba_autoencoder_refined extend=null \
-		refine=runs/tiny_rgba_autoencoder/autoencoder.safetensors noise=0.2 $(ARGS) $(REFINE_ARGS)
+		refine=runs/tiny_rgba_autoencoder/autoencoder.safetensors noise=0.2 $(REFINE) $(ARGS) $(REFINE_ARGS)
 	$(call ship,runs/tiny_rgba_autoencoder_refined/autoencoder.safetensors)
 
 $(TINY)/adapter.safetensors: | $(TINY)/transformer.safetensors $(TINY)/rgba_autoencoder.safetensors
-	$(RUN) tools/train.py config=configs/tiny.yaml name=tiny_first $(ARGS) $(ADAPTER_ARGS)
+	$(RUN) tools/train.py config=configs/tiny.yaml name=tiny_first $(FIRST) $(ARGS) $(ADAPTER_ARGS)
 	$(RUN) tools/train.py config=configs/tiny.yaml name=tiny_further adapter=runs/tiny_first/adapter.safetensors seed=1 \
-		train.steps=9000 data.samples=12288 $(ARGS) $(FURTHER_ARGS)
+		train.steps=9000 data.samples=12288 $(FURTHER) $(ARGS) $(FURTHER_ARGS)
 	$(RUN) tools/train.py config=configs/tiny.yaml name=tiny_third adapter=runs/tiny_further/adapter.safetensors seed=2 \
-		train.steps=11000 data.samples=8192 $(ARGS) $(FURTHER_ARGS)
+		train.steps=11000 data.samples=8192 $(FURTHER) $(ARGS) $(FURTHER_ARGS)
 	$(RUN) tools/train.py config=configs/tiny.yaml name=tiny_fourth adapter=runs/tiny_third/adapter.safetensors seed=3 \
-		train.steps=12000 data.samples=8192 $(ARGS) $(FURTHER_ARGS)
+		train.steps=12000 data.samples=8192 $(FURTHER) $(ARGS) $(FURTHER_ARGS)
 	$(RUN) tools/train.py config=configs/tiny.yaml name=tiny_fifth adapter=runs/tiny_fourth/adapter.safetensors seed=4 \
-		train.steps=12000 data.samples=8192 $(ARGS) $(FURTHER_ARGS)
+		train.steps=12000 data.samples=8192 $(FURTHER) $(ARGS) $(FURTHER_ARGS)
 	$(RUN) tools/export.py \
 		adapter=runs/tiny_third/adapter.safetensors,runs/tiny_fourth/adapter.safetensors,runs/tiny_fifth/adapter.safetensors \
 		weights=0.2,0.35,0.45 rank=64 format=adapter out=runs/tiny_average.safetensors
