@@ -281,16 +281,26 @@ def _sum(first: Change, second: Change) -> Change:
     return Change(torch.cat([first.a, second.a]), torch.cat([first.b, second.b], dim=1), bias=bias)
 
 
-def average(parts: Sequence[tuple[Tensors, float]]) -> Tensors:
-    """The weighted mean of tensors that are not changes of a base; `InputError` unless names and shapes agree."""
+def add_whole(parts: Sequence[tuple[Tensors, float]], base: Mapping[str, Tensor]) -> Tensors:
+    """The weighted sum of the base's layers that are trained in full, as changes; of other tensors, the weighted mean.
+
+    Raises:
+        InputError: names or shapes differ, or the weights have no mean.
+    """
     (first, _), *others = parts
     shapes = {name: tensor.shape for name, tensor in first.items()}
     if any({name: tensor.shape for name, tensor in tensors.items()} != shapes for tensors, _ in others):
-        raise InputError("the adapters' fusion modules differ in size; expected adapters of one fusion config")
+        raise InputError("the adapters' tensors besides LoRA differ in name or size; expected adapters of one model")
     whole = sum(share for _, share in parts)
-    if whole == 0:
+    if whole == 0 and first.keys() - base.keys():
         raise InputError("weights= sum up to 0; expected a non-zero sum, since the fusion modules are averaged")
-    return {name: torch.stack([share / whole * t[name].float() for t, share in parts]).sum(0) for name in first}
+
+    def weighted(name: str, whole: float) -> Tensor:
+        return torch.stack([share / whole * tensors[name].float() for tensors, share in parts]).sum(0)
+
+    return {
+        name: weighted(name, 1) + (1 - whole) * base[name] if name in base else weighted(name, whole) for name in first
+    }
 
 
 def reduce_rank(changes: Changes, rank: int) -> tuple[Changes, dict[str, float]]:

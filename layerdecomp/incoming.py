@@ -1,9 +1,10 @@
 """Adapters read from files: this package's own, LoRA files in other layouts, and sums of several."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,12 +16,13 @@ from layerdecomp.adapters import (
     Tensors,
     adapter_from_changes,
     add_changes,
-    average,
+    add_whole,
     changes_from_adapter,
     peft_alphas,
     reduce_rank,
 )
 from layerdecomp.errors import InputError
+from layerdecomp.inpainting import Prompt
 from layerdecomp.manifest import (
     REPOSITORY,
     DecomposerConfig,
@@ -33,7 +35,16 @@ from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig
 from layerdecomp.models.mmdit import MMDiT
 from layerdecomp.tensor_files import Metadata, open_safetensors, read_metadata
-from layerdecomp.weights import HISTORY, TRAINING, Adapter, empty_mmdit, find_weights, history, open_state
+from layerdecomp.weights import (
+    HISTORY,
+    TRAINING,
+    Adapter,
+    empty_mmdit,
+    find_weights,
+    history,
+    latents_sha256,
+    open_state,
+)
 
 
 def read_adapters(
@@ -50,14 +61,17 @@ def read_adapters(
         return adapter, config
     _, base = frozen_input(config)
     taken = []
+    expected = _shared(adapter, config)
     for path, (other, other_config) in zip(paths, read, strict=True):
-        if other.metadata["base_sha256"] != adapter.metadata["base_sha256"] or other_config.fusion != config.fusion:
+        if differing := [what for what, value in _shared(other, other_config).items() if value != expected[what]]:
             raise InputError(
-                f"{path} differs from {paths[0]} in base or fusion; expected adapters of one base and fusion config"
+                f"{path} differs from {paths[0]} in its {', '.join(differing)}; expected adapters with the same frozen "
+                "parts and settings"
             )
         taken.append(changes_from_adapter(other.tensors, other_config.lora, base))
     changes = add_changes([(changes, share) for (changes, _), share in zip(taken, weights, strict=True)])
-    rest = average([(rest, share) for (_, rest), share in zip(taken, weights, strict=True)]) if taken[0][1] else {}
+    whole = [(rest, share) for (_, rest), share in zip(taken, weights, strict=True)]
+    rest = add_whole(whole, _frozen_tensors(config, whole[0][0]))
     metadata = {**adapter.metadata, "figures": "{}"}  # the recorded ones belong to another adapter
     if len(paths) > 1 or weights[0] != 1:
         shares = " + ".join(f"{share:g} x {path.name}" for path, share in zip(paths, weights, strict=True))
@@ -67,6 +81,18 @@ def read_adapters(
     if rank is not None:
         changes, metadata["reduced"] = _reduce(changes, rank)
     return _adapter(changes, rest, base, config, metadata), config
+
+
+def _shared(adapter: Adapter, config: DecomposerConfig) -> dict[str, Any]:
+    """What adapters must have in common to be summed."""
+    return {
+        "base": adapter.metadata["base_sha256"],
+        "autoencoder": latents_sha256(Path(config.weights.autoencoder)),
+        "RGBA autoencoder": latents_sha256(Path(config.weights.rgba_autoencoder)),
+        "prompt": adapter.metadata.get("prompt_sha256"),
+        "fusion": config.fusion,
+        "conditioning": config.conditioning,
+    }
 
 
 def _joint_history(paths: Sequence[Path]) -> list[dict[str, str]]:
@@ -134,6 +160,7 @@ def read_adapter(path: Path, files: dict[str, str]) -> tuple[Adapter, Decomposer
             f"{', '.join(sorted(tensors)[:10])}; expected LoRA pairs in {layout} layout"
         )
     _check_widths(path, changes, model)
+    Prompt.load(config.weights.prompt, model)  # reports a missing one
     rest = _read_extras(path, changes, base, config.fusion.enabled)
     metadata = {key: text for key, text in metadata.items() if key not in ("format", "lora_adapter_metadata")}
     return _adapter(changes, rest, base, config, metadata), config
@@ -177,10 +204,16 @@ def _read_extras(path: Path, changes: Changes, base: Tensors, needed: bool) -> T
 
 def frozen_input(config: DecomposerConfig) -> tuple[MMDiT, Tensors]:
     """The frozen transformer on the meta device, and its input projection in float32."""
+    model, _ = empty_mmdit(config.weights.transformer)
+    return model, _frozen_tensors(config, [f"{INPUT}.weight", f"{INPUT}.bias"])
+
+
+def _frozen_tensors(config: DecomposerConfig, names: Iterable[str]) -> Tensors:
+    """The frozen transformer's tensors of these names, in float32; names that it lacks are left out."""
     path = config.weights.transformer
     model, layout = empty_mmdit(path)
     read = open_state(model, path, layout=layout)
-    return model, {f"{INPUT}.{kind}": read[f"{INPUT}.{kind}"]().float() for kind in ("weight", "bias")}
+    return {name: read[name]().float() for name in names if name in read}
 
 
 def extras_path(path: Path) -> Path:

@@ -18,11 +18,12 @@ from layerdecomp.conditioning import (
     position_ids,
     unpack,
 )
+from layerdecomp.errors import InputError
 from layerdecomp.flow import FlowConfig, seeded_normal
 from layerdecomp.models.autoencoder import Autoencoder
 from layerdecomp.models.blocks import autocast_device
 from layerdecomp.models.lora import without_lora
-from layerdecomp.models.mmdit import MMDiT
+from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.sampling import SampleConfig, euler, schedule
 from layerdecomp.tensor_files import open_safetensors
 from layerdecomp.weights import check_keys
@@ -56,8 +57,18 @@ class Prompt(nn.Module):
 
     @classmethod
     def load(cls, path: str | None, transformer: MMDiT) -> "Prompt":
-        """Loads a safetensors file with the tensors txt and vec; without a path, the embedding is zero."""
+        """Loads a safetensors file with the tensors txt and vec; without a path, the embedding is zero.
+
+        Raises:
+            InputError: the file cannot be read or does not fit, or there is none and the transformer is FLUX's.
+        """
         config = transformer.config
+        if path is None and config == MMDiTConfig():
+            raise InputError(
+                "there is no prompt, but the transformer is FLUX.1-Fill-dev's; expected weights.prompt= "
+                "(of tools/export.py: prompt=) to name the file that make embed-prompt writes, "
+                "checkpoints/flux1-fill-dev/prompt.safetensors"
+            )
         if path is None:
             return cls(torch.zeros(1, config.context_in_dim), torch.zeros(config.vec_in_dim))
         with open_safetensors(path) as file:

@@ -309,7 +309,9 @@ class Adapter:
         """Reads an adapter file; `InputError` if it is not one, or of a format unknown to this version."""
         metadata = read_metadata(path)
         if "lora" not in metadata or "weights" not in metadata:
-            raise InputError(f"{path} is not an adapter: its metadata lack lora or weights")
+            foreign = any(".lora_" in name for name in TensorFile(path).shapes)
+            hint = "; expected names of a foreign LoRA to start with transformer. or lora_unet_" if foreign else ""
+            raise InputError(f"{path} is not an adapter: its metadata lack lora or weights{hint}")
         if metadata.get("format_version") != FORMAT_VERSION:
             found = metadata.get("format_version")
             raise InputError(f"{path}: adapter format {found}, expected {FORMAT_VERSION}; update layerdecomp")

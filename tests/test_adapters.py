@@ -17,7 +17,7 @@ from layerdecomp.adapters import (
     Changes,
     adapter_from_changes,
     add_changes,
-    average,
+    add_whole,
     changes_from_adapter,
     from_diffusers,
     peft_settings,
@@ -215,17 +215,22 @@ def test_sums_of_bf16_are_not_rounded_before_they_are_written() -> None:
     total = add_changes([(half, 0.7), (half, 0.3)])
     for name, change in half.items():
         torch.testing.assert_close(total[name].weight, change.weight, rtol=1e-5, atol=1e-6)
-    mean = average([({"x": torch.tensor([1.0]).bfloat16()}, 0.7), ({"x": torch.tensor([3.0]).bfloat16()}, 0.3)])
+    mean = add_whole([({"x": torch.tensor([1.0]).bfloat16()}, 0.7), ({"x": torch.tensor([3.0]).bfloat16()}, 0.3)], {})
     assert mean["x"].item() == pytest.approx(1.6, rel=1e-6)
 
 
-def test_averages_are_weighted_and_reject_zero_weight_sums_and_mismatched_sizes() -> None:
+def test_new_tensors_are_averaged_and_those_of_the_base_change_by_a_sum() -> None:
     first, second = {"x": torch.tensor([1.0, 2.0])}, {"x": torch.tensor([3.0, 6.0])}
-    assert average([(first, 3.0), (second, 1.0)])["x"].tolist() == [1.5, 3.0]
+    assert add_whole([(first, 3.0), (second, 1.0)], {})["x"].tolist() == [1.5, 3.0]
+    base = {"x": torch.tensor([1.0, 1.0]), "y": torch.ones(1)}
+    assert add_whole([(first, 3.0), (second, -1.0)], base)["x"].tolist() == [-1.0, -1.0]
+    assert add_whole([(first, 1.0), (second, -1.0)], base)["x"].tolist() == [-1.0, -3.0]
     with pytest.raises(InputError, match="sum up to 0"):
-        average([(first, 1.0), (second, -1.0)])
-    with pytest.raises(InputError, match="differ in size"):
-        average([(first, 1.0), ({"x": torch.ones(3)}, 1.0)])
+        add_whole([(first, 1.0), (second, -1.0)], {})
+    with pytest.raises(InputError, match="differ in name or size"):
+        add_whole([(first, 1.0), ({"x": torch.ones(3)}, 1.0)], {})
+    with pytest.raises(InputError, match="differ in name or size"):
+        add_whole([({}, 1.0), (first, 1.0)], base)
 
 
 def test_rank_reduction_gives_the_best_approximation_and_reports_its_error() -> None:

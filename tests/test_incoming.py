@@ -3,10 +3,12 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from conftest import fill
 from reference import output_error, same_tensors
 from safetensors.torch import load_file, save_file
 
@@ -16,10 +18,11 @@ from layerdecomp.decomposer import Decomposer, build_decomposer
 from layerdecomp.errors import InputError
 from layerdecomp.export import export
 from layerdecomp.incoming import frozen_input, read_adapter
+from layerdecomp.inpainting import Prompt
 from layerdecomp.manifest import DecomposerConfig
 from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig, merge_lora
-from layerdecomp.models.mmdit import MMDiT
+from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.tensor_files import file_sha256, read_metadata
 from layerdecomp.weights import Adapter, history, load_mmdit
 
@@ -224,7 +227,7 @@ def test_adapters_with_different_fusion_are_not_summed(
     config = replace(tiny_config, fusion=ContextFusionConfig(enabled=False))
     build_decomposer(config).adapter(config.to_metadata()).save(tmp_path / "other.safetensors")
     files = [tiny_weights / "adapter.safetensors", tmp_path / "other.safetensors"]
-    with pytest.raises(InputError, match="other.safetensors differs from .* in base or fusion"):
+    with pytest.raises(InputError, match="other.safetensors differs from .* in its fusion;"):
         export(files, "import", tmp_path / "sum.safetensors")
 
 
@@ -238,5 +241,49 @@ def test_adapters_of_different_bases_are_not_summed(
     named = json.dumps({**json.loads(first.metadata["weights"]), "transformer": str(base)})
     metadata = {**first.metadata, "weights": named, "base_sha256": file_sha256(base)}
     Adapter(first.tensors, metadata).save(tmp_path / "other.safetensors")
-    with pytest.raises(InputError, match="other.safetensors differs from .* in base or fusion"):
+    with pytest.raises(InputError, match="other.safetensors differs from .* in its base;"):
         export([adapter_file, tmp_path / "other.safetensors"], "import", tmp_path / "sum.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "differing"),
+    [
+        ({"conditioning": '{"foreground": false}'}, "conditioning"),
+        ({"prompt_sha256": "0" * 64}, "prompt"),
+    ],
+)
+def test_adapters_with_other_inputs_are_not_summed(
+    adapter_file: Path, tmp_path: Path, changes: dict[str, str], differing: str
+) -> None:
+    first = Adapter.load(adapter_file)
+    Adapter(first.tensors, {**first.metadata, **changes}).save(tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match=f"other.safetensors differs from .* in its {differing};"):
+        export([adapter_file, tmp_path / "other.safetensors"], "import", tmp_path / "sum.safetensors")
+
+
+def test_layers_trained_in_full_are_scaled_as_changes_of_the_base(
+    tiny_config: DecomposerConfig, tmp_path: Path
+) -> None:
+    decomposer, path = build_decomposer(tiny_config), tmp_path / "adapter.safetensors"
+    last = decomposer.transformer.final_layer.linear
+    before = last.weight.clone()
+    fill(last.requires_grad_(True), seed=1)
+    decomposer.adapter(tiny_config.to_metadata()).save(path)
+    export(path, "import", tmp_path / "scaled.safetensors", weights=[0.25])
+    found = load_file(tmp_path / "scaled.safetensors")["final_layer.linear.weight"]
+    torch.testing.assert_close(found, before + 0.25 * (last.weight - before))
+
+
+def test_a_lora_of_flux_needs_a_prompt(tiny_weights: Path) -> None:
+    flux: Any = SimpleNamespace(config=MMDiTConfig())
+    with pytest.raises(InputError, match="there is no prompt, but .* expected weights.prompt= .* make embed-prompt"):
+        Prompt.load(None, flux)
+
+
+def test_other_layouts_of_lora_are_named_as_such(adapter_file: Path, tmp_path: Path) -> None:
+    export(adapter_file, "diffusers", tmp_path / "lora.safetensors")
+    tensors = load_file(tmp_path / "lora.safetensors")
+    renamed = {name.replace("transformer.", "diffusion_model."): tensor for name, tensor in tensors.items()}
+    save_file(renamed, tmp_path / "renamed.safetensors")
+    with pytest.raises(InputError, match="expected names of a foreign LoRA to start with transformer. or lora_unet_"):
+        export(tmp_path / "renamed.safetensors", "import", tmp_path / "back.safetensors")
