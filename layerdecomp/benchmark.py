@@ -18,18 +18,18 @@ from torch.nn.attention import SDPBackend
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from layerdecomp.conditioning import LATENT_FACTOR, TOKEN_FACTOR, ConditioningConfig
-from layerdecomp.decomposer import Decomposer, adapt
+from layerdecomp.conditioning import LATENT_FACTOR, PATCH, TOKEN_FACTOR
+from layerdecomp.decomposer import Decomposer, adapt, assemble
 from layerdecomp.errors import InputError, check_at_least
-from layerdecomp.flow import FlowConfig, flow_loss
+from layerdecomp.flow import flow_loss
 from layerdecomp.imaging.cues import CUES
 from layerdecomp.inpainting import Context, Prompt, mixed_precision
+from layerdecomp.manifest import DecomposerConfig
 from layerdecomp.models.autoencoder import Autoencoder, AutoencoderConfig
-from layerdecomp.models.context_fusion import ContextFusion, ContextFusionConfig
+from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig, merge_lora, without_lora
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.quantization import adamw, check_format, check_optimizer, check_optimizer_bits, quantize_blocks
-from layerdecomp.sampling import SampleConfig
 from layerdecomp.tables import markdown_table
 
 META = torch.device("meta")
@@ -142,21 +142,10 @@ def build(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> 
             torch.randn(config.text_tokens, transformer.config.context_in_dim),
             torch.randn(transformer.config.vec_in_dim),
         )
-    fusion = None
-    if config.fusion.enabled:
-        heads = min(config.fusion.num_heads, transformer.config.num_heads)  # fewer in a scaled transformer
-        with device:
-            fusion = ContextFusion(replace(config.fusion, num_heads=heads), transformer.config.hidden_size)
-    decomposer = Decomposer(
-        transformer=transformer,
-        autoencoder=rgb,
-        rgba_autoencoder=rgba,
-        context_fusion=fusion,
-        prompt=prompt,
-        conditioning=ConditioningConfig(),
-        flow=FlowConfig(),
-        sample=SampleConfig(),
-    )
+    heads = min(config.fusion.num_heads, transformer.config.num_heads)  # fewer in a scaled transformer
+    settings = DecomposerConfig(fusion=replace(config.fusion, num_heads=heads))
+    with device:
+        decomposer = assemble(settings, transformer, rgb, rgba, prompt)
     for autoencoder in (rgb, rgba):
         autoencoder.encode_batch_size = config.encode_batch_size
     if config.compile and device != META:
@@ -178,11 +167,11 @@ class Workload:
             self.present = torch.ones(B, len(CUES), dtype=torch.bool)
             self.t = torch.rand(B)
         self.foreground = torch.cat([self.image, self.mask], dim=1)
-        latent = size // LATENT_FACTOR
+        latent, channels = size // LATENT_FACTOR, config.autoencoder(3).z_channels
         images = 2 + (len(config.fusion.cues) if config.fusion.enabled else 0)
         with device:
-            self.latents = torch.randn(B, images, 16, latent, latent)
-            self.z = torch.randn(B, latent * latent // 2, 64)  # both layers' tokens
+            self.latents = torch.randn(B, images, channels, latent, latent)
+            self.z = torch.randn(B, 2 * (latent // PATCH) ** 2, PATCH**2 * channels)  # both layers' tokens
         with torch.no_grad():
             self.context = self.condition()
 

@@ -134,6 +134,9 @@ class Decomposer(nn.Module):
             mask: (B, 1, H, W) in {0, 1}, 1 = object.
             cues: maps of all `CUES`, (B, len(CUES), 3, H, W) in [-1, 1]; not needed without context fusion.
             cues_present: which cues each sample has, (B, len(CUES)) bool.
+
+        If the frozen parts are in bf16, the default on GPUs, call this and `velocity` within
+        `mixed_precision(decomposer.autoencoder)`, as `draw` does.
         """
         return self.condition(self.encode_images(image, mask, cues), mask, cues_present)
 
@@ -203,8 +206,9 @@ class Decomposer(nn.Module):
             z_b, z_f = (unpack(tokens, *noise.shape[-2:]) for tokens in x.chunk(2, dim=1))
             background = self.autoencoder.decode(z_b[::draws], tiling=self.sample.tiling)
             foregrounds = self.rgba_autoencoder.decode(z_f, tiling=self.sample.tiling)
-        ranked = rearrange(foregrounds.float(), "(B E) C H W -> E B C H W", E=draws).sort(dim=0).values
-        foreground = ranked[(draws - 1) // 2]  # `Tensor.median` is not deterministic on GPUs
+        ranked = rearrange(foregrounds.float().clamp(-1, 1), "(B E) C H W -> E B C H W", E=draws).sort(dim=0).values
+        # Not `Tensor.median`, which takes the lower of two middle values and is not deterministic on GPUs.
+        foreground = (ranked[(draws - 1) // 2] + ranked[draws // 2]) / 2
         return background.float().clamp(-1, 1), from_autoencoder(foreground, margin=self.sample.alpha_margin)
 
     def decompose(
@@ -288,8 +292,10 @@ class Decomposer(nn.Module):
         return {"cues": maps, "cues_present": torch.ones(1, len(CUES), dtype=torch.bool)}
 
     def adapter(self, metadata: Metadata) -> Adapter:
-        """The trained tensors, under their names in the adapter file."""
+        """The trained tensors, under their names in the adapter file; `InputError` if some have been merged."""
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad or name in self._trained}
+        if self._trained - trained.keys():
+            raise InputError("the LoRA of this decomposer has been merged into its base; load the adapter again")
         return Adapter({name.removeprefix("transformer."): p for name, p in trained.items()}, metadata)
 
     def digest(self) -> str:
@@ -318,8 +324,8 @@ class Decomposer(nn.Module):
     def merge(self) -> "Decomposer":
         """Merges the LoRA into the transformer's weights, so that a sampling step costs no more than the base's.
 
-        In place and irreversible: afterwards, the adapter can be neither trained nor saved. Layers with quantised
-        weights keep their LoRA.
+        In place and irreversible: afterwards, the adapter can be neither trained nor saved, nor the frozen base used.
+        Layers with quantised weights keep their LoRA.
         """
         merge_lora(self.transformer)
         return self
@@ -373,30 +379,45 @@ def build_decomposer(
     path = config.weights.transformer
     transformer = load_mmdit(path, dtype=dtype, device=device, quantize=quantize, mapped=mapped)
     adapt(transformer, config.lora)
-    fusion = ContextFusion(config.fusion, transformer.config.hidden_size) if config.fusion.enabled else None
     autoencoder = load_autoencoder(config.weights.autoencoder, dtype=dtype, device=device)
     rgba_autoencoder = load_autoencoder(config.weights.rgba_autoencoder, dtype=dtype, device=device)
     check_parts(config, transformer.config, autoencoder.config, rgba_autoencoder.config)
+    prompt = Prompt.load(config.weights.prompt, transformer)
+    return assemble(config, transformer, autoencoder, rgba_autoencoder, prompt).to(device)
+
+
+def assemble(
+    config: DecomposerConfig,
+    transformer: MMDiT,
+    autoencoder: Autoencoder,
+    rgba_autoencoder: Autoencoder,
+    prompt: Prompt,
+) -> Decomposer:
+    """A decomposer of these frozen parts, whose transformer is adapted already; its context fusion is new."""
+    fusion = ContextFusion(config.fusion, transformer.config.hidden_size) if config.fusion.enabled else None
     return Decomposer(
         transformer=transformer,
         autoencoder=autoencoder,
         rgba_autoencoder=rgba_autoencoder,
         context_fusion=fusion,
-        prompt=Prompt.load(config.weights.prompt, transformer),
+        prompt=prompt,
         conditioning=config.conditioning,
         flow=config.flow,
         sample=config.sample,
-    ).to(device)
+    )
 
 
 def adapt(transformer: MMDiT, lora: LoRAConfig) -> None:
     """Makes the transformer's trained parameters, in place, in float32: LoRA and the input projection.
 
     Whatever requires gradients here is trained, saved and loaded. The frozen base gets back the original values of its
-    own parameters; what is new, like LoRA, must have no effect within `without_lora`, or it would affect the base.
+    own parameters. A new layer needs a flag `adapted`, and must do nothing while `without_lora` has set it to False.
     """
     inject_lora(transformer, lora)
-    transformer.img_in.float().requires_grad_(True)
+    transformer.img_in.requires_grad_(True)
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:  # in bf16, most steps of a usual learning rate would be rounded away
+            parameter.data = parameter.data.float()
 
 
 def common_size(images: Sequence[Prepared]) -> tuple[int, int]:

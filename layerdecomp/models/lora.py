@@ -208,8 +208,11 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
 
 @contextmanager
 def without_lora(model: nn.Module) -> Iterator[None]:
-    """Disables every `LoRALinear` of `model` within the context: outputs are the base layers', bit for bit."""
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    """Disables every `LoRALinear` of `model` within the context: outputs are the base layers', bit for bit.
+
+    To be precise, sets `adapted` to False on every module with such a flag, which any other new layer may have, too.
+    """
+    layers: list[Any] = [module for module in model.modules() if isinstance(getattr(module, "adapted", None), bool)]
     for layer in layers:
         layer.adapted = False
     try:
