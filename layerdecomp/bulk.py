@@ -109,7 +109,7 @@ def decompose_folder(
         RunError: a batch does not fit into memory.
     """
     seed, batch_size = check_whole_number("seed", seed), check_whole_number("batch_size", batch_size, 1)
-    if not any((out / pair.stem).is_dir() for pair in pairs):  # no layers of other settings
+    if not _holds_layers(out):  # of any pair, also of an earlier run
         (out / SETTINGS).unlink(missing_ok=True)
     keep_settings(out / SETTINGS, {**settings, "seed": seed, **asdict(decomposer.sample), **SHA256_BY_SOURCE})
     names = [name for format in formats for name in FORMATS[format]]
@@ -131,6 +131,11 @@ def decompose_folder(
                 saving = writer.map(lambda stem, layers: layers.save(out / stem, formats), drawn, drawn.values())
         bar.update(len([*saving]))
     return failed
+
+
+def _holds_layers(out: Path) -> bool:
+    names = {name for files in FORMATS.values() for name in files}
+    return any(path.name in names for path in out.rglob("*"))
 
 
 def _drawn(decomposer: Decomposer, same: Mapping[str, Prepared], seed: int, progress: Progress) -> dict[str, Layers]:

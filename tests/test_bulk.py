@@ -105,6 +105,16 @@ def test_an_interrupted_run_resumes_and_other_settings_are_rejected(
     assert json.loads((out / SETTINGS).read_text())["seed"] == 1
 
 
+def test_layers_of_other_pairs_keep_the_settings(
+    tiny_decomposer: Decomposer, folders: tuple[Path, Path, Path], drawn: list[int]
+) -> None:
+    pairs, out = pair_up(*folders), folders[2]
+    decompose_folder(tiny_decomposer, pairs[3:4], out, ADAPTER, seed=0)  # deep/d
+    with pytest.raises(InputError, match=r"existing files were made with seed=0, now it is 1"):
+        decompose_folder(tiny_decomposer, pairs[:1], out, ADAPTER, seed=1)
+    assert decompose_folder(tiny_decomposer, pairs[:1], out, ADAPTER, seed=0) == [] and drawn == [1, 1]
+
+
 def test_files_are_written_while_the_next_image_is_drawn(
     tiny_decomposer: Decomposer, folders: tuple[Path, Path, Path], drawn: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
