@@ -21,7 +21,8 @@ from profiles import SWAPPED
 from layerdecomp.data.annotation import read_annotation
 from layerdecomp.data.index import Index, write_index
 from layerdecomp.data.mulan import MulanAnnotations, MulanLayers, misfit, rebuild_layers, recompose
-from layerdecomp.errors import InputError
+from layerdecomp.data.prepare import prepare
+from layerdecomp.errors import InputError, RunError
 from layerdecomp.imaging.compositing import over
 
 SIZE = (12, 17)  # height, width
@@ -545,9 +546,13 @@ def test_a_full_disk_leaves_no_partial_layers(tmp_path: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full_disk)
-    with pytest.raises(InputError, match=rf"{ID} could not be written .*No space left"):
-        reader.read(f"part0/{ID}.p.zl")
+    out = tmp_path / "mulan.safetensors"
+    with pytest.raises(RunError, match=rf"{ID} could not be written .*No space left.* free some space .*rerun"):
+        prepare(reader, out)  # ends: otherwise the annotation would be listed as faulty
     assert len(calls) == 2 and list((tmp_path / "layers" / "images").iterdir()) == []
+    assert not out.exists() and (tmp_path / ".mulan.safetensors.journal").exists()
+    monkeypatch.undo()
+    assert all(outcome.item for outcome in prepare(reader, out))
 
 
 def test_a_picture_that_does_not_match_its_annotation_is_refused(tmp_path: Path) -> None:

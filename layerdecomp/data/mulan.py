@@ -18,7 +18,7 @@ from PIL import Image
 from layerdecomp.data.annotation import LIMIT_BYTES, SUFFIX, read_annotation
 from layerdecomp.data.folders import list_pictures, to_rgba
 from layerdecomp.data.index import Item
-from layerdecomp.errors import InputError
+from layerdecomp.errors import InputError, RunError
 from layerdecomp.files import atomic_path
 from layerdecomp.imaging.layers import Pixels, open_picture, read_image
 
@@ -156,11 +156,14 @@ def _read_layer(path: Path, transparent: bool) -> Pixels:
 
 
 def _write_layers(folder: Path, layers: Sequence[Pixels]) -> None:
-    """Writes layer_{k}.png into a new folder: all of them, or none if there is an error."""
-    with atomic_path(folder) as partial:
-        partial.mkdir()
-        for number, layer in enumerate(layers):
-            Image.fromarray(layer).save(partial / f"layer_{number}.png")
+    """Writes layer_{k}.png into a new folder: all of them, or none if there is an error, which is a `RunError`."""
+    try:
+        with atomic_path(folder) as partial:
+            partial.mkdir()
+            for number, layer in enumerate(layers):
+                Image.fromarray(layer).save(partial / f"layer_{number}.png")
+    except InputError as error:  # not a fault of the annotation, which would be left out of the index
+        raise RunError(f"{error}; rerun the command to resume") from error
 
 
 def _pictures_below(folder: Path) -> dict[str, list[Path]]:
@@ -210,6 +213,7 @@ class MulanAnnotations:
 
         Raises:
             InputError: the picture is missing or not the annotated one, or the annotation cannot be read.
+            RunError: the layers cannot be written.
         """
         path = self.annotations / candidate
         id = path.name.removesuffix(SUFFIX)

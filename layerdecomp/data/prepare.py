@@ -45,6 +45,7 @@ def prepare(reader: Reader, out: Path, workers: int = 1, test_share: float = TES
 
     Raises:
         InputError: there are no candidates, none is valid, two have the same id, or `out` cannot be written.
+        RunError: a worker was killed, or what a reader makes cannot be written; the journal is kept.
     """
     candidates = reader.candidates()
     if not candidates:
