@@ -88,6 +88,24 @@ def test_an_interrupted_run_resumes_where_it_stopped(folder: Path) -> None:
     assert not journal.exists()
 
 
+def test_a_full_disk_does_not_damage_the_journal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "5.txt").write_text("stop")
+    with pytest.raises(KeyboardInterrupt):
+        prepare(Numbers(folder), folder / "index.safetensors")
+    before = (folder / ".index.safetensors.journal").read_text()
+
+    def full_disk(path: Path, content: str | bytes) -> None:
+        with path.open("w") as file:
+            file.write("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(InputError, match="could not be written .*No space left.* free some space"):
+        prepare(Numbers(folder), folder / "index.safetensors")
+    assert (folder / ".index.safetensors.journal").read_text() == before
+
+
 def test_every_outcome_is_in_the_journal_before_the_next_item_is_read(folder: Path) -> None:
     lines: list[int] = []
 

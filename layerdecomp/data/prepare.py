@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from layerdecomp.data.index import TEST_SHARE, Index, Item, Reader, write_index
 from layerdecomp.errors import InputError, RunError
-from layerdecomp.files import remedy
+from layerdecomp.files import atomic_write, remedy
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -132,7 +132,7 @@ def _read_journal(journal: Path, reader: Reader) -> dict[str, Outcome]:
     except (ValueError, TypeError):  # includes invalid UTF-8, invalid JSON and other fields
         os.replace(journal, journal.with_suffix(".old"))
         return {}
-    journal.write_text("".join(lines))
+    atomic_write(journal, "".join(lines))  # a full disk leaves it as it was
     return done
 
 
