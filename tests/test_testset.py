@@ -67,6 +67,11 @@ def test_digests_distinguish_test_sets(tmp_path: Path) -> None:
     assert TestFolder(tmp_path / "copy").digest() == digest and len(digest) == 64
     shutil.copy(tmp_path / "one" / "mask" / "00000.png", tmp_path / "copy" / "mask" / "00001.png")
     assert TestFolder(tmp_path / "copy").digest() != digest
+    for cue in CUES:
+        (tmp_path / "one" / cue).mkdir()
+        shutil.copy(tmp_path / "one" / "mask" / "00002.png", tmp_path / "one" / cue / "00002.png")
+        assert (changed := TestFolder(tmp_path / "one").digest()) != digest
+        digest = changed
 
 
 def test_seeds_depend_only_on_the_name(tmp_path: Path) -> None:

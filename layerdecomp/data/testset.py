@@ -20,7 +20,7 @@ from tqdm import tqdm
 from layerdecomp.data.datamodule import TrainingSamples
 from layerdecomp.data.folders import PARTS, RoremFolder, by_stem, read_rgba, triplet_id
 from layerdecomp.data.index import Index, Item
-from layerdecomp.data.loading import Crop, layer_paths, layer_tensor, load_layers, random_crop, read_map
+from layerdecomp.data.loading import Crop, layer_paths, layer_tensor, load_layers, map_path, random_crop, read_map
 from layerdecomp.data.sample import build_cues, build_sample
 from layerdecomp.data.triplets import TripletConfig, bounds, object_area, scene_around
 from layerdecomp.errors import InputError
@@ -110,13 +110,18 @@ class TestFolder(Dataset[dict[str, Any]]):
         return {**sample, **cues, "index": seed_of(name)}
 
     def digest(self) -> str:
-        """A sha256 over names and contents: equal for copies of the folder, different if any file differs."""
+        """A sha256 over names and contents: equal for copies of the folder, different if any file or map differs."""
         found = hashlib.sha256()
         for name, files in self._files.items():
-            for part, file in files.items():
-                with (self.root / file).open("rb") as content:
+            paths = {part: self.root / file for part, file in files.items()}
+            for part, path in [*paths.items(), *self._map_paths(name).items()]:
+                with path.open("rb") as content:
                     found.update(f"{name} {part} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
         return found.hexdigest()
+
+    def _map_paths(self, name: str) -> dict[str, Path]:
+        paths = {cue: map_path(self.root, Item(name, "", 0, 0), cue) for cue in REGISTRY}
+        return {cue: path for cue, path in paths.items() if path.is_file()}
 
     def _maps(self, name: str, image: Pixels) -> dict[str, Tensor]:
         if not self.with_cues:
