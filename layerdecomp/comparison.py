@@ -255,7 +255,8 @@ def export_test_set(data: DataConfig, config: EvaluateConfig, folder: Path) -> i
     """
     settings: dict[str, Any] = {"objects": config.objects, "stretch": config.stretch}
     if config.objects == "drawn":
-        drawn = open_samples(data, "test", config.seed, config.samples, with_cues=False)
+        mapped = data.source == "triplets"  # a scene's cues are computed from its image
+        drawn = open_samples(data, "test", config.seed, config.samples, with_cues=mapped)
         settings |= {**describe_data(drawn), "count": config.samples}
         samples = drawn_samples(drawn)
     else:

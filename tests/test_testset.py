@@ -16,14 +16,14 @@ from layerdecomp.data.index import write_index
 from layerdecomp.data.mulan import MulanLayers
 from layerdecomp.data.scenes import SceneConfig, Scenes
 from layerdecomp.data.testset import TestFolder, drawn_samples, export_samples, seed_of, test_objects
-from layerdecomp.data.triplets import TripletConfig
+from layerdecomp.data.triplets import TripletConfig, Triplets
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.compositing import over
 from layerdecomp.imaging.cues import CUES, REGISTRY
 from layerdecomp.imaging.geometry import to_tensor
 from layerdecomp.imaging.masks import MaskConfig
 
-SCENES = Scenes(SceneConfig(size=32), "test", 0, 3)
+SCENES = Scenes(SceneConfig(size=32), "test", 0, 3, with_cues=False)
 EXACT = MaskConfig(**{kind: float(kind == "exact") for kind in vars(MaskConfig())})
 
 
@@ -194,6 +194,24 @@ def test_a_sample_separates_an_object_from_its_image(mulan: Path) -> None:
         torch.testing.assert_close((whole * unoccluded), (sample["image"] * unoccluded), rtol=0, atol=1e-5)
     cropped, stretched = (dict(test_objects(config, "all", stretch))["a-1"] for stretch in (False, True))
     assert not cropped["image"].equal(stretched["image"])
+
+
+@pytest.mark.parametrize("objects", ["drawn", "one"])
+def test_exported_objects_keep_their_cue_maps(mulan: Path, tmp_path: Path, objects: str) -> None:
+    for cue in ("depth", "edge"):
+        (tmp_path / "mulan" / cue).mkdir()
+        for name in ("a", "b", "c"):
+            levels = np.random.default_rng(ord(name)).integers(0, 256, (40, 60), dtype=np.uint8)
+            Image.fromarray(levels).save(tmp_path / "mulan" / cue / f"{name}.png")
+    config = TripletConfig(layered=[str(mulan)], size=32, masks=EXACT)
+    samples = list(dict(test_objects(config, "one", stretch=False)).values())
+    if objects == "drawn":
+        samples = [Triplets(config, "test", 5, 3)[index] for index in range(3)]
+    evaluate = EvaluateConfig(objects=objects, samples=3, seed=5)
+    assert export_test_set(DataConfig(source="triplets", triplets=config), evaluate, tmp_path / "out") == len(samples)
+    for found, expected in zip(TestFolder(tmp_path / "out"), samples, strict=True):
+        assert found["cues_present"].all() and expected["cues_present"].all()
+        torch.testing.assert_close(found["cues"], expected["cues"], rtol=0, atol=0.5 / 127.5 + 1e-6)
 
 
 def test_missing_indexes_are_refused(mulan: Path) -> None:

@@ -1,7 +1,7 @@
 """Test sets: reading and exporting folders of triplets on which any method can be run and scored.
 
 A test set is a triplet folder (docs/data.md): image/ mask/ foreground/ background/ with equal stems. foreground/ is
-omitted if the true foregrounds are unknown; occluder/ is optional.
+omitted if the true foregrounds are unknown; occluder/ and a folder per cue map are optional.
 """
 
 import hashlib
@@ -20,12 +20,21 @@ from tqdm import tqdm
 from layerdecomp.data.datamodule import TrainingSamples
 from layerdecomp.data.folders import PARTS, RoremFolder, by_stem, read_rgba, triplet_id
 from layerdecomp.data.index import Index, Item
-from layerdecomp.data.loading import Crop, layer_paths, layer_tensor, load_layers, map_path, random_crop, read_map
+from layerdecomp.data.loading import (
+    Crop,
+    layer_paths,
+    layer_tensor,
+    load_layers,
+    load_maps,
+    map_path,
+    random_crop,
+    read_map,
+)
 from layerdecomp.data.sample import build_cues, build_sample
 from layerdecomp.data.triplets import TripletConfig, bounds, object_area, scene_around
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.compositing import with_pixel_alpha, with_unit_alpha
-from layerdecomp.imaging.cues import REGISTRY
+from layerdecomp.imaging.cues import CUES, REGISTRY
 from layerdecomp.imaging.geometry import to_pixels, to_tensor
 from layerdecomp.imaging.layers import Pixels, read_image, read_mask, write_picture
 
@@ -148,7 +157,7 @@ def drawn_samples(data: TrainingSamples) -> Iterator[tuple[str, Mapping[str, Ten
 
 
 def test_objects(config: TripletConfig, objects: str, stretch: bool) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-    """Objects of the layered pictures of the test split, without augmentation; named "<picture>-<layer>".
+    """Objects of the layered pictures of the test split, unaugmented, and their cues; named "<picture>-<layer>".
 
     Args:
         config: its `layered` indexes, `size`, first of `aspects`, `masks`, and `min_area` and `max_area` are used.
@@ -181,23 +190,27 @@ def _objects_of(
         layers = [layer_tensor(crop.apply(picture, path)) for picture, path in zip(pictures, paths, strict=True)]
         scene = scene_around(layers, chosen)
         if config.allows(object_area(scene.visible)):
-            yield f"{item.id}-{chosen}", build_sample(scene, masks=config.masks, rng=rng)
+            sample, unused = build_sample(scene, masks=config.masks, rng=rng), np.random.default_rng(0)
+            cues = build_cues(sample["image"], unused, dropout=0, maps=load_maps(index, item, crop))
+            yield f"{item.id}-{chosen}", {**sample, **cues}
 
 
 def export_samples(samples: Iterator[tuple[str, Mapping[str, Tensor]]], root: Path) -> int:
-    """Writes samples as a test set and returns their number; existing files are kept."""
+    """Writes samples and their cue maps as a test set and returns their number; existing files are kept."""
     count = 0
     for name, sample in tqdm(samples, desc=f"export to {root}", unit="image"):
         count += 1
-        for part in EXPORTED:
+        cues = zip(CUES, sample["cues"], sample["cues_present"], strict=True)
+        maps = {cue: values for cue, values, present in cues if present}
+        for part, values in ({part: sample[part] for part in EXPORTED} | maps).items():
             path = root / part / f"{name}.png"
             if not path.is_file():
-                write_picture(path, _levels(sample[part], part))
+                write_picture(path, _levels(values, part))
     return count
 
 
 def _levels(values: Tensor, part: str) -> Pixels:
-    """A part of a sample as 8-bit pixels."""
+    """A part or cue map of a sample as 8-bit pixels."""
     if part in ("mask", "occluder"):
         return to_pixels(2 * values - 1)[..., 0]
     return to_pixels(with_pixel_alpha(values))
