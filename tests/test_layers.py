@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
-from profiles import SWAPPED, SWAPPED_LINEAR
+from PIL import Image
+from profiles import LINEAR_SRGB, SRGB, SWAPPED, SWAPPED_LINEAR
 
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.layers import FORMATS, Layers, read_image, read_mask
@@ -104,11 +104,20 @@ def test_colour_profiles_are_applied(tmp_path: Path, mode: str) -> None:
     np.testing.assert_allclose(pixels.astype(int), plain[..., ::-1], atol=2)
 
 
-def test_an_srgb_profile_changes_nothing(tmp_path: Path) -> None:
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+@pytest.mark.parametrize("profile", [SRGB, SRGB.replace(b"\0s\0R\0G\0B", b"\0m\0i\0n\0e")], ids=["sRGB", "mine"])
+def test_an_srgb_profile_of_any_name_changes_nothing(tmp_path: Path, profile: bytes) -> None:
     np.testing.assert_array_equal(
-        read_image(_saved(Image.fromarray(_rgb()), tmp_path / "a.png", icc_profile=srgb)), _rgb()
+        read_image(_saved(Image.fromarray(_rgb()), tmp_path / "a.png", icc_profile=profile)), _rgb()
     )
+
+
+def test_linear_light_is_converted_though_its_profile_is_named_srgb(tmp_path: Path) -> None:
+    linear = np.linspace(1, 255, 54).round().astype(np.uint8).reshape(SIZE)
+    picture = Image.fromarray(np.repeat(linear[..., None], 3, axis=-1))
+    pixels = read_image(_saved(picture, tmp_path / "a.png", icc_profile=LINEAR_SRGB))
+    expected = 255 * (1.055 * (linear / 255) ** (1 / 2.4) - 0.055)
+    assert "sRGB".encode("utf-16-be") in LINEAR_SRGB
+    np.testing.assert_allclose(pixels[..., 0], expected, atol=2)
 
 
 @pytest.mark.parametrize("profile", [b"no profile", SWAPPED[:200], SWAPPED.replace(b"RGB ", b"CMYK")])

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
 from os import PathLike
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageChops, ImageCms, ImageOps
 
 from layerdecomp.errors import InputError
 from layerdecomp.files import atomic_path
@@ -60,14 +61,23 @@ def to_srgb(picture: Image.Image) -> Image.Image:
         return picture
     mode = "RGBA" if picture.has_transparency_data else "RGB"
     try:
-        profile = ImageCms.ImageCmsProfile(BytesIO(embedded))
-        if "sRGB" in ImageCms.getProfileDescription(profile):
+        if picture.mode != "CMYK" and _is_srgb(embedded):
             return picture
+        profile = ImageCms.ImageCmsProfile(BytesIO(embedded))
         coloured = picture if picture.mode == "CMYK" else picture.convert(mode)
         return ImageCms.buildTransform(profile, SRGB, coloured.mode, mode).apply(coloured)
     except (ImageCms.PyCMSError, OSError) as error:
         logger.warning("an image's colour profile cannot be used (%s); its colours are assumed to be sRGB", error)
         return picture
+
+
+@lru_cache(maxsize=16)
+def _is_srgb(embedded: bytes) -> bool:
+    """Whether a profile leaves all colours as they are, but for rounding; names mislead: "Linear sRGB" changes them."""
+    colours = Image.fromarray(np.indices((6, 6, 6), dtype=np.uint8).reshape(3, 36, 6).transpose(1, 2, 0) * 51)
+    profile = ImageCms.ImageCmsProfile(BytesIO(embedded))
+    converted = ImageCms.buildTransform(profile, SRGB, "RGB", "RGB").apply(colours)
+    return np.asarray(ImageChops.difference(converted, colours)).max() <= 2
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
