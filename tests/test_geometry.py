@@ -3,14 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import maximum_filter, uniform_filter
+from PIL import Image
+from scipy.ndimage import gaussian_filter, maximum_filter, uniform_filter
 
 from layerdecomp.imaging.geometry import (
+    Box,
     dilate,
     fitted_size,
     grow_and_feather,
     pad_to_multiple,
     resize,
+    resize_picture,
     shrink_mask,
     to_pixels,
     to_tensor,
@@ -74,6 +77,26 @@ def test_resized_images_stay_in_range(size: tuple[int, int]) -> None:
     photograph[..., 21:40, 23:] = -1  # bicubic resizing overshoots beside the edges
     resized = resize(photograph, size)
     assert resized.min() == -1 and resized.max() == 1
+
+
+@pytest.mark.parametrize(("size", "box"), [((24, 40), None), ((50, 31), (3.5, 2.0, 40.25, 60.0)), ((150, 170), None)])
+def test_a_resized_object_keeps_its_colour_at_every_alpha(size: tuple[int, int], box: Box | None) -> None:
+    colour, alpha = (200, 40, 60), np.zeros((64, 64))
+    alpha[20:40, 16:44] = 255
+    rgba = np.dstack([*(np.full((64, 64), level) for level in colour), gaussian_filter(alpha, 6)]).astype(np.uint8)
+    picture = Image.fromarray(rgba)
+    resized = np.asarray(resize_picture(picture, size, box))
+    expected = picture.getchannel("A").resize(size[::-1], Image.Resampling.BICUBIC, box)
+    np.testing.assert_allclose(resized[..., 3].astype(int), np.asarray(expected), atol=1)
+    assert 0 < resized[resized[..., 3] > 0][:, 3].min() < 5 and resized[..., 3].max() > 150
+    assert (resized[resized[..., 3] > 0][:, :3] == colour).all()
+
+
+def test_an_unchanged_picture_keeps_the_colours_under_alpha_0() -> None:
+    rgba = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    rgba[:10, :, 3] = 0
+    for box in (None, (0.0, 0.0, 30.0, 20.0)):
+        np.testing.assert_array_equal(np.asarray(resize_picture(Image.fromarray(rgba), (20, 30), box)), rgba)
 
 
 def test_shrink_mask_loses_no_part_of_a_mask() -> None:

@@ -1,6 +1,7 @@
 """Converts between images of any size and model tensors: ranges, resizing, padding; grows and feathers masks."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -36,7 +37,16 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 def resize_picture(picture: Image.Image, size: tuple[int, int], box: Box | None = None) -> Image.Image:
     """A picture, or a crop of it, resized to (height, width); colours are weighted by alpha."""
-    return picture.resize(size[::-1], Image.Resampling.BICUBIC, box, reducing_gap=3)
+    resize = partial(Image.Image.resize, size=size[::-1], resample=Image.Resampling.BICUBIC, box=box, reducing_gap=3)
+    unchanged = picture.size == size[::-1] and box in (None, (0, 0, *picture.size))
+    if picture.mode != "RGBA" or unchanged or np.asarray(picture)[..., 3].min() == 255:
+        return resize(picture)
+    # Pillow would weight in 8 bits, which leaves few levels of colour at a low alpha. As in
+    # `compositing.resize_straight`, colours are divided by alpha before its overshoot is clipped.
+    *rgb, alpha = (np.array(channel, np.float32) for channel in picture.split())
+    *rgb, alpha = (np.asarray(resize(Image.fromarray(plane))) for plane in (*(plane * alpha for plane in rgb), alpha))
+    straight = np.stack([*(plane / alpha.clip(0.5) for plane in rgb), alpha], axis=-1)
+    return Image.fromarray(np.where(alpha[..., None] < 0.5, 0, straight.clip(0, 255)).round().astype(np.uint8))
 
 
 def shrink_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
