@@ -231,6 +231,22 @@ def test_faulty_items_are_read_again(folder: Path) -> None:
     assert [item.width for item in Index(folder / "index.safetensors")] == [5]
 
 
+def test_a_name_that_is_not_utf8_is_a_fault(tmp_path: Path) -> None:
+    for name in (b"a.png", b"\xc4\xe3.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+        os.replace(tmp_path / "a.png", os.fsencode(tmp_path) + b"/" + name)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    out = tmp_path / "index.safetensors"
+    for _ in range(2):
+        prepare(BackgroundFolder(tmp_path), out)
+        assert [item.id for item in Index(out)] == ["a"]
+        fault = r"'\udcc4\udce3.png' is not UTF-8; rename that file or folder"
+        assert (tmp_path / "index.faults.txt").read_text() == f"{fault}\n"
+    (folder := tmp_path / os.fsdecode(b"\xc4")).mkdir()
+    with pytest.raises(InputError, match=r"udcc4' is not UTF-8; rename"):
+        prepare(BackgroundFolder(folder), out)
+
+
 def test_nothing_to_index_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing for source=numbers"):
         prepare(Numbers(tmp_path), tmp_path / "index.safetensors")

@@ -1,6 +1,7 @@
 """Test sets: export, reading back, and samples from the objects of layered images."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,14 @@ def test_a_folder_may_lack_foregrounds_and_occluders_but_nothing_else(tmp_path: 
         TestFolder(tmp_path)
     with pytest.raises(InputError, match=r"data=absent is not a folder; expected one with image/, mask/"):
         TestFolder("absent")
+
+
+def test_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    export_samples(drawn_samples(SCENES), tmp_path)
+    for path in tmp_path.glob("*/00001.png"):
+        path.rename(path.with_name(os.fsdecode(b"\xe9.png")))
+    with pytest.raises(InputError, match=r"'\\udce9' is not UTF-8; rename"):
+        TestFolder(tmp_path)
 
 
 def test_parts_of_another_size_are_named(tmp_path: Path) -> None:

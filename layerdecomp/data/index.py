@@ -77,6 +77,14 @@ def split_of(item: str, test_share: float = TEST_SHARE) -> str:
     return "test" if share < test_share else "train"
 
 
+def check_name(name: str) -> None:
+    """Raises `InputError` for the name of a file or folder that is not UTF-8, which no index or table can hold."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{name!r} is not UTF-8; rename that file or folder") from None
+
+
 def write_index(path: str | Path, reader: Reader, items: Iterable[Item], test_share: float = TEST_SHARE) -> int:
     """Writes the items, sorted by id, and returns how many; `InputError` if two of them have the same id."""
     rows = sorted(items, key=lambda item: item.id)

@@ -15,7 +15,7 @@ from typing import IO, Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from layerdecomp.data.index import TEST_SHARE, Index, Item, Reader, write_index
+from layerdecomp.data.index import TEST_SHARE, Index, Item, Reader, check_name, write_index
 from layerdecomp.errors import InputError, RunError
 from layerdecomp.files import atomic_write, remedy
 
@@ -47,6 +47,7 @@ def prepare(reader: Reader, out: Path, workers: int = 1, test_share: float = TES
         InputError: there are no candidates, none is valid, two have the same id, or `out` cannot be written.
         RunError: a worker was killed, or what a reader makes cannot be written; the journal is kept.
     """
+    check_name(str(reader.root.resolve()))
     candidates = reader.candidates()
     if not candidates:
         raise InputError(f"{reader.root}: nothing for source={reader.source}; docs/data.md shows the expected layout")
@@ -151,6 +152,7 @@ def _outcome(candidate: str, item: dict[str, Any] | None, fault: str | None) -> 
 
 def _read(reader: Reader, candidate: str) -> Outcome:
     try:
+        check_name(candidate)
         return Outcome(candidate, reader.read(candidate))
     except InputError as error:
         return Outcome(candidate, fault=str(error))

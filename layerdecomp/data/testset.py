@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from layerdecomp.data.datamodule import TrainingSamples
 from layerdecomp.data.folders import PARTS, RoremFolder, by_stem, read_rgba, triplet_id
-from layerdecomp.data.index import Index, Item
+from layerdecomp.data.index import Index, Item, check_name
 from layerdecomp.data.loading import (
     Crop,
     layer_paths,
@@ -63,7 +63,8 @@ class TestFolder(Dataset[dict[str, Any]]):
     that depends only on its name.
 
     Raises:
-        InputError: a folder or a part of a triplet is missing; from `[]`, a file is damaged or differs in size.
+        InputError: a folder or a part of a triplet is missing, or a name is not UTF-8; from `[]`, a file is damaged or
+            differs in size.
     """
 
     __test__ = False  # keeps pytest from collecting it
@@ -74,6 +75,8 @@ class TestFolder(Dataset[dict[str, Any]]):
             raise InputError(f"data={root} is not a folder; expected one with {'/, '.join(PARTS)}/ (docs/data.md)")
         self._files = self._rorem() if (self.root / "meta.json").is_file() else self._triplets()
         self.names = list(self._files)
+        for name in self.names:
+            check_name(name)
 
     def _rorem(self) -> dict[str, dict[str, str]]:
         found: dict[str, dict[str, str]] = {}
