@@ -211,6 +211,17 @@ def test_every_kind_of_mask_is_read(tmp_path: Path, picture: Image.Image) -> Non
     np.testing.assert_array_equal(mask, OBJECT)
 
 
+def test_a_grey_mask_whose_black_is_transparent_keeps_its_threshold(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = _saved(Image.fromarray(_alpha()), tmp_path / "m.png", transparency=0)
+    assert Image.open(path).has_transparency_data
+    np.testing.assert_array_equal(read_mask(path), OBJECT)
+    assert not caplog.messages
+    brush = np.where(OBJECT, 7, 255).astype(np.uint8)  # dark on a transparent layer, whose pixels have an unused level
+    np.testing.assert_array_equal(read_mask(_saved(Image.fromarray(brush), path, transparency=255)), OBJECT)
+
+
 def test_a_mask_painted_on_a_transparent_layer_logs_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         read_mask(Image.fromarray(_alpha()).convert("RGBA"))

@@ -104,7 +104,8 @@ def read_mask(source: ImageSource, size: tuple[int, int] | None = None) -> NDArr
     """A mask as (H, W) bool, True where the object is.
 
     Grey levels of 128 and above are the object. If there is an alpha channel that is not constant, the mask is read
-    from it, with a warning: a mask painted on a transparent layer works, whatever its colour.
+    from it, with a warning: a mask painted on a transparent layer works, whatever its colour. The mark of some grey PNG
+    files that black is transparent is no such channel.
 
     Args:
         size: required (height, width).
@@ -133,7 +134,8 @@ def _why_empty(levels: Pixels) -> str:
 
 
 def _mask_levels(picture: Image.Image, name: str) -> Pixels:
-    if picture.has_transparency_data:
+    black_is_transparent = picture.mode in ("1", "L") and picture.info.get("transparency") == 0  # adds nothing to grey
+    if picture.has_transparency_data and not black_is_transparent:
         alpha = np.asarray(picture.convert("RGBA").getchannel("A"))
         if alpha.min() != alpha.max():
             logger.warning("%s has an alpha channel; opaque pixels are read as the object", name)
