@@ -588,7 +588,7 @@ def _train_on_slurm(rank: int, port: int, settings: list[str], seen_at: int) -> 
     """A task of a SLURM job, according to its environment; only the second task gets SLURM's signal."""
     torch.set_num_threads(1)
     job = {"JOB_ID": "7", "JOB_NAME": "train", "NNODES": "1", "NODEID": "0", "NTASKS": "2", "NTASKS_PER_NODE": "2"}
-    task = {**job, "PROCID": str(rank), "LOCALID": str(rank)}
+    task = {**job, "STEP_NUM_TASKS": "2", "PROCID": str(rank), "LOCALID": str(rank)}
     os.environ.update({f"SLURM_{name}": value for name, value in task.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PATH": ""})  # no scontrol
     if rank == 1:

@@ -47,7 +47,7 @@ from layerdecomp.training.autoencoder import (
 from layerdecomp.training.checkpoints import newest_checkpoint
 from layerdecomp.training.decomposer import DecomposerJob, fixed_settings
 from layerdecomp.training.inpainter import InpainterJob
-from layerdecomp.training.runs import build_strategy, open_run, train
+from layerdecomp.training.runs import build_strategy, build_trainer, check_devices, open_run, train
 from layerdecomp.weights import history, load_autoencoder, load_mmdit
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -522,6 +522,46 @@ def test_too_many_devices_are_refused_before_weights_are_loaded(
     with pytest.raises(InputError, match="train.devices is 3, but there are 2 GPUs; set train.devices=2"):
         run("tiny", *overrides, "train.devices=3", "data.validation=3", f"run_dir={tmp_path}/run")
     assert not (tmp_path / "run").exists()
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+FIRST = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+SBATCH = {**FIRST, "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+SALLOC = {**FIRST, "SLURM_JOB_NAME": "interactive", "SLURM_NTASKS": "1"}  # named so by default
+
+
+@pytest.mark.parametrize(
+    ("variables", "started", "environment"),
+    [
+        ({}, None, "LightningEnvironment"),
+        ({"WORLD_SIZE": "4"}, None, "LightningEnvironment"),  # set for a container, whose processes Lightning starts
+        ({"LOCAL_RANK": "0", "WORLD_SIZE": "2"}, 2, "LightningEnvironment"),  # started by Lightning
+        (TORCHRUN, 2, "TorchElasticEnvironment"),
+        ({**SBATCH, **TORCHRUN}, 2, "TorchElasticEnvironment"),
+        ({**SBATCH, "SLURM_STEP_NUM_TASKS": "1", **TORCHRUN}, 2, "TorchElasticEnvironment"),  # srun torchrun
+        (SBATCH, 1, "SLURMEnvironment"),
+        ({**SBATCH, "SLURM_STEP_NUM_TASKS": "2"}, 2, "SLURMEnvironment"),
+        (SALLOC, None, "LightningEnvironment"),
+        ({**SALLOC, "SLURM_STEP_NUM_TASKS": "1"}, None, "LightningEnvironment"),  # srun --pty bash
+        ({**SALLOC, "SLURM_STEP_NUM_TASKS": "2"}, 2, "SLURMEnvironment"),
+    ],
+)
+def test_processes_of_a_launcher_are_counted_and_are_the_ranks_of_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], started: int | None, environment: str
+) -> None:
+    for name in [name for name in os.environ if name not in alone() or name.startswith(("SLURM_", "TORCHELASTIC_"))]:
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for devices in (1, 2, 3):
+        if started in (None, devices):
+            check_devices(TrainConfig(devices=devices))
+        else:
+            with pytest.raises(InputError, match=rf"is {started}, but train.devices={devices} and .* make {devices};"):
+                check_devices(TrainConfig(devices=devices))
+    config = load_config(REPOSITORY / "configs" / "tiny.yaml", [f"train.devices={started or 1}", "train.strategy=ddp"])
+    trainer = build_trainer(config, tmp_path, mock.Mock())
+    assert type(trainer.strategy.cluster_environment).__name__ == environment
 
 
 def test_several_processes_use_ddp_with_gradients_as_bucket_views() -> None:

@@ -1,6 +1,7 @@
 """Runs: their directory, resuming, and the Lightning trainer."""
 
 import logging
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from lightning import Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
@@ -95,13 +97,35 @@ def train(config: RunConfig) -> None:
 
 
 def check_devices(train: TrainConfig) -> None:
-    """Raises `InputError` if this machine has GPUs, but fewer than `train.devices`."""
+    """Raises `InputError` if this machine has too few GPUs, or a launcher started another number of processes."""
+    started = started_processes()
+    if started is not None and started != train.devices * train.nodes:
+        raise InputError(
+            f"the number of processes that torchrun, SLURM or another launcher has started is {started}, but "
+            f"train.devices={train.devices} and train.nodes={train.nodes} make {train.devices * train.nodes}; set "
+            "train.nodes, and train.devices per node, to what is started, or start as many (on SLURM, with srun)"
+        )
     available = torch.cuda.device_count()
     if available and train.devices > available:
         raise InputError(
             f"train.devices is {train.devices}, but there are {available} GPUs; set train.devices={available}, and "
             "train.accumulate so that a step has as many samples as before"
         )
+
+
+def started_processes() -> int | None:
+    """The number of processes that a launcher has started for this run; None if Lightning starts them itself."""
+    if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun, or Lightning in a process it started
+        return int(os.environ["WORLD_SIZE"])
+    # Only srun sets this; SLURM_NTASKS is also set in a batch script, which runs once.
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) if on_slurm() else None
+
+
+def on_slurm() -> bool:
+    """Whether SLURM assigns the ranks: always below a srun of several tasks, else where Lightning would say so."""
+    if TorchElasticEnvironment.detect():  # torchrun, which is also used inside SLURM jobs
+        return False
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 or SLURMEnvironment.detect()
 
 
 def averaged(trainer: Trainer, job: Job) -> AbstractContextManager[None]:
@@ -261,7 +285,7 @@ def build_trainer(config: RunConfig, run_dir: Path, job: Job) -> Trainer:
         use_distributed_sampler=False,  # StepSampler distributes the batches
         logger=TensorBoardLogger(run_dir.parent, name=run_dir.name, version=""),
         # On SLURM, Lightning would write a checkpoint of its own, prefer it to ours, and requeue the job.
-        plugins=[files, *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
+        plugins=[files, *([SLURMEnvironment(auto_requeue=False)] if on_slurm() else [])],
         callbacks=[checkpoints, StepBar(refresh_rate=5), *([RunningAverage(train.ema)] if train.ema else [])],
         enable_model_summary=False,
     )
