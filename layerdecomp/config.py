@@ -235,6 +235,8 @@ RESUMABLE: frozenset[str] = frozenset(
         "train.dry_run",
     }
 )
+# Beginnings of the keys of `evaluate` that do not change the figures of the run's own weights (except by rounding).
+OTHER_ROWS = ("evaluate.batch_size", "evaluate.rows", "evaluate.maskless", "evaluate.published")
 # Of these, only the product matters: the number of samples per step.
 SPREAD: frozenset[str] = frozenset({"train.batch_size", "train.accumulate", "train.devices", "train.nodes"})
 
@@ -274,20 +276,22 @@ def save_config(path: Path, config: RunConfig) -> None:
     atomic_write(path, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
 
 
-def changed_keys(config: RunConfig, path: Path) -> dict[str, str]:
+def changed_keys(config: RunConfig, path: Path, *, evaluated: bool = False) -> dict[str, str]:
     """The keys that affect results and differ from a config that `save_config` wrote: "1 then, 2 now".
 
-    A key that is missing from an older config counts as having its default there.
+    A key that is missing from an older config counts as having its default there. Keys of `evaluate` only count if the
+    run has been `evaluated`.
     """
     now = dotted(asdict(config))
     saved = dotted(OmegaConf.to_container(read_yaml(path)))
     before = dotted(asdict(type(config)())) | saved
     free = RESUMABLE | SPREAD if _product(before) == _product(now) else RESUMABLE
+    ignored = OTHER_ROWS if evaluated else ("evaluate.",)
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     return {
         key: f"{before.get(key, 'absent')} then, {now.get(key, 'absent')} now"
         for key in changed
-        if key not in free and not key.startswith("evaluate.")
+        if key not in free and not key.startswith(ignored)
     }
 
 

@@ -156,6 +156,15 @@ def test_finished_runs_with_other_settings_or_weights_are_rejected(
     with pytest.raises(InputError, match=r"full-3 holds a run with other settings or weights \(optim.lr\)"):
         ablate(path, out, [*overrides, "optim.lr=1"])
     (tmp_path / "metrics.json").rename(out / "full-3" / "metrics.json")
+    with pytest.raises(InputError, match=r"full-3 holds a run .* \(evaluate.samples\).* again, its metrics.json"):
+        ablate(path, out, [*overrides, "evaluate.samples=2"])
+    before = figures(out)
+    ablate(path, out, [*overrides, "evaluate.rows=[adapted]", "evaluate.batch_size=3"])
+    assert figures(out)["results"] == before["results"]
+    (out / "full-3" / "metrics.json").unlink()
+    ablate(path, out, [*overrides, "evaluate.samples=2"])
+    assert figures(out)["protocol"]["evaluation"]["count"] == 2 and figures(out)["results"] != before["results"]
+    overrides += ["evaluate.samples=2"]
     (out / "full-3" / "last.ckpt").unlink()  # a finished run does not need it
     ablate(path, out, overrides)
     with pytest.raises(InputError, match=r"full-3 holds a run with other settings or weights \(optim.lr\)"):
