@@ -22,7 +22,7 @@ from layerdecomp.data.datamodule import DataConfig, TrainingSamples, open_sample
 from layerdecomp.data.scenes import Scenes
 from layerdecomp.data.testset import OBJECTS, TestFolder, drawn_samples, export_samples, name_of, test_objects
 from layerdecomp.decomposer import SOURCES, Decomposer, build_decomposer
-from layerdecomp.errors import InputError, check_at_least
+from layerdecomp.errors import InputError, WriteError, check_at_least
 from layerdecomp.evaluation import Evaluation, Method, Share, draw_layers, score, write_figures
 from layerdecomp.files import atomic_write, keep_settings, source_sha256
 from layerdecomp.imaging.layers import write_picture
@@ -298,7 +298,7 @@ def open_folder(out: Path, rows: Iterable[str], settings: Mapping[str, Any]) -> 
                 shutil.rmtree(file.parent, ignore_errors=True)
                 atomic_write(file, content)
     except OSError as error:
-        raise InputError(f"{out} cannot be written ({error}); choose another folder") from error
+        raise WriteError(f"{out} cannot be written ({error}); choose another folder") from error
 
 
 def settings_files(out: Path, rows: Iterable[str]) -> list[Path]:

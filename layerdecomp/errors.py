@@ -12,6 +12,10 @@ class InputError(ValueError):
     """
 
 
+class WriteError(InputError):
+    """A file cannot be written to the place that the user chose, because the disk is full, for example."""
+
+
 class RunError(RuntimeError):
     """A run cannot continue, for a reason outside the code: a full disk, a dead process, a loss that is not finite.
 

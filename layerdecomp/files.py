@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from layerdecomp.errors import InputError
+from layerdecomp.errors import InputError, WriteError
 
 
 def remedy(error: OSError, folder: Path) -> str:
@@ -36,7 +36,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     The name begins with a dot, keeps the extension, and is unique: several processes may write the same file.
 
     Raises:
-        InputError: on any `OSError` within the context; an existing `path` is then unchanged.
+        WriteError: on any `OSError` within the context; an existing `path` is then unchanged.
     """
     path = Path(path)
     partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
@@ -46,7 +46,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(partial, path)
     except OSError as error:
         fault = f"{path} could not be written ({error}); {remedy(error, path.parent)} or choose another place"
-        raise InputError(fault) from error
+        raise WriteError(fault) from error
     finally:
         with suppress(OSError):  # the first error is the one to report
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)

@@ -266,6 +266,25 @@ def test_a_failed_checkpoint_write_is_an_error_with_a_remedy(
     assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 2
 
 
+@pytest.mark.parametrize("name", ["adapter.safetensors", "metrics.json"])
+def test_a_disk_that_is_full_when_results_are_written_ends_the_run_with_the_command_to_resume(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    original = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(RunError, match=rf"{name} could not be written .*; free some space .*; resume with\n  "):
+            run(overrides, "train.steps=1")
+    run(overrides, "train.steps=1")
+    assert (tmp_path / "run" / name).is_file()
+
+
 @pytest.mark.parametrize(
     ("resume", "arguments", "saved", "expected"),
     [

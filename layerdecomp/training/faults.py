@@ -23,7 +23,7 @@ from lightning import Trainer
 from torch import Tensor
 
 from layerdecomp.config import RunConfig
-from layerdecomp.errors import InputError, RunError
+from layerdecomp.errors import InputError, RunError, WriteError
 from layerdecomp.training.checkpoints import LAST, PREVIOUS, StoppedError
 from layerdecomp.training.deferred import Deferred
 
@@ -149,6 +149,8 @@ def readable_errors(trainer: Trainer, config: RunConfig, settings_that_fit: Call
         if trainer.is_global_zero:  # Lightning prints nothing
             print(f"\ninterrupted{_kept(config)}", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
+    except WriteError as error:  # of the results: the settings are right, and the run goes on from its checkpoint
+        raise RunError(rank + str(error) + _kept(config)) from error
     except InputError as error:
         raise InputError(rank + _without_traceback(str(error))) from error
     except RunError as error:
