@@ -596,10 +596,21 @@ def _train_on_slurm(rank: int, port: int, settings: list[str], seen_at: int) -> 
     run("tiny", *settings)
 
 
-def test_the_tasks_of_a_slurm_job_stop_after_the_same_step(tmp_path: Path, jobs: dict[str, list[str]]) -> None:
+@pytest.mark.parametrize(
+    ("validate_every", "seen_at", "stopped_at"),
+    [
+        (5, 2, 4),  # the other task learns of the signal a step later, since steps do not wait for it
+        (3, 2, 3),  # before the validation
+        (5, 4, 5),  # in the last step
+    ],
+)
+def test_the_tasks_of_a_slurm_job_stop_after_the_same_step(
+    tmp_path: Path, jobs: dict[str, list[str]], validate_every: int, seen_at: int, stopped_at: int
+) -> None:
     settings = [*jobs["tiny"], "train.devices=2", "train.strategy=ddp", "train.batch_size=1", f"run_dir={tmp_path}/run"]
-    codes = as_ranks(_train_on_slurm, [*settings, "train.checkpoint_every=9"], 2)
+    settings += ["train.checkpoint_every=9", f"train.validate_every={validate_every}"]
+    codes = as_ranks(_train_on_slurm, settings, seen_at)
     assert codes == [128 + signal.SIGUSR1, 0]
     assert [path.name for path in tmp_path.rglob("*.ckpt")] == [LAST], "expected no checkpoint of Lightning's own"
-    # one task gets the signal in step 3; the other learns of it a step later, since steps do not wait for it
-    assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 4
+    assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == stopped_at
+    assert not (tmp_path / "run" / PREVIOUS).exists()

@@ -250,8 +250,8 @@ class Checkpoints(Checkpoint):
     """Saves a run every `every` steps, before every validation, at its end, and when a signal stops it.
 
     A signal takes effect at the end of the current step; with several ranks at the end of the next one, which is the
-    same for all. During validation there is nothing to save: rank 0 stops as soon as any pending write is done. A
-    second Ctrl-C ends the process immediately.
+    same for all, unless a validation or nothing follows the current one. During validation there is nothing to save:
+    rank 0 stops as soon as any pending write is done. A second Ctrl-C ends the process immediately.
 
     Args:
         files: writes the checkpoints.
@@ -298,8 +298,9 @@ class Checkpoints(Checkpoint):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:  # still accumulating
             return
         step = trainer.global_step
-        stop = self._should_stop(trainer)
-        due = stop or step == trainer.max_steps or step % self.every == 0 or step % self.validate_every == 0
+        pauses = step == trainer.max_steps or step % self.validate_every == 0
+        stop = self._should_stop(trainer, at_once=pauses)
+        due = stop or pauses or step % self.every == 0
         if due and self.sound():
             trainer.save_checkpoint(self.path, weights_only=False)  # with the optimizer and loops
         if stop:
@@ -315,13 +316,18 @@ class Checkpoints(Checkpoint):
         grace = GRACE if trainer.world_size == 1 else GRACE_AMONG_RANKS
         self.files.give_up(after=0.0 if isinstance(exception, KeyboardInterrupt) else grace)
 
-    def _should_stop(self, trainer: Trainer) -> bool:
-        """Whether any rank has a signal; with several ranks, whether one had at the end of the previous step."""
+    def _should_stop(self, trainer: Trainer, at_once: bool) -> bool:
+        """Whether any rank has a signal; with several ranks, whether one had at the end of the previous step.
+
+        Args:
+            at_once: also wait for what the ranks have now, because no other step follows soon.
+        """
         if trainer.world_size == 1:
             return self._signal is not None
         own = to_device(torch.tensor([float(self._signal is not None)]), trainer.strategy.root_device)
         previous, self._signalled = self._signalled, Deferred(all_reduce_sum(own))
-        return previous is not None and previous.read()[0] > 0
+        readings = [previous, self._signalled if at_once else None]
+        return any(reading is not None and reading.read()[0] > 0 for reading in readings)
 
 
 def loops_at(fresh: dict[str, Any], *, step: int, steps: int, batches: int, validates: bool) -> dict[str, Any]:
