@@ -15,7 +15,8 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import alone, curve, fill, power_cut_at
+from conftest import alone, curve, fill, power_cut_at, same
+from lightning import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -44,6 +45,7 @@ from layerdecomp.training.autoencoder import (
     composite_error,
     reconstruction_metrics,
 )
+from layerdecomp.training.base import Job
 from layerdecomp.training.checkpoints import newest_checkpoint
 from layerdecomp.training.decomposer import DecomposerJob, fixed_settings
 from layerdecomp.training.inpainter import InpainterJob
@@ -121,6 +123,21 @@ def test_checkpoints_contain_only_trained_tensors(tmp_path: Path, overrides: lis
     assert {name.removeprefix("decomposer.").removeprefix("transformer.") for name in state} == set(adapter)
     for name, tensor in state.items():
         assert torch.equal(tensor, adapter[name.removeprefix("decomposer.").removeprefix("transformer.")])
+
+
+def test_a_job_within_another_module_saves_its_trained_tensors(overrides: list[str]) -> None:
+    class Composite(LightningModule):
+        def __init__(self, job: Job) -> None:
+            super().__init__()
+            self.job, self.head = job, torch.nn.Linear(2, 2)
+
+    outer = Composite(DecomposerJob(load_config(REPOSITORY / "configs" / "tiny.yaml", overrides)))
+    state = outer.state_dict()
+    assert set(state) == {"head.weight", "head.bias", *(f"job.{name}" for name, _ in outer.job.trained())}
+    assert all(value.data_ptr() == state[f"job.{name}"].data_ptr() for name, value in outer.job.trained())
+    changed = {name: torch.ones_like(value) for name, value in state.items()}
+    outer.load_state_dict(changed, strict=False)
+    assert same(outer.job.state_dict(), {name: torch.ones_like(value) for name, value in outer.job.trained()})
 
 
 def test_what_is_unfrozen_after_building_is_saved_too(overrides: list[str]) -> None:

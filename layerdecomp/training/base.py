@@ -213,8 +213,13 @@ class Job(LightningModule):
         """Frozen parameters, which DDP need not broadcast at the start: all ranks read them from the same files."""
         return [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        return {name: parameter.detach() for name, parameter in self.trained()}
+    def state_dict(  # type: ignore[override]
+        self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """The trained tensors; a module that contains this one passes its `destination`, and a `prefix` for the names."""
+        state = {} if destination is None else destination
+        state |= {prefix + name: value if keep_vars else value.detach() for name, value in self.trained()}
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         copy_tensors("the checkpoint", state_dict, dict(self.trained()), "this run's model")
