@@ -19,11 +19,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import PowerCutError, as_ranks, become_rank, curve, same
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 
 from layerdecomp.config import load_config
+from layerdecomp.data.datamodule import SampleData
 from layerdecomp.errors import InputError, RunError
 from layerdecomp.training import checkpoints
+from layerdecomp.training.autoencoder import AutoencoderJob
 from layerdecomp.training.base import Job
 from layerdecomp.training.checkpoints import (
     DAMAGED,
@@ -177,6 +181,33 @@ def test_rerunning_a_finished_run_changes_nothing(tmp_path: Path, jobs: dict[str
     run("tiny", *settings)
     assert {name: (run_dir / name).read_bytes() for name in before} == before
     assert same(result(run_dir, "tiny"), trained)
+
+
+# Without this package's Trainer
+
+
+def fit(overrides: list[str], resume: Path | None = None, **settings: Any) -> tuple[Trainer, AutoencoderJob]:
+    """Trains an autoencoder with a Trainer of the caller's settings."""
+    config = load_config(ROOT / "configs" / "tiny_autoencoder.yaml", overrides)
+    data = SampleData(config.data, seed=0, steps=config.train.steps, batch_size=2, with_cues=False)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    fixed = {"accelerator": "cpu", "max_steps": config.train.steps, "use_distributed_sampler": False}
+    trainer, job = Trainer(**quiet, **fixed, limit_val_batches=0, **settings), AutoencoderJob(config)  # type: ignore[arg-type]
+    trainer.fit(job, data, ckpt_path=resume, weights_only=True)
+    return trainer, job
+
+
+def test_a_trainer_of_ones_own_resumes_exactly_with_its_own_accumulation(
+    tmp_path: Path, jobs: dict[str, list[str]]
+) -> None:
+    def saving(name: str) -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path / name, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+
+    settings: dict[str, Any] = {"accumulate_grad_batches": 2, "logger": False}
+    _, straight = fit(jobs["tiny_autoencoder"], callbacks=[saving("straight")], **settings)
+    checkpoint = tmp_path / "straight" / "step=3.ckpt"
+    trainer, resumed = fit(jobs["tiny_autoencoder"], checkpoint, callbacks=[saving("resumed")], **settings)
+    assert trainer.global_step == 5 and same(straight.state_dict(), resumed.state_dict())
 
 
 # Files

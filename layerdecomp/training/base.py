@@ -216,7 +216,7 @@ class Job(LightningModule):
     def state_dict(  # type: ignore[override]
         self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
-        """The trained tensors; a module that contains this one passes its `destination`, and a `prefix` for the names."""
+        """The trained tensors; a module that contains this one passes a `destination`, and a `prefix` for names."""
         state = {} if destination is None else destination
         state |= {prefix + name: value if keep_vars else value.detach() for name, value in self.trained()}
         return state
@@ -256,7 +256,7 @@ class Job(LightningModule):
             self.trainer.fit_loop.state_dict(),
             step=step,
             steps=train.steps,
-            batches=train.accumulate,
+            batches=self.trainer.accumulate_grad_batches,
             validates=step % train.validate_every == 0 and step < train.steps,
         )
 
