@@ -210,6 +210,13 @@ def test_a_trainer_of_ones_own_resumes_exactly_with_its_own_accumulation(
     assert trainer.global_step == 5 and same(straight.state_dict(), resumed.state_dict())
 
 
+def test_a_checkpoint_is_loaded_without_a_trainer(tmp_path: Path, jobs: dict[str, list[str]]) -> None:
+    run_dir = run("tiny_autoencoder", *jobs["tiny_autoencoder"], "train.steps=1", f"run_dir={tmp_path}/run")
+    config = load_config(run_dir / "config.yaml")
+    job = AutoencoderJob.load_from_checkpoint(run_dir / LAST, config=config, weights_only=True)
+    assert same(job.state_dict(), read_checkpoint(run_dir / LAST)["state_dict"])
+
+
 # Files
 
 

@@ -250,6 +250,8 @@ class Job(LightningModule):
         self._set_hyperparameters(checkpoint)
         self.guard.skipped = checkpoint.get("skipped_steps", 0)
         self._provenance.load(checkpoint.get("trained", {"by": ["unknown"]}))  # older checkpoints do not record it
+        if self._trainer is None:  # `load_from_checkpoint`
+            return
         train = self.run.train
         step = checkpoint["global_step"]
         checkpoint["loops"]["fit_loop"] = loops_at(
