@@ -254,6 +254,16 @@ def test_a_directory_with_other_settings_is_refused_or_renamed(tmp_path: Path, o
         run("tiny", *settings, "resume=nowhere.ckpt")
 
 
+@pytest.mark.parametrize("run_dir", [".", "/", "/proc"])
+def test_a_directory_that_cannot_be_renamed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_dir: str
+) -> None:
+    config = load_config(REPOSITORY / "configs" / "tiny.yaml", [f"run_dir={run_dir}", "resume=never"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"run_dir {run_dir} cannot be moved aside .*; choose another run_dir="):
+        open_run(Path(run_dir), config)
+
+
 @pytest.mark.parametrize("muon", ["true", "false"])
 def test_resuming_a_checkpoint_uses_the_new_learning_rate_and_betas(
     tmp_path: Path, overrides: list[str], muon: str

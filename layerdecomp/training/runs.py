@@ -194,7 +194,10 @@ def _make_room(run_dir: Path, checkpoint: Path | None) -> None:
     if checkpoint is not None and run_dir.resolve() in checkpoint.parents:
         _abandon_later(run_dir.resolve(), checkpoint)
     elif run_dir.exists():
-        run_dir.rename(_first_free(run_dir.with_name(f"{run_dir.name}.{n}") for n in count(1)))
+        try:
+            run_dir.rename(_first_free(run_dir.with_name(f"{run_dir.name}.{n}") for n in count(1)))
+        except (OSError, ValueError) as error:  # ValueError: "." has no name
+            raise InputError(f"run_dir {run_dir} cannot be moved aside ({error}); choose another run_dir=") from error
 
 
 def _abandon_later(run_dir: Path, checkpoint: Path) -> None:
