@@ -77,7 +77,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"optim.betas is {self.betas}; expected two numbers from 0 to less than 1")
-        check_at_least(0, self, "optim.", "lr", "warmup", "weight_decay")
+        check_at_least(0, self, "optim.", "lr", "warmup", "weight_decay", "clip")
         if self.muon and self.weight_decay:
             raise InputError(f"optim.weight_decay is {self.weight_decay}, which optim.muon does not use; set it to 0")
         check_optimizer_bits("optim.bits", self.bits)

@@ -32,16 +32,18 @@ def merge_config(
         for key, value in dotted(OmegaConf.to_container(source)).items():
             if not key.startswith(free):
                 _check_known(key, known, name)
-            if isinstance(flat.get(key), list) and isinstance(value, str | int | float):
-                raise InputError(f"{name}: found {value!r}, expected a list: {key}=[{value}]")
+            if isinstance(flat.get(key), list) and isinstance(value, str | int | float | dict):
+                raise InputError(f"{name}: found {value!r}, expected a list: {key}=[{value or ''}]")
         try:
             merged = OmegaConf.merge(merged, source)
-        except (OmegaConfBaseException, ValueError) as error:
+        except (OmegaConfBaseException, ValueError, TypeError) as error:  # TypeError: a list for a dictionary
             default = flat.get(getattr(error, "full_key", None) or "")
             raise InputError(f"{name}: {_first_line(error)}; expected {_kind(default)}") from error
     for key, value in dotted(OmegaConf.to_container(merged)).items():
-        if isinstance(value, float) and math.isnan(value):
-            raise InputError(f"{key} is {value}; expected a number")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{key} is {value}; expected a finite number")
+        if isinstance(value, int) and abs(value) >= 2**63:  # neither PyTorch's seeds nor NumPy's integers are larger
+            raise InputError(f"{key} is {value}; expected less than 2^63")
     try:
         return cast(ConfigT, OmegaConf.to_object(merged))
     except MissingMandatoryValue as error:
