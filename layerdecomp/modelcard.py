@@ -93,6 +93,7 @@ PROVENANCE = (
         "seed",
         "data",
         "train",
+        "precision",
         "optim",
         "continues",
         "merged_from",

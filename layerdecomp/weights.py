@@ -52,7 +52,7 @@ FORMAT_VERSION = "1"
 TOOL_VERSION = f"layerdecomp {__version__}"
 REFINES = "refines"  # metadata key of a fine-tuned autoencoder: `checksums` of the one it started from
 HISTORY = "history"  # metadata key: the stages that trained what a file was made from, as JSON
-TRAINING = ("steps", "seed", "data", "train", "optim", "commit")  # metadata keys that say how a file was trained
+TRAINING = ("steps", "seed", "data", "train", "precision", "optim", "commit")  # metadata keys: how a file was trained
 STAGE = (*TRAINING, "date", "figures")  # metadata keys of a stage in the history
 LICENCE = (
     "Weights derived from FLUX.1-Fill-dev are governed by the FLUX.1 [dev] Non-Commercial License and are marked as "

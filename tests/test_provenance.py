@@ -27,22 +27,36 @@ def test_a_resumed_run_names_every_commit_whose_sources_trained_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = running(monkeypatch, "first", source="a")
-    first.begin(0, warns=True)
+    first.begin(0, "32-true", warns=True)
     saved = first.state()
     docs = running(monkeypatch, "of docs", source="a")
     docs.load(saved)
-    docs.begin(2, warns=True)
-    assert docs.metadata() == {"commit": "first", "date": saved["on"]} and not caplog.records
+    docs.begin(2, "32-true", warns=True)
+    assert docs.metadata() == {"commit": "first", "date": saved["on"], "precision": "32-true"}
+    assert not caplog.records
     second = running(monkeypatch, "second", source="b")
     second.load(saved)
-    second.begin(2, warns=False)
+    second.begin(2, "32-true", warns=False)
     assert second.metadata()["commit"] == "first + second" and not caplog.records
     saved = second.state()
     third = running(monkeypatch, "third", source="a")
     third.load(saved)
-    third.begin(4, warns=True)
+    third.begin(4, "32-true", warns=True)
     assert third.metadata()["commit"] == "first + second + third"
     assert "commit second trained this run up to step 4, from where commit third continues" in caplog.text
+
+
+def test_a_resumed_run_names_every_precision_that_trained_it(caplog: pytest.LogCaptureFixture) -> None:
+    run = Provenance()
+    for step, precision in enumerate(["32-true", "32-true", "bf16-mixed"]):
+        assert not caplog.records
+        resumed = Provenance()
+        resumed.load(run.state())
+        resumed.begin(step, precision, warns=True)
+        run = resumed
+    assert "trained in 32-true up to step 2, from where bf16-mixed continues" in caplog.text
+    assert run.metadata()["precision"] == "32-true + bf16-mixed"
+    assert "precision" not in Provenance().metadata()
 
 
 def test_the_stages_of_a_file_are_those_before_it_and_its_own(tmp_path: Path) -> None:

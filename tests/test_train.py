@@ -50,7 +50,7 @@ from layerdecomp.training.checkpoints import newest_checkpoint
 from layerdecomp.training.decomposer import DecomposerJob, fixed_settings
 from layerdecomp.training.inpainter import InpainterJob
 from layerdecomp.training.runs import build_strategy, build_trainer, check_devices, open_run, train
-from layerdecomp.weights import history, load_autoencoder, load_mmdit
+from layerdecomp.weights import TRAINING, history, load_autoencoder, load_mmdit
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 AUTOENCODER = ["model.ch=8", "model.ch_mult=[1,1,2,2]", "model.norm_groups=4"]
@@ -100,6 +100,7 @@ def test_a_run_writes_its_checkpoint_adapter_metrics_and_samples(tmp_path: Path,
     metadata = read_metadata(run_dir / "adapter.safetensors")
     assert (metadata["steps"], metadata["seed"], json.loads(metadata["data"])["source"]) == ("3", "4", "scenes")
     assert re.fullmatch("[0-9a-f]{40}|([0-9a-f]{40}-dirty|unknown)-[0-9a-f]{8}", metadata["commit"])
+    assert metadata["precision"] == "32-true"
     figures = json.loads(metadata["figures"])
     assert figures["background/psnr"] == metrics["results"]["adapted"]["background/psnr"]
     layers = Decomposer.from_pretrained(run_dir / "adapter.safetensors").decompose(*scene(40, 56), steps=2)
@@ -862,7 +863,7 @@ def test_a_run_continues_training_another_runs_adapter(
         torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-7)
     assert read_metadata(second / "adapter.safetensors")["continues"] == file_sha256(first)
     described = read_metadata(first)
-    stage = {key: described[key] for key in ("steps", "seed", "data", "train", "optim", "commit", "date", "figures")}
+    stage = {key: described[key] for key in (*TRAINING, "date", "figures")}
     assert json.loads(stage["train"])["steps"] == 2 and json.loads(stage["figures"]) and "history" not in described
     assert history(second / "adapter.safetensors")[:-1] == [{"sha256": file_sha256(first), **stage}]
     # its first validation uses the adapter, not the base

@@ -237,7 +237,7 @@ class Job(LightningModule):
         self.frozen_sha256()  # now, since reading 24 GB would delay the first save on every rank
 
     def on_train_start(self) -> None:  # not called if the run has finished
-        self._provenance.begin(self.global_step, warns=self.trainer.is_global_zero)
+        self._provenance.begin(self.global_step, self.trainer.precision, warns=self.trainer.is_global_zero)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["trained"] = self._provenance.state()

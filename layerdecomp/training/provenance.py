@@ -1,9 +1,9 @@
-"""Which code trained a run, and when: recorded in its checkpoints and weight files."""
+"""Which code trained a run, when, and in which precision: recorded in its checkpoints and weight files."""
 
 import json
 import logging
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def source_commit() -> str:
 
 
 class Provenance:
-    """The commits that trained a run so far, the date of its last checkpoint, and the stages before the run.
+    """The commits and precisions that trained a run so far, the date of its last checkpoint, and the stages before it.
 
     Args:
         start: the weight file whose tensors the run goes on training, if any.
@@ -42,11 +42,21 @@ class Provenance:
         self.history = [] if start is None else history(start)
         self._commit = source_commit()
         self._trained_by: list[str] = []
+        self._precisions: list[str] = []  # unlike train.precision, never auto, which depends on the machine
         self._trained_on: str | None = None  # the date of the last checkpoint
         self._source: str | None = None  # the hash of the sources that wrote the checkpoint to resume from
 
-    def begin(self, step: int, *, warns: bool) -> None:
-        """Records that this code trains from `step` on; a warning, if wanted, says that other code came before."""
+    def begin(self, step: int, precision: str, *, warns: bool) -> None:
+        """Records that this code trains in this precision from `step` on; warnings, if wanted, say what has changed."""
+        if self._precisions and self._precisions[-1] != precision and warns:
+            logger.warning(
+                "this run was trained in %s up to step %d, from where %s continues: train.precision=auto depends on "
+                "the device, so use one of the same kind to go on as before",
+                self._precisions[-1],
+                step,
+                precision,
+            )
+        self._precisions.append(precision)
         if self._source == PACKAGE_SHA256:  # other commits may have changed only docs
             return
         if self._trained_by and warns:
@@ -64,6 +74,7 @@ class Provenance:
         self._trained_on = creation_date()
         return {
             "by": list(self._trained_by),
+            "in": list(self._precisions),
             "on": self._trained_on,
             "source": PACKAGE_SHA256,
             HISTORY: self.history,
@@ -72,12 +83,18 @@ class Provenance:
     def load(self, state: Mapping[str, Any]) -> None:
         """Continues from the `state` in a checkpoint."""
         self._trained_by = list(state["by"])
+        self._precisions = list(state.get("in", []))
         self._trained_on = state.get("on")
         self._source = state.get("source")
         self.history = state.get(HISTORY, self.history)
 
     def metadata(self) -> Metadata:
         """The entries of a weight file's metadata."""
-        commits = dict.fromkeys(self._trained_by)  # distinct ones, in order
-        facts = {"commit": " + ".join(commits), "date": self._trained_on or creation_date()}
+        facts = {"commit": _distinct(self._trained_by), "date": self._trained_on or creation_date()}
+        if self._precisions:  # older checkpoints do not record them
+            facts["precision"] = _distinct(self._precisions)
         return {**facts, HISTORY: json.dumps(self.history)} if self.history else facts
+
+
+def _distinct(names: Sequence[str]) -> str:
+    return " + ".join(dict.fromkeys(names))  # in order
