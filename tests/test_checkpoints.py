@@ -21,6 +21,7 @@ import torch
 from conftest import PowerCutError, as_ranks, become_rank, curve, same
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import load_file
 
 from layerdecomp.config import load_config
@@ -208,6 +209,12 @@ def test_a_trainer_of_ones_own_resumes_exactly_with_its_own_accumulation(
     checkpoint = tmp_path / "straight" / "step=3.ckpt"
     trainer, resumed = fit(jobs["tiny_autoencoder"], checkpoint, callbacks=[saving("resumed")], **settings)
     assert trainer.global_step == 5 and same(straight.state_dict(), resumed.state_dict())
+
+
+def test_every_logger_of_a_trainer_of_ones_own_gets_every_step(tmp_path: Path, jobs: dict[str, list[str]]) -> None:
+    loggers = [TensorBoardLogger(tmp_path, name, version="") for name in ("one", "two")]
+    fit(jobs["tiny_autoencoder"], logger=loggers, enable_checkpointing=False, log_every_n_steps=1)
+    assert list(curve(tmp_path / "one")) == list(range(5)) and curve(tmp_path / "one") == curve(tmp_path / "two")
 
 
 def test_a_checkpoint_is_loaded_without_a_trainer(tmp_path: Path, jobs: dict[str, list[str]]) -> None:

@@ -142,8 +142,8 @@ class Job(LightningModule):
         self.shown["loss"] = figures["loss"]
         figures |= {"lr": self.run.optim.lr * self._rate(step), "skipped": self.guard.skipped}
         rates = {name: value for name, value in self.shown.items() if name != "loss"}
-        if self.logger is not None:
-            self.logger.log_metrics({f"train/{name}": value for name, value in figures.items()} | rates, step)
+        for writer in self.loggers:
+            writer.log_metrics({f"train/{name}": value for name, value in figures.items()} | rates, step)
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         """Clips the gradient, or skips the step if it is not finite: without gradients, the optimizer changes nothing.
@@ -238,6 +238,9 @@ class Job(LightningModule):
 
     def on_train_start(self) -> None:  # not called if the run has finished
         self._provenance.begin(self.global_step, self.trainer.precision, warns=self.trainer.is_global_zero)
+
+    def on_train_end(self) -> None:
+        self.log_pending()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["trained"] = self._provenance.state()
@@ -351,6 +354,7 @@ class Job(LightningModule):
         return self.on_device(collate([data[i] for i in range(len(data))]))
 
     def show(self, tag: str, grid: np.ndarray) -> None:
-        """Logs an image (H, W, 3) uint8 to TensorBoard, if that is the run's logger."""
-        if isinstance(self.logger, TensorBoardLogger):
-            self.logger.experiment.add_image(tag, grid, self.global_step, dataformats="HWC")
+        """Logs an image (H, W, 3) uint8 to the run's TensorBoard loggers."""
+        for writer in self.loggers:
+            if isinstance(writer, TensorBoardLogger):
+                writer.experiment.add_image(tag, grid, self.global_step, dataformats="HWC")
