@@ -314,6 +314,13 @@ def test_an_error_shows_the_command_that_resumes(
     assert given[1] == "tools/train.py" and sorted(given[2:]) == sorted([*expected, "train.steps=6"])
 
 
+def test_the_resume_command_below_torchrun_begins_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["tools/train.py", "config=a b.yaml", "resume=never"])
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    command = command_to_continue(load_config(ROOT / "configs" / "tiny.yaml", ["resume=never"]))
+    assert command == "torchrun (options as before) tools/train.py 'config=a b.yaml' resume=auto"
+
+
 def test_the_resume_command_has_the_shortest_interpreter_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(ROOT / "configs" / "tiny.yaml")
     monkeypatch.setattr(sys, "argv", ["tools/train.py"])

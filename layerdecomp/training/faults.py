@@ -116,9 +116,12 @@ def command_to_continue(config: RunConfig) -> str:
     If nothing has been saved yet, resume=FILE stays: that checkpoint is still the one to resume from.
     """
     saved = any((Path(config.run_dir) / name).is_file() for name in (LAST, PREVIOUS))
-    if config.resume == "auto" or (config.resume != "never" and not saved):
-        return shlex.join([_python(), *sys.argv])
-    return shlex.join([_python(), *(part for part in sys.argv if not part.startswith("resume=")), "resume=auto"])
+    given = sys.argv
+    if config.resume != "auto" and (config.resume == "never" or saved):
+        given = [*(part for part in given if not part.startswith("resume=")), "resume=auto"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # which does not tell the ranks its own options
+        return f"torchrun (options as before) {shlex.join(given)}"
+    return shlex.join([_python(), *given])
 
 
 def _python() -> str:
