@@ -1,5 +1,6 @@
 """Ablation: trains config variants with several seeds each, and compares them in a table and a plot."""
 
+import gc
 import io
 import json
 import math
@@ -13,6 +14,8 @@ from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from layerdecomp.config import DecomposerJobConfig, changed_keys, load_config
 from layerdecomp.errors import InputError
@@ -88,6 +91,9 @@ def ablate(path: Path, out: Path, overrides: Sequence[str]) -> None:
         raise InputError(f"{path}: rows or seeds are empty; expected at least one of each")
     for run in with_progress(runs):
         train(run.config)
+        # A finished job is in reference cycles, which Python frees at some later time: the next one needs its memory.
+        gc.collect()
+        torch.cuda.empty_cache()
         report(config, runs, out)
     print(report(config, runs, out))
     print(f"table, figures and plot: {out}/table.md, results.json and {out.name}.png")

@@ -1,6 +1,8 @@
 """The ablation: its switches, resuming, checks before training, and its table."""
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from layerdecomp import ablation
 from layerdecomp.ablation import AblationConfig, ablate, format_rows, plan, same_order, with_progress
 from layerdecomp.comparison import EvaluateConfig, Models, methods
 from layerdecomp.conditioning import ConditioningConfig
-from layerdecomp.config import changed_keys, load_config, save_config
+from layerdecomp.config import RunConfig, changed_keys, load_config, save_config
 from layerdecomp.decomposer import Decomposer, build_decomposer
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.cues import CUES
@@ -24,6 +26,8 @@ from layerdecomp.manifest import DecomposerConfig
 from layerdecomp.metrics.layers import METRICS
 from layerdecomp.overrides import merge_config, read_yaml
 from layerdecomp.tensor_files import file_sha256
+from layerdecomp.training import runs
+from layerdecomp.training.base import Job
 from layerdecomp.training.decomposer import DecomposerJob
 from layerdecomp.training.inpainter import InpainterJob
 from layerdecomp.training.runs import train
@@ -84,6 +88,26 @@ def test_an_interrupted_ablation_resumes_without_repeating_finished_runs(
     standalone = [*overrides, "lora.rank=1", "seed=1", f"run_dir={tmp_path}/alone"]
     train(load_config(TINY, standalone))
     assert figures(tmp_path / "alone", "metrics")["results"]["adapted"] == figures(out)["results"]["rank-1"]["1"]
+
+
+def test_a_finished_run_is_freed_before_the_next_one(
+    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, jobs = runs.build_job, list[weakref.ref[Job]]()
+
+    def build(config: RunConfig) -> Job:
+        assert not any(job() for job in jobs), "an earlier one is still in memory"
+        job = original(config)
+        jobs.append(weakref.ref(job))
+        return job
+
+    monkeypatch.setattr(runs, "build_job", build)
+    gc.disable()
+    try:
+        ablate(write(tmp_path, seeds=[0]), tmp_path / "out", overrides)
+    finally:
+        gc.enable()
+    assert len(jobs) == 2
 
 
 def figures(folder: Path, name: str = "results") -> dict:
