@@ -17,7 +17,6 @@ from lightning import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -156,7 +155,7 @@ class Job(LightningModule):
         figures = {**self._means, "grad_norm": norm}
         self._pending = self.global_step, [*figures], Deferred(torch.stack([*figures.values()]))
         step = self.trainer.global_step + 1
-        if all(group.get("fused") for group in optimizer.param_groups) and not isinstance(norm, DTensor):
+        if all(group.get("fused") for group in optimizer.param_groups):
             optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # read by its kernel
             self.guard.judge_later(norm, step, self.sample_names)
         elif not self.guard.judge(norm, step, self.sample_names):
