@@ -116,6 +116,23 @@ def test_an_object_darker_than_its_high_alpha_looks_premultiplied_only_if_it_is(
     assert not looks_premultiplied(rgba) and looks_premultiplied(_premultiplied(rgba))
 
 
+@pytest.mark.parametrize("brightness", [0.1, 0.25, 0.5])
+def test_a_dark_object_with_three_levels_of_alpha_is_not_premultiplied(brightness: float) -> None:
+    """Its semi-transparent pixels have one alpha, which no colour exceeds: the opaque pixels tell."""
+    for seed in range(20):
+        rgba = _cut_out(seed, brightness=brightness)
+        rgba[..., 3] = (rgba[..., 3] > 60) * 127 + (rgba[..., 3] > 190) * np.uint8(128)
+        assert not looks_premultiplied(rgba)
+
+
+def test_a_large_dark_pane_with_a_smooth_edge_is_not_premultiplied() -> None:
+    """Few pixels lie on its edge, where alpha is below the colours."""
+    alpha = np.zeros((800, 800), np.uint8)
+    alpha[100:700, 100:700] = 128
+    edges = np.asarray(Image.fromarray(alpha).resize((400, 400), box=(1, 1, 799, 799)))
+    assert not looks_premultiplied(np.dstack([np.full((400, 400, 3), 25, np.uint8), edges]))
+
+
 def test_a_dark_nearly_opaque_object_is_not_premultiplied() -> None:
     rgba = _cut_out(1, brightness=0.5)
     rgba[..., 3] = np.random.default_rng(0).integers(225, 250, (SIDE, SIDE))  # premultiplying would hardly change it

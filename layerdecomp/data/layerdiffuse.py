@@ -55,9 +55,9 @@ def looks_premultiplied(rgba: Pixels) -> bool:
     - v exceeds alpha almost nowhere (lossy files change a few pixels). Straight colours are independent of alpha:
       unless they are dark, they exceed it along soft edges, where alpha falls to 0.
     - Dividing by alpha would make the pixels clearly brighter. This accepts dark objects as straight.
-    - v follows alpha: from the more transparent to the more opaque half of the pixels, it grows more like alpha than
-      like a constant. This accepts objects whose colour is below alpha everywhere. If alpha is uniform, as in a pane of
-      glass, the halves do not differ and this condition counts as met.
+    - v follows alpha: from the pixels below the mean alpha to those above it, it grows more like alpha than like a
+      constant. This accepts objects whose colour is below alpha everywhere. If alpha is uniform, as in a pane of glass,
+      the opaque pixels take the place of those above the mean; if there are none, this condition counts as met.
 
     The test favours false negatives over false positives: it accepts dark premultiplied pictures, those with black
     shadows and those with very few semi-transparent pixels.
@@ -75,15 +75,15 @@ def looks_premultiplied(rgba: Pixels) -> bool:
     density, value = alpha[telling].astype(np.float64), brightest[telling].astype(np.float64)
     exceeds = np.mean(value > density + 2) > 0.005
     brighter = value.sum() / density.sum() * 255 - value.mean() >= 16
-    return not exceeds and bool(brighter) and _follows(value, density)
+    return not exceeds and bool(brighter) and _follows(value, density, brightest[alpha == 255])
 
 
-def _follows(value: NDArray[np.float64], density: NDArray[np.float64]) -> bool:
-    dense = density > np.median(density)
-    if not dense.any() or density[dense].mean() < 1.1 * density[~dense].mean():
-        return True
-    growth = density[dense].mean() / density[~dense].mean()
-    return bool(value[dense].mean() >= np.sqrt(growth) * value[~dense].mean())
+def _follows(value: NDArray[np.float64], density: NDArray[np.float64], opaque: NDArray[np.uint8]) -> bool:
+    dense = density > density.mean()
+    if dense.any() and (growth := density[dense].mean() / density[~dense].mean()) >= 1.1:
+        return bool(value[dense].mean() >= np.sqrt(growth) * value[~dense].mean())
+    growth = 255 / density.mean()
+    return opaque.size == 0 or bool(opaque.mean() >= np.sqrt(growth) * value.mean())
 
 
 def pad_colours(foreground: Tensor) -> Tensor:
