@@ -127,6 +127,8 @@ FAULTS: list[tuple[Callable[[Path], Reader], str, Callable[[Path], object], str]
     (layered, "3-layer_0.png", pierce, "expected an opaque background"),
     (layered, "3-layer_0.png", deepen, "greyscale with more than 8 bits"),
     (layered, "3-layer_1.png", truncate, "cannot be read"),
+    (layered, "3-layer_1.png", premultiply, "looks premultiplied"),
+    (triplets, "foreground/3.png", premultiply, "looks premultiplied"),
     (triplets, "mask/3.png", invert, "looks inverted"),
     (triplets, "foreground/3.png", lambda path: cut_out(3, (41, 30)).save(path), "41 x 30 pixels"),
     (triplets, "mask/3.png", lambda path: Image.new("L", (40, 30), 255).save(path), "it marks every pixel"),

@@ -38,6 +38,11 @@ def _cut_out() -> np.ndarray:
     return rgba
 
 
+def _premultiplied() -> np.ndarray:
+    rgba = _cut_out()
+    return np.dstack([(rgba[..., :3] * (rgba[..., 3:] / 255)).astype(np.uint8), rgba[..., 3]])
+
+
 def _mask() -> np.ndarray:
     mask = np.zeros((HEIGHT, WIDTH), np.uint8)
     mask[3:6, 4:9] = 255
@@ -209,6 +214,7 @@ FAULTS: list[tuple[Edit, str]] = [
     (_replaced("foreground/a.png", np.dstack([_pixels(), 0 * _mask()])), "transparent everywhere"),
     (_replaced("foreground/a.png", np.dstack([_pixels(), 0 * _mask() + 255])), "opaque everywhere"),
     (_replaced("foreground/a.png", _cut_out()[SMALLER]), r"foreground/a\.png is 13 x 8 pixels, .*image/a\.jpg 13 x 9"),
+    (_replaced("foreground/a.png", _premultiplied()), r"foreground/a\.png looks premultiplied: .*divide the colours"),
     (_replaced("background/a.png", _pixels()[SMALLER]), r"background/a\.png is 13 x 8 pixels, .*of one size"),
     (_replaced("background/a.png", _pixels(), exif=_exif(6)), r"background/a\.png is 9 x 13 pixels"),
     (_replaced("mask/a.png", _mask()[SMALLER]), r"mask/a\.png: mask is 13 x 8 pixels, the image 13 x 9"),

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
+from layerdecomp.data.alpha import looks_premultiplied
 from layerdecomp.data.index import Item
-from layerdecomp.data.layerdiffuse import ForegroundFolder, looks_premultiplied, pad_colours
+from layerdecomp.data.layerdiffuse import ForegroundFolder, pad_colours
 from layerdecomp.data.shapes import whole_shape
 from layerdecomp.data.textures import photograph_crop, procedural
 from layerdecomp.errors import InputError

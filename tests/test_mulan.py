@@ -638,6 +638,11 @@ def _with_a_translucent_pixel(layer: np.ndarray) -> np.ndarray:
     return layer
 
 
+def _premultiplied_glass(layer: np.ndarray) -> np.ndarray:
+    """Half-transparent everywhere; as random as the layer."""
+    return np.dstack([layer[..., :3] // 2, np.full(SIZE, 128, np.uint8)])
+
+
 def _truncate(root: Path, candidate: str) -> None:
     path = root / candidate.format(layer=2)
     path.write_bytes(path.read_bytes()[:200])
@@ -659,9 +664,10 @@ def _delete_all_objects(root: Path, candidate: str) -> None:
         (_change(2, lambda layer: np.ascontiguousarray(layer[..., :3])), "layer_2.png has no alpha channel"),
         (_change(0, _with_a_translucent_pixel), "layer_0.png is transparent in places; expected an opaque"),
         (_change(0, lambda layer: layer[..., 0] * np.uint16(257)), "layer_0.png is greyscale with more than 8 bits"),
+        (_change(2, _premultiplied_glass), "layer_2.png looks premultiplied: .*divide the colours by alpha"),
         (_truncate, "layer_2.png cannot be read as an image"),
     ],
-    ids=["no background", "gap", "background alone", "size", "no alpha", "not opaque", "16 bits", "cut off"],
+    ids=["none below", "gap", "none above", "size", "no alpha", "not opaque", "deep", "premultiplied", "cut off"],
 )
 def test_layers_that_do_not_fit_are_refused(
     tmp_path: Path, candidate: str, damage: Callable[[Path, str], None], message: str

@@ -31,7 +31,7 @@ ORDER = [
     # level 1: the assembled model, files, data and metrics
     *("quantization", "layouts", "tensor_files", "cli", "weights", "manifest", "inpainting", "decomposer", "sharding"),
     *("adapters", "incoming", "modelcard", "export", "text"),
-    *("data.__init__", "data.index", "data.prepare"),
+    *("data.__init__", "data.index", "data.prepare", "data.alpha"),
     *("data.folders", "data.layerdiffuse", "data.openimages", "data.annotation", "data.mulan"),
     *("data.sample", "data.textures", "data.shapes", "data.scenes"),
     *("data.loading", "data.check", "data.maps", "data.blending", "data.triplets", "data.benchmark"),

@@ -16,12 +16,11 @@ from layerdecomp.data.folders import (
     open_mask,
     part_names,
     part_path,
-    read_rgba,
+    read_straight,
     to_rgba,
     upright_size,
 )
 from layerdecomp.data.index import Index, Item
-from layerdecomp.data.layerdiffuse import looks_premultiplied
 from layerdecomp.data.loading import WITH_MAPS, layer_paths, read_map
 from layerdecomp.data.prepare import parallel, print_some
 from layerdecomp.errors import InputError
@@ -108,10 +107,8 @@ def _check_background(root: Path, item: Item) -> Path:
 
 def _check_foreground(root: Path, item: Item) -> Path:
     path = root / item.path
-    rgba = read_rgba(path)
+    rgba = read_straight(path)
     _check_size(path, (rgba.shape[1], rgba.shape[0]), item)
-    if looks_premultiplied(rgba):
-        raise InputError(f"{path} looks premultiplied; expected straight alpha: divide its colours by alpha")
     return path
 
 
@@ -123,7 +120,7 @@ def _check_layers(root: Path, item: Item) -> Path:
             if to_rgba(picture, path).getchannel("A").getextrema() != (255, 255):
                 raise InputError(f"{path} is transparent in places; expected an opaque background")
         else:
-            rgba = read_rgba(path)
+            rgba = read_straight(path)
             _check_size(path, (rgba.shape[1], rgba.shape[0]), item)
     return next(layer_paths(root, item))
 
@@ -135,7 +132,7 @@ def _check_triplet(root: Path, item: Item) -> Path:
     mask = open_mask(paths["mask"])
     image, background = (read_image(paths[part]).astype(np.int16) for part in ("image", "background"))
     if "foreground" in paths:
-        evidence = read_rgba(paths["foreground"])[..., 3] / 255
+        evidence = read_straight(paths["foreground"])[..., 3] / 255
     else:
         evidence = np.abs(image - background).mean(axis=-1)
     if evidence[mask].mean() < evidence[~mask].mean():

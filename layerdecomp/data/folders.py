@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
+from layerdecomp.data.alpha import check_straight
 from layerdecomp.data.index import Item
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.layers import Pixels, open_picture, read_mask, to_srgb
@@ -102,6 +103,13 @@ def read_rgba(path: Path) -> Pixels:
         raise InputError(f"{path} is transparent everywhere; expected an object whose alpha is above 0")
     if rgba[..., 3].min() == 255:
         raise InputError(f"{path} is opaque everywhere; expected alpha 0 around the object: cut it out")
+    return rgba
+
+
+def read_straight(path: Path) -> Pixels:
+    """`read_rgba` for data to train on: `InputError` also if the colours look premultiplied."""
+    rgba = read_rgba(path)
+    check_straight(rgba, path)
     return rgba
 
 
@@ -231,7 +239,7 @@ def _checked_size(root: Path, names: dict[str, str]) -> tuple[int, int]:
     size = upright_size(open_picture(paths["image"]))
     sizes = {"background": upright_size(open_picture(paths["background"]))}
     if "foreground" in paths:
-        height, width = read_rgba(paths["foreground"]).shape[:2]
+        height, width = read_straight(paths["foreground"]).shape[:2]
         sizes["foreground"] = (width, height)
     for part, found in sizes.items():
         if found != size:

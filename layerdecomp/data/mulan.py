@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from layerdecomp.data.alpha import check_straight
 from layerdecomp.data.annotation import LIMIT_BYTES, SUFFIX, read_annotation
 from layerdecomp.data.folders import list_pictures, to_rgba
 from layerdecomp.data.index import Item
@@ -263,10 +264,12 @@ class MulanLayers:
 
         Raises:
             InputError: a layer is missing or damaged, sizes differ, the background is not opaque, another layer has no
-                alpha, or the layers do not recompose to the picture, if that exists.
+                alpha or looks premultiplied, or the layers do not recompose to the picture, if that exists.
         """
         path = self.root / candidate
         layers = _read_stack(path, self._stacks[candidate])
+        for number, layer in enumerate(layers):
+            check_straight(layer, Path(str(path).replace("{layer}", str(number))))
         match = _LAYER.fullmatch(candidate.replace("{layer}", "0"))
         assert match is not None
         if picture := _find_picture(path, self._pictures, match["id"]):
