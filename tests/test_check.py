@@ -163,6 +163,18 @@ def test_duplicate_content_is_found_within_and_across_splits(tmp_path: Path) -> 
     assert sum("a leak between the splits" in fault for fault in check_indexes([path])) == 1
 
 
+def test_a_shared_background_layer_is_not_called_the_same_content(tmp_path: Path) -> None:
+    path, data = indexed(layered, tmp_path), tmp_path / "data"
+    index = Index(path)
+    train, test = (index.rows(split).tolist() for split in ("train", "test"))
+    first, second, held_out = (index[row].id for row in (*train[:2], test[0]))
+    for id, leak in ((second, False), (held_out, True)):
+        (data / f"{id}-layer_0.png").write_bytes((data / f"{first}-layer_0.png").read_bytes())
+        fault = next(fault for fault in check_indexes([path]) if ("a leak between the splits" in fault) == leak)
+        assert f"{id}" in fault and "has the same background layer as" in fault
+        assert fault.endswith("keep one, or both in one split if their objects differ")
+
+
 def test_contents_are_compared_across_indexes(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()

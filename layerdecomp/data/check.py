@@ -27,6 +27,7 @@ from layerdecomp.errors import InputError
 from layerdecomp.imaging.cues import CUES
 from layerdecomp.imaging.layers import Pixels, open_picture, read_image
 
+COMPARED = {"layered": "background layer", "triplets": "image"}  # the file that finds equal items; else the only one
 SHEET = (6, 4)  # columns and rows of the contact sheet
 TILE = 160  # pixels
 
@@ -54,7 +55,7 @@ def check_indexes(paths: Sequence[Path], workers: int = 1) -> list[str]:
     Returns:
         A line per fault: files that are missing, truncated or whose size has changed since indexing, a wrong mode, an
         alpha channel that is 0 or 255 everywhere or looks premultiplied, an inverted mask, a cue map of the wrong size;
-        and ids (within one source) or contents that occur twice, within a split or, worse, in both.
+        and ids (within one source), pictures or background layers that occur twice, within a split or, worse, in both.
     """
     faults: list[str] = []
     contents: dict[bytes, Place] = {}
@@ -62,6 +63,8 @@ def check_indexes(paths: Sequence[Path], workers: int = 1) -> list[str]:
     for path in paths:
         index = Index(path)
         test = set(index.rows("test").tolist())
+        what = COMPARED.get(index.kind, "content")
+        remedy = "keep one" if what == "content" else "keep one, or both in one split if their objects differ"
         findings = list(_examine_all(index, workers))
         own = [f"{index[finding.row].id}: {finding.fault}" for finding in findings if finding.fault]
         for finding in findings:
@@ -70,7 +73,7 @@ def check_indexes(paths: Sequence[Path], workers: int = 1) -> list[str]:
             before = contents.setdefault(finding.digest, place) if finding.digest else place
             namesake = ids.setdefault((index.source, id), place)
             if before is not place:
-                own.append(_twice(place, before, "content", "keep one"))
+                own.append(_twice(place, before, what, remedy))
             elif namesake is not place:
                 own.append(_twice(place, namesake, "id", "keep one, or index one set under another source="))
         sheet = path.with_suffix(".contact.jpg")
