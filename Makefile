@@ -31,7 +31,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 	touch $@
 
 train: .venv/installed  ## adapts the tiny base: make train CONFIG=configs/flux_fill.yaml DEVICES=8 ARGS="name=mine optim.lr=1e-4"
-	$(RUN) tools/train.py config=$(CONFIG) $(if $(DEVICES),train.devices=$(DEVICES)) $(ARGS)
+	$(RUN) tools/train.py "config=$(CONFIG)" $(if $(DEVICES),train.devices=$(DEVICES)) $(ARGS)
 
 # The whole chain from scratch. Stages whose weights exist are skipped, unfinished ones are resumed. ARGS apply to every
 # stage; AUTOENCODER_ARGS, INPAINTER_ARGS, RGBA_ARGS, REFINE_ARGS, ADAPTER_ARGS and FURTHER_ARGS to one kind each.
@@ -79,19 +79,19 @@ $(TINY)/adapter.safetensors: | $(TINY)/transformer.safetensors $(TINY)/rgba_auto
 
 decompose: OUT ?= layers
 decompose: .venv/installed $(if $(findstring psd,$(LAYERS)),.venv/installed-psd)  ## splits an image into layers: make decompose IMAGE=a.jpg MASK=a.png OUT=layers LAYERS=png,ora,psd
-	$(RUN) tools/decompose.py adapter=$(ADAPTER) image=$(IMAGE) mask=$(MASK) out=$(OUT) format=$(LAYERS) $(ARGS)
+	$(RUN) tools/decompose.py "adapter=$(ADAPTER)" "image=$(IMAGE)" "mask=$(MASK)" "out=$(OUT)" "format=$(LAYERS)" $(ARGS)
 
 embed-prompt: ROOT ?= checkpoints/flux1-fill-dev
 embed-prompt: .venv/installed-text  ## computes the empty prompt's embedding with FLUX's text encoders in ROOT (once)
-	$(RUN) tools/embed_prompt.py root=$(ROOT) $(ARGS)
+	$(RUN) tools/embed_prompt.py "root=$(ROOT)" $(ARGS)
 
 evaluate: .venv/installed-matting  ## evaluates an adapter on 256 scenes; other methods: make evaluate ARGS="predictions=FOLDER data=FOLDER"
-	$(RUN) tools/evaluate.py adapter=$(ADAPTER) out=runs/evaluate evaluate.samples=256 \
+	$(RUN) tools/evaluate.py "adapter=$(ADAPTER)" out=runs/evaluate evaluate.samples=256 \
 		"evaluate.rows=[adapted,base,classical,matting]" $(ARGS)
 
 export: OUT ?= runs/exported.safetensors
 export: .venv/installed  ## exports an adapter: make export ADAPTER=runs/tiny/adapter.safetensors FORMAT=merged OUT=merged.safetensors
-	$(RUN) tools/export.py adapter=$(ADAPTER) format=$(FORMAT) out=$(OUT) $(ARGS)
+	$(RUN) tools/export.py "adapter=$(ADAPTER)" format=$(FORMAT) "out=$(OUT)" $(ARGS)
 
 # The image-to-image base for the ablation's row maskless-base, pre-trained like the inpainting base.
 MASKLESS := $(TINY)/transformer_maskless.safetensors

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -601,6 +602,16 @@ def test_make_help_lists_every_target() -> None:
     targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert targets is not None
     assert {line.split()[0] for line in listed.splitlines()} == {*targets[1].split()}
+
+
+@pytest.mark.parametrize("target", ["train", "decompose", "embed-prompt", "evaluate", "export"])
+def test_make_passes_paths_with_spaces(target: str) -> None:
+    keys = ("CONFIG", "ADAPTER", "IMAGE", "MASK", "OUT", "ROOT", "LAYERS")
+    command = ["make", "-n", "--no-print-directory", target, *(f"{key}=my {key.lower()}" for key in keys)]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    expected = {"train": 1, "decompose": 5, "embed-prompt": 1, "evaluate": 1, "export": 2}
+    found = shlex.split(printed[printed.index(f"tools/{target.replace('-', '_')}.py") :])
+    assert sum(" " in argument for argument in found) == expected[target]
 
 
 def test_a_run_error_exits_with_status_1(capsys: pytest.CaptureFixture[str]) -> None:
