@@ -64,7 +64,7 @@ CLEAR = np.dstack([_cut_out(0)[..., :3], np.zeros((SIDE, SIDE), np.uint8)])
         (_cut_out(0)[..., :3], r"has no alpha channel \(its mode is RGB\)"),
         (OPAQUE, "is opaque everywhere; expected alpha 0 around the object"),
         (CLEAR, "is transparent everywhere; expected an object"),
-        (_cut_out(0)[:-1], "is 96 x 95 pixels; expected sides of at least 96"),
+        (_cut_out(0)[:-1], "is 96 x 95 pixels; expected sides of at least 96: leave it out, or lower min_side="),
         (_premultiplied(_cut_out(0)), "looks premultiplied: .*divide the colours by alpha"),
     ],
     ids=["no alpha", "opaque", "clear", "small", "premultiplied"],

@@ -341,7 +341,7 @@ def test_a_decompression_bomb_is_refused_before_it_fills_the_memory(tmp_path: Pa
     path = _write(tmp_path / "1.p.zl", bytes(100 << 20))
     assert path.stat().st_size < 200_000
     tracemalloc.start()
-    with pytest.raises(InputError, match=r"1\.p\.zl: more than 1,048,576 bytes decompressed"):
+    with pytest.raises(InputError, match=r"1\.p\.zl: more than 1,048,576 bytes unpacked"):
         read_annotation(path, limit_bytes=1 << 20)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

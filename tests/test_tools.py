@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -612,6 +613,13 @@ def test_make_passes_paths_with_spaces(target: str) -> None:
     expected = {"train": 1, "decompose": 5, "embed-prompt": 1, "evaluate": 1, "export": 2}
     found = shlex.split(printed[printed.index(f"tools/{target.replace('-', '_')}.py") :])
     assert sum(" " in argument for argument in found) == expected[target]
+
+
+@pytest.mark.parametrize("source", TOOLS["prepare_data"].READERS)
+def test_the_settings_of_every_reader_are_documented(source: str) -> None:
+    documented = (ROOT / "docs" / "data.md").read_text()
+    for setting in fields(TOOLS["prepare_data"].READERS[source]):
+        assert f"{setting.name}=" in documented or f"`{setting.name}`" in documented, setting.name
 
 
 def test_a_run_error_exits_with_status_1(capsys: pytest.CaptureFixture[str]) -> None:

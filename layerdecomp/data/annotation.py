@@ -66,7 +66,7 @@ def _decompress(path: Path, limit: int) -> io.BytesIO:
             while not stream.eof and (chunk := stream.unconsumed_tail or file.read(_CHUNK)):
                 plain.write(stream.decompress(chunk, _CHUNK))
                 if plain.tell() > limit:
-                    raise InputError(f"{path}: more than {limit:,} bytes decompressed; raise the limit if you trust it")
+                    raise InputError(f"{path}: more than {limit:,} bytes unpacked; raise limit_bytes= if you trust it")
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error}); expected a MULAN annotation, *{SUFFIX}") from error
     except zlib.error as error:

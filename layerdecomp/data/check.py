@@ -75,7 +75,7 @@ def check_indexes(paths: Sequence[Path], workers: int = 1) -> list[str]:
             if before is not place:
                 own.append(_twice(place, before, what, remedy))
             elif namesake is not place:
-                own.append(_twice(place, namesake, "id", "keep one, or index one set under another source="))
+                own.append(_twice(place, namesake, "id", "keep one, or rename one if they differ"))
         sheet = path.with_suffix(".contact.jpg")
         contact_sheet(index, [finding.row for finding in findings if not finding.fault]).save(sheet, quality=90)
         _summarise(index, findings, len(own), sheet)

@@ -32,7 +32,10 @@ class ForegroundFolder:
         path = self.root / candidate
         height, width = read_straight(path).shape[:2]
         if min(width, height) < self.min_side:
-            raise InputError(f"{path} is {width} x {height} pixels; expected sides of at least {self.min_side}")
+            raise InputError(
+                f"{path} is {width} x {height} pixels; expected sides of at least {self.min_side}: leave "
+                "it out, or lower min_side="
+            )
         return Item(candidate.rpartition(".")[0], candidate, width, height)
 
 
