@@ -19,13 +19,13 @@ from layerdecomp.data.datamodule import DataConfig, open_samples, recorded_data
 from layerdecomp.data.testset import TestFolder
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import Share
-from layerdecomp.manifest import open_adapter
+from layerdecomp.manifest import REPOSITORY, open_adapter
 from layerdecomp.overrides import merge_config, read_yaml
 from layerdecomp.sampling import SampleConfig
 from layerdecomp.tables import check_fill, fill, format_published
 
 PATHS = dict.fromkeys(("adapter", "predictions", "data", "config", "export", "fill"), "")
-SHIPPED = "checkpoints/tiny/adapter.safetensors"
+SHIPPED = f"{REPOSITORY}/checkpoints/tiny/adapter.safetensors"
 PUBLISHED = "published"  # name of the markers around the table that fill= replaces
 
 
