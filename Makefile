@@ -130,5 +130,5 @@ lint: .venv/installed-dev  ## checks style and types
 clean:  ## removes .venv; keeps runs/
 	rm -rf .venv
 
-help:  ## prints this list; python tools/NAME.py --help lists a tool's arguments
+help:  ## prints this list; python tools/NAME.py --help prints a tool's usage
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s %s\n", $$1, $$2}' Makefile
