@@ -282,10 +282,10 @@ class Decomposer(nn.Module):
     ) -> dict[str, Tensor]:
         if self.context_fusion is None:
             return {}
-        if given is None:  # at the model's size
-            image = resize(full["image"], model_size(full["image"], self.sample))
-            estimated = {} if depth is None else {"depth": depth.estimate(image)[0].numpy()}
-            computed, present = compute_cues(to_pixels(image[0]), estimated)
+        if given is None:  # at the model's size, those that the fusion uses
+            image, used = resize(full["image"], model_size(full["image"], self.sample)), self.context_fusion.config.cues
+            estimated = {"depth": depth.estimate(image)[0].numpy()} if depth is not None and "depth" in used else {}
+            computed, present = compute_cues(to_pixels(image[0]), estimated, [name in used for name in CUES])
             return {"cues": torch.from_numpy(computed)[None], "cues_present": torch.from_numpy(present)[None]}
         check_cues(given, (len(CUES), *full["image"].shape[1:]))
         maps = torch.from_numpy(np.ascontiguousarray(given, np.float32))[None]

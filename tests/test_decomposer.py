@@ -358,6 +358,14 @@ def test_the_chosen_cues_are_encoded_in_their_order(tiny_config: DecomposerConfi
     assert chosen.tolist() == [[True, True], [False, False]] and ids.shape == (4, 3)
 
 
+def test_only_cues_that_the_fusion_uses_are_computed(tiny_config: DecomposerConfig) -> None:
+    decomposer = build_decomposer(replace(tiny_config, fusion=replace(tiny_config.fusion, cues=["edge"])))
+    depth: Any = mock.Mock()
+    inputs = decomposer.prepare(picture(64, 96), box(64, 96), depth=depth).inputs
+    assert inputs["cues_present"].tolist() == [[name == "edge" for name in CUES]]
+    depth.estimate.assert_not_called()
+
+
 def test_absent_cues_have_no_influence(tiny_decomposer: Decomposer) -> None:
     batch, noise = batch_of(3), noise_of(3)
     absent = ~batch["cues_present"][:, :, None, None, None]
