@@ -140,9 +140,10 @@ def _check_kept(run: Run) -> None:
         kept, now = read_metadata(run.folder / "adapter.safetensors"), run.config.to_metadata()
         changed += [key for key in SHA256_KEYS.values() if kept.get(key) != now.get(key)]
     if changed:
+        again = "; to only evaluate it again, its metrics.json" if (run.folder / "last.ckpt").is_file() else ""
         raise InputError(
             f"{run.folder} holds a run with other settings or weights ({', '.join(changed[:5])}); choose another out=, "
-            "or move that folder away to train it again (to only evaluate it again, its metrics.json)"
+            f"or move that folder away to train it again{again}"
         )
 
 

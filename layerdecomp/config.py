@@ -18,7 +18,7 @@ from layerdecomp.data.datamodule import DataConfig
 from layerdecomp.errors import InputError, check_at_least, check_probabilities
 from layerdecomp.files import atomic_write
 from layerdecomp.flow import FlowConfig
-from layerdecomp.manifest import REPOSITORY, DecomposerConfig, WeightFiles, adapter_file
+from layerdecomp.manifest import DecomposerConfig, WeightFiles, adapter_file
 from layerdecomp.models.autoencoder import AutoencoderConfig
 from layerdecomp.models.mmdit import MMDiTConfig
 from layerdecomp.overrides import dotted, merge_config, read_yaml
@@ -256,16 +256,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     config = merge_config(JOBS[job], files, overrides)
     if config.job != job:
         raise InputError(f"argument 'job={config.job}': {path} describes a {job} job; name another config= instead")
-    if isinstance(config, FlowJobConfig):
-        _find_shipped(config.weights)
     return config
-
-
-def _find_shipped(weights: WeightFiles) -> None:
-    """Makes the default paths usable from any folder: those that exist only in the repository point there."""
-    for name, path in weights.named().items():
-        if not Path(path).exists() and (REPOSITORY / path).exists():
-            setattr(weights, name, str(REPOSITORY / path))
 
 
 def _with_base(path: Path) -> list[tuple[str, DictConfig]]:

@@ -92,6 +92,20 @@ def test_a_resized_object_keeps_its_colour_at_every_alpha(size: tuple[int, int],
     assert (resized[resized[..., 3] > 0][:, :3] == colour).all()
 
 
+@pytest.mark.parametrize("size", [(24, 40), (200, 310)])
+@pytest.mark.parametrize("box", [(150.3, 20.7, 390.2, 180.1), (0.0, 0.0, 31.0, 300.0), None])
+def test_a_crop_of_a_large_transparent_picture_is_resized_like_the_whole(
+    size: tuple[int, int], box: tuple[float, float, float, float] | None
+) -> None:
+    alpha = gaussian_filter(np.random.default_rng(0).integers(0, 256, (300, 400)).astype(np.float32), 2)
+    levels = ((alpha - alpha.min()) * 255 / np.ptp(alpha)).astype(np.uint8)
+    picture = Image.fromarray(np.dstack([np.full_like(levels, 90)] * 3 + [levels]))
+    resized = np.asarray(resize_picture(picture, size, box))
+    expected = picture.getchannel("A").resize(size[::-1], Image.Resampling.BICUBIC, box, reducing_gap=3)
+    np.testing.assert_allclose(resized[..., 3].astype(int), np.asarray(expected), atol=2)
+    assert resized[..., 3].std() > 5 and (resized[resized[..., 3] > 0][:, :3] == 90).all()
+
+
 def test_an_unchanged_picture_keeps_the_colours_under_alpha_0() -> None:
     rgba = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
     rgba[:10, :, 3] = 0

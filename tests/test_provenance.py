@@ -57,6 +57,10 @@ def test_a_resumed_run_names_every_precision_that_trained_it(caplog: pytest.LogC
     assert "trained in 32-true up to step 2, from where bf16-mixed continues" in caplog.text
     assert run.metadata()["precision"] == "32-true + bf16-mixed"
     assert "precision" not in Provenance().metadata()
+    older = Provenance()
+    older.load({"by": ["first"]})
+    older.begin(900, "bf16-mixed", warns=True)
+    assert older.metadata()["precision"] == "unknown + bf16-mixed"
 
 
 def test_the_stages_of_a_file_are_those_before_it_and_its_own(tmp_path: Path) -> None:

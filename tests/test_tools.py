@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 
 from layerdecomp.cli import run_command, take
 from layerdecomp.comparison import EvaluateConfig
-from layerdecomp.config import DecomposerJobConfig
 from layerdecomp.data.index import Index
 from layerdecomp.decomposer import Decomposer
 from layerdecomp.errors import InputError, RunError
@@ -428,21 +427,6 @@ def test_the_default_adapter_is_evaluated_from_any_folder(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     TOOLS["evaluate"].main(["evaluate.samples=1", "evaluate.rows=[adapted]", "sample.steps=1", "sample.ensemble=1"])
     assert (tmp_path / "runs/evaluate/metrics.json").is_file()
-
-
-def test_the_default_config_and_its_weights_are_found_from_any_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("checkpoints/tiny").mkdir(parents=True)
-    Path("checkpoints/tiny/autoencoder.safetensors").touch()
-    configs: list[DecomposerJobConfig] = []
-    monkeypatch.setattr(TOOLS["train"], "train", configs.append)
-    TOOLS["train"].main(["weights.rgba_autoencoder=absent"])
-    weights = configs[0].weights
-    assert weights.transformer == str(ROOT / "checkpoints/tiny/transformer.safetensors")
-    assert weights.autoencoder == "checkpoints/tiny/autoencoder.safetensors"  # a file here takes precedence
-    assert weights.rgba_autoencoder == "absent" and weights.prompt is None
 
 
 def test_decompose_needs_an_image(fails: Fails) -> None:

@@ -572,6 +572,7 @@ SALLOC = {**FIRST, "SLURM_JOB_NAME": "interactive", "SLURM_NTASKS": "1"}  # name
         (SALLOC, None, "LightningEnvironment"),
         ({**SALLOC, "SLURM_STEP_NUM_TASKS": "1"}, None, "LightningEnvironment"),  # srun --pty bash
         ({**SALLOC, "SLURM_STEP_NUM_TASKS": "2"}, 2, "SLURMEnvironment"),
+        ({**SALLOC, "SLURM_JOB_NAME": "bash", "SLURM_STEP_NUM_TASKS": "2"}, None, "LightningEnvironment"),  # two shells
     ],
 )
 def test_processes_of_a_launcher_are_counted_and_are_the_ranks_of_one_run(

@@ -4,12 +4,11 @@ import sys
 
 from layerdecomp.cli import run_command, take
 from layerdecomp.config import load_config
-from layerdecomp.manifest import REPOSITORY
 from layerdecomp.training.runs import train
 
 
 def main(arguments: list[str]) -> None:
-    named, overrides = take(arguments, config=f"{REPOSITORY}/configs/tiny.yaml")
+    named, overrides = take(arguments, config="configs/tiny.yaml")
     train(load_config(named["config"], overrides))
 
 

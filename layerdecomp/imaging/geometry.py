@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from math import ceil
 
 import numpy as np
 import torch
@@ -41,12 +42,24 @@ def resize_picture(picture: Image.Image, size: tuple[int, int], box: Box | None 
     unchanged = picture.size == size[::-1] and box in (None, (0, 0, *picture.size))
     if picture.mode != "RGBA" or unchanged or np.asarray(picture)[..., 3].min() == 255:
         return resize(picture)
+    picture, box = _cropped(picture, size, box or (0, 0, *picture.size))
+    resize = partial(resize, box=box)
     # Pillow would weight in 8 bits, which leaves few levels of colour at a low alpha. As in
     # `compositing.resize_straight`, colours are divided by alpha before its overshoot is clipped.
     *rgb, alpha = (np.array(channel, np.float32) for channel in picture.split())
     *rgb, alpha = (np.asarray(resize(Image.fromarray(plane))) for plane in (*(plane * alpha for plane in rgb), alpha))
     straight = np.stack([*(plane / alpha.clip(0.5) for plane in rgb), alpha], axis=-1)
     return Image.fromarray(np.where(alpha[..., None] < 0.5, 0, straight.clip(0, 255)).round().astype(np.uint8))
+
+
+def _cropped(picture: Image.Image, size: tuple[int, int], box: Box) -> tuple[Image.Image, Box]:
+    """The part of a picture that the box, resized to (height, width), depends on, and the box within it."""
+    left, top, right, bottom = box
+    reach = ceil(3 * max((right - left) / size[1], (bottom - top) / size[0], 1)) + 4  # of the bicubic kernel, and more
+    x, y = max(int(left) - reach, 0), max(int(top) - reach, 0)
+    width, height = picture.size
+    part = picture.crop((x, y, min(ceil(right) + reach, width), min(ceil(bottom) + reach, height)))
+    return part, (left - x, top - y, right - x, bottom - y)
 
 
 def shrink_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:

@@ -30,6 +30,9 @@ def source_commit() -> str:
     return f"{commit}-{PACKAGE_SHA256[:8]}" if commit.endswith(("-dirty", "unknown")) else commit
 
 
+UNKNOWN = "unknown"
+
+
 class Provenance:
     """The commits and precisions that trained a run so far, the date of its last checkpoint, and the stages before it.
 
@@ -48,7 +51,7 @@ class Provenance:
 
     def begin(self, step: int, precision: str, *, warns: bool) -> None:
         """Records that this code trains in this precision from `step` on; warnings, if wanted, say what has changed."""
-        if self._precisions and self._precisions[-1] != precision and warns:
+        if self._precisions and self._precisions[-1] not in (precision, UNKNOWN) and warns:
             logger.warning(
                 "this run was trained in %s up to step %d, from where %s continues: train.precision=auto depends on "
                 "the device, so use one of the same kind to go on as before",
@@ -83,7 +86,7 @@ class Provenance:
     def load(self, state: Mapping[str, Any]) -> None:
         """Continues from the `state` in a checkpoint."""
         self._trained_by = list(state["by"])
-        self._precisions = list(state.get("in", []))
+        self._precisions = list(state.get("in", [UNKNOWN]))  # older checkpoints do not record them
         self._trained_on = state.get("on")
         self._source = state.get("source")
         self.history = state.get(HISTORY, self.history)
@@ -91,7 +94,7 @@ class Provenance:
     def metadata(self) -> Metadata:
         """The entries of a weight file's metadata."""
         facts = {"commit": _distinct(self._trained_by), "date": self._trained_on or creation_date()}
-        if self._precisions:  # older checkpoints do not record them
+        if self._precisions:
             facts["precision"] = _distinct(self._precisions)
         return {**facts, HISTORY: json.dumps(self.history)} if self.history else facts
 

@@ -125,7 +125,9 @@ def on_slurm() -> bool:
     """Whether SLURM assigns the ranks: always below a srun of several tasks, else where Lightning would say so."""
     if TorchElasticEnvironment.detect():  # torchrun, which is also used inside SLURM jobs
         return False
-    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 or SLURMEnvironment.detect()
+    in_shell = os.environ.get("SLURM_JOB_NAME") == "bash"  # srun --pty bash: its tasks are shells
+    several = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and not in_shell
+    return several or SLURMEnvironment.detect()
 
 
 def averaged(trainer: Trainer, job: Job) -> AbstractContextManager[None]:
