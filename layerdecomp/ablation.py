@@ -134,13 +134,14 @@ def _run(config: AblationConfig, row: str, seed: int, folder: Path, overrides: S
 def _check_kept(run: Run) -> None:
     """Raises `InputError` if the run's folder holds one with other settings or, if finished, weights or evaluation."""
     changed: list[str] = []
-    if run.finished or (run.folder / "last.ckpt").is_file():  # a finished run may lack it
+    resumable = (run.folder / "last.ckpt").is_file()
+    if run.finished or resumable:  # a finished run may lack its checkpoint
         changed += changed_keys(run.config, run.folder / "config.yaml", evaluated=run.finished)
     if run.finished:
         kept, now = read_metadata(run.folder / "adapter.safetensors"), run.config.to_metadata()
         changed += [key for key in SHA256_KEYS.values() if kept.get(key) != now.get(key)]
     if changed:
-        again = "; to only evaluate it again, its metrics.json" if (run.folder / "last.ckpt").is_file() else ""
+        again = "; to only evaluate it again, its metrics.json" if resumable else ""
         raise InputError(
             f"{run.folder} holds a run with other settings or weights ({', '.join(changed[:5])}); choose another out=, "
             f"or move that folder away to train it again{again}"

@@ -294,13 +294,8 @@ def add_whole(parts: Sequence[tuple[Tensors, float]], base: Mapping[str, Tensor]
     whole = sum(share for _, share in parts)
     if whole == 0 and first.keys() - base.keys():
         raise InputError("weights= sum up to 0; expected a non-zero sum, since the fusion modules are averaged")
-
-    def weighted(name: str, whole: float) -> Tensor:
-        return torch.stack([share / whole * tensors[name].float() for tensors, share in parts]).sum(0)
-
-    return {
-        name: weighted(name, 1) + (1 - whole) * base[name] if name in base else weighted(name, whole) for name in first
-    }
+    total = {name: torch.stack([share * tensors[name].float() for tensors, share in parts]).sum(0) for name in first}
+    return {name: value + (1 - whole) * base[name] if name in base else value / whole for name, value in total.items()}
 
 
 def reduce_rank(changes: Changes, rank: int) -> tuple[Changes, dict[str, float]]:

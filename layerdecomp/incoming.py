@@ -59,7 +59,7 @@ def read_adapters(
     untouched = len(paths) == 1 and weights[0] == 1 and rank is None
     if untouched:
         return adapter, config
-    _, base = frozen_input(config)
+    _, base = _frozen(config, adapter.tensors)
     taken = []
     expected = _shared(adapter, config)
     for path, (other, other_config) in zip(paths, read, strict=True):
@@ -71,7 +71,7 @@ def read_adapters(
         taken.append(changes_from_adapter(other.tensors, other_config.lora, base))
     changes = add_changes([(changes, share) for (changes, _), share in zip(taken, weights, strict=True)])
     whole = [(rest, share) for (_, rest), share in zip(taken, weights, strict=True)]
-    rest = add_whole(whole, _frozen_tensors(config, whole[0][0]))
+    rest = add_whole(whole, base)
     metadata = {**adapter.metadata, "figures": "{}"}  # the recorded ones belong to another adapter
     if len(paths) > 1 or weights[0] != 1:
         shares = " + ".join(f"{share:g} x {path.name}" for path, share in zip(paths, weights, strict=True))
@@ -204,16 +204,15 @@ def _read_extras(path: Path, changes: Changes, base: Tensors, needed: bool) -> T
 
 def frozen_input(config: DecomposerConfig) -> tuple[MMDiT, Tensors]:
     """The frozen transformer on the meta device, and its input projection in float32."""
-    model, _ = empty_mmdit(config.weights.transformer)
-    return model, _frozen_tensors(config, [f"{INPUT}.weight", f"{INPUT}.bias"])
+    return _frozen(config, [f"{INPUT}.weight", f"{INPUT}.bias"])
 
 
-def _frozen_tensors(config: DecomposerConfig, names: Iterable[str]) -> Tensors:
-    """The frozen transformer's tensors of these names, in float32; names that it lacks are left out."""
+def _frozen(config: DecomposerConfig, names: Iterable[str]) -> tuple[MMDiT, Tensors]:
+    """The frozen transformer on the meta device, and those of the named tensors that it has, in float32."""
     path = config.weights.transformer
     model, layout = empty_mmdit(path)
     read = open_state(model, path, layout=layout)
-    return {name: read[name]().float() for name in names if name in read}
+    return model, {name: read[name]().float() for name in names if name in read}
 
 
 def extras_path(path: Path) -> Path:

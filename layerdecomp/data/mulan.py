@@ -188,7 +188,11 @@ def _read_stack(path: Path, numbers: list[int]) -> list[Pixels]:
     if len(numbers) < 2 or sorted(numbers) != list(range(len(numbers))):
         found = ", ".join(str(number) for number in sorted(numbers)) or "none"
         raise InputError(f"{path}: layer {found} found; expected at least two, numbered from 0 without a gap")
-    return read_layers(Path(str(path).replace("{layer}", str(number))) for number in range(len(numbers)))
+    return read_layers(_layer_path(path, number) for number in range(len(numbers)))
+
+
+def _layer_path(path: Path, number: int) -> Path:
+    return Path(str(path).replace("{layer}", str(number)))
 
 
 @dataclass(frozen=True)
@@ -269,7 +273,7 @@ class MulanLayers:
         path = self.root / candidate
         layers = _read_stack(path, self._stacks[candidate])
         for number, layer in enumerate(layers):
-            check_straight(layer, Path(str(path).replace("{layer}", str(number))))
+            check_straight(layer, _layer_path(path, number))
         match = _LAYER.fullmatch(candidate.replace("{layer}", "0"))
         assert match is not None
         if picture := _find_picture(path, self._pictures, match["id"]):

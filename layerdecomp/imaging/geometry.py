@@ -40,7 +40,7 @@ def resize_picture(picture: Image.Image, size: tuple[int, int], box: Box | None 
     """A picture, or a crop of it, resized to (height, width); colours are weighted by alpha."""
     resize = partial(Image.Image.resize, size=size[::-1], resample=Image.Resampling.BICUBIC, box=box, reducing_gap=3)
     unchanged = picture.size == size[::-1] and box in (None, (0, 0, *picture.size))
-    if picture.mode != "RGBA" or unchanged or np.asarray(picture)[..., 3].min() == 255:
+    if picture.mode != "RGBA" or unchanged or picture.getchannel("A").getextrema()[0] == 255:
         return resize(picture)
     picture, box = _cropped(picture, size, box or (0, 0, *picture.size))
     resize = partial(resize, box=box)

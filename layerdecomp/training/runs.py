@@ -117,8 +117,12 @@ def started_processes() -> int | None:
     """The number of processes that a launcher has started for this run; None if Lightning starts them itself."""
     if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun, or Lightning in a process it started
         return int(os.environ["WORLD_SIZE"])
+    return _srun_tasks() if on_slurm() else None
+
+
+def _srun_tasks() -> int:
     # Only srun sets this; SLURM_NTASKS is also set in a batch script, which runs once.
-    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) if on_slurm() else None
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
 
 
 def on_slurm() -> bool:
@@ -126,8 +130,7 @@ def on_slurm() -> bool:
     if TorchElasticEnvironment.detect():  # torchrun, which is also used inside SLURM jobs
         return False
     in_shell = os.environ.get("SLURM_JOB_NAME") == "bash"  # srun --pty bash: its tasks are shells
-    several = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and not in_shell
-    return several or SLURMEnvironment.detect()
+    return (_srun_tasks() > 1 and not in_shell) or SLURMEnvironment.detect()
 
 
 def averaged(trainer: Trainer, job: Job) -> AbstractContextManager[None]:
