@@ -34,10 +34,12 @@ train: .venv/installed  ## adapts the tiny base: make train CONFIG=configs/flux_
 	$(RUN) tools/train.py "config=$(CONFIG)" $(if $(DEVICES),train.devices=$(DEVICES)) $(ARGS)
 
 # The whole chain from scratch. Stages whose weights exist are skipped, unfinished ones are resumed. ARGS apply to every
-# stage; AUTOENCODER_ARGS, INPAINTER_ARGS, RGBA_ARGS, REFINE_ARGS, ADAPTER_ARGS and FURTHER_ARGS to one kind each.
+# stage; AUTOENCODER_ARGS, INPAINTER_ARGS, CONTINUE_ARGS, RGBA_ARGS, REFINE_ARGS, ADAPTER_ARGS and FURTHER_ARGS to one kind each.
 TINY := checkpoints/tiny
 # The last stage of both autoencoders trains only their decoders, by Muon; latents do not change.
 REFINE := train.batch_size=16 train.steps=600 optim.lr=3e-3 optim.muon=true
+# The base continues on new scenes, in smaller steps; so does its maskless counterpart.
+CONTINUE := train.batch_size=32 train.steps=6000 train.validate_every=1000 optim.lr=2e-3 seed=1
 # The shipped adapter is trained on more samples than the default one of `make train`, which takes a quarter of an hour.
 FIRST := train.batch_size=128 train.steps=917 data.samples=12288 data.scenes.many_coloured_probability=0.35
 # It then continues four times, each time on new scenes, with many small steps; the last three results are averaged.
@@ -53,7 +55,9 @@ $(TINY)/autoencoder.safetensors: | .venv/installed
 
 $(TINY)/transformer.safetensors: | $(TINY)/autoencoder.safetensors
 	$(RUN) tools/train.py config=configs/tiny_inpainter.yaml $(ARGS) $(INPAINTER_ARGS)
-	$(call ship,runs/tiny_inpainter/transformer.safetensors)
+	$(RUN) tools/train.py config=configs/tiny_inpainter.yaml name=tiny_inpainter_continued \
+		transformer=runs/tiny_inpainter/transformer.safetensors $(CONTINUE) $(ARGS) $(CONTINUE_ARGS)
+	$(call ship,runs/tiny_inpainter_continued/transformer.safetensors)
 
 $(TINY)/rgba_autoencoder.safetensors: | $(TINY)/autoencoder.safetensors
 	$(RUN) tools/train.py config=configs/tiny_rgba_autoencoder.yaml $(ARGS) $(RGBA_ARGS)
@@ -97,7 +101,9 @@ export: .venv/installed  ## exports an adapter: make export ADAPTER=runs/tiny/ad
 MASKLESS := $(TINY)/transformer_maskless.safetensors
 $(MASKLESS): | $(TINY)/autoencoder.safetensors .venv/installed
 	$(RUN) tools/train.py config=configs/tiny_inpainter.yaml conditioning.mask=false name=tiny_inpainter_maskless
-	$(call ship,runs/tiny_inpainter_maskless/transformer.safetensors)
+	$(RUN) tools/train.py config=configs/tiny_inpainter.yaml conditioning.mask=false name=tiny_inpainter_maskless_continued \
+		transformer=runs/tiny_inpainter_maskless/transformer.safetensors $(CONTINUE)
+	$(call ship,runs/tiny_inpainter_maskless_continued/transformer.safetensors)
 
 ablation: .venv/installed-plots $(MASKLESS)  ## runs the paper's ablation: make ablation ARGS="train.steps=50 evaluate.samples=8"
 	$(RUN) tools/ablate.py config=configs/ablation.yaml $(ARGS)

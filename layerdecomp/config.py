@@ -194,9 +194,14 @@ class AutoencoderJobConfig(RunConfig):
 
 @dataclass
 class InpainterJobConfig(FlowJobConfig):
-    """Train a small inpainting base from scratch."""
+    """Train a small inpainting base, from scratch or from the weights of an earlier one."""
 
     model: MMDiTConfig = field(default_factory=MMDiTConfig)
+    transformer: str | None = None  # a base of this architecture to train further; null: from scratch
+
+    @property
+    def start(self) -> Path | None:
+        return None if self.transformer is None else Path(self.transformer)
 
     def __post_init__(self) -> None:
         super().__post_init__()

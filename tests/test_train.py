@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -953,23 +954,45 @@ def test_an_inpainter_sees_an_image_without_its_hole_and_fills_only_the_hole(
     weights = f"weights.autoencoder={tiny_weights}/autoencoder.safetensors"
     settings = [*SMALL, *INPAINTER, weights, "latent_cache=null", "sample.steps=1"]
     job = InpainterJob(load_config(REPOSITORY / "configs" / "tiny_inpainter.yaml", settings))
-    data = open_samples(job.run.data, "train", 0, 4, with_cues=False)
-    batch = collate([data[index] for index in range(4)])
-    holes, mask = job.holes(batch), batch["inpaint_mask"]
-    assert holes[:3].equal(mask[:3]) and holes[3].equal(1 - mask[3]), "every fourth hole is inverted"
-    before, after = (job.encode({**batch, "image": image}) for image in (batch["image"], batch["image"] * (1 - holes)))
-    assert before["masked"].equal(after["masked"]) and not before["z"].equal(after["z"])
+    data = open_samples(job.run.data, "train", 0, 8, with_cues=False)
+    batch = collate([data[index] for index in range(8)])
+    encoded, mask = job.encode(batch), batch["inpaint_mask"]
+    holes, inverted = encoded["hole"].float(), torch.arange(8) % 4 == 3
+    assert holes[~inverted].equal(mask[~inverted]) and holes[inverted].equal(1 - mask[inverted])
+    changed = job.encode({**batch, "background": torch.zeros_like(batch["image"])})["z"] != encoded["z"]
+    assert not changed[:4].any() and changed[4:].any(), "the last four of eight scenes lack their object"
+    images = {name: batch[name] * (1 - holes) for name in ("image", "background")}
+    without = job.encode({**batch, **images})
+    assert without["masked"].equal(encoded["masked"]) and not without["z"].equal(encoded["z"])
     filled = job.fill(batch)
     assert (filled * (1 - mask)).equal(batch["image"] * (1 - mask)) and not (filled * mask).equal(batch["image"] * mask)
     job.run.evaluate.seed += 1
     assert not job.fill(batch).equal(filled)
 
     def velocity(model: Any, prompt: Any, x: torch.Tensor, cond: Any, t: torch.Tensor, guidance: float) -> torch.Tensor:
-        assert t.equal(sample_times(seeded_normal(job.run.seed, range(4), (1,), 1).flatten(), 4, job.run.flow))
+        assert t.equal(sample_times(seeded_normal(job.run.seed, range(8), (1,), 1).flatten(), 4, job.run.flow))
         return torch.zeros_like(x)  # of 4 tokens, by which the times are shifted
 
     monkeypatch.setattr("layerdecomp.training.inpainter.predict_velocity", velocity)
-    assert job.loss({**batch, "position": [0, 1, 2, 3]})["loss"] > 0
+    assert job.loss({**batch, "position": [*range(8)]})["loss"] > 0
+
+
+def test_an_inpainter_continues_a_base(tmp_path: Path, tiny_weights: Path) -> None:
+    first = f"{tiny_weights}/transformer.safetensors"
+    model = asdict(load_mmdit(first).config)
+    settings = [*SMALL, f"weights.autoencoder={tiny_weights}/autoencoder.safetensors", "latent_cache=null"]
+    settings += [f"transformer={first}", "sample.steps=1", "train.steps=1", "optim.lr=1e-9", f"run_dir={tmp_path}/run"]
+    described = [f"model.{name}={value}" for name, value in model.items()]
+    run("tiny_inpainter", *settings, *described)
+    continued = tmp_path / "run" / "transformer.safetensors"
+    before, after = load_file(first), load_file(continued)
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name].float(), tensor.float(), rtol=0, atol=1e-2, msg=name)
+    assert [stage["sha256"] for stage in history(continued)[:1]] == [file_sha256(Path(first))]
+    with pytest.raises(InputError, match=rf"transformer=.* has model.depth={model['depth']}; found 7, set"):
+        InpainterJob(
+            load_config(REPOSITORY / "configs" / "tiny_inpainter.yaml", [*settings, *described, "model.depth=7"])
+        )
 
 
 def test_training_without_lora_is_logged(overrides: list[str], caplog: pytest.LogCaptureFixture) -> None:

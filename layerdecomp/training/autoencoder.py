@@ -17,7 +17,7 @@ from layerdecomp.imaging.geometry import to_pixels
 from layerdecomp.metrics.background import psnr
 from layerdecomp.models.autoencoder import Autoencoder, extend_to_rgba, rescale_latents
 from layerdecomp.tensor_files import stored_dtype
-from layerdecomp.training.base import Job, every_fourth
+from layerdecomp.training.base import Job, every
 from layerdecomp.training.deferred import to_device
 from layerdecomp.training.projection import SPECTRUM, BlockProjection
 from layerdecomp.weights import REFINES, checksums, load_autoencoder, save_model
@@ -83,7 +83,7 @@ class AutoencoderJob(Job):
 
     @staticmethod
     def _rare(batch: dict[str, Any]) -> Tensor:
-        return every_fourth(batch.get("position", batch["index"]), batch["image"])
+        return every(4, batch.get("position", batch["index"]), batch["image"])
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         images = self.images(batch)

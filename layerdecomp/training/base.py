@@ -51,9 +51,10 @@ def local_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK') or os.environ.get('SLURM_LOCALID') or 0}"
 
 
-def every_fourth(places: Sequence[int], like: Tensor) -> Tensor:
-    """Selects every fourth place for a rarer treatment: a bool mask (B, 1, 1, 1) on the device of `like`."""
-    return to_device(torch.tensor([place % 4 == 3 for place in places]), like.device).view(-1, 1, 1, 1)
+def every(period: int, places: Sequence[int], like: Tensor) -> Tensor:
+    """Selects the last of every `period` places: a bool mask (B, 1, 1, 1) on the device of `like`."""
+    chosen = torch.tensor([place % period == period - 1 for place in places])
+    return to_device(chosen, like.device).view(-1, 1, 1, 1)
 
 
 def _like(old: Any, value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Pre-trains a small inpainting base from scratch: the tiny track's counterpart of FLUX.1-Fill-dev."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,27 +10,27 @@ from torch import Tensor
 
 from layerdecomp.conditioning import inpainting_context, masked_images, pack
 from layerdecomp.config import InpainterJobConfig
+from layerdecomp.errors import InputError
 from layerdecomp.evaluation import Share
 from layerdecomp.flow import flow_loss
 from layerdecomp.imaging.geometry import to_pixels
 from layerdecomp.inpainting import Context, Prompt, inpaint, latent_noise, predict_velocity, token_ids
 from layerdecomp.metrics.background import psnr
 from layerdecomp.models.mmdit import MMDiT
-from layerdecomp.training.base import every_fourth
+from layerdecomp.training.base import every
 from layerdecomp.training.flow import FlowJob
-from layerdecomp.weights import latents_sha256, load_autoencoder, save_model
+from layerdecomp.weights import latents_sha256, load_autoencoder, load_mmdit, save_model
 
 
 class InpainterJob(FlowJob):
-    """Flow matching on whole scenes with random holes."""
+    """Flow matching on whole scenes with random holes; with `transformer`, from the weights in that file."""
 
     run: InpainterJobConfig
 
     def __init__(self, config: InpainterJobConfig) -> None:
         super().__init__(config)
         self.autoencoder = load_autoencoder(config.weights.autoencoder).to(memory_format=torch.channels_last)
-        self.transformer = MMDiT(config.model)
-        self.transformer.init_weights()
+        self.transformer = initial_transformer(config)
         self.transformer.recompute = config.recompute
         self.transformer.recompute_attention = config.recompute_attention
         if config.compile:
@@ -39,7 +40,7 @@ class InpainterJob(FlowJob):
 
     @property
     def frozen_files(self) -> list[str]:
-        return [self.run.weights.autoencoder]
+        return [path for path in (self.run.weights.autoencoder, self.run.transformer) if path is not None]
 
     @property
     def encoding(self) -> dict[str, Any]:
@@ -47,7 +48,12 @@ class InpainterJob(FlowJob):
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        image, hole = batch["image"], self.holes(batch)
+        # Half of the scenes lack their object, or the base would learn to paint one into every large hole. Every fourth
+        # hole is inverted, since a decomposer outpaints foregrounds from small regions.
+        places, mask = batch["index"], batch["inpaint_mask"]
+        emptied = every(2, [place // 4 for place in places], mask)
+        image = torch.where(emptied, batch["background"], batch["image"])
+        hole = torch.where(every(4, places, mask), 1 - mask, mask)
         z, masked = self.autoencoder.encode(torch.cat([image, masked_images(image, hole)[0]])).float().chunk(2)
         return {"z": z, "masked": masked, "hole": hole.bool()}
 
@@ -57,12 +63,6 @@ class InpainterJob(FlowJob):
         x, t, target = self.noisy(z, z.shape[1], positions)
         velocity = predict_velocity(self.transformer, self.prompt, x, context, t, guidance=1.0)
         return {"loss": flow_loss(velocity, target)}
-
-    @staticmethod
-    def holes(batch: dict[str, Any]) -> Tensor:
-        """The masks (B, 1, H, W) of a batch, some inverted: a decomposer outpaints foregrounds from small regions."""
-        masks: Tensor = batch["inpaint_mask"]
-        return torch.where(every_fourth(batch["index"], masks), 1 - masks, masks)
 
     def fill(self, batch: dict[str, Any]) -> Tensor:
         """The images of a batch with their holes filled, (B, 3, H, W)."""
@@ -99,6 +99,19 @@ class InpainterJob(FlowJob):
         figures = {name: value.item() for name, value in hole_metrics(filled, batch).items()}
         save_model(run_dir / "transformer.safetensors", self.transformer, self.provenance(figures))
         self.report(run_dir, "inpainter", figures, inpainting_grid(filled, batch))
+
+
+def initial_transformer(config: InpainterJobConfig) -> MMDiT:
+    """A new transformer, or the one in the file `config.transformer`; `InputError` if its architecture is another."""
+    if config.transformer is None:
+        model = MMDiT(config.model)
+        model.init_weights()
+        return model
+    model = load_mmdit(config.transformer)
+    for key, value in asdict(model.config).items():
+        if value != (found := getattr(config.model, key)):
+            raise InputError(f"transformer={config.transformer} has model.{key}={value}; found {found}, set {value}")
+    return model.requires_grad_(True).train()
 
 
 def split(batch: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
