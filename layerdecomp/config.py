@@ -136,6 +136,7 @@ class DecomposerJobConfig(FlowJobConfig, DecomposerConfig):
     """Adapt a frozen inpainting transformer to layer decomposition."""
 
     adapter: str | None = None  # an adapter of the same frozen parts to train further; null: start from the base
+    adapter_base: str | None = None  # the base that `adapter` was trained on, if it is not weights.transformer
     training_guidance: float = 1.0  # guidance scale fed to guidance-distilled models in training
     quantize: str | None = None  # the frozen transformer's matrices: int8, fp8 or nf4; null: compute precision
     shard_base: bool = False  # shard the frozen transformer across processes, if one device cannot hold it
@@ -149,6 +150,10 @@ class DecomposerJobConfig(FlowJobConfig, DecomposerConfig):
         super().__post_init__()
         check_at_least(0, self, "", "encode_batch_size")
         check_format(self.quantize)
+        if self.adapter_base is not None and self.adapter is None:
+            raise InputError(
+                f"adapter_base is {self.adapter_base}, but adapter is null; name the adapter to train further"
+            )
         if self.shard_base:
             self._check_sharding()
 

@@ -131,8 +131,8 @@ def _described(path: str, default: ModelT) -> ModelT:
 def missing_files(config: DecomposerJobConfig) -> list[str]:
     """A line for each missing file, with where it comes from; or one that says that all are there."""
     places = [(f"weights.{name}", path) for name, path in config.weights.named().items()]
-    if config.adapter is not None:
-        places.append(("adapter", config.adapter))
+    started = {"adapter": config.adapter, "adapter_base": config.adapter_base}
+    places += [(key, path) for key, path in started.items() if path is not None]
     if config.data.source == "triplets":
         places += [("data.triplets", path) for path in config.data.triplets.indexes]
     lines = [

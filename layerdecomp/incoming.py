@@ -215,6 +215,16 @@ def _frozen(config: DecomposerConfig, names: Iterable[str]) -> tuple[MMDiT, Tens
     return model, {name: read[name]().float() for name in names if name in read}
 
 
+def moved_adapter(adapter: Adapter, old: str, new: str) -> Adapter:
+    """An adapter of the base in the file `old`, for the one in `new`; its metadata still describe the original.
+
+    LoRA and fusion stay as they are; layers trained in full differ from the new base as they did from the old one.
+    """
+    before, now = (_frozen(DecomposerConfig(WeightFiles(path)), adapter.tensors)[1] for path in (old, new))
+    moved = {name: adapter.tensors[name] - before[name] + now[name] for name in before}
+    return Adapter(adapter.tensors | moved, adapter.metadata)
+
+
 def extras_path(path: Path) -> Path:
     """The path of the trained tensors that an exported file in another layout cannot hold."""
     return path.with_name(f"{path.name.removesuffix('.safetensors')}.extras.safetensors")

@@ -51,7 +51,7 @@ from layerdecomp.training.checkpoints import newest_checkpoint
 from layerdecomp.training.decomposer import DecomposerJob, fixed_settings
 from layerdecomp.training.inpainter import InpainterJob
 from layerdecomp.training.runs import build_strategy, build_trainer, check_devices, open_run, train
-from layerdecomp.weights import TRAINING, history, load_autoencoder, load_mmdit
+from layerdecomp.weights import TRAINING, history, load_autoencoder, load_mmdit, save_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 AUTOENCODER = ["model.ch=8", "model.ch_mult=[1,1,2,2]", "model.norm_groups=4"]
@@ -877,6 +877,30 @@ def test_a_run_continues_training_another_runs_adapter(
     metric.update(*row.draw(batch), batch)
     expected = metric.compute()["foreground/alpha_iou"].item()
     assert curve(second, "validation/foreground/alpha_iou")[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_adapter_is_moved_to_another_base(tmp_path: Path, overrides: list[str], tiny_weights: Path) -> None:
+    old, new = tiny_weights / "transformer.safetensors", tmp_path / "new.safetensors"
+    model = load_mmdit(old)
+    fill(model, seed=8)
+    save_model(new, model, {}, torch.float32)
+    file = tiny_weights / "adapter.safetensors"
+    fitting = [f"{key}={value}" for key, value in fixed_settings(open_adapter(file)[1]).items()]
+    settings = [*overrides, *fitting, f"weights.transformer={new}", f"adapter={file}"]
+    with pytest.raises(InputError, match=r"new.safetensors is not the transformer that .*adapter.safetensors was"):
+        DecomposerJob(load_config(REPOSITORY / "configs" / "tiny.yaml", settings))
+    job = DecomposerJob(load_config(REPOSITORY / "configs" / "tiny.yaml", [*settings, f"adapter_base={old}"]))
+    adapted, before, now = load_file(file), load_file(old), load_file(new)
+    whole = adapted.keys() & before.keys()
+    assert whole == {"img_in.weight", "img_in.bias"}
+    for name, tensor in job.decomposer.adapter({}).tensors.items():
+        expected = adapted[name] - before[name].float() + now[name] if name in whole else adapted[name]
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-6)
+    wrong = f"adapter_base={new}"
+    with pytest.raises(InputError, match="new.safetensors is not the transformer that"):
+        DecomposerJob(load_config(REPOSITORY / "configs" / "tiny.yaml", [*settings, wrong]))
+    with pytest.raises(InputError, match="adapter_base is .*new.safetensors, but adapter is null"):
+        load_config(REPOSITORY / "configs" / "tiny.yaml", [*overrides, wrong])
 
 
 @pytest.mark.parametrize(

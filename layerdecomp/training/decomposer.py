@@ -18,6 +18,7 @@ from layerdecomp.errors import InputError
 from layerdecomp.evaluation import Share
 from layerdecomp.flow import flow_loss
 from layerdecomp.grids import comparison_grid
+from layerdecomp.incoming import moved_adapter
 from layerdecomp.manifest import DecomposerConfig, open_adapter
 from layerdecomp.metric_networks import open_networks
 from layerdecomp.metrics.layers import LayerMetrics
@@ -156,10 +157,15 @@ class DecomposerJob(FlowJob):
 
 
 def fitting_adapter(config: DecomposerJobConfig) -> Adapter | None:
-    """The adapter to continue training, if any; `InputError` unless it matches the run's frozen files and settings."""
+    """The adapter to continue training, if any; `InputError` unless it matches the run's frozen files and settings.
+
+    With `adapter_base`, it must match that base in place of the run's, to which it is then moved.
+    """
     if config.adapter is None:
         return None
-    adapter, described = open_adapter(config.adapter, **config.weights.named())
+    transformer = config.weights.transformer
+    files = {**config.weights.named(), "transformer": config.adapter_base or transformer}
+    adapter, described = open_adapter(config.adapter, **files)
     _check_prompt(config, adapter)
     now, then = fixed_settings(config), fixed_settings(described)
     if config.lora.targets != described.lora.targets and adapted_layers(config) == adapted_layers(described):
@@ -169,7 +175,9 @@ def fitting_adapter(config: DecomposerJobConfig) -> Adapter | None:
             raise InputError(
                 f"adapter={config.adapter} was trained with {key}={value}; found {found}, set {key}={value}"
             )
-    return adapter
+    if config.adapter_base is None:
+        return adapter
+    return moved_adapter(adapter, described.weights.transformer, transformer)
 
 
 def adapted_layers(config: DecomposerConfig) -> list[str]:
