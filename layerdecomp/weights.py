@@ -82,11 +82,16 @@ def history(path: Path) -> list[dict[str, str]]:
         InputError: the file is missing or damaged, or its own history is no such list.
     """
     metadata = read_metadata(weight_files(path)[0])
+    own = {key: metadata[key] for key in STAGE if key in metadata}
+    return [*earlier_stages(metadata, path), {"sha256": file_sha256(path), **own}]
+
+
+def earlier_stages(metadata: Metadata, path: str | Path) -> list[dict[str, str]]:
+    """The history in the metadata of the file at `path`; `InputError` if it is no list of stages."""
     try:
-        earlier = [dict(stage) for stage in json.loads(metadata.get(HISTORY, "[]"))]
+        return [dict(stage) for stage in json.loads(metadata.get(HISTORY, "[]"))]
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: {HISTORY} in its metadata is not a JSON list of objects ({error})") from error
-    return [*earlier, {"sha256": file_sha256(path), **{key: metadata[key] for key in STAGE if key in metadata}}]
 
 
 def creation_date(otherwise: str | None = None) -> str:

@@ -1,7 +1,7 @@
 """Adapters imported from files in any layout, their weighted sums, and rank reduction."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -155,7 +155,7 @@ def test_lora_files_are_not_loaded_as_adapters(tiny_weights: Path, tmp_path: Pat
 def test_adapters_are_summed_with_weights(adapter_file: Path, ours: MMDiT, tmp_path: Path) -> None:
     files = [tmp_path / "adapter.safetensors", tmp_path / "other.safetensors"]
     first = Adapter.load(adapter_file)
-    first.metadata.update(steps="2", continues="nothing")
+    first.metadata.update(steps="2", continues="nothing", data=json.dumps(asdict(DataConfig(samples=7))))
     first.save(files[0])
     other = {name: tensor.flip(0) for name, tensor in first.tensors.items()}
     Adapter(other, {**first.metadata, "data": "others", "history": json.dumps(history(files[0]))}).save(files[1])
@@ -167,7 +167,8 @@ def test_adapters_are_summed_with_weights(adapter_file: Path, ours: MMDiT, tmp_p
     assert read_metadata(tmp_path / "sum.safetensors")["figures"] == "{}" != first.metadata["figures"]
     described = read_metadata(tmp_path / "sum.safetensors")
     assert described["data"] == "see history" and not {"steps", "continues"} & described.keys()
-    assert recorded_data(described, "sum.safetensors") == DataConfig()
+    config = recorded_data(described, "sum.safetensors")
+    assert config == recorded_data(first.metadata, "adapter.safetensors") and config.samples == 7
     stages = json.loads(read_metadata(tmp_path / "sum.safetensors")["history"])
     assert [stage["sha256"] for stage in stages] == [file_sha256(file) for file in files]
     assert [stage["data"] for stage in stages] == [first.metadata["data"], "others"]

@@ -20,9 +20,11 @@ from layerdecomp.data.testset import TestFolder, drawn_samples, export_samples, 
 from layerdecomp.data.triplets import TripletConfig, Triplets
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.compositing import over
-from layerdecomp.imaging.cues import CUES, REGISTRY
-from layerdecomp.imaging.geometry import to_tensor
+from layerdecomp.imaging.cues import CUES, REGISTRY, compute_cues, resize_cues
+from layerdecomp.imaging.geometry import resize, to_pixels, to_tensor
 from layerdecomp.imaging.masks import MaskConfig
+from layerdecomp.resizing import to_model_size
+from layerdecomp.sampling import SampleConfig
 
 SCENES = Scenes(SceneConfig(size=32), "test", 0, 3, with_cues=False)
 EXACT = MaskConfig(**{kind: float(kind == "exact") for kind in vars(MaskConfig())})
@@ -130,6 +132,27 @@ def test_maps_of_the_folder_are_the_cues(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         sample["cues"][CUES.index("edge")][0], np.where(levels >= 128, 1, -1)
     )  # as in training
+
+
+def test_cues_are_computed_at_the_size_that_a_model_sees(tmp_path: Path) -> None:
+    for part, mode in (("image", "RGB"), ("background", "RGB"), ("mask", "L")):
+        (tmp_path / part).mkdir()
+        size = (96, 60, 3) if mode == "RGB" else (96, 60)
+        levels = np.random.default_rng(3).integers(0, 256, size, np.uint8)
+        Image.fromarray(levels).resize((120, 192)).save(tmp_path / part / "a.png")
+    sample, whole = TestFolder(tmp_path, max_side=64)[0], TestFolder(tmp_path)[0]
+    assert sample["image"].shape == (3, 192, 120) and sample["cues"].shape[-2:] == (64, 40)
+    computed = torch.from_numpy(compute_cues(to_pixels(resize(whole["image"], (64, 40))))[0])
+    assert sample["cues"].equal(computed)
+    assert not resize_cues(whole["cues"][None], (64, 40))[0].equal(computed)
+    (tmp_path / "edge").mkdir()
+    Image.fromarray(np.eye(192, 120, dtype=np.uint8) * 255).save(tmp_path / "edge" / "a.png")
+    shares = TestFolder(tmp_path, max_side=64)[0]["cues"][CUES.index("edge"), 0]
+    assert shares.diagonal().min() == 1 and (shares == -1).float().mean() > 0.9
+    model_sees = to_model_size(
+        {name: values[None] for name, values in sample.items() if name != "index"}, SampleConfig(max_side=64)
+    )
+    assert model_sees["cues"][0, :, :, :64, :40].equal(sample["cues"])
 
 
 def test_the_layout_of_rorem_is_read(tmp_path: Path) -> None:

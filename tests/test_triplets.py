@@ -241,7 +241,7 @@ def test_a_second_cut_out_sometimes_occludes_the_first(sets: Path) -> None:
     never, always = (config(sets, "pasted", occluder_probability=share) for share in (0.0, 1.0))
     assert not any(sample["occluder"].any() for sample in samples(never))
     covered = [sample for sample in samples(always, 16) if sample["occluder"].any()]
-    assert covered
+    assert len(covered) > 12, "nearly always, if asked for"
     for sample in covered:  # partly hidden: some of it has to be completed, from the rest
         alpha = sample["foreground"][3]
         assert 0.05 <= (alpha * sample["occluder"][0]).sum() / alpha.sum() <= 0.5

@@ -3,9 +3,9 @@
 python tools/evaluate.py [adapter=FILE predictions=FOLDER,FOLDER data=FOLDER config=FILE out=FOLDER device=cpu ...]
 python tools/evaluate.py export=FOLDER [the same settings]    # inputs and ground truth as files, for other methods
 
-data= names a folder of triplets; without it, samples are drawn as in the adapter's training. fill= names a Markdown
-file with a table of published figures, to which ours are added (docs/evaluation.md). quantize= (int8, fp8, nf4)
-quantises the frozen transformer.
+data= names a folder of triplets; without it, samples are drawn as in the adapter's (last) training. fill= names a
+Markdown file with a table of published figures, to which ours are added (docs/evaluation.md). quantize= (int8, fp8,
+nf4) quantises the frozen transformer.
 """
 
 import os
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> None:
         config.evaluate.rows = [row for row in config.evaluate.rows if row not in WITH_MODEL]
     settings = config.evaluate
     if own["data"]:
-        data: TestData = TestFolder(own["data"], fused)
+        data: TestData = TestFolder(own["data"], fused, config.sample.max_side)
     else:
         data = open_samples(config.data, "test", settings.seed, settings.samples, fused)
     predictions = [Path(folder) for folder in own["predictions"].split(",") if folder]

@@ -17,7 +17,7 @@ from layerdecomp.data.scenes import SceneConfig, Scenes
 from layerdecomp.data.triplets import TRIES, TripletConfig, Triplets
 from layerdecomp.errors import InputError, check_at_least, check_probabilities
 from layerdecomp.tensor_files import Metadata
-from layerdecomp.weights import config_from
+from layerdecomp.weights import config_from, earlier_stages
 
 
 @dataclass
@@ -41,9 +41,10 @@ class DataConfig:
 
 
 def recorded_data(metadata: Metadata, path: str) -> DataConfig:
-    """The data that an adapter at `path` was trained on; the defaults if it does not say (from elsewhere, or a sum)."""
-    text = metadata.get("data", "")
-    return config_from(DataConfig, text if text.startswith("{") else None, f"{path}: data")
+    """The data that an adapter at `path` was trained on, a sum's in its last stage; the defaults if none is recorded."""
+    stages = [*earlier_stages(metadata, path), metadata]
+    texts = [text for stage in stages if (text := stage.get("data", "")).startswith("{")]
+    return config_from(DataConfig, texts[-1] if texts else None, f"{path}: data")
 
 
 TrainingSamples = Scenes | Triplets

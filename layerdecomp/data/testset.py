@@ -35,7 +35,7 @@ from layerdecomp.data.triplets import TripletConfig, bounds, object_area, scene_
 from layerdecomp.errors import InputError
 from layerdecomp.imaging.compositing import with_pixel_alpha, with_unit_alpha
 from layerdecomp.imaging.cues import CUES, REGISTRY
-from layerdecomp.imaging.geometry import to_pixels, to_tensor
+from layerdecomp.imaging.geometry import fitted_size, resize, to_pixels, to_tensor
 from layerdecomp.imaging.layers import Pixels, read_image, read_mask, write_picture
 
 OBJECTS = ("drawn", "one", "all")
@@ -60,7 +60,8 @@ class TestFolder(Dataset[dict[str, Any]]):
 
     A sample has image, mask, foreground (if the folder has any), background and occluder (zeros unless there are files)
     as `build_sample` describes them, cues and cues_present (maps from the folder, or computed), and index, a number
-    that depends only on its name.
+    that depends only on its name. Cues have the size of the image shrunk to `max_side`, as a model sees it: computed at
+    the full size and shrunk, they would be others than it was trained with.
 
     Raises:
         InputError: a folder or a part of a triplet is missing, or a name is not UTF-8; from `[]`, a file is damaged or
@@ -69,8 +70,8 @@ class TestFolder(Dataset[dict[str, Any]]):
 
     __test__ = False  # keeps pytest from collecting it
 
-    def __init__(self, root: str | Path, with_cues: bool = True) -> None:
-        self.root, self.with_cues = Path(root), with_cues
+    def __init__(self, root: str | Path, with_cues: bool = True, max_side: int | None = None) -> None:
+        self.root, self.with_cues, self.max_side = Path(root), with_cues, max_side
         if not self.root.is_dir():
             raise InputError(f"data={root} is not a folder; expected one with {'/, '.join(PARTS)}/ (docs/data.md)")
         self._files = self._rorem() if (self.root / "meta.json").is_file() else self._triplets()
@@ -117,9 +118,14 @@ class TestFolder(Dataset[dict[str, Any]]):
         if "occluder" in paths:
             levels = _of_size(read_image(paths["occluder"]), image, paths["occluder"])[..., :1]
             sample["occluder"] = (to_tensor(levels)[0] + 1) / 2
+        return {**sample, **self._cues(name, sample["image"]), "index": seed_of(name)}
+
+    def _cues(self, name: str, image: Tensor) -> dict[str, Tensor]:
+        full = (image.shape[-2], image.shape[-1])
+        size = full if self.max_side is None else fitted_size(full, self.max_side)
+        maps = self._maps(name, full, size) if self.with_cues else {}
         rng = np.random.default_rng(0)  # required, but unused: no cue is dropped
-        cues = build_cues(sample["image"], rng, dropout=0, enabled=self.with_cues, maps=self._maps(name, image))
-        return {**sample, **cues, "index": seed_of(name)}
+        return build_cues(resize(image, size), rng, dropout=0, enabled=self.with_cues, maps=maps)
 
     def digest(self) -> str:
         """A sha256 over names and contents: equal for copies of the folder, different if any file or map differs."""
@@ -135,10 +141,9 @@ class TestFolder(Dataset[dict[str, Any]]):
         paths = {cue: map_path(self.root, Item(name, "", 0, 0), cue) for cue in REGISTRY}
         return {cue: path for cue, path in paths.items() if path.is_file()}
 
-    def _maps(self, name: str, image: Pixels) -> dict[str, Tensor]:
-        if not self.with_cues:
-            return {}
-        item, size = Item(name, "", image.shape[1], image.shape[0]), (image.shape[0], image.shape[1])
+    def _maps(self, name: str, full: tuple[int, int], size: tuple[int, int]) -> dict[str, Tensor]:
+        """The maps in files of an image of size `full`, at another `size`; both are (height, width)."""
+        item = Item(name, "", full[1], full[0])
         found = {cue: read_map(self.root, item, cue) for cue in REGISTRY}
         return {
             cue: to_tensor(np.asarray(REGISTRY[cue].resize(picture, size, None)))[0]

@@ -39,6 +39,7 @@ from layerdecomp.data.sample import SPLITS, Scene, build_cues, build_sample
 from layerdecomp.errors import InputError, check_at_least, check_probabilities
 from layerdecomp.imaging.compositing import over
 from layerdecomp.imaging.geometry import Box, resize_picture, to_tensor
+from layerdecomp.imaging.layers import Pixels
 from layerdecomp.imaging.masks import MaskConfig
 
 TRIES = 16  # attempts to find a usable picture before giving up
@@ -118,7 +119,7 @@ def object_area(visible: Tensor) -> float:
 
 
 class Triplets(Dataset[dict[str, Any]]):
-    """A map-style data set of `length` samples, each a pure function of (seed, split, index).
+    """A map-style data set of `length` samples, each a pure function of (seed, split, index), given `group`.
 
     A sample holds the outputs of `build_sample` and `build_cues` (zeros unless `with_cues`) and its index. All samples
     in a `group` of consecutive indices (a batch) share one size: the bucket nearest to the aspect of a random item
@@ -262,28 +263,25 @@ class Triplets(Dataset[dict[str, Any]]):
         """A cut-out pasted over a background, sometimes with a second one in front; there are no cue map files."""
         index, item = self._matching(self.backgrounds, rng, size, first)
         background = load_background(index, item, size, rng)
-        foreground, cut_out = self._placed(rng, size, float(np.exp(rng.uniform(np.log(0.05), np.log(0.5)))))
+        stamp, cut_out = self._stamp(rng, size, float(np.exp(rng.uniform(np.log(0.05), np.log(0.5)))))
+        left, top = (int(rng.integers(0, size[axis] - stamp.shape[axis] + 1)) for axis in (1, 0))
+        foreground = pasted(stamp, left, top, size)
         items: tuple[Item, ...] = (item, cut_out)
         occluder = torch.zeros_like(foreground)
         if rng.random() < self.config.occluder_probability:
-            candidate, other = self._placed(rng, size, float(foreground[3].mean()) * rng.uniform(0.4, 1.2))
-            covered = float((foreground[3] * candidate[3]).sum() / foreground[3].sum().clamp(min=1))
-            if 0.05 <= covered <= 0.5:
-                occluder, items = self._blended(candidate, background, rng), (*items, other)
+            stamp, other = self._stamp(rng, size, float(foreground[3].mean()) * rng.uniform(0.4, 1.2))
+            if place := occluding_place(stamp, foreground[3].numpy(), rng):
+                occluder, items = self._blended(pasted(stamp, *place, size), background, rng), (*items, other)
         return DrawnScene(Scene(background, self._blended(foreground, background, rng), occluder), items=items)
 
-    def _placed(self, rng: np.random.Generator, size: tuple[int, int], area: float) -> tuple[Tensor, Item]:
-        """A complete cut-out (4, *size), its bounding box covering about `area` of the image, and its item."""
+    def _stamp(self, rng: np.random.Generator, size: tuple[int, int], area: float) -> tuple[Pixels, Item]:
+        """A cut-out whose bounding box (h, w, 4) covers about `area` of an image of this size, and its item."""
         index, item = self.foregrounds.draw(rng)
         picture = load_foreground(index.root / item.path, item)
         scale = (area * size[0] * size[1] / (picture.width * picture.height)) ** 0.5
         scale = min(scale, size[1] / picture.width, size[0] / picture.height)
         width, height = (max(1, int(scale * side)) for side in picture.size)
-        stamp = np.asarray(resize_picture(picture, (height, width)))
-        left, top = int(rng.integers(0, size[1] - width + 1)), int(rng.integers(0, size[0] - height + 1))
-        canvas = np.zeros((*size, 4), np.uint8)
-        canvas[top : top + height, left : left + width] = stamp
-        return layer_tensor(Image.fromarray(canvas)), item
+        return np.asarray(resize_picture(picture, (height, width))), item
 
     def _blended(self, foreground: Tensor, background: Tensor, rng: np.random.Generator) -> Tensor:
         config = self.config.blending
@@ -363,6 +361,31 @@ class Rows:
         which = int(np.searchsorted(self._ends, position, side="right"))
         row = self._rows[which][position - int(self._ends[which])]  # a negative offset, from the end of its index
         return self.indexes[which], self.indexes[which][int(row)]
+
+
+def pasted(stamp: Pixels, left: int, top: int, size: tuple[int, int]) -> Tensor:
+    """A cut-out (h, w, 4) as a layer (4, *size)."""
+    canvas = np.zeros((*size, 4), np.uint8)
+    canvas[top : top + stamp.shape[0], left : left + stamp.shape[1]] = stamp
+    return layer_tensor(Image.fromarray(canvas))
+
+
+def occluding_place(stamp: Pixels, alpha: NDArray[np.float32], rng: np.random.Generator) -> tuple[int, int] | None:
+    """The (left, top) at which a cut-out (h, w, 4) covers 5 to 50 % of an object of alpha (H, W) in [0, 1].
+
+    Tries places where a point of the cut-out's box lies on the object; None if none of them is suitable.
+    """
+    whole = float(alpha.sum())
+    if whole == 0:
+        return None
+    cover, (rows, columns) = stamp[..., 3] / np.float32(255), stamp.shape[:2]
+    for row, column in rng.choice(np.argwhere(alpha > alpha.max() / 2), TRIES):
+        top = int(np.clip(row - rng.integers(rows), 0, alpha.shape[0] - rows))
+        left = int(np.clip(column - rng.integers(columns), 0, alpha.shape[1] - columns))
+        covered = float((alpha[top : top + rows, left : left + columns] * cover).sum()) / whole
+        if 0.05 <= covered <= 0.5:
+            return left, top
+    return None
 
 
 def nearest_aspect(item: Item, aspects: list[float]) -> int:
