@@ -5,8 +5,10 @@ import inspect
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -96,14 +98,36 @@ def run_command(main: Callable[[list[str]], None], arguments: list[str]) -> None
         raise
     except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        end(2 if isinstance(error, InputError) else 1)
     except torch.OutOfMemoryError as error:  # training handles this itself, and finds settings that fit
         reason = str(error).splitlines()[0]
         print(f"error: {reason}\n{LESS_MEMORY}", file=sys.stderr)
-        sys.exit(1)
+        end(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        end(130)
+    except Exception:
+        if not among_ranks():
+            raise
+        traceback.print_exc()
+        end(1)
+
+
+def among_ranks() -> bool:
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+def end(status: int) -> NoReturn:
+    """Exits after an error; a rank of several does so at once, since the others may be waiting for it.
+
+    At a normal exit, Lightning destroys an NCCL process group, which in turn waits for them: the launcher would not see
+    for half an hour that this rank has failed.
+    """
+    if among_ranks():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def leave_group() -> None:

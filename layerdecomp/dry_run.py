@@ -68,16 +68,23 @@ def dry_run(config: RunConfig) -> str:
 def memory_rows(work: TrainingWork, config: DecomposerJobConfig) -> list[list[str]]:
     """Rows of the memory table: what is in a device's memory, its size in GB, and how it is stored."""
     memory = training_memory(work)
-    average = memory.trained if config.train.ema else 0
+    train = config.train
+    average = memory.trained if train.ema else 0
+    # While DDP accumulates, gradients are summed beside its buckets.
+    accumulated = memory.gradients if train.devices * train.nodes > 1 and train.accumulate > 1 else 0
     rows = [
         ("frozen weights", memory.frozen, _frozen_storage(config)),
         ("trained weights", memory.trained, "float32"),
-        ("gradients", memory.gradients, "float32"),
+        ("gradients", memory.gradients + accumulated, "float32; twice while several devices accumulate"),
         ("optimizer", memory.optimizer, f"two moments in {config.optim.bits} bits; Muon has fewer"),
-        ("moving average", average, f"train.ema={config.train.ema:g}"),
+        ("moving average", average, f"train.ema={train.ema:g}"),
         ("activations", memory.step, "; ".join(_recomputing(work))),
         ("or encoding", memory.encode, f"encode_batch_size={config.encode_batch_size}; before the step"),
-        ("total", memory.total + average, "with the larger of the last two; CUDA itself takes about 0.5 more"),
+        (
+            "total",
+            memory.total + average + accumulated,
+            "with the larger of the last two; CUDA itself takes about 0.5 more",
+        ),
     ]
     return [[part, f"{size / 1e9:.1f}", how] for part, size, how in rows]
 

@@ -60,6 +60,15 @@ def test_the_total_counts_the_moving_average_and_the_larger_of_step_and_encoding
         assert (rows["moving average"], rows["total"]) == (average, total)
 
 
+def test_gradients_count_twice_while_several_devices_accumulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory(frozen=4e9, trained=2e9, gradients=2e9, optimizer=4e9, step=3e9, encode=5e9)
+    monkeypatch.setattr("layerdecomp.dry_run.training_memory", lambda work: memory)
+    for devices, accumulate, expected in ((1, 2, ("2.0", "17.0")), (2, 1, ("2.0", "17.0")), (2, 2, ("4.0", "19.0"))):
+        config = load_config(CONFIGS / "tiny.yaml", [f"train.devices={devices}", f"train.accumulate={accumulate}"])
+        rows = {row[0]: row[1] for row in memory_rows(training_work(config), config)}
+        assert (rows["gradients"], rows["total"]) == expected
+
+
 def test_models_are_described_by_their_files_or_else_the_published_ones(tiny_weights: Path) -> None:
     config = load_config(CONFIGS / "flux_fill_24gb.yaml")
     config.weights.transformer = config.weights.autoencoder = "nowhere.safetensors"

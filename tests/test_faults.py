@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +22,10 @@ import pytest
 import torch
 from conftest import alone
 from lightning import Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
+from layerdecomp.cli import run_command
 from layerdecomp.config import load_config
 from layerdecomp.data.datamodule import RepeatedSamples
 from layerdecomp.errors import InputError, RunError
@@ -39,7 +42,7 @@ from layerdecomp.training.faults import (
     nan_if_not_finite,
     readable_errors,
 )
-from layerdecomp.training.runs import StepBar, train
+from layerdecomp.training.runs import StepBar, build_job, build_trainer, train
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["train.precision=32-true", "optim.lr=1e-2", "optim.warmup=0", "sample.steps=1", "evaluate.samples=1"]
@@ -176,6 +179,27 @@ def test_judge_later_judges_a_step_at_the_next_one() -> None:
         assert guard.skipped == skipped
     assert not guard.settle(names) and guard.skipped == 2
     assert not guard.settle(names) and guard.skipped == 2, "judged once"
+
+
+@pytest.mark.parametrize(("own", "elsewhere", "named"), [(1.0, 1.0, []), (1.0, 0.0, [[5]]), (math.nan, 2.0, [[5]])])
+def test_a_rank_names_only_its_own_culprits(
+    own: float,
+    elsewhere: float,
+    named: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("layerdecomp.training.faults.all_reduce_sum", lambda values: values + elsewhere)
+    asked: list[Sequence[int]] = []
+
+    def names(positions: Sequence[int]) -> list[str]:
+        asked.append(positions)  # on every rank: with a sharded base, the others compute together
+        return [str(position) for position in positions]
+
+    guard = StepGuard(limit=2)
+    guard.note([5], torch.tensor(own))
+    assert not guard.judge(torch.tensor(math.nan), 1, names) and guard.skipped == 1
+    assert asked == (named or [[]]) and len(caplog.messages) == len(named)
 
 
 # Unreadable samples
@@ -420,6 +444,18 @@ def test_only_batch_sizes_that_keep_the_samples_per_step_are_tried() -> None:
     assert tried == [6, 3, 1] and "train.batch_size=1 train.accumulate=24 fits" in advice
 
 
+def test_what_a_step_keeps_is_reserved_while_sizes_are_tried() -> None:
+    layer = nn.Linear(2**20, 4, bias=False)
+    layer.weight.grad = torch.zeros_like(layer.weight)
+
+    def loss(size: int) -> Tensor:
+        raise torch.OutOfMemoryError("full")
+
+    for kept, shown in ((8.0, "0.03 GiB"), (2 * (1 + 4 / 256), "0.01 GiB")):  # moments in 32 or 8 bits
+        assert shown in fitting_settings(loss, [layer.weight], batch_size=2, batches=1, otherwise="less", kept=kept)
+        assert layer.weight.grad is None
+
+
 # Processes
 
 
@@ -476,6 +512,41 @@ def test_two_ranks_end_together(
                 os.kill(pid, signal.SIGKILL)
     text = (tmp_path / "log").read_text()
     assert expected in text and "Traceback" not in text, text[-3000:]
+
+
+def test_a_termination_before_training_is_reported(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config(ROOT / "configs" / "tiny.yaml", overrides)
+    trainer = cast(Trainer, SimpleNamespace(world_size=1, global_rank=0, is_global_zero=True))
+    with pytest.raises(SystemExit) as stopped, readable_errors(trainer, config, str):
+        raise SIGTERMException  # has no exit status of its own
+    assert stopped.value.code == 143 and "resume with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "status"), [(InputError("wrong"), 2), (ValueError("a bug"), 1)])
+def test_one_of_several_ranks_ends_at_once_after_an_error(
+    error: Exception, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class EndedError(Exception):
+        """In place of the end of the process."""
+
+    def ends(status: int) -> None:
+        raise EndedError(status)
+
+    def main(arguments: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr("layerdecomp.cli.among_ranks", lambda: True)
+    monkeypatch.setattr("os._exit", ends)
+    with pytest.raises(EndedError, match=str(status)):
+        run_command(main, [])
+    assert str(error) in capsys.readouterr().err
+
+
+def test_lightning_does_not_wait_for_the_device_before_every_batch(overrides: list[str], tmp_path: Path) -> None:
+    config = load_config(ROOT / "configs" / "tiny.yaml", overrides)
+    loop = build_trainer(config, tmp_path / "run", build_job(config)).fit_loop.epoch_loop
+    assert callable(type(loop)._broadcast_sigterm_tensor), "Lightning still has what is replaced here"
+    assert "_broadcast_sigterm_tensor" in vars(loop)
 
 
 def _start_a_rank(stderr: Connection) -> None:

@@ -879,6 +879,14 @@ def test_a_run_continues_training_another_runs_adapter(
     assert curve(second, "validation/foreground/alpha_iou")[0] == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_directory_with_an_input_of_the_run_is_not_moved_aside(tmp_path: Path, overrides: list[str]) -> None:
+    settings = [*overrides, "train.steps=1", f"run_dir={tmp_path}/run"]
+    adapter = run("tiny", *settings) / "adapter.safetensors"
+    with pytest.raises(InputError, match=r"resume=never moves .*run aside, which holds .*run/adapter.safetensors, an"):
+        run("tiny", *settings, f"adapter={adapter}", "resume=never")
+    assert adapter.is_file() and not (tmp_path / "run.1").exists()
+
+
 def test_an_adapter_is_moved_to_another_base(tmp_path: Path, overrides: list[str], tiny_weights: Path) -> None:
     old, new = tiny_weights / "transformer.safetensors", tmp_path / "new.safetensors"
     model = load_mmdit(old)

@@ -41,7 +41,7 @@ class DataConfig:
 
 
 def recorded_data(metadata: Metadata, path: str) -> DataConfig:
-    """The data that an adapter at `path` was trained on, a sum's in its last stage; the defaults if none is recorded."""
+    """The data that an adapter at `path` was trained on, a sum's in its last stage; the defaults if it does not say."""
     stages = [*earlier_stages(metadata, path), metadata]
     texts = [text for stage in stages if (text := stage.get("data", "")).startswith("{")]
     return config_from(DataConfig, texts[-1] if texts else None, f"{path}: data")

@@ -25,6 +25,7 @@ from layerdecomp.data.datamodule import RepeatedSamples, collate, open_samples
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import Share, write_metrics
 from layerdecomp.flow import seed_at, seeded_normal
+from layerdecomp.memory import OPTIMIZER_BYTES
 from layerdecomp.quantization import adamw, check_optimizer
 from layerdecomp.tensor_files import Metadata, file_sha256
 from layerdecomp.training.checkpoints import loops_at
@@ -188,7 +189,8 @@ class Job(LightningModule):
         parameters = [parameter for _, parameter in self.trained()]
         train = self.run.train
         sizes = train.batch_size, train.accumulate
-        return fitting_settings(lambda size: self._loss_of(range(size)), parameters, *sizes, self.memory_advice)
+        kept = OPTIMIZER_BYTES[self.run.optim.bits] + (4.0 if train.devices * train.nodes > 1 else 0.0)
+        return fitting_settings(lambda size: self._loss_of(range(size)), parameters, *sizes, self.memory_advice, kept)
 
     def sound(self) -> bool:
         """Whether the trained tensors are worth saving: the last step was not skipped, and all values are finite."""
@@ -228,6 +230,11 @@ class Job(LightningModule):
     def frozen_files(self) -> list[str]:
         """The frozen weight files that the trained tensors depend on."""
         return []
+
+    @property
+    def input_files(self) -> list[str]:
+        """All weight files that the run reads."""
+        return [*self.frozen_files, *([] if self.run.start is None else [str(self.run.start)])]
 
     def frozen_sha256(self) -> dict[str, str]:
         """Checksums of `frozen_files`; each file is read once per process."""

@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from layerdecomp.config import RunConfig
 from layerdecomp.errors import InputError, RunError, WriteError
 from layerdecomp.training.checkpoints import LAST, PREVIOUS, StoppedError
-from layerdecomp.training.deferred import Deferred
+from layerdecomp.training.deferred import Deferred, all_reduce_sum
 
 logger = logging.getLogger(__name__)
 MIN_SAMPLES = 1000  # samples: the faulty share is relative to at least this many
@@ -77,9 +78,14 @@ class StepGuard:
             return True
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         culprits = [positions for positions, loss in seen if not math.isfinite(loss.item())]
-        found = names([position for part in culprits or [part for part, _ in seen] for position in part])
-        what = "loss" if culprits else "gradient"
-        logger.warning("step %d is skipped: its %s is not finite; samples: %s", step, what, "; ".join(found))
+        ranks = all_reduce_sum(torch.tensor(float(bool(culprits)), device=seen[0][1].device)).item()
+        suspects = (
+            culprits if ranks else [positions for positions, _ in seen]
+        )  # none of this rank's, if other ranks' are
+        found = names([position for positions in suspects for position in positions])
+        if suspects:
+            what = "loss" if culprits else "gradient"
+            logger.warning("step %d is skipped: its %s is not finite; samples: %s", step, what, "; ".join(found))
         if self.in_a_row >= self.limit:
             raise RunError(
                 f"{self.in_a_row} steps in a row, up to step {step}, had a loss or gradient that is not finite; they "
@@ -146,12 +152,13 @@ def readable_errors(trainer: Trainer, config: RunConfig, settings_that_fit: Call
         yield
     except StoppedError as stopped:
         _leave(trainer, stopped, command_to_continue(config))
-    except SystemExit as ended:
-        if not isinstance(ended.__context__, KeyboardInterrupt):
+    except SystemExit as ended:  # by Lightning, which prints nothing; SIGTERM arrived before training began
+        terminated = isinstance(ended, SIGTERMException)
+        if not terminated and not isinstance(ended.__context__, KeyboardInterrupt):
             raise
-        if trainer.is_global_zero:  # Lightning prints nothing
+        if trainer.is_global_zero:
             print(f"\ninterrupted{_kept(config)}", file=sys.stderr, flush=True)
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(128 + (signal.SIGTERM if terminated else signal.SIGINT))
     except WriteError as error:  # of the results: the settings are right, and the run goes on from its checkpoint
         raise RunError(rank + str(error) + _kept(config)) from error
     except InputError as error:
@@ -239,7 +246,12 @@ def end_with_parent(rank: int) -> None:
 
 
 def fitting_settings(
-    loss: Callable[[int], Tensor], parameters: Sequence[Tensor], batch_size: int, batches: int, otherwise: str
+    loss: Callable[[int], Tensor],
+    parameters: Sequence[Tensor],
+    batch_size: int,
+    batches: int,
+    otherwise: str,
+    kept: float = 8.0,
 ) -> str:
     """Finds, by trying, settings that fit on the device and keep the number of samples per step.
 
@@ -249,9 +261,15 @@ def fitting_settings(
         batch_size: the size that did not fit.
         batches: batches per step and process.
         otherwise: what to change if not even one sample fits.
+        kept: bytes per trained number that are in memory during a step, besides the tensors and their gradients: the
+            optimizer's moments, and DDP's buckets while gradients are accumulated.
     """
-    # During a step, the optimizer's two moments and DDP's gradient buckets are in memory too.
-    reserved = [torch.empty_like(parameter) for parameter in parameters for _ in range(3)]
+    for parameter in parameters:
+        parameter.grad = None
+    sizes = [math.ceil(kept * parameter.numel()) for parameter in parameters]
+    reserved = [
+        torch.empty(size, dtype=torch.uint8, device=p.device) for size, p in zip(sizes, parameters, strict=True)
+    ]
     size = batch_size // 2
     while size:
         if batch_size % size == 0 and _fits(loss, parameters, size):

@@ -83,7 +83,7 @@ def train(config: RunConfig) -> None:
         cache=job.cache if isinstance(job, FlowJob) else None,
     )
     trainer = build_trainer(config, run_dir, job)
-    checkpoint = open_run(run_dir, config)
+    checkpoint = open_run(run_dir, config, job.input_files)
     if checkpoint is not None and trainer.is_global_zero:
         print(f"resuming from {checkpoint}; a finished run is only evaluated again (resume=never starts over)")
     if trainer.local_rank > 0:
@@ -139,16 +139,24 @@ def averaged(trainer: Trainer, job: Job) -> AbstractContextManager[None]:
     return averages[0].applied(job) if averages else nullcontext()
 
 
-def open_run(run_dir: Path, config: RunConfig) -> Path | None:
+def open_run(run_dir: Path, config: RunConfig, input_files: Iterable[str] = ()) -> Path | None:
     """Creates the run's directory and returns the checkpoint to resume from.
 
     An earlier run's directory is kept under another name, unless this run resumes from a checkpoint in it.
 
     Raises:
-        InputError: as `find_checkpoint`, or the directory cannot be written.
+        InputError: as `find_checkpoint`, the directory cannot be written, or holds one of the run's `input_files` and
+            would have to be renamed.
     """
     checkpoint = find_checkpoint(run_dir, config)
     if config.resume != "auto":
+        resumed_there = checkpoint is not None and run_dir.resolve() in checkpoint.parents
+        for file in () if resumed_there else input_files:
+            if run_dir.resolve() in Path(file).resolve().parents:  # other ranks, and resuming, need it there
+                raise InputError(
+                    f"resume={config.resume} moves {run_dir} aside, which holds {file}, an input of this run; choose "
+                    "another name=, or copy that file to another place and name it there"
+                )
         _make_room(run_dir, checkpoint)
     _write_config(run_dir, config)
     return checkpoint
@@ -276,7 +284,7 @@ def build_trainer(config: RunConfig, run_dir: Path, job: Job) -> Trainer:
     checkpoints = Checkpoints(
         files, run_dir, every=train.checkpoint_every, validate_every=validate_every, sound=job.sound
     )
-    return Trainer(
+    trainer = Trainer(
         default_root_dir=run_dir,
         max_steps=train.steps,
         accelerator="cuda" if torch.cuda.is_available() else "cpu",  # metrics sum in float64, which mps lacks
@@ -297,3 +305,6 @@ def build_trainer(config: RunConfig, run_dir: Path, job: Job) -> Trainer:
         callbacks=[checkpoints, StepBar(refresh_rate=5), *([RunningAverage(train.ema)] if train.ema else [])],
         enable_model_summary=False,
     )
+    # With several ranks, it would wait for the device before every batch. `Checkpoints` reduces its own flag instead.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    return trainer
