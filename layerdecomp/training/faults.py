@@ -45,7 +45,7 @@ class StepGuard:
         self.limit = limit
         self.skipped = self.in_a_row = 0
         self._seen: list[tuple[Sequence[int], Tensor]] = []  # positions and loss of each batch of the step
-        self._waiting: tuple[list[tuple[Sequence[int], Tensor]], int, Deferred] | None = None
+        self._waiting: tuple[list[tuple[Sequence[int], Tensor]], int, torch.device, Deferred] | None = None
 
     def note(self, positions: Sequence[int], loss: Tensor) -> None:
         """Records a batch of the current step."""
@@ -66,19 +66,19 @@ class StepGuard:
         For an optimizer that skips steps by itself. Raises as `judge` does.
         """
         self.settle(names)
-        self._waiting, self._seen = (self._seen, step, Deferred(norm[None])), []
+        self._waiting, self._seen = (self._seen, step, norm.device, Deferred(norm[None])), []
 
     def settle(self, names: Names) -> bool:
         """Judges the pending step, if there is one; returns and raises as `judge` does."""
         if self._waiting is None:
             return self.in_a_row == 0
-        (seen, step, norm), self._waiting = self._waiting, None
+        (seen, step, device, norm), self._waiting = self._waiting, None
         if math.isfinite(norm.read()[0]):
             self.in_a_row = 0
             return True
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         culprits = [positions for positions, loss in seen if not math.isfinite(loss.item())]
-        ranks = all_reduce_sum(torch.tensor(float(bool(culprits)), device=seen[0][1].device)).item()
+        ranks = all_reduce_sum(torch.tensor(float(bool(culprits)), device=device)).item()
         suspects = (
             culprits if ranks else [positions for positions, _ in seen]
         )  # none of this rank's, if other ranks' are
