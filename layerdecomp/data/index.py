@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from layerdecomp.errors import InputError
-from layerdecomp.tensor_files import open_safetensors, read_metadata, save_tensors
+from layerdecomp.tensor_files import Place, TensorFile, read_metadata, save_tensors
 
 VERSION = "2"
 KINDS = ("layered", "foregrounds", "backgrounds", "triplets")
@@ -169,7 +169,7 @@ class Index:
         start = int(ends[row - 1]) if row else 0
         return self._columns[f"{name}.text"][start : int(ends[row])].tobytes().decode()
 
-    @cached_property
+    @property
     def sizes(self) -> NDArray[np.int32]:
         """(N, 2), width and height."""
         return self._columns["size"]
@@ -192,15 +192,10 @@ def _check_item(item: Item, kind: str) -> None:
 
 def map_columns(path: Path) -> dict[str, NDArray[Any]]:
     """The tensors of a safetensors file as memory-mapped arrays."""
-    with open_safetensors(path):  # checks the whole header
-        pass
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    if unknown := [entry["dtype"] for entry in header.values() if entry["dtype"] not in _DTYPES]:
+    places = TensorFile(path).places
+    if unknown := [place.dtype for place in places.values() if place.dtype not in _DTYPES]:
         raise InputError(f"{path} holds numbers of type {unknown[0]}; expected one of {', '.join(_DTYPES)}")
-    return {name: _map_tensor(path, 8 + size, entry) for name, entry in header.items()}
+    return {name: _map_tensor(place) for name, place in places.items()}
 
 
 _DTYPES = {"U8": np.uint8, "I16": np.int16, "I32": np.int32, "I64": np.int64}
@@ -218,8 +213,8 @@ _COLUMNS: dict[str, tuple[type[np.generic], int]] = {
 }
 
 
-def _map_tensor(path: Path, start: int, entry: dict[str, Any]) -> NDArray[Any]:
-    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-    if not all(shape):  # nothing to map
-        return np.zeros(shape, dtype)
-    return np.memmap(path, dtype, "r", start + entry["data_offsets"][0], shape)
+def _map_tensor(place: Place) -> NDArray[Any]:
+    dtype = _DTYPES[place.dtype]
+    if not all(place.shape):  # nothing to map
+        return np.zeros(place.shape, dtype)
+    return np.memmap(place.path, dtype, "r", place.start, place.shape)
