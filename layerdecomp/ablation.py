@@ -11,14 +11,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import reduce
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from layerdecomp.config import DecomposerJobConfig, changed_keys, load_config
-from layerdecomp.errors import InputError
+from layerdecomp.errors import InputError, needs_extra
 from layerdecomp.files import atomic_write
 from layerdecomp.manifest import SHA256_KEYS
 from layerdecomp.metrics.layers import METRICS
@@ -82,8 +81,8 @@ def ablate(path: Path, out: Path, overrides: Sequence[str]) -> None:
     Raises:
         InputError: files or overrides of any run cannot be used; nothing has been trained then.
     """
-    if find_spec("matplotlib") is None:
-        raise InputError("the plot needs matplotlib, which is not installed; pip install matplotlib")
+    with needs_extra("the plot", "plots"):
+        import matplotlib.figure  # noqa: F401
     config = merge_config(AblationConfig(), [(str(path), read_yaml(path))], [])
     config.overrides += overrides
     runs = plan(config, out)

@@ -10,7 +10,7 @@ import torch
 from skimage.restoration import inpaint_biharmonic
 from torch import Tensor
 
-from layerdecomp.errors import InputError
+from layerdecomp.errors import InputError, needs_extra
 from layerdecomp.imaging.geometry import dilate
 
 # Width of the trimap's unknown band along the mask's outline, as a fraction of the shorter side: wide enough for
@@ -98,13 +98,8 @@ def matting_library() -> ModuleType:
     Raises:
         InputError: it is not installed.
     """
-    try:
+    with needs_extra("the row matting of evaluate.rows", "matting"):
         import pymatting
-    except ImportError as error:
-        raise InputError(
-            f"the row matting needs pymatting, which cannot be imported ({error}); pip install 'layerdecomp[matting]', "
-            "or remove the row from evaluate.rows"
-        ) from error
     return pymatting
 
 

@@ -1,6 +1,8 @@
 """Exceptions that are not bugs of this package: wrong input, or a failure of the environment."""
 
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import SupportsIndex
 
 
@@ -22,6 +24,17 @@ class RunError(RuntimeError):
     The message says what happened, what is kept and what to do. The command-line tools print it without a traceback and
     exit with status 1.
     """
+
+
+@contextmanager
+def needs_extra(what: str, extra: str) -> Iterator[None]:
+    """Turns a failed import into an `InputError` that names what needs it, and the extra of setup.cfg that has it."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(
+            f"{what} needs the extra {extra} ({error}); in the repository: pip install -e '.[{extra}]'"
+        ) from error
 
 
 def check_at_least(minimum: int, config: object, section: str, *names: str) -> None:

@@ -1,14 +1,13 @@
 """Quantisation by torchao: the frozen base in eight or four bits under unchanged names, and an 8-bit optimizer."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from layerdecomp.errors import InputError
+from layerdecomp.errors import InputError, needs_extra
 from layerdecomp.models.lora import freeze_quantized
 
 # Bits per weight: the code and its share of the scales (negligible for int8 and fp8, which have one per row).
@@ -21,19 +20,8 @@ def check_format(name: str | None) -> None:
         return
     if name not in BITS:
         raise InputError(f"quantize is {name!r}; expected null, {', '.join(BITS)}")
-    with needs_torchao(f"quantize={name}"):
+    with needs_extra(f"quantize={name}", "quantize"):
         import torchao.quantization  # noqa: F401
-
-
-@contextmanager
-def needs_torchao(what: str) -> Iterator[None]:
-    """Turns a failed import of torchao into an `InputError` that says what needs it."""
-    try:
-        yield
-    except ImportError as error:
-        raise InputError(
-            f"{what} needs torchao, which cannot be imported ({error}); pip install -e '.[quantize]'"
-        ) from error
 
 
 def quantized(tensor: Tensor, name: str) -> Tensor:
@@ -43,14 +31,14 @@ def quantized(tensor: Tensor, name: str) -> Tensor:
     et al. 2023, arXiv 2305.14314).
     """
     if name == "nf4":
-        with needs_torchao("quantize=nf4"):
+        with needs_extra("quantize=nf4", "quantize"):
             from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
 
         if tensor.numel() % 64:
             raise InputError(f"quantize=nf4: found a matrix of {tensor.numel()} numbers, expected a multiple of 64")
         blocks = tensor.numel() // 64
         return to_nf4(tensor, 64, math.gcd(blocks, 256))
-    with needs_torchao(f"quantize={name}"):
+    with needs_extra(f"quantize={name}", "quantize"):
         from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
     if name == "int8":
         found: Tensor = Int8Tensor.from_hp(tensor, granularity=PerRow())
@@ -91,7 +79,7 @@ def check_optimizer_bits(key: str, bits: int) -> None:
 
 def check_optimizer(key: str) -> None:
     """Raises `InputError`, which names the config key, if the 8-bit optimizer is not installed."""
-    with needs_torchao(key):
+    with needs_extra(key, "quantize"):
         import torchao.optim  # noqa: F401
 
 

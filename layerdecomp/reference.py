@@ -23,7 +23,7 @@ from layerdecomp.benchmark import (
     stopwatch,
 )
 from layerdecomp.conditioning import TOKEN_FACTOR, position_ids
-from layerdecomp.errors import InputError
+from layerdecomp.errors import InputError, needs_extra
 from layerdecomp.inpainting import mixed_precision
 from layerdecomp.layouts import diffusers_transformer
 from layerdecomp.models.lora import LoRALinear, merge_lora
@@ -86,13 +86,9 @@ def empty_reference(config: MMDiTConfig) -> Any:
     Raises:
         InputError: diffusers or peft is not installed.
     """
-    try:
+    with needs_extra("reference=diffusers", "dev"):
         import peft  # noqa: F401
         from diffusers import FluxTransformer2DModel
-    except ImportError as error:
-        raise InputError(
-            f"reference=diffusers: {error}; both come with the extra dev: pip install -e .[dev]"
-        ) from error
     return FluxTransformer2DModel(  # type: ignore[no-untyped-call]
         in_channels=config.in_channels,
         out_channels=config.out_channels,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerdecomp.errors import InputError
+from layerdecomp.errors import InputError, needs_extra
 from layerdecomp.tensor_files import Metadata, file_sha256, save_tensors
 from layerdecomp.weights import TOOL_VERSION
 
@@ -52,12 +52,8 @@ def _check_folders(root: Path) -> None:
 
 def _encode(root: Path, encoder: str, tokenizer: str, prompt: str, tokens: int, dtype: torch.dtype, device: str) -> Any:
     """The output of one text encoder, which is loaded for this call only."""
-    try:
+    with needs_extra("embedding a prompt", "text"):
         import transformers
-    except ImportError as error:
-        raise InputError(
-            "transformers is not installed; expected the extra: pip install 'layerdecomp[text]'"
-        ) from error
     try:
         words = getattr(transformers, TOKENIZERS[tokenizer]).from_pretrained(root / tokenizer, local_files_only=True)
         model = getattr(transformers, ENCODERS[encoder]).from_pretrained(

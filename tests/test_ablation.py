@@ -2,6 +2,7 @@
 
 import gc
 import json
+import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -168,6 +169,13 @@ def test_invalid_settings_are_rejected_before_training(
     path = write(tmp_path, **changes)
     with pytest.raises(InputError, match=message):
         ablate(path, tmp_path / "out", [*overrides, *([argument] if argument else [])])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_plot_library_is_named_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match=r"the plot needs the extra plots .*pip install -e '\.\[plots\]'"):
+        ablate(write(tmp_path), tmp_path / "out", [])
     assert not (tmp_path / "out").exists()
 
 

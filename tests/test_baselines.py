@@ -127,5 +127,5 @@ def test_matting_keeps_the_mask_if_the_solver_fails(monkeypatch: pytest.MonkeyPa
 def test_matting_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "pymatting", None)
     image, mask, _ = soft_disc()
-    with pytest.raises(InputError, match=r"pip install 'layerdecomp\[matting\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[matting\]'"):
         matted_foreground(image, mask)

@@ -183,7 +183,7 @@ def test_unknown_formats_and_a_missing_library_are_errors(weights: Path, monkeyp
     with pytest.raises(InputError, match=r"quantize=nf4: found a matrix of 30 numbers, expected a multiple of 64"):
         quantized(torch.ones(5, 6), "nf4")
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(InputError, match=r"quantize=int8 needs torchao.*pip install -e '\.\[quantize\]'"):
+    with pytest.raises(InputError, match=r"quantize=int8 needs the extra quantize .*: pip install -e '\.\[quantize\]'"):
         load_mmdit(weights, quantize="int8")
 
 

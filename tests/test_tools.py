@@ -481,7 +481,7 @@ def test_evaluate_names_a_missing_matting_library(
     monkeypatch.setitem(sys.modules, "pymatting", None)
     small = ["evaluate.samples=1", "data.scenes.size=32", "sample.steps=1", "evaluate.rows=[matting]"]
     output = fails("evaluate", f"adapter={tiny_weights / 'adapter.safetensors'}", *small)
-    assert "evaluate.rows" in output and "pip install 'layerdecomp[matting]'" in output
+    assert "evaluate.rows" in output and "pip install -e '.[matting]'" in output
 
 
 @pytest.mark.parametrize(

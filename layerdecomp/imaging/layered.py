@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from layerdecomp.errors import InputError
+from layerdecomp.errors import needs_extra
 
 THUMBNAIL = 256  # pixels at most, along the longer side
 
@@ -81,7 +81,5 @@ def write_psd(path: Path, rasters: Sequence[Raster], merged: NDArray[np.uint8]) 
 
 def check_psd() -> None:
     """Raises `InputError` unless psd-tools is installed."""
-    try:
+    with needs_extra("format=psd", "psd"):
         import psd_tools  # noqa: F401
-    except ImportError as error:
-        raise InputError("psd-tools is not installed; expected the extra: pip install 'layerdecomp[psd]'") from error
