@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,6 +39,12 @@ def take(arguments: list[str], **defaults: str | None) -> tuple[dict[str, str], 
     return own, overrides
 
 
+def refuse_unknown(rest: Sequence[str], known: Iterable[str]) -> None:
+    """Raises `InputError` for the first of the arguments that a tool has no use for; `known` are the keys it has."""
+    if rest:
+        raise InputError(f"unknown argument {rest[0]}; expected {' '.join(f'{key}=' for key in known)}")
+
+
 def whole_number(arguments: dict[str, str], key: str) -> int:
     """The value of a tool's own argument that must be a whole number."""
     try:
@@ -47,7 +53,7 @@ def whole_number(arguments: dict[str, str], key: str) -> int:
         raise InputError(f"{key}={arguments[key]}: expected a whole number") from error
 
 
-def truth(arguments: dict[str, str], key: str) -> bool:
+def true_or_false(arguments: dict[str, str], key: str) -> bool:
     """The value of a tool's own argument that must be true or false."""
     if arguments[key] not in ("true", "false"):
         raise InputError(f"{key}={arguments[key]}: expected true or false")

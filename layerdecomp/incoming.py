@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from layerdecomp.manifest import (
     DecomposerConfig,
     WeightFiles,
     adapter_file,
+    check_parts,
     config_of,
     open_adapter,
 )
@@ -168,8 +168,7 @@ def read_adapter(path: Path, files: dict[str, str]) -> tuple[Adapter, Decomposer
 
 def _undescribed(path: Path, files: dict[str, str]) -> DecomposerConfig:
     needed = ("transformer", "autoencoder", "rgba_autoencoder")
-    if unknown := [name for name in files if name not in asdict(WeightFiles())]:
-        raise InputError(f"{unknown[0]}= names no weight file; expected some of {', '.join(asdict(WeightFiles()))}")
+    check_parts(files)
     if missing := [name for name in needed if name not in files]:
         raise InputError(
             f"{path} does not name its frozen parts; expected {' '.join(f'{name}=FILE' for name in missing)}"

@@ -1,6 +1,7 @@
 """How an adapter file describes itself: its settings, and the frozen files that it belongs to."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ SHA256_KEYS = {
     "rgba_autoencoder": "rgba_autoencoder_sha256",
     "prompt": "prompt_sha256",
 }
+PARTS = tuple(SHA256_KEYS)
 BASES = {"03e289f530df51d014f48e675a9ffa2141bc003259bf5f25d75b957e920a41ca": "black-forest-labs/FLUX.1-Fill-dev"}
 ADAPTER = "adapter.safetensors"  # file name in a run directory and in a published folder
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -109,16 +111,20 @@ def parts_sha256(path: str | Path, **files: str) -> dict[str, str]:
     return {name: file_sha256(Path(file)) if file else "" for name, file in named.items()}
 
 
+def check_parts(files: Iterable[str]) -> None:
+    """Raises `InputError` for the first of the keys that is not one of `PARTS`."""
+    if unknown := [name for name in files if name not in PARTS]:
+        raise InputError(f"{unknown[0]}= names no weight file; expected some of {', '.join(PARTS)}")
+
+
 def config_of(metadata: Metadata, path: Path, **files: str) -> DecomposerConfig:
     """The decomposer config in the metadata of the adapter at `path`; see `open_adapter`."""
     config = DecomposerConfig()
     for part in fields(DecomposerConfig):
         kind: type[Any] = type(getattr(config, part.name))
         setattr(config, part.name, config_from(kind, metadata.get(part.name), f"{path}: {part.name}"))
-    places = asdict(config.weights)
-    if unknown := [name for name in files if name not in places]:
-        raise InputError(f"{unknown[0]}= names no weight file; expected some of {', '.join(places)}")
-    for name, value in {**places, **files}.items():
+    check_parts(files)
+    for name, value in {**asdict(config.weights), **files}.items():
         if value is not None:
             setattr(config.weights, name, str(find_weights(value, [path.parent, REPOSITORY])))
     for name, file in config.weights.named().items():

@@ -18,17 +18,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from layerdecomp.bulk import decompose_folder, pair_up
-from layerdecomp.cli import device_name, out_folder, run_command, take, truth, whole_number
+from layerdecomp.cli import device_name, out_folder, refuse_unknown, run_command, take, true_or_false, whole_number
 from layerdecomp.decomposer import Decomposer
-from layerdecomp.errors import InputError, RunError
+from layerdecomp.errors import RunError
 from layerdecomp.imaging.layers import FORMATS, check_formats, read_pair
-from layerdecomp.manifest import REPOSITORY, parts_sha256
+from layerdecomp.manifest import PARTS, REPOSITORY, parts_sha256
 from layerdecomp.overrides import merge_config
 from layerdecomp.sampling import SampleConfig
 from layerdecomp.tensor_files import file_sha256, frozen_dtype
 from layerdecomp.weights import load_depth
 
-PARTS = ("transformer", "autoencoder", "rgba_autoencoder", "prompt")
 DEFAULTS = {"out": "layers", "format": "png", "seed": "0", "batch_size": "1", "device": "cpu", "compile": "false"}
 ARGUMENTS = {"adapter": f"{REPOSITORY}/checkpoints/tiny/adapter.safetensors", "image": None, "mask": None, **DEFAULTS}
 OPTIONAL = dict.fromkeys(("steps", "quantize", "depth", *PARTS), "")
@@ -44,8 +43,8 @@ class Overrides:
 
 def main(arguments: list[str]) -> None:
     own, rest = take(arguments, **ARGUMENTS, **OPTIONAL)
-    if unknown := [argument for argument in rest if not argument.startswith("sample.")]:
-        raise InputError(f"unknown argument {unknown[0]}; expected {'= '.join([*ARGUMENTS, *OPTIONAL, 'sample.*'])}=")
+    unknown = [argument for argument in rest if not argument.startswith("sample.")]
+    refuse_unknown(unknown, [*ARGUMENTS, *OPTIONAL, "sample.*"])
     check_formats(formats := own["format"].split(","))
     seed, batch_size = whole_number(own, "seed"), whole_number(own, "batch_size")
     rest += [f"sample.steps={whole_number(own, 'steps')}"] if own["steps"] else []
@@ -55,7 +54,7 @@ def main(arguments: list[str]) -> None:
     pairs = pair_up(Path(own["image"]), Path(own["mask"]), out) if folders else []
     inputs = None if folders else read_pair(own["image"], own["mask"])
     device = device_name(own)
-    compiled, quantize = truth(own, "compile"), own["quantize"] or None
+    compiled, quantize = true_or_false(own, "compile"), own["quantize"] or None
     depth = load_depth(own["depth"]) if own["depth"] else None
     files = {part: own[part] for part in PARTS if own[part]}
     decomposer = Decomposer.from_pretrained(own["adapter"], None, device, quantize, **files).merge()

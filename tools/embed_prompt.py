@@ -7,7 +7,7 @@ python tools/embed_prompt.py [root=checkpoints/flux1-fill-dev out=ROOT/prompt.sa
 import sys
 from pathlib import Path
 
-from layerdecomp.cli import device_name, named_dtype, run_command, take, whole_number
+from layerdecomp.cli import device_name, named_dtype, refuse_unknown, run_command, take, whole_number
 from layerdecomp.errors import InputError
 from layerdecomp.text import embed_prompt, save_prompt
 
@@ -15,8 +15,7 @@ from layerdecomp.text import embed_prompt, save_prompt
 def main(arguments: list[str]) -> None:
     defaults = {"root": "checkpoints/flux1-fill-dev", "out": "", "prompt": "", "tokens": "512", "dtype": "bfloat16"}
     own, rest = take(arguments, **defaults, device="cpu")
-    if rest:
-        raise InputError(f"unknown argument {rest[0]}; expected {' '.join(f'{key}=' for key in own)}")
+    refuse_unknown(rest, own)
     dtype, tokens = named_dtype(own), whole_number(own, "tokens")
     if tokens < 1:
         raise InputError(f"tokens={tokens}: expected at least 1")

@@ -7,21 +7,16 @@ python tools/export.py adapter=... format=diffusers|kohya|merged|decomposer|adap
 
 import sys
 
-from layerdecomp.cli import run_command, take, whole_number
+from layerdecomp.cli import refuse_unknown, run_command, take, true_or_false, whole_number
 from layerdecomp.errors import InputError
 from layerdecomp.export import export
-
-PARTS = ("transformer", "autoencoder", "rgba_autoencoder", "prompt")
+from layerdecomp.manifest import PARTS
 
 
 def main(arguments: list[str]) -> None:
-    optional = dict.fromkeys(("dtype", "weights", "rank", "base", "figures", *PARTS), "")
+    optional = {**dict.fromkeys(("dtype", "weights", "rank", "base", "figures", *PARTS), ""), "base": "false"}
     own, rest = take(arguments, adapter=None, format="adapter", out=None, **optional)
-    if rest:
-        known = ("adapter", "format", "out", *optional)
-        raise InputError(f"unknown argument {rest[0]}; expected {' '.join(f'{key}=' for key in known)}")
-    if own["base"] not in ("", "true", "false"):
-        raise InputError(f"base={own['base']}: expected true or false")
+    refuse_unknown(rest, ("adapter", "format", "out", *optional))
     written = export(
         own["adapter"].split(","),
         own["format"],
@@ -29,7 +24,7 @@ def main(arguments: list[str]) -> None:
         dtype=own["dtype"] or None,
         weights=_numbers(own["weights"]) if own["weights"] else None,
         rank=whole_number(own, "rank") if own["rank"] else None,
-        with_base=own["base"] == "true",
+        with_base=true_or_false(own, "base"),
         figures=own["figures"] or None,
         **{part: own[part] for part in PARTS if own[part]},
     )
