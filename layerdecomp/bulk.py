@@ -15,7 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from layerdecomp.conditioning import TOKEN_FACTOR
 from layerdecomp.data.folders import by_stem, upright_size
 from layerdecomp.decomposer import SHA256_BY_SOURCE, Decomposer, Prepared
-from layerdecomp.errors import InputError, RunError, check_whole_number
+from layerdecomp.errors import InputError, RunError, check_whole_number, first_few
 from layerdecomp.files import keep_settings
 from layerdecomp.imaging.geometry import fitted_size
 from layerdecomp.imaging.layers import FORMATS, READABLE, Layers
@@ -67,7 +67,7 @@ def pair_up(images: Path, masks: Path, out: Path) -> list[Pair]:
             raise InputError(f"out={out} lies in {key}={path}, whose images are read; choose another folder")
     found, marked = by_stem(images), by_stem(masks)
     lacking = [
-        f"{len(stems)} of {folder} have no {partner} ({', '.join(stems[:NAMED])}{', ...' if stems[NAMED:] else ''})"
+        f"{len(stems)} of {folder} have no {partner} ({first_few(stems, NAMED)})"
         for folder, partner, stems in (
             (images, f"mask in {masks}", [name for stem, name in found.items() if stem not in marked]),
             (masks, f"image in {images}", [name for stem, name in marked.items() if stem not in found]),

@@ -22,7 +22,7 @@ from layerdecomp.data.datamodule import DataConfig, TrainingSamples, open_sample
 from layerdecomp.data.scenes import Scenes
 from layerdecomp.data.testset import OBJECTS, TestFolder, drawn_samples, export_samples, name_of, test_objects
 from layerdecomp.decomposer import SOURCES, Decomposer, build_decomposer
-from layerdecomp.errors import InputError, WriteError, check_at_least
+from layerdecomp.errors import InputError, WriteError, check_at_least, first_few
 from layerdecomp.evaluation import Evaluation, Method, Share, draw_layers, score, write_figures
 from layerdecomp.files import atomic_write, keep_settings, source_sha256
 from layerdecomp.imaging.layers import write_picture
@@ -323,8 +323,7 @@ def _write(
         print(f"not measured: {', '.join(metrics)}: {reason}")
     for row, found in protocol.get("predictions", {}).items():
         for what, which in found.items():
-            some = ", ".join(which[:5]) + (", ..." if len(which) > 5 else "")
-            print(f"{row}: {len(which)} {what.replace('_', ' ')}: {some}")
+            print(f"{row}: {len(which)} {what.replace('_', ' ')}: {first_few(which, 5)}")
     repeated = _repeated(len(data), protocol.get("pictures", len(data)))
     print(f"{len(data)} samples{repeated}; metrics in {out / 'metrics.json'}, report in {out / 'report.html'}")
 

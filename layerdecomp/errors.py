@@ -1,7 +1,7 @@
 """Exceptions that are not bugs of this package: wrong input, or a failure of the environment."""
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import SupportsIndex
 
@@ -24,6 +24,11 @@ class RunError(RuntimeError):
     The message says what happened, what is kept and what to do. The command-line tools print it without a traceback and
     exit with status 1.
     """
+
+
+def first_few(names: Sequence[str], count: int = 10) -> str:
+    """Names for a message: the first `count` of them, and whether there are more."""
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
 @contextmanager

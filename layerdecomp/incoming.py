@@ -20,7 +20,7 @@ from layerdecomp.adapters import (
     peft_alphas,
     reduce_rank,
 )
-from layerdecomp.errors import InputError
+from layerdecomp.errors import InputError, first_few
 from layerdecomp.inpainting import Prompt
 from layerdecomp.manifest import (
     REPOSITORY,
@@ -157,7 +157,7 @@ def read_adapter(path: Path, files: dict[str, str]) -> tuple[Adapter, Decomposer
     if tensors:
         raise InputError(
             f"{path}: {len(tensors)} of {len(names)} tensors belong to no linear layer of the transformer: "
-            f"{', '.join(sorted(tensors)[:10])}; expected LoRA pairs in {layout} layout"
+            f"{first_few(sorted(tensors))}; expected LoRA pairs in {layout} layout"
         )
     _check_widths(path, changes, model)
     Prompt.load(config.weights.prompt, model)  # reports a missing one

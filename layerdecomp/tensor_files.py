@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from layerdecomp.errors import InputError
+from layerdecomp.errors import InputError, first_few
 from layerdecomp.files import atomic_path
 from layerdecomp.layouts import Shape
 
@@ -280,7 +280,3 @@ def empty(shape: Shape, dtype: torch.dtype) -> Tensor:
     with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
-
-
-def first_few(names: list[str], count: int = 10) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

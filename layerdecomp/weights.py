@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from layerdecomp import __version__
-from layerdecomp.errors import InputError
+from layerdecomp.errors import InputError, first_few
 from layerdecomp.layouts import (
     Layout,
     Shape,
@@ -40,7 +40,6 @@ from layerdecomp.tensor_files import (
     TensorFile,
     empty,
     file_sha256,
-    first_few,
     open_safetensors,
     read_json,
     read_metadata,
