@@ -49,14 +49,14 @@ def read_metadata(path: str | Path) -> Metadata:
         return dict(file.metadata() or {})
 
 
-def open_safetensors(path: str | Path, device: str = "cpu", backend: str = "mmap") -> Any:
+def open_safetensors(path: str | Path) -> Any:
     """`safetensors.safe_open`, with errors that name the file."""
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder; expected one .safetensors file")
     check_present(path)
     try:
-        return safe_open(path, framework="pt", device=device, backend=backend)
+        return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: {_why_unreadable(path)} ({error}); download or export it again") from error
 

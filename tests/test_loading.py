@@ -76,7 +76,7 @@ def test_a_foreground_has_the_colours_of_its_image(tmp_path: Path) -> None:
     np.testing.assert_allclose(image.astype(int), np.rot90(noise(3), -1)[..., ::-1], atol=2)
     np.testing.assert_array_equal(loaded, np.dstack([image, np.rot90(mask, -1)]))
     np.testing.assert_array_equal(read_rgba(path), loaded)
-    np.testing.assert_array_equal(np.asarray(load_foreground(path, index[0])), loaded[32:64, 64:96])
+    np.testing.assert_array_equal(np.asarray(load_foreground(path)), loaded[32:64, 64:96])
     predicted = PredictionFolder(tmp_path, ["a"]).read("a", torch.zeros(1, 3, SIDE, SIDE))[1]
     assert predicted is not None
     np.testing.assert_array_equal(to_pixels(predicted[0, :3]), loaded[..., :3])

@@ -21,11 +21,13 @@ from layerdecomp.data.folders import (
     upright_size,
 )
 from layerdecomp.data.index import Index, Item
-from layerdecomp.data.loading import WITH_MAPS, layer_paths, read_map
+from layerdecomp.data.loading import WITH_MAPS, layer_paths, layer_tensor, read_map
 from layerdecomp.data.prepare import parallel, print_some
 from layerdecomp.errors import InputError
+from layerdecomp.imaging.compositing import on_checkerboard
 from layerdecomp.imaging.cues import CUES
-from layerdecomp.imaging.layers import Pixels, open_picture, read_image
+from layerdecomp.imaging.geometry import to_pixels
+from layerdecomp.imaging.layers import open_picture, read_image
 
 COMPARED = {"layered": "background layer", "triplets": "image"}  # the file that finds equal items; else the only one
 SHEET = (6, 4)  # columns and rows of the contact sheet
@@ -208,10 +210,4 @@ def _thumbnail(index: Index, item: Item) -> Image.Image:
 def _on_board(picture: Image.Image) -> Image.Image:
     if not picture.has_transparency_data:
         return picture.convert("RGB")
-    board = Image.fromarray(_board(picture.height, picture.width))
-    return Image.alpha_composite(board.convert("RGBA"), picture.convert("RGBA")).convert("RGB")
-
-
-def _board(height: int, width: int, cell: int = 8) -> Pixels:
-    rows, columns = np.indices((height, width)) // cell
-    return np.where((rows + columns) % 2, 200, 255).astype(np.uint8)
+    return Image.fromarray(to_pixels(on_checkerboard(layer_tensor(picture.convert("RGBA")))))

@@ -94,7 +94,7 @@ def open_shrunk(path: Path, item: Item, size: tuple[int, int]) -> Image.Image:
     return picture
 
 
-def load_foreground(path: Path, item: Item) -> Image.Image:
+def load_foreground(path: Path) -> Image.Image:
     """A cut-out as RGBA, upright, cropped to the bounds of alpha > 0."""
     picture = to_rgba(open_picture(path, upright=True), path)
     box = picture.getchannel("A").getbbox()

@@ -277,7 +277,7 @@ class Triplets(Dataset[dict[str, Any]]):
     def _stamp(self, rng: np.random.Generator, size: tuple[int, int], area: float) -> tuple[Pixels, Item]:
         """A cut-out whose bounding box (h, w, 4) covers about `area` of an image of this size, and its item."""
         index, item = self.foregrounds.draw(rng)
-        picture = load_foreground(index.root / item.path, item)
+        picture = load_foreground(index.root / item.path)
         scale = (area * size[0] * size[1] / (picture.width * picture.height)) ** 0.5
         scale = min(scale, size[1] / picture.width, size[0] / picture.height)
         width, height = (max(1, int(scale * side)) for side in picture.size)
