@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from layerdecomp.imaging.compositing import on_checkerboard
-from layerdecomp.imaging.geometry import dilate
+from layerdecomp.imaging.geometry import dilate, to_pixels
 from layerdecomp.predictions import Prediction
 
 MAX_TILE = 256  # pixels; larger samples are downscaled
 GAP, HEADER, GUTTER = 4, 30, 60  # pixels between tiles, above them for column names, left of them for row labels
+IN_A_ROW = 8  # images
 ERROR_GAIN = 4  # an error of a quarter of the range saturates
 
 
@@ -77,8 +78,12 @@ def tiles_of(images: Tensor) -> NDArray[np.uint8]:
     if scale < 1:
         height, width = (max(1, round(side * scale)) for side in images.shape[-2:])
         images = F.interpolate(images, size=(height, width), mode="area")
-    levels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return levels.permute(0, 2, 3, 1).contiguous().numpy()
+    return to_pixels(images)
+
+
+def image_rows(*rows: Tensor) -> NDArray[np.uint8]:
+    """The first images of each row, (B, 3, H, W) in [-1, 1], side by side: (rows H, 8 W, 3) uint8."""
+    return to_pixels(torch.cat([torch.cat(list(row[:IN_A_ROW].float()), dim=-1) for row in rows], dim=-2))
 
 
 def error_map(prediction: Tensor, target: Tensor, scale: float) -> Tensor:

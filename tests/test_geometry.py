@@ -34,6 +34,7 @@ def test_pixels_survive_a_round_trip_exactly() -> None:
     tensor = to_tensor(pixels)
     assert tensor.shape == (1, 3, 16, 16) and tensor.min() == -1 and tensor.max() == 1
     np.testing.assert_array_equal(to_pixels(tensor[0]), pixels)
+    np.testing.assert_array_equal(to_pixels(tensor), pixels[None])
 
 
 def test_pixels_are_rounded_and_clipped() -> None:

@@ -5,7 +5,7 @@ import torch
 from squares import SIZE, collate, do_nothing, noisy_truth
 from torch import Tensor
 
-from layerdecomp.grids import ERROR_GAIN, GAP, GUTTER, HEADER, MAX_TILE, comparison_grid, error_map
+from layerdecomp.grids import ERROR_GAIN, GAP, GUTTER, HEADER, MAX_TILE, comparison_grid, error_map, image_rows
 
 
 def tile(image: np.ndarray, row: int, column: int, side: int = SIZE, left: int = GUTTER) -> np.ndarray:
@@ -72,3 +72,12 @@ def test_error_map_goes_from_black_to_white():
     expected = torch.tensor([[-1.0, 1, 1, 1], [-1, -1, 1, 1], [-1, -1, 1, 1]])
     torch.testing.assert_close(shown[0, :, 0], expected)
     assert torch.equal(error_map(prediction[:, :1] / 2, target[:, :1], scale=1), shown)
+
+
+def test_image_rows_show_the_first_eight_of_each_row() -> None:
+    first, second = (torch.linspace(low, 1, 10).view(10, 1, 1, 1).expand(10, 3, 2, 4) for low in (-1, 0))
+    grid = image_rows(first, second.bfloat16())
+    assert grid.shape == (4, 32, 3) and grid.dtype == np.uint8
+    assert grid[0, ::4, 0].tolist() == ((first[:8, 0, 0, 0] + 1) * 127.5).round().tolist()
+    assert grid[2, 0, 0] == 128 and (grid[2:, 4:] > 128).all()
+    assert image_rows(first[:2]).shape == (2, 8, 3)

@@ -23,8 +23,8 @@ def to_tensor(pixels: Pixels) -> Tensor:
 
 
 def to_pixels(image: Tensor) -> NDArray[np.uint8]:
-    """(C, H, W) in [-1, 1] -> (H, W, C) uint8, rounded."""
-    return ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(0, -1).cpu().numpy()
+    """(..., C, H, W) in [-1, 1] -> (..., H, W, C) uint8, rounded."""
+    return ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1).cpu().numpy()
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:

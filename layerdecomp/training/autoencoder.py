@@ -12,8 +12,8 @@ from torch import Tensor
 from layerdecomp.config import AutoencoderJobConfig, check_holes
 from layerdecomp.data.datamodule import collate, open_samples
 from layerdecomp.evaluation import Share
+from layerdecomp.grids import image_rows
 from layerdecomp.imaging.compositing import from_autoencoder, on_checkerboard, to_autoencoder
-from layerdecomp.imaging.geometry import to_pixels
 from layerdecomp.metrics.background import psnr
 from layerdecomp.models.autoencoder import Autoencoder, extend_to_rgba, rescale_latents
 from layerdecomp.tensor_files import stored_dtype
@@ -143,7 +143,7 @@ class AutoencoderJob(Job):
         for name, value in reconstruction_metrics(decoded, images).items():
             self.log(f"validation/{name}", value, prog_bar=True, sync_dist=True, batch_size=len(images))
         if batch_idx == 0 and self.trainer.is_global_zero:
-            self.show("validation/reconstruction", reconstruction_grid(decoded, images))
+            self.show("validation/reconstruction", image_rows(colours(images), colours(decoded)))
 
     def finish(self, run_dir: Path, share: Share) -> None:
         if share.rank > 0:  # one rank is enough for a few scenes
@@ -166,7 +166,7 @@ class AutoencoderJob(Job):
             metadata |= {REFINES: " ".join(checksums(Path(self.run.refine)))}
             dtype = stored_dtype(self.run.refine)  # keeps the encoder's weights bit-identical
         save_model(run_dir / "autoencoder.safetensors", self.autoencoder, metadata, dtype)
-        self.report(run_dir, "autoencoder", figures, reconstruction_grid(decoded, images))
+        self.report(run_dir, "autoencoder", figures, image_rows(colours(images), colours(decoded)))
 
     @torch.no_grad()
     def normalise_latents(self) -> None:
@@ -190,10 +190,6 @@ def reconstruction_metrics(decoded: Tensor, images: Tensor) -> dict[str, Tensor]
     return metrics
 
 
-def reconstruction_grid(decoded: Tensor, images: Tensor, count: int = 8) -> Any:
-    """Inputs above their reconstructions; (2 H, count W, 3) uint8."""
-    rows = []
-    for row in (images[:count], decoded[:count]):
-        shown = row if row.shape[1] == 3 else on_checkerboard(from_autoencoder(row))
-        rows.append(torch.cat(list(shown.float()), dim=-1))
-    return to_pixels(torch.cat(rows, dim=-2))
+def colours(images: Tensor) -> Tensor:
+    """Images (B, 3 or 4, H, W) of an autoencoder as (B, 3, H, W), with what is transparent on a checkerboard."""
+    return images if images.shape[1] == 3 else on_checkerboard(from_autoencoder(images))

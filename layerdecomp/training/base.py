@@ -11,11 +11,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 from lightning import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -25,6 +23,7 @@ from layerdecomp.data.datamodule import RepeatedSamples, collate, open_samples
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import Share, write_metrics
 from layerdecomp.flow import seed_at, seeded_normal
+from layerdecomp.imaging.layers import Pixels, write_picture
 from layerdecomp.memory import OPTIMIZER_BYTES
 from layerdecomp.quantization import adamw, check_optimizer
 from layerdecomp.tensor_files import Metadata, file_sha256
@@ -345,14 +344,14 @@ class Job(LightningModule):
             "figures": json.dumps({name: value for name, value in figures.items() if math.isfinite(value)}),
         }
 
-    def report(self, run_dir: Path, row: str, figures: Mapping[str, float], grid: np.ndarray) -> None:
+    def report(self, run_dir: Path, row: str, figures: Mapping[str, float], grid: Pixels) -> None:
         """Prints the metrics of the held-out scenes and writes them, with an image, to the run's directory."""
         config = self.run.evaluate
         for name, value in figures.items():
             print(f"{name} {value:.4f}  ({config.samples} held-out scenes)")
         protocol = {"data": self.run.data.source, "split": "test", "count": config.samples, "seed": config.seed}
         write_metrics(run_dir / "metrics.json", {row: figures}, protocol)
-        Image.fromarray(grid).save(run_dir / "samples.png")
+        write_picture(run_dir / "samples.png", grid)
 
     def held_out(self) -> dict[str, Any]:
         """The held-out scenes as one batch, without cues."""
@@ -360,7 +359,7 @@ class Job(LightningModule):
         data = open_samples(self.run.data, "test", config.seed, config.samples, with_cues=False)
         return self.on_device(collate([data[i] for i in range(len(data))]))
 
-    def show(self, tag: str, grid: np.ndarray) -> None:
+    def show(self, tag: str, grid: Pixels) -> None:
         """Logs an image (H, W, 3) uint8 to the run's TensorBoard loggers."""
         for writer in self.loggers:
             if isinstance(writer, TensorBoardLogger):

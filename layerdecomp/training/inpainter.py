@@ -13,7 +13,7 @@ from layerdecomp.config import InpainterJobConfig
 from layerdecomp.errors import InputError
 from layerdecomp.evaluation import Share
 from layerdecomp.flow import flow_loss
-from layerdecomp.imaging.geometry import to_pixels
+from layerdecomp.grids import image_rows
 from layerdecomp.inpainting import Context, Prompt, inpaint, latent_noise, predict_velocity, token_ids
 from layerdecomp.metrics.background import psnr
 from layerdecomp.models.mmdit import MMDiT
@@ -87,7 +87,7 @@ class InpainterJob(FlowJob):
         for name, value in figures.items():
             self.log(f"validation/{name}", value, prog_bar=True, sync_dist=True, batch_size=len(filled))
         if batch_idx == 0 and self.trainer.is_global_zero:
-            self.show("validation/inpainting", inpainting_grid(filled, batch))
+            self.show("validation/inpainting", image_rows(*filling(filled, batch)))
 
     def finish(self, run_dir: Path, share: Share) -> None:
         if share.rank > 0:  # one rank is enough for a few scenes
@@ -98,7 +98,7 @@ class InpainterJob(FlowJob):
         filled = torch.cat([self.fill(part) for part in split(batch, self.run.evaluate.batch_size)])
         figures = {name: value.item() for name, value in hole_metrics(filled, batch).items()}
         save_model(run_dir / "transformer.safetensors", self.transformer, self.provenance(figures))
-        self.report(run_dir, "inpainter", figures, inpainting_grid(filled, batch))
+        self.report(run_dir, "inpainter", figures, image_rows(*filling(filled, batch)))
 
 
 def initial_transformer(config: InpainterJobConfig) -> MMDiT:
@@ -121,6 +121,12 @@ def split(batch: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
         yield {name: values[start : start + size] for name, values in batch.items()}
 
 
+def filling(filled: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Images with holes, filled, and original, each (B, 3, H, W)."""
+    image = batch["image"]
+    return image * (1 - batch["inpaint_mask"]), filled, image
+
+
 def hole_metrics(filled: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
     """Mean PSNR inside the holes in dB, of the model and, for comparison, of the mean colour around each hole."""
     image, mask = batch["image"], batch["inpaint_mask"]
@@ -130,10 +136,3 @@ def hole_metrics(filled: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
         "psnr_hole": psnr(filled, image, hole).mean(),
         "psnr_mean_colour": psnr(mean.expand_as(image), image, hole).mean(),
     }
-
-
-def inpainting_grid(filled: Tensor, batch: dict[str, Any], count: int = 8) -> Any:
-    """Images with holes, filled, and original; (3 H, count W, 3) uint8."""
-    image, mask = batch["image"][:count], batch["inpaint_mask"][:count]
-    rows = [torch.cat(list(row), dim=-1) for row in (image * (1 - mask), filled[:count].float(), image)]
-    return to_pixels(torch.cat(rows, dim=-2))
