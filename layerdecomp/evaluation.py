@@ -252,20 +252,6 @@ def write_figures(out: Path, evaluation: Evaluation, protocol: Mapping[str, Any]
     return table
 
 
-def ranked_cases(values: Sequence[float], *, higher_is_better: bool) -> dict[str, int]:
-    """Indices of a good (90th percentile), the median and the worst case, ignoring NaN."""
-    ranking = best_first(values, higher_is_better=higher_is_better)
-    assert ranking, "no image defines this metric; rank by another one"
-    last = len(ranking) - 1
-    return {"good": ranking[last // 10], "median": ranking[last // 2], "worst": ranking[last]}
-
-
-def best_first(values: Sequence[float], *, higher_is_better: bool) -> list[int]:
-    """Indices of the values that are not NaN, best first."""
-    defined = [index for index, value in enumerate(values) if not math.isnan(value)]
-    return sorted(defined, key=lambda index: values[index], reverse=higher_is_better)
-
-
 def write_metrics(
     path: str | Path,
     results: Results,

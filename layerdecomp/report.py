@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from layerdecomp.evaluation import Evaluation, Samples, best_first, ranked_cases, to_batch
+from layerdecomp.evaluation import Evaluation, Samples, to_batch
 from layerdecomp.grids import comparison_grid, error_map, outlined, tiles_of
 from layerdecomp.imaging.compositing import on_checkerboard, resize_straight
 from layerdecomp.imaging.geometry import resize
@@ -96,6 +96,20 @@ def extremes(evaluation: Evaluation, count: int = EXTREMES) -> dict[int, list[st
             for rank, place in enumerate(places, start=1):
                 found.setdefault(place, []).append(f"{kind} {rank} by {metric}")
     return found
+
+
+def ranked_cases(values: Sequence[float], *, higher_is_better: bool) -> dict[str, int]:
+    """Indices of a good (90th percentile), the median and the worst case, ignoring NaN."""
+    ranking = best_first(values, higher_is_better=higher_is_better)
+    assert ranking, "no image defines this metric; rank by another one"
+    last = len(ranking) - 1
+    return {"good": ranking[last // 10], "median": ranking[last // 2], "worst": ranking[last]}
+
+
+def best_first(values: Sequence[float], *, higher_is_better: bool) -> list[int]:
+    """Indices of the values that are not NaN, best first."""
+    defined = [index for index, value in enumerate(values) if not math.isnan(value)]
+    return sorted(defined, key=lambda index: values[index], reverse=higher_is_better)
 
 
 def case_grid(evaluation: Evaluation, folders: Mapping[str, PredictionFolder], data: Samples) -> Pixels | None:

@@ -21,7 +21,6 @@ from layerdecomp.evaluation import (
     Method,
     Share,
     draw_layers,
-    ranked_cases,
     score,
     write_figures,
     write_metrics,
@@ -242,13 +241,6 @@ def test_every_undefined_figure_has_a_reason(tmp_path: Path):
     assert unknown is not None
     assert unknown.reasons["base"]["boundary/rgb_l1"] == "the data set has no true foregrounds"
     assert unknown.results["base"]["recomposition/psnr"] > 0
-
-
-def test_ranked_cases_are_the_90th_percentile_the_median_and_the_worst():
-    values = [0.1 * index for index in (7, 0, 3, 9, 5, 2, 8, 1, 6, 4, 10)] + [math.nan]
-    assert ranked_cases(values, higher_is_better=True) == {"good": 3, "median": 4, "worst": 1}
-    assert ranked_cases(values, higher_is_better=False) == {"good": 7, "median": 4, "worst": 10}
-    assert ranked_cases([math.nan, 2.0], higher_is_better=True) == {"good": 1, "median": 1, "worst": 1}
 
 
 def test_metrics_json_is_valid_json_with_reasons_for_what_is_null(tmp_path: Path):

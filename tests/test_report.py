@@ -12,7 +12,7 @@ from test_evaluation import METHODS, NAMES
 from layerdecomp.evaluation import Evaluation, Method, draw_layers, score
 from layerdecomp.metrics.layers import METRICS, PER_IMAGE
 from layerdecomp.predictions import PredictionFolder
-from layerdecomp.report import _joined, extremes, format_report
+from layerdecomp.report import _joined, extremes, format_report, ranked_cases
 
 
 def test_invisible_colours_do_not_bleed_into_a_resized_foreground() -> None:
@@ -108,3 +108,10 @@ def test_extremes_are_the_best_and_worst_of_the_first_row() -> None:
         3: ["worst 2 by background/psnr"],
     }
     assert METRICS["background/psnr"].better == "↑"
+
+
+def test_ranked_cases_are_the_90th_percentile_the_median_and_the_worst() -> None:
+    values = [0.1 * index for index in (7, 0, 3, 9, 5, 2, 8, 1, 6, 4, 10)] + [math.nan]
+    assert ranked_cases(values, higher_is_better=True) == {"good": 3, "median": 4, "worst": 1}
+    assert ranked_cases(values, higher_is_better=False) == {"good": 7, "median": 4, "worst": 10}
+    assert ranked_cases([math.nan, 2.0], higher_is_better=True) == {"good": 1, "median": 1, "worst": 1}
