@@ -18,7 +18,7 @@ from torch import Tensor
 from layerdecomp import __version__
 from layerdecomp.baselines import base_foreground, classical, matted_foreground, matting_library
 from layerdecomp.conditioning import ConditioningConfig
-from layerdecomp.data.datamodule import DataConfig, TrainingSamples, open_samples
+from layerdecomp.data.datamodule import DataConfig, DrawnSamples, open_samples
 from layerdecomp.data.scenes import Scenes
 from layerdecomp.data.testset import OBJECTS, TestFolder, drawn_samples, export_samples, name_of, test_objects
 from layerdecomp.decomposer import SOURCES, Decomposer, build_decomposer
@@ -46,7 +46,7 @@ SETTINGS = ".settings.json"  # the settings of a row's layers, in their folder u
 RESULTS = ("metrics.json", "table.md", "per_image.csv", "report.html", "published.md")
 ROW_SOURCES = (*SOURCES, "baselines.py", "comparison.py", "data/*.py", "evaluation.py", "predictions.py")
 ROWS_SHA256 = source_sha256(*ROW_SOURCES)  # of the code that draws the layers of all rows
-TestData = TrainingSamples | TestFolder
+TestData = DrawnSamples | TestFolder
 
 
 @dataclass

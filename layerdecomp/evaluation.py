@@ -52,10 +52,10 @@ class Method:
 
 @dataclass(frozen=True)
 class Share:
-    """The share of this process in a distributed evaluation: every `world`-th sample, starting at `rank`."""
+    """The share of this process in a distributed evaluation: every `world_size`-th sample, starting at `rank`."""
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     group: Any = None  # a torch.distributed process group; None: the default group
     before_waiting: Callable[[], None] | None = None  # called before each barrier, for work that other ranks wait for
 
@@ -73,20 +73,20 @@ class Share:
         return cls(torch.distributed.get_rank(), torch.distributed.get_world_size(), group)
 
     def positions(self, count: int) -> range:
-        return range(self.rank, count, self.world)
+        return range(self.rank, count, self.world_size)
 
     def wait(self) -> None:
         """Waits for all processes."""
         if self.before_waiting is not None:
             self.before_waiting()
-        if self.world > 1:
+        if self.world_size > 1:
             torch.distributed.barrier(self.group)
 
     def gather(self, item: Any) -> list[Any]:
         """Every process's item, on rank 0; an empty list elsewhere."""
-        if self.world == 1:
+        if self.world_size == 1:
             return [item]
-        items: list[Any] | None = [None] * self.world if self.rank == 0 else None
+        items: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
         torch.distributed.gather_object(item, items, group=self.group)
         return items or []
 

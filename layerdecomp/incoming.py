@@ -32,7 +32,7 @@ from layerdecomp.manifest import (
     open_adapter,
 )
 from layerdecomp.models.context_fusion import ContextFusionConfig
-from layerdecomp.models.lora import LoRAConfig
+from layerdecomp.models.lora import adapted_layers
 from layerdecomp.models.mmdit import MMDiT
 from layerdecomp.tensor_files import Metadata, open_safetensors, read_metadata
 from layerdecomp.weights import (
@@ -118,14 +118,10 @@ def _adapter(changes: Changes, rest: Tensors, base: Tensors, config: DecomposerC
     """An adapter of these changes; its LoRA settings are written to `config` and to the metadata."""
     lora, tensors = adapter_from_changes(changes, base)
     model, _ = empty_mmdit(config.weights.transformer)
-    if set(lora.targets) == set(_targeted(model, config.lora)):
+    if set(lora.targets) == set(adapted_layers(model, config.lora)):
         lora.targets = config.lora.targets
     config.lora = lora
     return Adapter({**tensors, **rest}, {**metadata, **config.lora_metadata()})
-
-
-def _targeted(model: MMDiT, lora: LoRAConfig) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and lora.adapts(name)]
 
 
 def read_adapter(path: Path, files: dict[str, str]) -> tuple[Adapter, DecomposerConfig]:

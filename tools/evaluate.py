@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
     if own["fill"]:
         check_fill(Path(own["fill"]), PUBLISHED, config.evaluate.published)  # now, not after measuring
     share = Share.join()
-    if own["device"] == "cuda" and share.world > 1:
+    if own["device"] == "cuda" and share.world_size > 1:
         own["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
     device, models = device_name(own), None
     if path:

@@ -47,12 +47,12 @@ def recorded_data(metadata: Metadata, path: str) -> DataConfig:
     return config_from(DataConfig, texts[-1] if texts else None, f"{path}: data")
 
 
-TrainingSamples = Scenes | Triplets
+DrawnSamples = Scenes | Triplets
 
 
 def open_samples(
     config: DataConfig, split: str, seed: int, length: int, with_cues: bool = True, group: int | None = None
-) -> TrainingSamples:
+) -> DrawnSamples:
     """The samples of a split; each `group` of consecutive ones (a batch) shares one size; without groups, all do."""
     if config.source == "scenes":
         return Scenes(config.scenes, split, seed, length, with_cues)
@@ -66,7 +66,7 @@ class RepeatedSamples(Dataset[dict[str, Any]]):
     errors. If the cache holds all samples of a batch, the batch is loaded from it, as latents.
     """
 
-    def __init__(self, samples: TrainingSamples, cache: LatentCache | None = None) -> None:
+    def __init__(self, samples: DrawnSamples, cache: LatentCache | None = None) -> None:
         self.samples, self.cache = samples, cache
 
     def __getitem__(self, position: int) -> dict[str, Any]:

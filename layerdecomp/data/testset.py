@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from layerdecomp.data.datamodule import TrainingSamples
+from layerdecomp.data.datamodule import DrawnSamples
 from layerdecomp.data.folders import PARTS, RoremFolder, by_stem, read_rgba, triplet_id
 from layerdecomp.data.index import Index, Item, check_name
 from layerdecomp.data.loading import (
@@ -159,7 +159,7 @@ def _of_size(pixels: Pixels, image: Pixels, path: Path) -> Pixels:
     return pixels
 
 
-def drawn_samples(data: TrainingSamples) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+def drawn_samples(data: DrawnSamples) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
     """(name, sample) pairs, in order."""
     return ((name_of(position), data[position]) for position in range(len(data)))
 

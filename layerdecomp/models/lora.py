@@ -178,6 +178,11 @@ class LoRALinear(FrozenLinear):
         return linear
 
 
+def adapted_layers(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """The names of the linear layers of `model` that a config adapts, in the model's order."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and config.adapts(name)]
+
+
 def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Replaces the targeted linear layers of `model` with `LoRALinear`, in place; also works on the meta device.
 
@@ -200,7 +205,7 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
                 f"lora.targets: pattern {pattern!r} matches no linear layer of the model; expected whole names, with * "
                 f"for any part, such as {', '.join(nearest)}"
             )
-    names = [name for name in linears if config.adapts(name)]
+    names = adapted_layers(model, config)
     for name in names:
         model.set_submodule(name, LoRALinear(linears[name], config.rank, config.scale))
     return names
