@@ -135,7 +135,7 @@ class FlowJobConfig(RunConfig):
 class DecomposerJobConfig(FlowJobConfig, DecomposerConfig):
     """Adapt a frozen inpainting transformer to layer decomposition."""
 
-    adapter: str | None = None  # an adapter of the same frozen parts to train further; null: start from the base
+    adapter: str | None = None  # an adapter of these frozen parts (or of adapter_base) to train further; null: none
     adapter_base: str | None = None  # the base that `adapter` was trained on, if it is not weights.transformer
     training_guidance: float = 1.0  # guidance scale fed to guidance-distilled models in training
     quantize: str | None = None  # the frozen transformer's matrices: int8, fp8 or nf4; null: compute precision

@@ -8,12 +8,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from layerdecomp.errors import InputError
 from layerdecomp.imaging.compositing import over
 from layerdecomp.imaging.cues import CUES, compute_cues
 from layerdecomp.imaging.geometry import to_pixels
 from layerdecomp.imaging.masks import MaskConfig, imperfect_mask
 
 SPLITS = ("train", "test")
+
+
+def check_split(split: str) -> None:
+    """Raises `InputError` unless a split is one of `SPLITS`."""
+    if split not in SPLITS:
+        raise InputError(f"split: found {split!r}, expected one of {', '.join(SPLITS)}")
 
 
 class Scene(NamedTuple):

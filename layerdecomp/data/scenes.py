@@ -21,7 +21,7 @@ from scipy.ndimage import maximum_filter
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from layerdecomp.data.sample import SPLITS, Scene, build_cues, build_sample, plane
+from layerdecomp.data.sample import SPLITS, Scene, build_cues, build_sample, check_split, plane
 from layerdecomp.data.shapes import Matte, draw_shape, inpainting_mask, placed, scaled, whole_shape
 from layerdecomp.data.textures import Texture, many_coloured, material, photograph_crop, procedural
 from layerdecomp.errors import InputError, check_probabilities
@@ -46,7 +46,7 @@ class SceneConfig:
         probabilities = [name for name in vars(self) if name.endswith("_probability")]
         check_probabilities(self, "data.scenes.", *probabilities, "cue_dropout")
         if self.size < 16 or self.size % 16:
-            raise InputError(f"data.scenes.size: found {self.size}, expected a positive multiple of 16; correct it")
+            raise InputError(f"data.scenes.size: found {self.size}, expected a positive multiple of 16")
 
 
 class Scenes(Dataset[dict[str, Any]]):
@@ -59,10 +59,9 @@ class Scenes(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, config: SceneConfig, split: str, seed: int, length: int, with_cues: bool = True) -> None:
-        if split not in SPLITS:
-            raise InputError(f"split: found {split!r}, expected one of {', '.join(SPLITS)}; correct it")
+        check_split(split)
         if seed < 0:
-            raise InputError(f"seed: found {seed}, expected 0 or more; correct it")
+            raise InputError(f"seed: found {seed}, expected 0 or more")
         self.config, self.split, self.seed, self.length, self.with_cues = config, split, seed, length, with_cues
 
     def __len__(self) -> int:

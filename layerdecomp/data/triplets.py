@@ -35,7 +35,7 @@ from layerdecomp.data.loading import (
     load_parts,
     random_crop,
 )
-from layerdecomp.data.sample import SPLITS, Scene, build_cues, build_sample
+from layerdecomp.data.sample import SPLITS, Scene, build_cues, build_sample, check_split
 from layerdecomp.errors import InputError, check_at_least, check_probabilities
 from layerdecomp.imaging.compositing import over
 from layerdecomp.imaging.geometry import Box, resize_picture, to_tensor
@@ -137,8 +137,7 @@ class Triplets(Dataset[dict[str, Any]]):
         with_cues: bool = True,
         group: int | None = None,
     ) -> None:
-        if split not in SPLITS:
-            raise InputError(f"split: found {split!r}, expected one of {', '.join(SPLITS)}; correct it")
+        check_split(split)
         self.config, self.split, self.seed, self.length = config, split, seed, length
         self.with_cues, self.group = with_cues, group
         self.kinds = self._open()

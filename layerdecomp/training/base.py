@@ -31,7 +31,7 @@ from layerdecomp.training.checkpoints import loops_at
 from layerdecomp.training.deferred import Deferred, all_reduce_sum, to_device
 from layerdecomp.training.faults import FaultCount, StepGuard, fitting_settings, nan_if_not_finite
 from layerdecomp.training.muon import Muon, is_hidden
-from layerdecomp.training.provenance import Provenance
+from layerdecomp.training.provenance import UNKNOWN, Provenance
 from layerdecomp.weights import copy_tensors
 
 
@@ -258,7 +258,7 @@ class Job(LightningModule):
         self._check_frozen(checkpoint.get("frozen_sha256", {}))
         self._set_hyperparameters(checkpoint)
         self.guard.skipped = checkpoint.get("skipped_steps", 0)
-        self._provenance.load(checkpoint.get("trained", {"by": ["unknown"]}))  # older checkpoints do not record it
+        self._provenance.load(checkpoint.get("trained", {"by": [UNKNOWN]}))  # older checkpoints do not record it
         if self._trainer is None:  # `load_from_checkpoint`
             return
         train = self.run.train

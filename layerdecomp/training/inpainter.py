@@ -1,4 +1,4 @@
-"""Pre-trains a small inpainting base from scratch: the tiny track's counterpart of FLUX.1-Fill-dev."""
+"""Trains a small inpainting base, from scratch or from another: the tiny track's counterpart of FLUX.1-Fill-dev."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict

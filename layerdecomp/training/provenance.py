@@ -14,6 +14,7 @@ from layerdecomp.weights import HISTORY, creation_date, history
 
 logger = logging.getLogger(__name__)
 PACKAGE_SHA256 = source_sha256("**/*.py")
+UNKNOWN = "unknown"  # a commit or precision
 
 
 def source_commit() -> str:
@@ -26,11 +27,8 @@ def source_commit() -> str:
         git(("git", "ls-files", "--error-unmatch", Path(__file__).name))  # or it is another repository's .venv
         commit = git(("git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return f"{commit}-{PACKAGE_SHA256[:8]}" if commit.endswith(("-dirty", "unknown")) else commit
-
-
-UNKNOWN = "unknown"
+        commit = UNKNOWN
+    return f"{commit}-{PACKAGE_SHA256[:8]}" if commit.endswith(("-dirty", UNKNOWN)) else commit
 
 
 class Provenance:
