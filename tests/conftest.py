@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from layerdecomp.config import load_config
 from layerdecomp.decomposer import Decomposer, build_decomposer
 from layerdecomp.manifest import DecomposerConfig, WeightFiles
 from layerdecomp.metric_networks import FILES, INCEPTION
@@ -28,7 +31,10 @@ from layerdecomp.models.context_fusion import ContextFusionConfig
 from layerdecomp.models.lora import LoRAConfig
 from layerdecomp.models.mmdit import MMDiT, MMDiTConfig
 from layerdecomp.training.decomposer import DecomposerJob
+from layerdecomp.training.runs import train
 from layerdecomp.weights import save_model
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def alone() -> dict[str, str]:
@@ -80,6 +86,13 @@ def as_ranks(target: Callable[..., None], *arguments: Any) -> list[int | None]:
                 process.kill()
 
 
+def run(name: str, *overrides: str) -> Path:
+    """Trains with configs/<name>.yaml and returns the run's directory."""
+    config = load_config(CONFIGS / f"{name}.yaml", overrides)
+    train(config)
+    return Path(config.run_dir)
+
+
 def curve(run_dir: Path, tag: str = "train/loss") -> dict[int, float]:
     """The values of a TensorBoard curve by step; the values of a step that was logged twice must agree."""
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
@@ -123,6 +136,13 @@ RGB = AutoencoderConfig(ch=8, ch_mult=[1, 1, 2, 2], num_res_blocks=1, norm_group
 RGBA = AutoencoderConfig(**{**vars(RGB), "in_channels": 4})
 
 
+def save_picture(array: np.ndarray, path: Path, **options: Any) -> Path:
+    """Writes an array as an image file, with the folders above it, and returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
 def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
     """Whether two dicts have the same names and equal tensors."""
     return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
@@ -137,6 +157,12 @@ def fill(module: nn.Module, seed: int) -> None:
         matrix = parameter.dim() > 1 and parameter[0].numel() > 1
         gain = name.endswith(("norm1.weight", "norm2.weight", "norm.weight", "norm_out.weight", ".scale"))
         parameter.copy_(noise / parameter[0].numel() ** 0.5 if matrix else 0.2 * noise + gain)
+
+
+def fill_adapter(decomposer: Decomposer, seed: int) -> None:
+    """Draws every tensor of a decomposer's adapter at random, as `fill` does."""
+    tensors = decomposer.adapter({}).tensors
+    fill(nn.ParameterDict({name.replace(".", "/"): tensor for name, tensor in tensors.items()}), seed)
 
 
 def write_tiny_models(folder: Path) -> WeightFiles:
@@ -171,8 +197,7 @@ def tiny_weights(tiny_config: DecomposerConfig) -> Path:
     """A folder with transformer, autoencoder, rgba_autoencoder and adapter.safetensors; do not modify it."""
     folder = Path(tiny_config.weights.transformer).parent
     decomposer = build_decomposer(tiny_config)
-    trained = nn.ParameterDict({name.replace(".", "/"): p for name, p in decomposer.adapter({}).tensors.items()})
-    fill(trained, seed=3)
+    fill_adapter(decomposer, seed=3)
     decomposer.adapter(tiny_config.to_metadata()).save(folder / "adapter.safetensors")
     return folder
 
@@ -214,8 +239,7 @@ def adapter_file(
     lora = tiny_config.lora if request.param == "default" else LoRAConfig(3, 1.5, EVERYTHING)
     config = replace(tiny_config, lora=lora)
     decomposer = build_decomposer(config)
-    trained = nn.ParameterDict({n.replace(".", "/"): p for n, p in decomposer.adapter({}).tensors.items()})
-    fill(trained, seed=5)
+    fill_adapter(decomposer, seed=5)
     path = tmp_path_factory.mktemp("adapter") / "adapter.safetensors"
     facts = {
         "date": "2026-01-02T03:04:05+00:00",
@@ -227,7 +251,8 @@ def adapter_file(
 
 
 @pytest.fixture
-def ours(adapter_file: Path) -> MMDiT:
+def adapted(adapter_file: Path) -> MMDiT:
+    """The transformer with the LoRA of `adapter_file`."""
     return Decomposer.from_pretrained(adapter_file).transformer
 
 

@@ -174,7 +174,3 @@ def output_error(model: MMDiT | Tensor, reference: MMDiT) -> float:
     expected = reference(**flux_inputs())
     actual = model if isinstance(model, Tensor) else model(**flux_inputs())
     return ((actual - expected).norm() / expected.norm()).item()
-
-
-def same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PowerCutError, fill, power_cut_at
+from conftest import PowerCutError, fill, power_cut_at, run
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -16,7 +16,6 @@ from layerdecomp.errors import InputError
 from layerdecomp.tensor_files import read_metadata
 from layerdecomp.training.average import RunningAverage
 from layerdecomp.training.decomposer import DecomposerJob
-from layerdecomp.training.runs import train
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml"
 DECAY = 0.25  # above 2 / 11, so that the first two steps use a smaller decay
@@ -29,12 +28,6 @@ def settings(tiny_overrides: list[str]) -> list[str]:
 
 
 Tensors = dict[str, Tensor]
-
-
-def run(*overrides: str) -> Path:
-    config = load_config(CONFIG, overrides)
-    train(config)
-    return Path(config.run_dir)
 
 
 def _trained(job: DecomposerJob) -> Tensors:
@@ -75,7 +68,7 @@ def test_the_average_is_validated_and_written(
         original(self, batch, batch_idx)
 
     monkeypatch.setattr(DecomposerJob, "validation_step", spy)
-    run_dir = run(*settings, f"run_dir={tmp_path}/run")
+    run_dir = run("tiny", *settings, f"run_dir={tmp_path}/run")
     assert len(steps) == 6
     averages = [steps[0]]
     for n, trained in enumerate(steps[1:]):
@@ -95,13 +88,13 @@ def test_the_average_is_validated_and_written(
 
 
 def test_a_resumed_run_has_the_same_average(tmp_path: Path, settings: list[str]) -> None:
-    straight = run(*settings, f"run_dir={tmp_path}/straight")
+    straight = run("tiny", *settings, f"run_dir={tmp_path}/straight")
     with power_cut_at(3):
-        run(*settings, f"run_dir={tmp_path}/resumed")
-    resumed = run(*settings, f"run_dir={tmp_path}/resumed")
+        run("tiny", *settings, f"run_dir={tmp_path}/resumed")
+    resumed = run("tiny", *settings, f"run_dir={tmp_path}/resumed")
     one, other = (load_file(path / "adapter.safetensors") for path in (straight, resumed))
     assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
-    again = run(*settings, f"run_dir={tmp_path}/resumed")  # a finished run is only evaluated again
+    again = run("tiny", *settings, f"run_dir={tmp_path}/resumed")  # a finished run is only evaluated again
     assert all(one[name].equal(tensor) for name, tensor in load_file(again / "adapter.safetensors").items())
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PowerCutError, as_ranks, become_rank, curve, same
+from conftest import PowerCutError, as_ranks, become_rank, curve, run, same
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -39,7 +39,6 @@ from layerdecomp.training.checkpoints import (
     on_host,
     read_checkpoint,
 )
-from layerdecomp.training.runs import train
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -63,12 +62,6 @@ def jobs(tiny_overrides: list[str], tiny_weights: Path, tmp_path: Path) -> dict[
         "tiny_autoencoder": [*SMALL, *AUTOENCODER],
         "tiny_inpainter": [*SMALL, *INPAINTER, *cached, "data.samples=6"],
     }
-
-
-def run(name: str, *overrides: str) -> Path:
-    config = load_config(ROOT / "configs" / f"{name}.yaml", overrides)
-    train(config)
-    return Path(config.run_dir)
 
 
 def result(run_dir: Path, name: str) -> dict[str, torch.Tensor]:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import fill
+from conftest import fill, same
 from diffusers import FluxFillPipeline
 from diffusers.utils import logging as diffusers_logging
-from reference import build_reference_transformer, diffusers_output, output_error, same_tensors
+from reference import build_reference_transformer, diffusers_output, output_error
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -50,27 +50,27 @@ def host(tiny_config: DecomposerConfig) -> nn.Module:
 
 
 def test_diffusers_loads_the_lora_with_equal_outputs(
-    adapter_file: Path, ours: MMDiT, host: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    adapter_file: Path, adapted: MMDiT, host: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "lora.safetensors"
     written = export(adapter_file, "diffusers", out)
     assert [path.name for path in written] == ["lora.safetensors", "lora.NOTICE.txt", "lora.extras.safetensors"]
-    assert output_error(diffusers_output(host), ours) > 0.1  # the base alone differs
+    assert output_error(diffusers_output(host), adapted) > 0.1  # the base alone differs
     diffusers_logging.enable_propagation()
     host.load_lora_adapter(load_file(out))  # type: ignore[operator]
     assert not caplog.messages  # nothing missing, nothing unexpected
-    assert output_error(diffusers_output(host), ours) < 1e-5
+    assert output_error(diffusers_output(host), adapted) < 1e-5
     stray = {"transformer.x_embedder.lora_C.weight": torch.zeros(1)}
     host.load_lora_adapter({**load_file(out), **stray}, adapter_name="stray")  # type: ignore[operator]
     assert "unexpected keys" in caplog.text  # how a bad key would have been reported
 
 
-def test_the_fill_pipeline_loads_the_lora(adapter_file: Path, ours: MMDiT, host: nn.Module, tmp_path: Path) -> None:
+def test_the_fill_pipeline_loads_the_lora(adapter_file: Path, adapted: MMDiT, host: nn.Module, tmp_path: Path) -> None:
     export(adapter_file, "diffusers", tmp_path / "lora.safetensors")
     parts = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     pipeline = FluxFillPipeline(transformer=host, **parts)
     pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
-    assert output_error(diffusers_output(pipeline.transformer), ours) < 1e-5
+    assert output_error(diffusers_output(pipeline.transformer), adapted) < 1e-5
 
 
 def test_diffusers_reads_kohya_files_except_the_input_projection(
@@ -111,7 +111,7 @@ def _comfy_patches(model: MMDiT, lora: dict[str, Tensor]) -> tuple[dict[str, Ten
 
 
 def test_comfyui_uses_every_key_with_equal_outputs(
-    adapter_file: Path, ours: MMDiT, tiny_config: DecomposerConfig, tmp_path: Path
+    adapter_file: Path, adapted: MMDiT, tiny_config: DecomposerConfig, tmp_path: Path
 ) -> None:
     out = tmp_path / "lora.safetensors"
     export(adapter_file, "kohya", out)
@@ -120,7 +120,7 @@ def test_comfyui_uses_every_key_with_equal_outputs(
     assert not lora.keys() - used
     for name, patch in patches.items():
         model.get_parameter(name).data += patch
-    assert output_error(model, ours) < 1e-5
+    assert output_error(model, adapted) < 1e-5
 
 
 def _comfy_diffusers_keys(config: MMDiTConfig) -> dict[str, tuple[str, int, int]]:
@@ -137,31 +137,31 @@ def _comfy_diffusers_keys(config: MMDiTConfig) -> dict[str, tuple[str, int, int]
         "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
     }
     for i in range(config.depth):
-        theirs, ours = f"transformer_blocks.{i}", f"double_blocks.{i}"
+        theirs, adapted = f"transformer_blocks.{i}", f"double_blocks.{i}"
         for part, row in zip("qkv", range(3), strict=True):
-            keys[f"{theirs}.attn.to_{part}"] = (f"{ours}.img_attn.qkv", row * hidden, hidden)
-            keys[f"{theirs}.attn.add_{part}_proj"] = (f"{ours}.txt_attn.qkv", row * hidden, hidden)
+            keys[f"{theirs}.attn.to_{part}"] = (f"{adapted}.img_attn.qkv", row * hidden, hidden)
+            keys[f"{theirs}.attn.add_{part}_proj"] = (f"{adapted}.txt_attn.qkv", row * hidden, hidden)
         whole |= {
-            f"{theirs}.attn.to_out.0": f"{ours}.img_attn.proj",
-            f"{theirs}.attn.to_add_out": f"{ours}.txt_attn.proj",
-            f"{theirs}.norm1.linear": f"{ours}.img_mod.lin",
-            f"{theirs}.norm1_context.linear": f"{ours}.txt_mod.lin",
-            f"{theirs}.ff.net.0.proj": f"{ours}.img_mlp.0",
-            f"{theirs}.ff.net.2": f"{ours}.img_mlp.2",
-            f"{theirs}.ff_context.net.0.proj": f"{ours}.txt_mlp.0",
-            f"{theirs}.ff_context.net.2": f"{ours}.txt_mlp.2",
+            f"{theirs}.attn.to_out.0": f"{adapted}.img_attn.proj",
+            f"{theirs}.attn.to_add_out": f"{adapted}.txt_attn.proj",
+            f"{theirs}.norm1.linear": f"{adapted}.img_mod.lin",
+            f"{theirs}.norm1_context.linear": f"{adapted}.txt_mod.lin",
+            f"{theirs}.ff.net.0.proj": f"{adapted}.img_mlp.0",
+            f"{theirs}.ff.net.2": f"{adapted}.img_mlp.2",
+            f"{theirs}.ff_context.net.0.proj": f"{adapted}.txt_mlp.0",
+            f"{theirs}.ff_context.net.2": f"{adapted}.txt_mlp.2",
         }
     for i in range(config.depth_single_blocks):
-        theirs, ours = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
+        theirs, adapted = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
         for part, row in zip("qkv", range(3), strict=True):
-            keys[f"{theirs}.attn.to_{part}"] = (f"{ours}.linear1", row * hidden, hidden)
-        keys[f"{theirs}.proj_mlp"] = (f"{ours}.linear1", 3 * hidden, 4 * hidden)
-        whole |= {f"{theirs}.norm.linear": f"{ours}.modulation.lin", f"{theirs}.proj_out": f"{ours}.linear2"}
-    return keys | {theirs: (ours, 0, -1) for theirs, ours in whole.items()}
+            keys[f"{theirs}.attn.to_{part}"] = (f"{adapted}.linear1", row * hidden, hidden)
+        keys[f"{theirs}.proj_mlp"] = (f"{adapted}.linear1", 3 * hidden, 4 * hidden)
+        whole |= {f"{theirs}.norm.linear": f"{adapted}.modulation.lin", f"{theirs}.proj_out": f"{adapted}.linear2"}
+    return keys | {theirs: (adapted, 0, -1) for theirs, adapted in whole.items()}
 
 
 def test_comfyui_ignores_only_the_biases_of_diffusers_files(
-    adapter_file: Path, ours: MMDiT, tiny_config: DecomposerConfig, tmp_path: Path
+    adapter_file: Path, adapted: MMDiT, tiny_config: DecomposerConfig, tmp_path: Path
 ) -> None:
     export(adapter_file, "diffusers", tmp_path / "lora.safetensors")
     model, lora = load_mmdit(tiny_config.weights.transformer), load_file(tmp_path / "lora.safetensors")
@@ -176,14 +176,14 @@ def test_comfyui_ignores_only_the_biases_of_diffusers_files(
     assert lora and all(name.endswith(".lora_B.bias") for name in lora)
     assert {name for name, bias in lora.items() if bias.any()} == {"transformer.x_embedder.lora_B.bias"}
     model.img_in.bias.data += lora["transformer.x_embedder.lora_B.bias"]  # the only bias that ComfyUI loses
-    assert output_error(model, ours) < 1e-5
+    assert output_error(model, adapted) < 1e-5
 
 
 # merged
 
 
 def test_merged_weights_give_the_outputs_of_the_adapted_model(
-    adapter_file: Path, ours: MMDiT, tiny_config: DecomposerConfig, tmp_path: Path
+    adapter_file: Path, adapted: MMDiT, tiny_config: DecomposerConfig, tmp_path: Path
 ) -> None:
     base = load_mmdit(tiny_config.weights.transformer)
     for dtype, error in (("float32", 1e-5), ("bfloat16", 0.03), ("fp8", 0.15)):
@@ -194,12 +194,12 @@ def test_merged_weights_give_the_outputs_of_the_adapted_model(
         ]
         merged = load_mmdit(out)
         assert merged.state_dict().keys() == base.state_dict().keys() and merged.config == base.config
-        assert output_error(merged, ours) < error < 0.5 * output_error(base, ours)
+        assert output_error(merged, adapted) < error < 0.5 * output_error(base, adapted)
         assert read_metadata(out)["merged"] == "yes" and read_metadata(out)["format_version"] == "1"
     sizes = [(tmp_path / f"{dtype}.safetensors").stat().st_size for dtype in ("float32", "bfloat16", "fp8")]
     assert sizes[0] > 1.8 * sizes[1] and sizes[1] > 1.4 * sizes[2]
 
-    folded = merge_lora(ours)
+    folded = merge_lora(adapted)
     merged = load_mmdit(tmp_path / "bfloat16.safetensors")
     for name, tensor in folded.state_dict().items():
         assert merged.state_dict()[name].equal(tensor.bfloat16().float()), name
@@ -291,7 +291,7 @@ def test_a_published_folder_is_self_contained(
     monkeypatch.chdir(moved)
     for path in ("downloaded", "downloaded/adapter.safetensors"):
         decomposer = Decomposer.from_pretrained(path)
-        assert same_tensors(dict(decomposer.named_parameters()), dict(expected.named_parameters()))
+        assert same(dict(decomposer.named_parameters()), dict(expected.named_parameters()))
     card = (moved / "downloaded" / "README.md").read_text()
     assert card.startswith("---\nlicense: apache-2.0\n") and "| background/psnr | 20.5 \u00b1 0.25 |" in card
     assert read_metadata(adapter_file)["base_sha256"] in card and "2026-01-02" in card and '"source": "scenes"' in card

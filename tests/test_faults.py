@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from conftest import alone
+from conftest import alone, run
 from lightning import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ from layerdecomp.training.faults import (
     nan_if_not_finite,
     readable_errors,
 )
-from layerdecomp.training.runs import StepBar, build_job, build_trainer, train
+from layerdecomp.training.runs import StepBar, build_job, build_trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["train.precision=32-true", "optim.lr=1e-2", "optim.warmup=0", "sample.steps=1", "evaluate.samples=1"]
@@ -51,12 +51,6 @@ SMALL = ["train.precision=32-true", "optim.lr=1e-2", "optim.warmup=0", "sample.s
 @pytest.fixture
 def overrides(tiny_overrides: list[str], tmp_path: Path) -> list[str]:
     return [*tiny_overrides, *SMALL, "train.steps=6", "train.checkpoint_every=1", f"run_dir={tmp_path}/run"]
-
-
-def run(overrides: list[str], *more: str) -> Path:
-    config = load_config(ROOT / "configs" / "tiny.yaml", [*overrides, *more])
-    train(config)
-    return Path(config.run_dir)
 
 
 def scale_loss(monkeypatch: pytest.MonkeyPatch, positions: set[int], factor: float = math.nan) -> None:
@@ -98,7 +92,7 @@ def test_a_step_with_a_non_finite_loss_changes_no_weights_and_names_its_sample(
 
     monkeypatch.setattr(Job, "training_step", recording)
     scale_loss(monkeypatch, {5}, factor)  # step 3 has positions 4 and 5
-    run_dir = run(overrides, f"optim.muon={muon}", "train.checkpoint_every=6")
+    run_dir = run("tiny", *overrides, f"optim.muon={muon}", "train.checkpoint_every=6")
     assert re.findall(r"step (\d+) is skipped: its (\w+) is not finite; samples: (.*)", caplog.text) == [
         ("3", "loss", "5 (scene 5)")
     ]
@@ -119,7 +113,7 @@ def test_a_step_with_a_non_finite_gradient_is_skipped(
         original(self, optimizer, *args, **kwargs)
 
     monkeypatch.setattr(Job, "configure_gradient_clipping", overflowing)
-    run(overrides, "train.steps=3")
+    run("tiny", *overrides, "train.steps=3")
     assert "step 2 is skipped: its gradient is not finite; samples: 2 (scene 2); 3 (scene 3)" in caplog.text
 
 
@@ -129,7 +123,7 @@ def test_training_stops_after_consecutive_skipped_steps_and_keeps_the_last_good_
 ) -> None:
     scale_loss(monkeypatch, set(range(5, 100)))
     with pytest.raises(RunError, match=r"3 steps in a row, up to step 5, had a loss .* resume=FILE; .*run keeps what"):
-        run(overrides, "train.max_skipped=3", f"optim.muon={muon}")
+        run("tiny", *overrides, "train.max_skipped=3", f"optim.muon={muon}")
     assert caplog.text.count("is skipped") == 3
     assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 2  # skipped steps are not saved
 
@@ -143,7 +137,7 @@ def test_non_finite_weights_are_not_saved(
 
     monkeypatch.setattr(StepBar, "on_train_batch_end", overflow)  # runs before the callback that saves
     with pytest.raises(RunError, match="5 steps in a row, up to step 7"):
-        run(overrides, "train.steps=9")
+        run("tiny", *overrides, "train.steps=9")
     assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 1
 
 
@@ -219,14 +213,14 @@ def test_unreadable_samples_are_logged_and_counted(
     overrides: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_unreadable(monkeypatch, {1, 4})
-    run(overrides, "train.steps=3", "data.workers=1")
+    run("tiny", *overrides, "train.steps=3", "data.workers=1")
     assert re.findall(r"replaced by the next draw \((\d+) so far\): (\S+)", caplog.text) == [
         ("1", "/data/1.png"),
         ("2", "/data/4.png"),
     ]
     caplog.clear()
     with pytest.raises(RunError, match=r"2 of 6 training samples could not be read, more than data\.max_faulty=0\.001"):
-        run(overrides, "train.steps=3", "data.max_faulty=0.001", "resume=never")
+        run("tiny", *overrides, "train.steps=3", "data.max_faulty=0.001", "resume=never")
 
 
 def test_too_large_a_share_of_unreadable_samples_is_an_error() -> None:
@@ -261,7 +255,7 @@ def test_a_data_set_without_a_readable_file_is_an_error(
 
     monkeypatch.setattr(RepeatedSamples, "__init__", unreadable)
     with pytest.raises(InputError) as caught:
-        run(overrides, f"data.workers={workers}")
+        run("tiny", *overrides, f"data.workers={workers}")
     message = "16 draws in a row for sample 0 cannot be used; the last: /data/0.15.png cannot be read"
     assert str(caught.value) == message
 
@@ -286,7 +280,7 @@ def test_a_failed_checkpoint_write_is_an_error_with_a_remedy(
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(RunError, match=rf"step 3 could not be saved .*{os.strerror(number)}.*; {remedy}.*resume with"):
-        run(overrides)
+        run("tiny", *overrides)
     assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 2
 
 
@@ -304,8 +298,8 @@ def test_a_disk_that_is_full_when_results_are_written_ends_the_run_with_the_comm
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace)
         with pytest.raises(RunError, match=rf"{name} could not be written .*; free some space .*; resume with\n  "):
-            run(overrides, "train.steps=1")
-    run(overrides, "train.steps=1")
+            run("tiny", *overrides, "train.steps=1")
+    run("tiny", *overrides, "train.steps=1")
     assert (tmp_path / "run" / name).is_file()
 
 
@@ -398,7 +392,7 @@ def test_a_checkpoint_write_that_fails_in_the_background_ends_the_run(
     monkeypatch.setattr(Job, "training_step", training_step)
     monkeypatch.setattr(Job, "on_validation_start", validation)
     with pytest.raises(RunError, match=r"step 3 could not be saved .*No space left.*; resume with"):
-        run(overrides, *settings, "train.checkpoint_every=3")
+        run("tiny", *overrides, *settings, "train.checkpoint_every=3")
     assert steps[-1] == reached and not (tmp_path / "run" / "adapter.safetensors").exists()
 
 
@@ -420,15 +414,16 @@ def test_out_of_memory_suggests_settings_that_fit(overrides: list[str], monkeypa
         "tried: train.batch_size=2 train.accumulate=4 fits, with the same samples per step"
     )
     with pytest.raises(RunError) as caught:
-        run(overrides, "train.batch_size=8")
+        run("tiny", *overrides, "train.batch_size=8")
     assert str(caught.value) == message
-    run(overrides, "train.batch_size=2", "train.accumulate=4", "train.steps=1", "resume=never")  # the suggestion works
+    suggested = ["train.batch_size=2", "train.accumulate=4"]
+    run("tiny", *overrides, *suggested, "train.steps=1", "resume=never")
 
 
 def test_out_of_memory_says_if_nothing_fits(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     out_of_memory_above(monkeypatch, 0)
     with pytest.raises(RunError, match=r"not even train\.batch_size=1 fits .*recompute=1"):
-        run(overrides, "train.batch_size=2")
+        run("tiny", *overrides, "train.batch_size=2")
 
 
 def test_only_batch_sizes_that_keep_the_samples_per_step_are_tried() -> None:
@@ -468,7 +463,7 @@ def test_a_dead_worker_ends_the_run(overrides: list[str], monkeypatch: pytest.Mo
     monkeypatch.setattr(RepeatedSamples, "__getitem__", die)
     started = time.monotonic()
     with pytest.raises(RunError, match=r"data worker died \(.*fewer data\.workers.*resume with"):
-        run(overrides, "data.workers=1")
+        run("tiny", *overrides, "data.workers=1")
     assert time.monotonic() - started < 60
 
 

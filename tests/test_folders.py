@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import save_picture
 from PIL import Image
 
 from layerdecomp.data.folders import (
@@ -49,12 +50,6 @@ def _mask() -> np.ndarray:
     return mask
 
 
-def _save(array: np.ndarray, path: Path, **options: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path, **options)
-    return path
-
-
 def _exif(orientation: int) -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -73,7 +68,7 @@ def test_pictures_are_found_at_any_depth(tmp_path: Path) -> None:
 
 
 def test_linked_folders_are_followed(tmp_path: Path) -> None:
-    _save(_pixels(), tmp_path / "disk" / "a.png")
+    save_picture(_pixels(), tmp_path / "disk" / "a.png")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "linked").symlink_to(tmp_path / "disk")
     assert BackgroundFolder(tmp_path / "data").candidates() == ["linked/a.png"]
@@ -81,7 +76,7 @@ def test_linked_folders_are_followed(tmp_path: Path) -> None:
 
 def test_circular_links_list_nothing_twice(tmp_path: Path) -> None:
     for root, link, target in (("circle", "deep/up", "."), ("twice", "same", "deep")):
-        _save(_pixels(), tmp_path / root / "deep" / "a.png")
+        save_picture(_pixels(), tmp_path / root / "deep" / "a.png")
         (tmp_path / root / link).symlink_to(tmp_path / root / target)
         assert list_pictures(tmp_path / root) == ["deep/a.png"]
 
@@ -96,7 +91,7 @@ def test_folders_without_pictures_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", ["png", "jpg", "webp", "tif", "bmp"])
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_truncated_files_are_refused(tmp_path: Path, format: str) -> None:
-    content = _save(np.tile(_pixels(), (4, 4, 1)), tmp_path / f"whole.{format}").read_bytes()
+    content = save_picture(np.tile(_pixels(), (4, 4, 1)), tmp_path / f"whole.{format}").read_bytes()
     path = tmp_path / f"a.{format}"
     for length in (0, 20, len(content) // 4, len(content) // 2, len(content) * 9 // 10):
         path.write_bytes(content[:length])
@@ -109,7 +104,7 @@ def test_truncated_files_are_refused(tmp_path: Path, format: str) -> None:
 @pytest.mark.parametrize("excess", [1.5, 3])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_huge_pictures_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, excess: float) -> None:
-    path = _save(_pixels(), tmp_path / "a.png")
+    path = save_picture(_pixels(), tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", WIDTH * HEIGHT)
     assert open_picture(path).size == (WIDTH, HEIGHT)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(WIDTH * HEIGHT / excess))
@@ -119,27 +114,27 @@ def test_huge_pictures_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(("value", "expected"), [(1, 1), (3, 3), (6, 6), (8, 8), (0, 1), (77, 1)])
 def test_exif_orientation_swaps_width_and_height(tmp_path: Path, value: int, expected: int) -> None:
-    picture = open_picture(_save(_pixels(), tmp_path / "a.jpg", exif=_exif(value)))
+    picture = open_picture(save_picture(_pixels(), tmp_path / "a.jpg", exif=_exif(value)))
     assert orientation(picture) == expected and picture.size == (WIDTH, HEIGHT)
     assert upright_size(picture) == ((HEIGHT, WIDTH) if expected > 4 else (WIDTH, HEIGHT))
 
 
 def test_cut_outs_are_read_upright(tmp_path: Path) -> None:
     rgba = _cut_out()
-    np.testing.assert_array_equal(read_rgba(_save(rgba, tmp_path / "a.png")), rgba)
-    np.testing.assert_array_equal(read_rgba(_save(rgba, tmp_path / "b.png", exif=_exif(6))), np.rot90(rgba, -1))
+    np.testing.assert_array_equal(read_rgba(save_picture(rgba, tmp_path / "a.png")), rgba)
+    np.testing.assert_array_equal(read_rgba(save_picture(rgba, tmp_path / "b.png", exif=_exif(6))), np.rot90(rgba, -1))
 
 
 def test_a_16_bit_grey_cut_out_is_refused(tmp_path: Path) -> None:
     deep = np.arange(WIDTH * HEIGHT, dtype=np.uint16).reshape(HEIGHT, WIDTH) * 500
-    path = _save(deep, tmp_path / "a.png", transparency=500)
+    path = save_picture(deep, tmp_path / "a.png", transparency=500)
     with pytest.raises(InputError, match=r"a\.png is greyscale with more than 8 bits .*: save it as RGB or RGBA"):
         read_rgba(path)
 
 
 def test_a_folder_of_backgrounds_becomes_an_index(tmp_path: Path) -> None:
-    _save(_pixels(), tmp_path / "pictures" / "a.jpg")
-    _save(_pixels(), tmp_path / "pictures" / "trip" / "a.png", exif=_exif(8))
+    save_picture(_pixels(), tmp_path / "pictures" / "a.jpg")
+    save_picture(_pixels(), tmp_path / "pictures" / "trip" / "a.png", exif=_exif(8))
     reader: Reader = BackgroundFolder(tmp_path / "pictures", source="bg20k", licence="MIT")
     items = [reader.read(candidate) for candidate in reader.candidates()]
     assert items == [Item("a", "a.jpg", WIDTH, HEIGHT), Item("trip/a", "trip/a.png", HEIGHT, WIDTH)]
@@ -150,16 +145,16 @@ def test_a_folder_of_backgrounds_becomes_an_index(tmp_path: Path) -> None:
 
 def test_names_that_differ_only_in_their_extension_are_refused(tmp_path: Path) -> None:
     for name in ("x/a.png", "x/a.jpg", "a.png"):
-        _save(_pixels(), tmp_path / name)
+        save_picture(_pixels(), tmp_path / name)
     with pytest.raises(InputError, match=r"x/a\.jpg and x/a\.png differ only in their extension; keep one"):
         BackgroundFolder(tmp_path).candidates()
 
 
 def _triplet(root: Path, stem: str = "a") -> None:
-    _save(_pixels(seed=1), root / "image" / f"{stem}.jpg")
-    _save(_mask(), root / "mask" / f"{stem}.png")
-    _save(_cut_out(), root / "foreground" / f"{stem}.webp", lossless=True, exact=True)
-    _save(_pixels(seed=2), root / "background" / f"{stem}.PNG", format="png")
+    save_picture(_pixels(seed=1), root / "image" / f"{stem}.jpg")
+    save_picture(_mask(), root / "mask" / f"{stem}.png")
+    save_picture(_cut_out(), root / "foreground" / f"{stem}.webp", lossless=True, exact=True)
+    save_picture(_pixels(seed=2), root / "background" / f"{stem}.PNG", format="png")
 
 
 def _only(reader: Reader) -> Item:
@@ -197,7 +192,7 @@ def _replaced(name: str, array: np.ndarray | None, **options: Any) -> Edit:
         (old,) = (root / name).parent.glob("a.*")
         old.unlink()
         if array is not None:
-            _save(array, root / name, **options)
+            save_picture(array, root / name, **options)
 
     return edit
 
@@ -243,7 +238,7 @@ def test_a_faulty_triplet_is_an_error_and_others_remain_readable(tmp_path: Path,
 
 def test_two_files_for_one_part_are_refused(tmp_path: Path) -> None:
     _triplet(tmp_path)
-    _save(_mask(), tmp_path / "mask" / "a.bmp")
+    save_picture(_mask(), tmp_path / "mask" / "a.bmp")
     with pytest.raises(InputError, match=r"mask: a\.bmp and a\.png differ only in their extension"):
         TripletFolder(tmp_path).candidates()
 
@@ -251,7 +246,7 @@ def test_two_files_for_one_part_are_refused(tmp_path: Path) -> None:
 def _rorem(root: Path, records: Any, **parts: str) -> RoremFolder:
     names = {"source": "source/1.jpg", "mask": "mask/1.png", "GT": "GT/1.jpg"} | parts
     for name, array in zip(names.values(), (_pixels(), _mask(), _pixels(seed=1)), strict=True):
-        _save(array, root / name)
+        save_picture(array, root / name)
     (root / "meta.json").write_text(json.dumps([names] if records is None else records))
     return RoremFolder(root)
 
@@ -272,7 +267,7 @@ def test_a_rorem_record_becomes_an_item(tmp_path: Path, parts: dict[str, str], i
 
 def test_rorem_records_may_share_files_but_not_all(tmp_path: Path) -> None:
     records = [{"source": "source/1.jpg", "mask": f"mask/{name}.png", "GT": "GT/1.jpg"} for name in "12"]
-    _save(_mask(), tmp_path / "mask" / "2.png")
+    save_picture(_mask(), tmp_path / "mask" / "2.png")
     reader = _rorem(tmp_path, records)
     assert [reader.read(candidate).id for candidate in reader.candidates()] == ["1", "1+2"]
     (tmp_path / "meta.json").write_text(json.dumps(records + records[:1]))

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import fill
-from reference import output_error, same_tensors
+from conftest import fill, same
+from reference import output_error
 from safetensors.torch import load_file, save_file
 
 from layerdecomp.adapters import INPUT, Changes, changes_from_adapter
@@ -46,22 +46,22 @@ def test_an_exported_adapter_is_imported_bit_for_bit(
     export(adapter_file, layout, tmp_path / "lora.safetensors")
     export(tmp_path / "lora.safetensors", "import", tmp_path / "back.safetensors")
     back = Adapter.load(tmp_path / "back.safetensors")
-    assert same_tensors(back.tensors, adapter.tensors)
+    assert same(back.tensors, adapter.tensors)
     assert back.metadata == {**adapter.metadata, "tool_version": back.metadata["tool_version"]}
     export(tmp_path / "back.safetensors", layout, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "lora.safetensors").read_bytes()
 
 
-def test_a_baked_in_scale_is_imported_with_the_same_effect(adapter_file: Path, ours: MMDiT, tmp_path: Path) -> None:
+def test_a_baked_in_scale_is_imported_with_the_same_effect(adapter_file: Path, adapted: MMDiT, tmp_path: Path) -> None:
     export(adapter_file, "diffusers", tmp_path / "lora.safetensors")
     export(tmp_path / "lora.safetensors", "import", tmp_path / "back.safetensors")
     back = Decomposer.from_pretrained(tmp_path / "back.safetensors")
     assert json.loads(read_metadata(tmp_path / "back.safetensors")["lora"])["alpha"] is None
-    assert output_error(back.transformer, ours) < 1e-6
+    assert output_error(back.transformer, adapted) < 1e-6
 
 
 def test_a_lora_without_metadata_needs_its_weight_files_named(
-    adapter_file: Path, ours: MMDiT, tiny_config: DecomposerConfig, tmp_path: Path
+    adapter_file: Path, adapted: MMDiT, tiny_config: DecomposerConfig, tmp_path: Path
 ) -> None:
     export(adapter_file, "diffusers", tmp_path / "exported.safetensors")
     path = tmp_path / "lora.safetensors"
@@ -72,7 +72,7 @@ def test_a_lora_without_metadata_needs_its_weight_files_named(
     files = {name: getattr(weights, name) for name in ("transformer", "autoencoder", "rgba_autoencoder")}
     export(path, "import", tmp_path / "back.safetensors", **files)
     decomposer = Decomposer.from_pretrained(tmp_path / "back.safetensors")
-    assert decomposer.context_fusion is None and output_error(decomposer.transformer, ours) < 1e-5
+    assert decomposer.context_fusion is None and output_error(decomposer.transformer, adapted) < 1e-5
     assert read_metadata(tmp_path / "back.safetensors")["origin"] == "imported from lora.safetensors"
     assert read_metadata(tmp_path / "back.safetensors")["data"] == "unknown"
 
@@ -152,7 +152,7 @@ def test_lora_files_are_not_loaded_as_adapters(tiny_weights: Path, tmp_path: Pat
 # Sums and ranks
 
 
-def test_adapters_are_summed_with_weights(adapter_file: Path, ours: MMDiT, tmp_path: Path) -> None:
+def test_adapters_are_summed_with_weights(adapter_file: Path, adapted: MMDiT, tmp_path: Path) -> None:
     files = [tmp_path / "adapter.safetensors", tmp_path / "other.safetensors"]
     first = Adapter.load(adapter_file)
     first.metadata.update(steps="2", continues="nothing", data=json.dumps(asdict(DataConfig(samples=7))))
@@ -193,12 +193,12 @@ def lora_targets(adapter: Adapter) -> list[str]:
 
 
 def test_rank_reduction_prints_its_error(
-    adapter_file: Path, ours: MMDiT, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    adapter_file: Path, adapted: MMDiT, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rank = json.loads(read_metadata(adapter_file)["lora"])["rank"]
     export(adapter_file, "import", tmp_path / "same.safetensors", rank=rank)
     assert f"rank {rank} to {rank}: relative error 0.00%" in capsys.readouterr().out
-    assert output_error(Decomposer.from_pretrained(tmp_path / "same.safetensors").transformer, ours) < 1e-5
+    assert output_error(Decomposer.from_pretrained(tmp_path / "same.safetensors").transformer, adapted) < 1e-5
     export(adapter_file, "diffusers", tmp_path / "small.safetensors", rank=1)
     printed = capsys.readouterr().out
     assert f"rank {rank} to 1: relative error" in printed and "worst: " in printed

@@ -1,11 +1,11 @@
 """Cut-outs: which are refused, which look premultiplied, and the colours that invisible pixels get."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import save_picture
 from PIL import Image, ImageFilter
 
 from layerdecomp.data.alpha import looks_premultiplied
@@ -34,17 +34,11 @@ def _premultiplied(rgba: np.ndarray) -> np.ndarray:
     return np.dstack([(rgba[..., :3] * (rgba[..., 3:] / 255)).round().astype(np.uint8), rgba[..., 3]])
 
 
-def _save(array: np.ndarray, path: Path, **options: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path, **options)
-    return path
-
-
 def test_cut_outs_are_found_at_any_depth(tmp_path: Path) -> None:
-    _save(_cut_out(0)[:80], tmp_path / "a.png")
-    _save(_cut_out(1), tmp_path / "deep" / "er" / "b.webp")
-    _save(_cut_out(2), tmp_path / "c.tif")
-    _save(_cut_out(3)[..., :3], tmp_path / "preview.jpg")
+    save_picture(_cut_out(0)[:80], tmp_path / "a.png")
+    save_picture(_cut_out(1), tmp_path / "deep" / "er" / "b.webp")
+    save_picture(_cut_out(2), tmp_path / "c.tif")
+    save_picture(_cut_out(3)[..., :3], tmp_path / "preview.jpg")
     reader = ForegroundFolder(tmp_path, min_side=80)
     assert (reader.source, reader.kind) == ("layerdiffuse", "foregrounds")
     assert [reader.read(candidate) for candidate in reader.candidates()] == [
@@ -74,10 +68,10 @@ def test_files_that_are_no_cut_outs_are_refused(tmp_path: Path, array: np.ndarra
     if array is OPAQUE and format == "webp":
         message = "has no alpha channel"  # the encoder drops it
     reader = ForegroundFolder(tmp_path, min_side=SIDE)
-    _save(array, tmp_path / f"a.{format}", **({"lossless": True} if format == "webp" else {}))
+    save_picture(array, tmp_path / f"a.{format}", **({"lossless": True} if format == "webp" else {}))
     with pytest.raises(InputError, match=rf"a\.{format} {message}"):
         reader.read(*reader.candidates())
-    content = _save(_cut_out(0), tmp_path / f"a.{format}").read_bytes()
+    content = save_picture(_cut_out(0), tmp_path / f"a.{format}").read_bytes()
     assert reader.read(*reader.candidates()).width == SIDE
     (tmp_path / f"a.{format}").write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match=rf"a\.{format} cannot be read"):

@@ -16,7 +16,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import alone, curve, fill, power_cut_at, same
+from conftest import alone, curve, fill, power_cut_at, run, same
 from lightning import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from safetensors import safe_open
@@ -50,7 +50,7 @@ from layerdecomp.training.base import Job
 from layerdecomp.training.checkpoints import newest_checkpoint
 from layerdecomp.training.decomposer import DecomposerJob, fixed_settings
 from layerdecomp.training.inpainter import InpainterJob
-from layerdecomp.training.runs import build_strategy, build_trainer, check_devices, open_run, train
+from layerdecomp.training.runs import build_strategy, build_trainer, check_devices, open_run
 from layerdecomp.weights import TRAINING, history, load_autoencoder, load_mmdit, save_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -70,13 +70,6 @@ SMALL = [
     "train.batch_size=2",
     "train.precision=32-true",
 ]
-
-
-def run(name: str, *overrides: str) -> Path:
-    """Trains with configs/<name>.yaml and returns the run's directory."""
-    config = load_config(REPOSITORY / "configs" / f"{name}.yaml", overrides)
-    train(config)
-    return Path(config.run_dir)
 
 
 def losses(run_dir: Path) -> list[float]:
