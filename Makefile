@@ -44,6 +44,11 @@ CONTINUE := train.batch_size=32 train.steps=6000 train.validate_every=1000 optim
 FIRST := train.batch_size=128 train.steps=917 data.samples=12288 data.scenes.many_coloured_probability=0.35
 # It then continues four times, each time on new scenes, with many small steps; the last three results are averaged.
 FURTHER := optim.lr=2e-3 data.scenes.many_coloured_probability=0.35 sample.ensemble=9
+# One such stage: name, previous stage, seed, steps, samples.
+define further
+$(RUN) tools/train.py config=configs/tiny.yaml name=$(1) adapter=runs/$(2)/adapter.safetensors seed=$(3) \
+	train.steps=$(4) data.samples=$(5) $(FURTHER) $(ARGS) $(FURTHER_ARGS)
+endef
 ship = cp $(1) $@.partial && mv $@.partial $@
 tiny: $(TINY)/adapter.safetensors  ## trains the tiny base, its autoencoders and its adapter from scratch
 
@@ -67,14 +72,10 @@ $(TINY)/rgba_autoencoder.safetensors: | $(TINY)/autoencoder.safetensors
 
 $(TINY)/adapter.safetensors: | $(TINY)/transformer.safetensors $(TINY)/rgba_autoencoder.safetensors
 	$(RUN) tools/train.py config=configs/tiny.yaml name=tiny_first $(FIRST) $(ARGS) $(ADAPTER_ARGS)
-	$(RUN) tools/train.py config=configs/tiny.yaml name=tiny_further adapter=runs/tiny_first/adapter.safetensors seed=1 \
-		train.steps=9000 data.samples=12288 $(FURTHER) $(ARGS) $(FURTHER_ARGS)
-	$(RUN) tools/train.py config=configs/tiny.yaml name=tiny_third adapter=runs/tiny_further/adapter.safetensors seed=2 \
-		train.steps=11000 data.samples=8192 $(FURTHER) $(ARGS) $(FURTHER_ARGS)
-	$(RUN) tools/train.py config=configs/tiny.yaml name=tiny_fourth adapter=runs/tiny_third/adapter.safetensors seed=3 \
-		train.steps=12000 data.samples=8192 $(FURTHER) $(ARGS) $(FURTHER_ARGS)
-	$(RUN) tools/train.py config=configs/tiny.yaml name=tiny_fifth adapter=runs/tiny_fourth/adapter.safetensors seed=4 \
-		train.steps=12000 data.samples=8192 $(FURTHER) $(ARGS) $(FURTHER_ARGS)
+	$(call further,tiny_further,tiny_first,1,9000,12288)
+	$(call further,tiny_third,tiny_further,2,11000,8192)
+	$(call further,tiny_fourth,tiny_third,3,12000,8192)
+	$(call further,tiny_fifth,tiny_fourth,4,12000,8192)
 	$(RUN) tools/export.py \
 		adapter=runs/tiny_third/adapter.safetensors,runs/tiny_fourth/adapter.safetensors,runs/tiny_fifth/adapter.safetensors \
 		weights=0.2,0.35,0.45 rank=64 format=adapter out=runs/tiny_average.safetensors
