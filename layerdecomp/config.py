@@ -137,7 +137,7 @@ class DecomposerJobConfig(FlowJobConfig, DecomposerConfig):
 
     adapter: str | None = None  # an adapter of these frozen parts (or of adapter_base) to train further; null: none
     adapter_base: str | None = None  # the base that `adapter` was trained on, if it is not weights.transformer
-    training_guidance: float = 1.0  # guidance scale fed to guidance-distilled models in training
+    training_guidance: float = 1.0  # fed to guidance-distilled models in training, as other trainers of Fill do
     quantize: str | None = None  # the frozen transformer's matrices: int8, fp8 or nf4; null: compute precision
     shard_base: bool = False  # shard the frozen transformer across processes, if one device cannot hold it
     encode_batch_size: int = 0  # images that an autoencoder encodes at once, to save memory; 0: all of a batch

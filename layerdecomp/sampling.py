@@ -20,7 +20,7 @@ class SampleConfig:
     """How layers are sampled from the model."""
 
     steps: int = 28  # of the solver; `euler` evaluates the model once per step
-    guidance: float = 30.0  # FLUX.1-Fill is distilled to take the scale as an input; tiny models ignore it
+    guidance: float = 30.0  # an input of guidance-distilled models, 30 as in Fill's pipelines; tiny models ignore it
     max_side: int = 1024  # larger images are decomposed at this size, and their layers resized back
     ensemble: int = 1  # samples drawn; the foreground is their median, since what varies between them is a guess
     alpha_margin: float = 0.0  # alphas within this of 0 or 1 become 0 or 1, which small models never quite reach
