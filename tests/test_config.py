@@ -59,7 +59,7 @@ def test_the_run_directory_follows_the_name() -> None:
         ("evaluate.published=[]", "argument 'evaluate.published=\\[\\]': Cannot merge"),
         ("train.steps=1e3", "expected a whole number, such as 7200$"),
         ("conditioning.cues=[depth]", "unknown key conditioning.cues; the nearest known one is fusion.cues"),
-        ("zzz=3", "unknown key zzz; the known ones begin with adapter, compile, "),
+        ("zzz=3", "unknown key zzz; the known ones begin with adapter, adapter_base, compile, "),
         ("train.steps=", "argument 'train.steps='"),
         ("train=5", "argument 'train=5': train is a section; expected one of its keys: .*train.steps"),
         ("lora.targets=[*]", "argument .* an alias; expected .* quoted, such as \\['\\*_blocks.\\*'\\]"),
