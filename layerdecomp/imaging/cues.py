@@ -61,7 +61,10 @@ def resize_segments(picture: Image.Image, size: tuple[int, int], box: Box | None
 
 @dataclass(frozen=True)
 class Cue:
-    """How a cue is computed, and how its maps are resized, so that they are close to maps computed at that size."""
+    """How a cue is computed, and how maps of it in files are resized.
+
+    Resized maps of edges are denser than those computed at that size, so a map is computed at the size it is used at.
+    """
 
     compute: Compute | None  # None: it needs a network
     resize: ResizePicture  # of an RGB picture
