@@ -119,7 +119,7 @@ def _run(config: AblationConfig, row: str, seed: int, folder: Path, overrides: S
         described = load_config(config.base, [*overrides, *(f"{key}={value}" for key, value in own.items())])
         if not isinstance(described, DecomposerJobConfig):
             raise InputError(f"{config.base} describes a {described.job} job; expected a decomposer job")
-        if described.train.devices * described.train.nodes > 1:
+        if described.train.processes > 1:
             raise InputError("an ablation trains in one process; leave train.devices and train.nodes at 1")
         if "adapted" not in described.evaluate.rows:
             raise InputError(f"evaluate.rows is {described.evaluate.rows}; expected it to include adapted")

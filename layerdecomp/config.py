@@ -45,9 +45,14 @@ class TrainConfig:
     dry_run: bool = False  # only print what training would need, and which files are missing
 
     @property
+    def processes(self) -> int:
+        """Ranks of a run, over all nodes."""
+        return self.devices * self.nodes
+
+    @property
     def global_batch(self) -> int:
         """Samples per step, over all processes."""
-        return self.batch_size * self.accumulate * self.devices * self.nodes
+        return self.batch_size * self.accumulate * self.processes
 
     def __post_init__(self) -> None:
         spread = ("batch_size", "accumulate", "devices", "nodes")
@@ -106,10 +111,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_at_least(0, self, "", "seed")
-        processes = self.train.devices * self.train.nodes
-        if self.data.validation < processes:  # a rank without samples would make the others hang
+        if self.data.validation < self.train.processes:  # a rank without samples would make the others hang
             raise InputError(
-                f"data.validation is {self.data.validation}; expected at least one for each of {processes} processes"
+                f"data.validation is {self.data.validation}; expected at least one for each of "
+                f"{self.train.processes} processes"
             )
 
 
@@ -159,7 +164,7 @@ class DecomposerJobConfig(FlowJobConfig, DecomposerConfig):
 
     def _check_sharding(self) -> None:
         rule = "shard_base=true shards the frozen transformer across the processes of a run: "
-        if self.train.devices * self.train.nodes == 1:
+        if self.train.processes == 1:
             raise InputError(f"{rule}found train.devices=1 and train.nodes=1, expected several; set shard_base=false")
         if self.quantize is not None:
             raise InputError(f"{rule}found quantize={self.quantize}, whose tensors cannot be sharded; expected null")

@@ -49,7 +49,7 @@ def dry_run(config: RunConfig) -> str:
     return "\n".join(
         [
             f"{config.name}: {work.size} x {work.size}, batch {work.batch_size} on each of "
-            f"{config.train.devices * config.train.nodes} devices, {work.model.depth} + "
+            f"{config.train.processes} devices, {work.model.depth} + "
             f"{work.model.depth_single_blocks} blocks of width {work.model.hidden_size}, LoRA rank {work.lora.rank}",
             "",
             markdown_table([["part", "parameters"], *([k, f"{n:,}"] for k, n in parameter_counts(work).items())]),
@@ -71,7 +71,7 @@ def memory_rows(work: TrainingWork, config: DecomposerJobConfig) -> list[list[st
     train = config.train
     average = memory.trained if train.ema else 0
     # While DDP accumulates, gradients are summed beside its buckets.
-    accumulated = memory.gradients if train.devices * train.nodes > 1 and train.accumulate > 1 else 0
+    accumulated = memory.gradients if train.processes > 1 and train.accumulate > 1 else 0
     rows = [
         ("frozen weights", memory.frozen, _frozen_storage(config)),
         ("trained weights", memory.trained, "float32"),
@@ -102,7 +102,7 @@ def _recomputing(work: TrainingWork) -> list[str]:
 def _frozen_storage(config: DecomposerJobConfig) -> str:
     """How the frozen weights are stored."""
     if config.shard_base:
-        devices = config.train.devices * config.train.nodes
+        devices = config.train.processes
         return f"bf16, 1/{devices} of the transformer; gathered blocks count as activations"
     return f"bf16, blocks in {config.quantize}" if config.quantize else "bf16"
 
@@ -124,7 +124,7 @@ def training_work(config: DecomposerJobConfig) -> TrainingWork:
         quantize=config.quantize,
         bits=config.optim.bits,
         encode_batch_size=config.encode_batch_size,
-        shards=config.train.devices * config.train.nodes if config.shard_base else 1,
+        shards=config.train.processes if config.shard_base else 1,
     )
 
 

@@ -188,7 +188,7 @@ class Job(LightningModule):
         parameters = [parameter for _, parameter in self.trained()]
         train = self.run.train
         sizes = train.batch_size, train.accumulate
-        kept = OPTIMIZER_BYTES[self.run.optim.bits] + (4.0 if train.devices * train.nodes > 1 else 0.0)
+        kept = OPTIMIZER_BYTES[self.run.optim.bits] + (4.0 if train.processes > 1 else 0.0)
         return fitting_settings(lambda size: self._loss_of(range(size)), parameters, *sizes, self.memory_advice, kept)
 
     def sound(self) -> bool:

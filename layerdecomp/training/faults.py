@@ -79,9 +79,8 @@ class StepGuard:
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         culprits = [positions for positions, loss in seen if not math.isfinite(loss.item())]
         ranks = all_reduce_sum(torch.tensor(float(bool(culprits)), device=device)).item()
-        suspects = (
-            culprits if ranks else [positions for positions, _ in seen]
-        )  # none of this rank's, if other ranks' are
+        # None of this rank's samples, if only other ranks have a loss that is not finite.
+        suspects = culprits if ranks else [positions for positions, _ in seen]
         found = names([position for positions in suspects for position in positions])
         if suspects:
             what = "loss" if culprits else "gradient"

@@ -108,15 +108,15 @@ def orthogonalized(matrix: Tensor, steps: int = 5) -> Tensor:
     x = matrix.mT if tall else matrix
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     gram = x @ x.mT
-    product = factor = _polynomial(gram)
+    identity = torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)
+
+    def polynomial(gram: Tensor) -> Tensor:
+        return 3.4445 * identity - 4.775 * gram + 2.0315 * gram @ gram
+
+    product = factor = polynomial(gram)
     for _ in range(steps - 1):
         gram = factor @ gram @ factor
-        factor = _polynomial(gram)
+        factor = polynomial(gram)
         product = factor @ product
     x = product @ x
     return x.mT if tall else x
-
-
-def _polynomial(gram: Tensor) -> Tensor:
-    identity = torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)
-    return 3.4445 * identity - 4.775 * gram + 2.0315 * gram @ gram

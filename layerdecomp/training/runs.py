@@ -99,10 +99,10 @@ def train(config: RunConfig) -> None:
 def check_devices(train: TrainConfig) -> None:
     """Raises `InputError` if this machine has too few GPUs, or a launcher started another number of processes."""
     started = started_processes()
-    if started is not None and started != train.devices * train.nodes:
+    if started is not None and started != train.processes:
         raise InputError(
             f"the number of processes that torchrun, SLURM or another launcher has started is {started}, but "
-            f"train.devices={train.devices} and train.nodes={train.nodes} make {train.devices * train.nodes}; set "
+            f"train.devices={train.devices} and train.nodes={train.nodes} make {train.processes}; set "
             "train.nodes, and train.devices per node, to what is started, or start as many (on SLURM, with srun)"
         )
     available = torch.cuda.device_count()
@@ -150,14 +150,11 @@ def open_run(run_dir: Path, config: RunConfig, input_files: Iterable[str] = ()) 
     """
     checkpoint = find_checkpoint(run_dir, config)
     if config.resume != "auto":
-        resumed_there = checkpoint is not None and run_dir.resolve() in checkpoint.parents
-        for file in () if resumed_there else input_files:
-            if run_dir.resolve() in Path(file).resolve().parents:  # other ranks, and resuming, need it there
-                raise InputError(
-                    f"resume={config.resume} moves {run_dir} aside, which holds {file}, an input of this run; choose "
-                    "another name=, or copy that file to another place and name it there"
-                )
-        _make_room(run_dir, checkpoint)
+        if checkpoint is not None and run_dir.resolve() in checkpoint.parents:
+            _abandon_later(run_dir.resolve(), checkpoint)
+        else:
+            _check_outside(run_dir, input_files, config.resume)
+            _move_aside(run_dir)
     _write_config(run_dir, config)
     return checkpoint
 
@@ -201,18 +198,27 @@ def _check_unchanged(checkpoint: Path, changed: Mapping[str, str]) -> None:
         )
 
 
+def _check_outside(run_dir: Path, input_files: Iterable[str], resume: str) -> None:
+    """Raises `InputError` if a file is in a directory that is to be moved: other ranks, and resuming, need it there."""
+    for file in input_files:
+        if run_dir.resolve() in Path(file).resolve().parents:
+            raise InputError(
+                f"resume={resume} moves {run_dir} aside, which holds {file}, an input of this run; choose another "
+                "name=, or copy that file to another place and name it there"
+            )
+
+
 @rank_zero_only
-def _make_room(run_dir: Path, checkpoint: Path | None) -> None:
-    """Moves an earlier run's directory aside, or only its later checkpoints if the one to resume from is in it."""
-    if checkpoint is not None and run_dir.resolve() in checkpoint.parents:
-        _abandon_later(run_dir.resolve(), checkpoint)
-    elif run_dir.exists():
+def _move_aside(run_dir: Path) -> None:
+    """Renames an earlier run's directory, if there is one."""
+    if run_dir.exists():
         try:
             run_dir.rename(_first_free(run_dir.with_name(f"{run_dir.name}.{n}") for n in count(1)))
         except (OSError, ValueError) as error:  # ValueError: "." has no name
             raise InputError(f"run_dir {run_dir} cannot be moved aside ({error}); choose another run_dir=") from error
 
 
+@rank_zero_only
 def _abandon_later(run_dir: Path, checkpoint: Path) -> None:
     """Renames checkpoints later than the given one, so that they are not taken for those of the resumed run."""
     newest_first = [run_dir / LAST, run_dir / PREVIOUS]
@@ -271,7 +277,7 @@ def build_strategy(train: TrainConfig) -> str | DDPStrategy:
 
     Gradients are views of the buckets, which would otherwise hold a second copy of them.
     """
-    if train.strategy == "auto" and train.devices * train.nodes == 1:
+    if train.strategy == "auto" and train.processes == 1:
         return "auto"
     return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
 
